@@ -1,0 +1,3 @@
+"""Restore Qubes OS backups without letting dom0 touch them."""
+
+__version__ = "0.1.0"

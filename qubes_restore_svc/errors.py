@@ -1,0 +1,296 @@
+"""Every kind of error a restore can end in, one class per kind.
+
+Strategy: an error carries *where* it happened (qube, volume, chunk), *why* (`reason`, a clause
+without a final stop) and *what the person can do* (`advice`, a sentence). The class gives the
+kind: a stable word for reports and for the session protocol, so that the broker can rebuild the
+error of a worker from its kind without trusting the worker's wording.
+
+This module imports the standard library only, so that both sides of the VM boundary can use it.
+"""
+
+from typing import ClassVar
+
+
+class RestoreError(Exception):
+    """Base of every error that the outside (archive, person, host, worker) can cause.
+
+    `reason` is a clause that says what is wrong; `qube` and `volume` are names, `chunk` is the
+    number of a chunk in its file, counted from 0. `advice` replaces the advice of the class.
+    """
+
+    kind: ClassVar[str] = "error"
+    default_advice: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        qube: str | None = None,
+        volume: str | None = None,
+        chunk: int | None = None,
+        advice: str | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.qube = qube
+        self.volume = volume
+        self.chunk = chunk
+        self.advice = self.default_advice if advice is None else advice
+
+    def at(
+        self, *, qube: str | None = None, volume: str | None = None, chunk: int | None = None
+    ) -> "RestoreError":
+        """Fill in the places that are not known yet and return the same error, for `raise … from`."""
+        self.qube = qube if self.qube is None else self.qube
+        self.volume = volume if self.volume is None else self.volume
+        self.chunk = chunk if self.chunk is None else self.chunk
+        return self
+
+    @property
+    def place(self) -> str:
+        """`work/private, chunk 3`, as much of it as is known; empty when nothing is."""
+        name = "/".join(part for part in (self.qube, self.volume) if part)
+        chunk = "" if self.chunk is None else f"chunk {self.chunk}"
+        return ", ".join(part for part in (name, chunk) if part)
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.reason}" if self.place else self.reason
+        return f"{text}. {self.advice}" if self.advice else text
+
+
+# --- The archive is not what it should be -----------------------------------------------------
+
+
+class EmptyInput(RestoreError):
+    """There is not a single byte to read."""
+
+    kind = "empty-input"
+    default_advice = "Check that this is the right file and that it was copied completely."
+
+
+class NotABackup(RestoreError):
+    """The input does not begin like any Qubes backup."""
+
+    kind = "not-a-backup"
+    default_advice = "Check that this is the right file."
+
+
+class UnsupportedFormat(RestoreError):
+    """A Qubes backup, in a format that this version does not read."""
+
+    kind = "unsupported-format"
+    default_advice = "Format 4 (written by Qubes R4.0 and later) is the one that can be restored."
+
+
+class ArchiveTruncated(RestoreError):
+    """The archive ends in the middle of something."""
+
+    kind = "archive-truncated"
+    default_advice = (
+        "The file was cut off; look for a complete copy. Qubes that lie before the cut can be restored."
+    )
+
+
+class ArchiveUnreadable(RestoreError):
+    """The operating system, or the storage VM, could not deliver the archive's bytes."""
+
+    kind = "archive-unreadable"
+    default_advice = "Check the medium; copy the backup to another disk and try again."
+
+
+class BadArchive(RestoreError):
+    """The outer archive (tar or qfile) holds something that no Qubes backup holds."""
+
+    kind = "bad-archive"
+    default_advice = "The file is damaged or was made to attack; do not trust it."
+
+
+class BadHeader(RestoreError):
+    """backup-header is malformed, or differs from its authenticated copy."""
+
+    kind = "bad-header"
+    default_advice = "The beginning of the backup is damaged or was tampered with; look for another copy."
+
+
+class UnknownFilter(RestoreError):
+    """The header names a compression program that is not known here."""
+
+    kind = "unknown-filter"
+    default_advice = "If you know how it was compressed, name it with --compression-filter."
+
+
+class WrongPassphrase(RestoreError):
+    """The header's container does not open with this passphrase."""
+
+    kind = "wrong-passphrase"
+    default_advice = "Check the keyboard layout and Caps Lock, and try again."
+
+
+class BadContainer(RestoreError):
+    """A scrypt container is malformed."""
+
+    kind = "bad-container"
+    default_advice = "This part of the backup is damaged; look for another copy."
+
+
+class ExcessiveCost(RestoreError):
+    """scrypt parameters past the fixed ceiling: no Qubes system writes them."""
+
+    kind = "excessive-cost"
+    default_advice = "The file is damaged or was made to attack; do not trust it."
+
+
+class BudgetTooSmall(RestoreError):
+    """One key derivation needs more memory than the budget holds."""
+
+    kind = "budget-too-small"
+    default_advice = "Grant more memory with --memory MIB."
+
+
+class AuthenticationFailed(RestoreError):
+    """A chunk's MAC does not match: changed, moved, renamed, or from another backup."""
+
+    kind = "authentication-failed"
+    default_advice = "The backup was damaged or tampered with here; look for another copy."
+
+
+class ChunkOutOfOrder(RestoreError):
+    """A chunk is missing, repeated, or stands in the wrong place."""
+
+    kind = "chunk-out-of-order"
+    default_advice = "The backup is incomplete or was tampered with; look for another copy."
+
+
+class BadCompression(RestoreError):
+    """The compressed stream is malformed, ends early, or is followed by something."""
+
+    kind = "bad-compression"
+    default_advice = (
+        "The backup is damaged here, or was compressed in another way than its header says"
+        " (--compression-filter)."
+    )
+
+
+class BadImage(RestoreError):
+    """The inner archive is not one file of the expected name."""
+
+    kind = "bad-image"
+    default_advice = "This volume cannot be restored from this backup."
+
+
+class BadSparseMap(RestoreError):
+    """A sparse map overlaps, runs backwards, or reaches past the image."""
+
+    kind = "bad-sparse-map"
+    default_advice = "This volume cannot be restored from this backup."
+
+
+class ImageTooLarge(RestoreError):
+    """An image is larger than what qubes.xml, or the fixed ceiling, allows."""
+
+    kind = "image-too-large"
+    default_advice = "If you trust this backup, --ignore-size-limit accepts it."
+
+
+class BadMetadata(RestoreError):
+    """qubes.xml, firewall.xml, notes or menu list is malformed or out of bounds."""
+
+    kind = "bad-metadata"
+    default_advice = "The settings in this backup cannot be used as they are."
+
+
+class MissingVolume(RestoreError):
+    """qubes.xml promises a volume that the archive does not hold."""
+
+    kind = "missing-volume"
+    default_advice = "The backup is incomplete; look for a complete copy."
+
+
+# --- The boundary --------------------------------------------------------------------------------
+
+
+class ProtocolViolation(RestoreError):
+    """The other side sent something that the protocol does not allow, here or now."""
+
+    kind = "protocol-violation"
+    default_advice = "The worker was ended; it may have been taken over by the archive. Do not trust it."
+
+
+class WorkerLost(RestoreError):
+    """The worker, or the connection to it, went away."""
+
+    kind = "worker-lost"
+    default_advice = "Try again; if it happens again, give the worker more memory or report it."
+
+
+class WorkerStalled(RestoreError):
+    """The worker said nothing for too long."""
+
+    kind = "worker-stalled"
+    default_advice = "Check that the medium still answers, and try again."
+
+
+class SandboxUnavailable(RestoreError):
+    """The worker cannot be isolated on this machine."""
+
+    kind = "sandbox-unavailable"
+
+
+# --- The host ------------------------------------------------------------------------------------
+
+
+class QubeExists(RestoreError):
+    """A qube of that name is there already; it is never overwritten."""
+
+    kind = "qube-exists"
+    default_advice = "Move it away, or restore to another directory."
+
+
+class HostFailed(RestoreError):
+    """Creating a qube or writing its volume failed on the host."""
+
+    kind = "host-failed"
+    default_advice = "Settle the cause and restore this qube again."
+
+
+class NoSpace(HostFailed):
+    """The target has no room left."""
+
+    kind = "no-space"
+    default_advice = "Free some space, or restore this qube to another place."
+
+
+class RestoreInProgress(RestoreError):
+    """Another restore holds the lock."""
+
+    kind = "restore-in-progress"
+    default_advice = "Wait until it has finished."
+
+
+# --- The person ----------------------------------------------------------------------------------
+
+
+class UsageError(RestoreError):
+    """The command cannot be carried out as it was given."""
+
+    kind = "usage"
+
+
+class Cancelled(RestoreError):
+    """The person, or a signal, stopped the restore."""
+
+    kind = "cancelled"
+
+
+class SkippedOnRequest(RestoreError):
+    """The broker told the worker to leave out the rest of this qube."""
+
+    kind = "skipped"
+
+
+def _subclasses(base: type[RestoreError]) -> list[type[RestoreError]]:
+    return [base] + [found for child in base.__subclasses__() for found in _subclasses(child)]
+
+
+#: Every kind of error by its word, as used in reports and on the wire.
+ERROR_KINDS: dict[str, type[RestoreError]] = {cls.kind: cls for cls in _subclasses(RestoreError)}
