@@ -1,0 +1,181 @@
+"""scrypt: the right keys, bounded cost, honest memory."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from qubes_restore_svc.archive.kdf import (
+    KEYS_SIZE,
+    MAX_MEMORY,
+    MAX_WORK,
+    KdfEngine,
+    KdfParameters,
+    KdfRequest,
+    OpensslEngine,
+    check_cost,
+)
+from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost
+
+# RFC 7914, section 12, without the one that needs a gigabyte.
+RFC_7914_VECTORS = [
+    (
+        KdfRequest(KdfParameters(log_n=4, r=1, p=1), b"", b""),
+        "77d6576238657b203b19ca42c18a0497f16b4844e3074ae8dfdffa3fede21442"
+        "fcd0069ded0948f8326a753a0fc81f17e8d3e0fb2e0d3628cf35e20c38d18906",
+    ),
+    (
+        KdfRequest(KdfParameters(log_n=10, r=8, p=16), b"NaCl", b"password"),
+        "fdbabe1c9d3472007856e7190d01e9fe7c6ad7cbc8237830e77376634b373162"
+        "2eaf30d92e22a3886ff109279d9830dac727afb94a83ee6d8360cbdfa2cc0640",
+    ),
+    (
+        KdfRequest(KdfParameters(log_n=14, r=8, p=1), b"SodiumChloride", b"pleaseletmein"),
+        "7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2"
+        "d5432955613f0fcf62d49705242a9af9e61e85dc0d651e40dfcf017b45575887",
+    ),
+]
+
+
+def test_the_keys_are_those_of_rfc_7914_in_the_order_of_the_requests() -> None:
+    engine: KdfEngine = OpensslEngine()
+    keys = engine.derive([request for request, _ in RFC_7914_VECTORS])
+    assert [key.hex() for key in keys] == [expected for _, expected in RFC_7914_VECTORS]
+    assert all(len(key) == KEYS_SIZE for key in keys)
+
+
+def test_the_engine_tells_what_it_is() -> None:
+    engine = OpensslEngine()
+    assert engine.lanes == 1
+    assert engine.name.split()[0] == "OpenSSL"
+    assert len(engine.name.split()) == 2
+
+
+def test_no_request_gives_no_keys() -> None:
+    assert OpensslEngine().derive([]) == []
+
+
+def test_a_request_does_not_show_its_passphrase() -> None:
+    request = KdfRequest(KdfParameters(10, 8, 1), b"salt", b"correct horse")
+    assert "correct" not in repr(request)
+
+
+@pytest.mark.parametrize("log_n", [20, 21, 24])
+def test_what_a_qubes_system_writes_is_within_the_ceiling(log_n: int) -> None:
+    check_cost(KdfParameters(log_n, r=8, p=1))
+
+
+def test_the_memory_ceiling_admits_a_table_of_16_gib_and_no_more() -> None:
+    assert KdfParameters(24, 8, 1).memory <= MAX_MEMORY < KdfParameters(25, 8, 1).memory
+    with pytest.raises(ExcessiveCost, match="asks for 32 GiB of memory; more than 17 GiB"):
+        check_cost(KdfParameters(25, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "memory"),
+    [
+        (KdfParameters(40, 8, 1), "1 PiB"),
+        (KdfParameters(30, 1, 1), "128 GiB"),
+        (KdfParameters(1, 1, (1 << 30) - 1), "128 GiB"),
+        (KdfParameters(1, (1 << 30) - 1, 1), "640 GiB"),
+        (KdfParameters(63, 1 << 29, 1), "524,288 YiB"),
+    ],
+)
+def test_excessive_memory_is_named(parameters: KdfParameters, memory: str) -> None:
+    with pytest.raises(ExcessiveCost, match=f"asks for {memory} of memory"):
+        check_cost(parameters)
+
+
+def test_excessive_work_is_refused_even_if_it_needs_little_memory() -> None:
+    check_cost(KdfParameters(14, 8, MAX_WORK >> 17))
+    with pytest.raises(ExcessiveCost, match="p = 2049"):
+        check_cost(KdfParameters(14, 8, (MAX_WORK >> 17) + 1))
+
+
+@pytest.mark.parametrize("parameters", [KdfParameters(40, 8, 1), KdfParameters(14, 8, 1 << 20)])
+def test_an_engine_refuses_excessive_cost_before_it_derives_anything(parameters: KdfParameters) -> None:
+    fine = KdfRequest(KdfParameters(17, 8, 1), b"", b"")
+    started = time.process_time()
+    with pytest.raises(ExcessiveCost):
+        OpensslEngine().derive([fine, KdfRequest(parameters, b"", b"")])
+    assert time.process_time() - started < 0.2
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        KdfParameters(0, 8, 1),
+        KdfParameters(64, 8, 1),
+        KdfParameters(16, 1, 1),
+        KdfParameters(10, 0, 1),
+        KdfParameters(10, 8, 0),
+        KdfParameters(1, 1 << 15, 1 << 15),
+    ],
+)
+def test_parameters_outside_rfc_7914_are_not_valid(parameters: KdfParameters) -> None:
+    assert not parameters.valid
+    with pytest.raises(ValueError, match="no scrypt parameters"):
+        OpensslEngine().derive([KdfRequest(parameters, b"", b"")])
+
+
+@pytest.mark.parametrize(
+    "parameters", [KdfParameters(1, 1, 1), KdfParameters(15, 1, 1), KdfParameters(63, 8, 1)]
+)
+def test_the_edges_of_rfc_7914_are_valid(parameters: KdfParameters) -> None:
+    assert parameters.valid
+
+
+def test_other_threads_run_during_a_derivation() -> None:
+    thread = threading.Thread(
+        target=OpensslEngine().derive, args=([KdfRequest(KdfParameters(15, 8, 1), b"", b"")],)
+    )
+    thread.start()
+    ticks = 0
+    while thread.is_alive():
+        time.sleep(0.002)
+        ticks += 1
+    assert ticks > 5
+
+
+# The peak of the process itself, in KiB; getrusage would count the parent's in, from before the exec.
+_PEAK = """
+from pathlib import Path
+from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest, OpensslEngine
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+engine, cost = OpensslEngine(), KdfParameters(16, 8, 1)
+engine.derive([KdfRequest(KdfParameters(4, 1, 1), b"", b"")])
+before = peak()
+engine.derive([KdfRequest(cost, b"", b"")])
+print(peak() - before, cost.memory)
+"""
+
+_NO_MEMORY = """
+import resource
+from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest, OpensslEngine
+from qubes_restore_svc.errors import BudgetTooSmall
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+try:
+    OpensslEngine().derive([KdfRequest(KdfParameters(20, 8, 1), b"", b"")])
+except BudgetTooSmall as error:
+    print(error.reason)
+"""
+
+
+def run(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_memory_of_a_derivation_is_what_it_takes() -> None:
+    taken, said = map(int, run(_PEAK).split())
+    assert said * 0.9 <= taken <= said + (4 << 20)
+
+
+def test_memory_that_cannot_be_had_is_an_error_that_names_it() -> None:
+    assert BudgetTooSmall.kind == "budget-too-small"
+    assert run(_NO_MEMORY) == "the 1 GiB of memory that a key derivation needs could not be had\n"
