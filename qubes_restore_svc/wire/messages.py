@@ -1,0 +1,372 @@
+"""The messages of a `restore.Session`, as strict and frozen models.
+
+Strategy: one class a message, told apart by `type`; a field is a type of `names.py`, a bounded
+list of such, or another model. Unknown keys are refused, nothing is coerced, and a validation error never
+quotes what it refused (it may be a passphrase, or meant for a terminal).
+"""
+
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
+
+from qubes_restore_svc.errors import ERROR_KINDS, ProtocolViolation, RestoreError
+from qubes_restore_svc.wire.framing import check_json
+from qubes_restore_svc.wire.names import (
+    MAX_COUNT,
+    MAX_PASSPHRASE,
+    MAX_QUBES,
+    AppmenuName,
+    BackupId,
+    Count,
+    ErrorKind,
+    FeatureName,
+    FilterName,
+    FreeText,
+    LabelName,
+    NetvmName,
+    Notes,
+    Outcome,
+    PropertyName,
+    QubeKey,
+    QubeName,
+    SettingValue,
+    Sha256,
+    Size,
+    TagName,
+    VmClass,
+    VolumeName,
+    strip_control,
+)
+
+PROTOCOL_VERSION: Literal[1] = 1
+
+
+class Model(BaseModel):
+    """What all models share: strict, frozen, closed, and silent about the values they refuse."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False
+    )
+
+
+def _only_int(untrusted_value: object) -> object:
+    if type(untrusted_value) is not int:
+        raise ValueError("not an integer")
+    return untrusted_value
+
+
+#: For a `Literal` of a number, which pydantic, strict or not, lets `true` and `1.0` match.
+_EXACT = BeforeValidator(_only_int)
+
+
+def _encodable(passphrase: SecretStr) -> SecretStr:
+    try:
+        passphrase.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("not a text that UTF-8 can carry") from None
+    return passphrase
+
+
+# --- Parts ---------------------------------------------------------------------------------------
+
+
+class ErrorInfo(Model):
+    """An error of the worker. Only `kind` is a promise; the rest is for people."""
+
+    kind: ErrorKind
+    reason: FreeText
+    qube: FreeText | None = None
+    volume: FreeText | None = None
+    chunk: Count | None = None
+    advice: FreeText = ""
+
+    @classmethod
+    def of(cls, error: RestoreError) -> "ErrorInfo":
+        """The message form of `error`; over-long texts are cut."""
+
+        def cut(text: str) -> str:
+            return strip_control(text[:1000])
+
+        return cls(
+            kind=error.kind,
+            reason=cut(error.reason),
+            qube=None if error.qube is None else cut(error.qube),
+            volume=None if error.volume is None else cut(error.volume),
+            chunk=error.chunk if error.chunk is None or 0 <= error.chunk <= MAX_COUNT else None,
+            advice=cut(error.advice),
+        )
+
+    def to_error(self) -> RestoreError:
+        """The error again, in the class of its kind (`RestoreError` itself for a kind not known here)."""
+        cls = ERROR_KINDS.get(self.kind, RestoreError)
+        return cls(self.reason, qube=self.qube, volume=self.volume, chunk=self.chunk, advice=self.advice)
+
+
+class VolumeInfo(Model):
+    """A volume that qubes.xml promises; `size` is the volume's size there, in bytes, if it says."""
+
+    name: VolumeName
+    size: Size | None = None
+
+
+class ManifestQube(Model):
+    """A qube that the backup holds, with all of its settings that qubes.xml knows."""
+
+    key: QubeKey
+    name: QubeName
+    klass: VmClass
+    label: LabelName
+    template: QubeName | None = None  #: None: has none
+    netvm: NetvmName | None = None  #: None: the default; "": no netvm
+    backup_size: Size = 0  #: disk space it took when it was backed up, bytes
+    volumes: Annotated[tuple[VolumeInfo, ...], Field(fail_fast=True, max_length=3)] = ()
+    properties: Annotated[dict[PropertyName, SettingValue], Field(max_length=512)] = {}
+    features: Annotated[dict[FeatureName, SettingValue], Field(max_length=4096)] = {}
+    tags: Annotated[tuple[TagName, ...], Field(fail_fast=True, max_length=1024)] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [volume.name for volume in self.volumes]
+        if len(set(names)) != len(names):
+            raise ValueError("a volume stands twice")
+        if (self.klass == "AdminVM") != (self.name == "dom0"):
+            raise ValueError("only dom0 is an AdminVM")
+        if ("home" in names) != (self.klass == "AdminVM"):
+            raise ValueError("only dom0 has a home")
+        return self
+
+
+class RefusedQube(Model):
+    """A qube of the backup that cannot even be listed; its name is text, not a name."""
+
+    name: FreeText
+    error: ErrorInfo
+
+
+_RULE_TEXT = r"^[A-Za-z0-9:;,./_\[\]-]+$"
+
+
+class FirewallRule(Model):
+    """One rule of firewall.xml, with the value sets of qubesd's firewall module."""
+
+    action: Literal["accept", "drop"]
+    proto: Literal["tcp", "udp", "icmp"] | None = None
+    dsthost: Annotated[str, Field(pattern=_RULE_TEXT, max_length=255)] | None = None
+    dst4: Annotated[str, Field(pattern=r"^[0-9./]+$", max_length=32)] | None = None
+    dst6: Annotated[str, Field(pattern=r"^[0-9a-fA-F:./]+$", max_length=64)] | None = None
+    dstports: Annotated[str, Field(pattern=r"^[0-9]{1,5}(-[0-9]{1,5})?$")] | None = None
+    icmptype: Annotated[str, Field(pattern=r"^[0-9]{1,3}$")] | None = None
+    specialtarget: Literal["dns"] | None = None
+    expire: Annotated[str, Field(pattern=r"^[0-9]{1,20}$")] | None = None
+    comment: Annotated[str, Field(pattern=r"^[A-Za-z0-9:;,./_\[\] -]*$", max_length=255)] | None = None
+
+
+# --- Broker to worker ----------------------------------------------------------------------------
+
+
+class Message(Model):
+    """Base of the messages; `max_size` is the largest frame such a message may take, in bytes."""
+
+    max_size: ClassVar[int] = 64 << 10
+
+
+class Open(Message):
+    """Read the header and qubes.xml, and answer with the manifest."""
+
+    type: Literal["open"] = "open"
+    protocol: Annotated[Literal[1], _EXACT] = PROTOCOL_VERSION
+    passphrase: Annotated[SecretStr, Field(max_length=MAX_PASSPHRASE), AfterValidator(_encodable)]
+    memory: Size | None = None  #: budget in bytes; None: what the worker's machine has
+    jobs: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None  #: derivations at once
+    compression_filter: FilterName | None = None  #: instead of the header's
+    ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
+
+    @field_serializer("passphrase", when_used="json")
+    def _reveal(self, passphrase: SecretStr) -> str:
+        return passphrase.get_secret_value()
+
+
+class Start(Message):
+    """Stream the volumes of these qubes (`restore`), or only check them (`verify`)."""
+
+    type: Literal["start"] = "start"
+    mode: Literal["restore", "verify"]
+    keys: Annotated[tuple[QubeKey, ...], Field(fail_fast=True, min_length=1, max_length=MAX_QUBES)]
+    max_size: ClassVar[int] = 512 << 10
+
+
+class SkipQube(Message):
+    """Nothing more of this qube is wanted; its chunks need not be derived."""
+
+    type: Literal["skip_qube"] = "skip_qube"
+    key: QubeKey
+
+
+class Cancel(Message):
+    """Stop; the broker closes the session right after it."""
+
+    type: Literal["cancel"] = "cancel"
+
+
+# --- Worker to broker ----------------------------------------------------------------------------
+
+
+class Manifest(Message):
+    """What the backup holds."""
+
+    type: Literal["manifest"] = "manifest"
+    backup_id: BackupId
+    format: Annotated[Literal[4], _EXACT]
+    compression_filter: FilterName
+    qubes: Annotated[tuple[ManifestQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
+    refused: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    max_size: ClassVar[int] = 4 << 20
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for what, values in (
+            ("key", [qube.key for qube in self.qubes]),
+            ("name", [qube.name.lower() for qube in self.qubes]),
+        ):
+            if len(set(values)) != len(values):
+                raise ValueError(f"a {what} stands twice")
+        return self
+
+
+class VolumeReady(Message):
+    """The next volume can be fetched, once, with `restore.Volume+KEY.VOLUME`."""
+
+    type: Literal["volume_ready"] = "volume_ready"
+    key: QubeKey
+    volume: VolumeName
+    image_size: Size  #: bytes; for `home`, which has no size in advance, a ceiling
+
+
+class VolumeDone(Message):
+    """What became of a volume. `ok` says that it was read and verified to its last byte."""
+
+    type: Literal["volume_done"] = "volume_done"
+    key: QubeKey
+    volume: VolumeName
+    outcome: Outcome
+    image_size: Size = 0  #: bytes
+    data_bytes: Size = 0  #: bytes of it that travelled
+    sha256: Sha256 | None = None  #: over the whole image, holes as zeros
+    error: ErrorInfo | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.outcome == "ok") != (self.sha256 is not None):
+            raise ValueError("a SHA-256 belongs to a volume that is ok, and to no other")
+        if (self.outcome == "ok") != (self.error is None):
+            raise ValueError("an error belongs to a volume that is not ok, and to no other")
+        if self.data_bytes > self.image_size:
+            raise ValueError("more data than the image has room for")
+        return self
+
+
+class QubeSettings(Message):
+    """The archive's part of this qube is over; its settings files, or why they cannot be had."""
+
+    type: Literal["qube_settings"] = "qube_settings"
+    key: QubeKey
+    firewall: Annotated[tuple[FirewallRule, ...], Field(fail_fast=True, max_length=4096)] | None = None
+    notes: Notes | None = None
+    appmenus: Annotated[tuple[AppmenuName, ...], Field(fail_fast=True, max_length=4096)] | None = None
+    error: ErrorInfo | None = None
+    max_size: ClassVar[int] = 2 << 20
+
+
+class Progress(Message):
+    """Sent at least every few seconds, whatever happens: also the worker's sign of life."""
+
+    type: Literal["progress"] = "progress"
+    archive_bytes: Size  #: how much of the archive has been dealt with
+    image_bytes: Size = 0  #: how much of all images has been produced, holes included
+
+
+class Log(Message):
+    """A line for the person."""
+
+    type: Literal["log"] = "log"
+    level: Literal["info", "warning"]
+    text: FreeText
+    key: QubeKey | None = None
+
+
+class Failed(Message):
+    """The whole session failed; nothing follows."""
+
+    type: Literal["failed"] = "failed"
+    error: ErrorInfo
+
+
+class Finished(Message):
+    """Everything that was asked for has been answered, volume by volume; nothing follows."""
+
+    type: Literal["finished"] = "finished"
+    archive_bytes: Size
+
+
+BrokerMessage = Open | Start | SkipQube | Cancel
+WorkerMessage = Manifest | VolumeReady | VolumeDone | QubeSettings | Progress | Log | Failed | Finished
+
+_BROKER: TypeAdapter[BrokerMessage] = TypeAdapter(Annotated[BrokerMessage, Field(discriminator="type")])
+_WORKER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="type")])
+_M = TypeVar("_M", bound=Message)
+_KNOWN_WORDS = frozenset(
+    word
+    for model in (*Model.__subclasses__(), *Message.__subclasses__())
+    for word in (*model.model_fields, getattr(model.model_fields.get("type"), "default", "type"))
+)
+
+
+def parse_broker_message(untrusted_payload: bytes) -> BrokerMessage:
+    """The message in a frame that the broker sent; raises ProtocolViolation."""
+    return _parse(_BROKER, untrusted_payload)
+
+
+def parse_worker_message(untrusted_payload: bytes) -> WorkerMessage:
+    """The message in a frame that the worker sent; raises ProtocolViolation."""
+    return _parse(_WORKER, untrusted_payload)
+
+
+def encode_message(message: Message) -> bytes:
+    """The payload of the frame for `message`; raises ProtocolViolation if it is too large for its kind."""
+    payload = message.model_dump_json().encode()
+    _check_size(message, len(payload))
+    return payload
+
+
+def _parse(adapter: TypeAdapter[_M], untrusted_payload: bytes) -> _M:
+    check_json(untrusted_payload)
+    try:
+        message = adapter.validate_json(untrusted_payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # A location can hold a key that the other side made up, which is as untrusted as any value.
+        where = ".".join(
+            str(part) if isinstance(part, int) or part in _KNOWN_WORDS else "?" for part in first["loc"]
+        )
+        what = "unknown type" if first["type"] == "union_tag_invalid" else strip_control(first["msg"][:200])
+        raise ProtocolViolation(f"a message that does not validate ({where or 'it'}: {what})") from None
+    _check_size(message, len(untrusted_payload))
+    return message
+
+
+def _check_size(message: Message, size: int) -> None:
+    if size > message.max_size:
+        raise ProtocolViolation(
+            f"a message of {size} bytes, more than the {message.max_size} that one of its kind may have"
+        )

@@ -1,0 +1,91 @@
+"""The patterns that names and values must match before anything on this side believes them.
+
+Strategy: every string that crosses the boundary has a type from this file. Identifiers are matched
+against the pattern that Qubes itself enforces; free text, which only people read, is stripped of
+everything that could steer a terminal or hide in a line. There is no plain `str` in a message.
+"""
+
+import re
+import unicodedata
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints
+
+MAX_QUBES = 4096  #: qubes in one manifest
+MAX_NUMBER = (1 << 63) - 1  #: largest size or offset in any message, bytes
+MAX_COUNT = 1 << 31  #: largest number of anything that is counted
+MAX_PASSPHRASE = 4096  #: characters
+MAX_NOTES = 256_000  #: bytes
+
+
+def _pattern(pattern: str, max_length: int) -> StringConstraints:
+    return StringConstraints(strict=True, pattern=pattern, max_length=max_length)
+
+
+def _not_reserved(name: str) -> str:
+    if name in ("none", "default", "Domain-0") or name.endswith("-dm"):
+        raise ValueError("a name that Qubes keeps for itself")
+    return name
+
+
+#: Name of a qube, as qubesd enforces it (31 characters at most; dots since R4.3).
+QubeName = Annotated[str, _pattern(r"^[a-zA-Z][a-zA-Z0-9_.-]*$", 31), AfterValidator(_not_reserved)]
+#: A qube's netvm: a name, or "" for none.
+NetvmName = Annotated[str, _pattern(r"^([a-zA-Z][a-zA-Z0-9_.-]*)?$", 31), AfterValidator(_not_reserved)]
+#: What the archive calls a qube (`vm10`): the first half of the argument of `restore.Volume`.
+QubeKey = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 64)]
+LabelName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.-]+$", 64)]
+PropertyName = Annotated[str, _pattern(r"^[a-z][a-z0-9_]*$", 64)]
+FeatureName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+:-]+$", 255)]
+#: Values of properties and features: printable ASCII on one line.
+SettingValue = Annotated[str, _pattern(r"^[\x20-\x7e]*$", 16384)]
+TagName = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 128)]
+BackupId = Annotated[str, _pattern(r"^[A-Za-z0-9-]+$", 128)]
+FilterName = Annotated[str, _pattern(r"^[a-z0-9-]+$", 32)]
+ErrorKind = Annotated[str, _pattern(r"^[a-z-]+$", 64)]
+Sha256 = Annotated[str, _pattern(r"^[0-9a-f]{64}$", 64)]
+#: A menu entry: the name of a .desktop file.
+AppmenuName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+@ -]+$", 255)]
+
+VmClass = Literal["AdminVM", "AppVM", "TemplateVM", "StandaloneVM", "DispVM"]
+#: `home` is dom0's home directory, one opaque archive; the other two are disk images.
+VolumeName = Literal["root", "private", "home"]
+Outcome = Literal["ok", "failed", "skipped"]
+
+Size = Annotated[int, Field(strict=True, ge=0, le=MAX_NUMBER)]  #: bytes
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+
+_FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def strip_control(untrusted_text: str) -> str:
+    """Free text for one line: control, format, private and unassigned characters become `\ufffd`.
+
+    That covers escape sequences, new lines, bidirectional overrides and zero-width characters.
+    """
+    return "".join(
+        "\ufffd" if unicodedata.category(char) in _FORBIDDEN_CATEGORIES else char for char in untrusted_text
+    )
+
+
+def strip_control_lines(untrusted_text: str) -> str:
+    """Free text of several lines: as `strip_control`, but line feeds and tabs stay."""
+    return "".join(
+        part if part in "\n\t" else strip_control(part) for part in re.split(r"([\n\t])", untrusted_text)
+    )
+
+
+def _text(max_length: int) -> StringConstraints:
+    return StringConstraints(strict=True, max_length=max_length)
+
+
+def _fits_qubesd(notes: str) -> str:
+    if len(notes.encode()) > MAX_NOTES:
+        raise ValueError(f"more than {MAX_NOTES} bytes")
+    return notes
+
+
+#: One line that people read.
+FreeText = Annotated[str, _text(1000), AfterValidator(strip_control)]
+#: A qube's notes (qubesd allows 256,000 bytes of UTF-8).
+Notes = Annotated[str, _text(MAX_NOTES), AfterValidator(strip_control_lines), AfterValidator(_fits_qubesd)]

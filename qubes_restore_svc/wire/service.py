@@ -1,0 +1,50 @@
+"""Calls as qrexec makes them: the service descriptor that a socket service receives first.
+
+In a VM: `NAME+ARG SOURCE` and a NUL, then the caller's bytes; without an argument `NAME+ SOURCE` or, when
+dom0 called directly, `NAME SOURCE` (qrexec-agent's socket services).
+"""
+
+import re
+from dataclasses import dataclass
+
+from qubes_restore_svc.errors import ProtocolViolation
+
+SESSION = "restore.Session"
+VOLUME = "restore.Volume"
+ARCHIVE = "restore.Archive"
+
+MAX_DESCRIPTOR = 256  #: bytes, with the final NUL
+
+_DESCRIPTOR = re.compile(rb"([A-Za-z0-9_.-]+)(?:\+([A-Za-z0-9_.+-]*))? ([A-Za-z][A-Za-z0-9_.-]{0,30})\0")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceCall:
+    """One call: the service, its argument ("" for none) and the name of the calling domain."""
+
+    service: str
+    argument: str
+    source: str
+
+
+def encode_descriptor(call: ServiceCall) -> bytes:
+    """The descriptor, as qrexec would send it; raises ProtocolViolation for a call that it could not make."""
+    text = f"{call.service}{'+' if call.argument else ''}{call.argument} {call.source}\0"
+    descriptor = text.encode("ascii", "replace")
+    if len(descriptor) > MAX_DESCRIPTOR or not _DESCRIPTOR.fullmatch(descriptor):
+        raise ProtocolViolation("a service call that qrexec would refuse")
+    return descriptor
+
+
+def parse_descriptor(untrusted_descriptor: bytes) -> ServiceCall:
+    """The call that a descriptor (with its NUL) describes; raises ProtocolViolation."""
+    match = _DESCRIPTOR.fullmatch(untrusted_descriptor)
+    if match is None or len(untrusted_descriptor) > MAX_DESCRIPTOR:
+        raise ProtocolViolation("a malformed service descriptor")
+    name, argument, source = match.groups(default=b"")
+    return ServiceCall(name.decode(), argument.decode(), source.decode())
+
+
+def volume_argument(key: str, volume: str) -> str:
+    """The argument of `restore.Volume` for a volume: `vm10.private`."""
+    return f"{key}.{volume}"

@@ -1,0 +1,87 @@
+"""Errors: one class a kind, and a text that says where, what and what to do."""
+
+import ast
+import inspect
+import re
+import sys
+
+import pytest
+
+from qubes_restore_svc import errors
+from qubes_restore_svc.errors import ERROR_KINDS, BadImage, HostFailed, NoSpace, RestoreError
+
+CLASSES = [
+    value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RestoreError)
+]
+EACH = pytest.mark.parametrize("cls", CLASSES)
+
+
+def test_every_class_is_found_by_its_kind_and_no_two_share_one() -> None:
+    assert len(CLASSES) > 30
+    assert sorted(ERROR_KINDS) == sorted(cls.kind for cls in CLASSES)
+    assert all(ERROR_KINDS[cls.kind] is cls for cls in CLASSES)
+    assert len({cls.kind for cls in CLASSES}) == len(CLASSES)
+
+
+@EACH
+def test_a_kind_is_a_word_of_the_class_itself(cls: type[RestoreError]) -> None:
+    assert "kind" in vars(cls)
+    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", cls.kind)
+    assert len(cls.kind) <= 64
+
+
+@EACH
+def test_advice_is_a_sentence_and_the_docstring_says_what_happened(cls: type[RestoreError]) -> None:
+    assert cls.default_advice == "" or re.fullmatch(r"[A-Z`-].*\.", cls.default_advice)
+    assert cls.__doc__
+    assert cls.__doc__.rstrip().endswith(".")
+
+
+@EACH
+def test_every_class_is_made_and_printed_the_same_way(cls: type[RestoreError]) -> None:
+    error = cls("the reason", qube="work", volume="root", chunk=3)
+    advice = f" {cls.default_advice}" if cls.default_advice else ""
+    assert str(error) == "work/root, chunk 3: the reason" + (f".{advice}" if advice else "")
+    assert isinstance(error, Exception)
+    assert error.args == ("the reason",)
+
+
+def test_only_the_places_that_are_known_are_printed() -> None:
+    assert BadImage("r", advice="").place == ""
+    assert str(BadImage("r", advice="")) == "r"
+    assert BadImage("r", qube="work").place == "work"
+    assert BadImage("r", volume="root").place == "root"
+    assert BadImage("r", chunk=0).place == "chunk 0"
+    assert BadImage("r", qube="work", chunk=0).place == "work, chunk 0"
+    assert BadImage("r", qube="", volume="root").place == "root"
+
+
+def test_advice_can_be_replaced_and_left_out() -> None:
+    assert str(BadImage("r", advice="Do this.")) == "r. Do this."
+    assert str(BadImage("r", advice="")) == "r"
+    assert BadImage("r").advice == BadImage.default_advice != ""
+
+
+def test_places_are_filled_in_once() -> None:
+    error = BadImage("r", volume="root")
+    assert error.at(qube="work", volume="private", chunk=0) is error
+    assert (error.qube, error.volume, error.chunk) == ("work", "root", 0)
+    error.at(qube="other", chunk=5)
+    assert (error.qube, error.volume, error.chunk) == ("work", "root", 0)
+    error.at()
+    assert error.place == "work/root, chunk 0"
+
+
+def test_a_full_disk_is_a_failure_of_the_host() -> None:
+    assert issubclass(NoSpace, HostFailed)
+    assert ERROR_KINDS["no-space"] is NoSpace
+    assert ERROR_KINDS["host-failed"] is HostFailed
+    assert ERROR_KINDS["error"] is RestoreError
+
+
+def test_errors_need_the_standard_library_only() -> None:
+    tree = ast.parse(inspect.getsource(errors))
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    assert modules
+    assert [name for name in modules if (name or "").split(".")[0] not in sys.stdlib_module_names] == []
