@@ -1,0 +1,1 @@
+"""Where qubes are created: a directory of sparse images, or a Qubes system."""

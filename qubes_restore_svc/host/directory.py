@@ -1,0 +1,183 @@
+"""The host that needs no Qubes: every restored qube becomes a directory of sparse images and a `qube.json`.
+
+Strategy: the directory itself is what is locked, so no lock file stays behind. Everything happens relative to
+the descriptor that holds the lock. Whoever has the lock knows that no restore is running, which is what makes
+it safe to remove what a killed one left. One qube is the business of `directory_qube`.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
+from qubes_restore_svc.host.base import NewQube
+from qubes_restore_svc.host.directory_layout import clear_partials
+from qubes_restore_svc.host.directory_qube import DirectoryQube
+from qubes_restore_svc.host.filesystem import make_directory, reporting, sync_directory
+from qubes_restore_svc.wire.names import strip_control
+
+_LOCK_ATTEMPTS = 16
+
+
+class DirectoryHost:
+    """A `Host` that creates qubes in a directory.
+
+    The directory is created (mode 0700) by `lock` if only its last component is missing, and removed again
+    at the end if nothing came to stand in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        self._shown = strip_control(str(path))
+        self._mutex = threading.RLock()
+        self._directory: int | None = None
+        self._qubes: list[DirectoryQube] = []
+        self.cleared: tuple[str, ...] = ()  #: partial directories of a killed restore that `lock` removed
+        self.kept: tuple[str, ...] = ()  #: those that it did not touch, or could not remove
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """The one-restore lock; at its end, qubes that were neither committed nor rolled back are.
+
+        Raises RestoreInProgress when somebody else holds it, HostFailed when the directory cannot be used.
+        """
+        directory, created = self._open_locked()
+        with ExitStack() as stack:
+            stack.callback(self._unlock, directory, created)
+            with reporting(f"reading {self._shown}"):
+                self.cleared, self.kept = clear_partials(directory)
+            with self._mutex:
+                self._directory = directory
+            stack.callback(self._end_qubes)
+            yield
+
+    def existing_names(self) -> frozenset[str]:
+        """The names of everything in the directory, as they are written; none if there is no directory.
+
+        Two names that differ in case only are one on FAT and exFAT, and after a copy to one. `begin`
+        therefore refuses such a name on every file system.
+        """
+        with self._mutex, reporting(f"reading {self._shown}"):
+            try:
+                return frozenset(os.listdir(self._target()))
+            except FileNotFoundError:
+                return frozenset()
+
+    def free_space(self) -> int | None:
+        """Bytes that an ordinary user can still write, as far as the file system tells."""
+        with self._mutex, reporting(f"asking for the free space of {self._shown}"):
+            try:
+                answer = os.statvfs(self._target())
+            except FileNotFoundError:
+                return None
+        # Some network and FUSE file systems answer with zeros.
+        return answer.f_bavail * answer.f_frsize if answer.f_blocks else None
+
+    def begin(self, qube: NewQube) -> DirectoryQube:
+        """Start a qube, under the lock; raises QubeExists, NoSpace or HostFailed."""
+        with self._mutex:
+            if self._directory is None:
+                raise HostFailed("the directory is not locked for this restore", qube=qube.name)
+            if qube.name.lower() in {name.lower() for name in self.existing_names()}:
+                raise QubeExists(f"{self._shown} has something of that name", qube=qube.name)
+            transaction = DirectoryQube(self._directory, qube)
+            self._qubes.append(transaction)
+            return transaction
+
+    def _target(self) -> int | Path:
+        return self._path if self._directory is None else self._directory
+
+    def _open_locked(self) -> tuple[int, bool]:
+        """A locked descriptor of the directory, and whether this call created it."""
+        for _ in range(_LOCK_ATTEMPTS):
+            found = self._open_existing()
+            directory = self._create() if found is None else found
+            if directory is None:
+                continue
+            created = found is None
+            try:
+                self._take_lock(directory)
+                # Between opening and locking, the restore that had created it may have removed it.
+                if self._is_still(directory):
+                    self._check_writable(directory)
+                    return directory, created
+            except RestoreInProgress:
+                os.close(directory)  # it is in use, whoever created it
+                raise
+            except BaseException:
+                self._unlock(directory, created)
+                raise
+            os.close(directory)
+        raise HostFailed(f"{self._shown} is created and removed again and again by somebody else")
+
+    def _open_existing(self) -> int | None:
+        with reporting(f"opening {self._shown}"):
+            try:
+                return os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if self._path.is_symlink():
+                    raise HostFailed(f"{self._shown} is a symbolic link to nothing") from None
+                return None
+            except NotADirectoryError:
+                raise HostFailed(f"{self._shown} is not a directory") from None
+
+    def _create(self) -> int | None:
+        with reporting(f"creating {self._shown}"):
+            try:
+                directory = make_directory(self._path)
+            except FileExistsError:
+                return None
+            except FileNotFoundError:
+                raise HostFailed(f"the directory that is to hold {self._shown} does not exist") from None
+            try:
+                self._sync_parent()
+            except BaseException:
+                self._unlock(directory, created=True)
+                raise
+            return directory
+
+    def _take_lock(self, directory: int) -> None:
+        with reporting(f"locking {self._shown}"):
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RestoreInProgress(f"another restore writes to {self._shown}") from None
+
+    def _sync_parent(self) -> None:
+        # A parent that we may write to but not read cannot be opened, and so not be synced.
+        with suppress(PermissionError):
+            parent = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sync_directory(parent)
+            finally:
+                os.close(parent)
+
+    def _is_still(self, directory: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(directory), os.stat(self._path))
+        except OSError:
+            return False
+
+    def _check_writable(self, directory: int) -> None:
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=directory):
+            raise HostFailed(f"{self._shown} cannot be written to")
+
+    def _end_qubes(self) -> None:
+        with self._mutex:
+            qubes, self._qubes = self._qubes, []
+            self._directory = None
+            with ExitStack() as stack:
+                for qube in qubes:
+                    stack.callback(qube.rollback)
+
+    def _unlock(self, directory: int, created: bool) -> None:
+        if created and self._is_still(directory):
+            with suppress(OSError):  # something stands in it: it stays
+                os.rmdir(self._path)
+        with suppress(OSError):
+            # Closing alone would not do while a child is between fork and exec: it has the descriptor too.
+            fcntl.flock(directory, fcntl.LOCK_UN)
+        os.close(directory)

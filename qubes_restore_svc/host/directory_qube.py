@@ -1,0 +1,253 @@
+"""One qube on its way into a directory: a hidden directory, then sparse files in it, then its real name.
+
+Strategy: all is written under the partial name and forced to disk; the last step, one rename, makes it a
+qube. Each object here has one state and one lock: a broker that gives up rolls back while a thread of
+it may still be in a write, and a descriptor closed under a write could be another file's a moment later.
+After any failure a file takes no more data, so that no later success can paper over it.
+"""
+
+import enum
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from qubes_restore_svc.errors import HostFailed, QubeExists
+from qubes_restore_svc.host.base import NewQube
+from qubes_restore_svc.host.directory_layout import (
+    RECORD,
+    VOLUME_FILES,
+    partial_name,
+    record,
+    remove_partial,
+)
+from qubes_restore_svc.host.filesystem import (
+    NAME_TAKEN,
+    make_directory,
+    make_file,
+    rename_new,
+    reporting,
+    sync_directory,
+    write_fully,
+)
+from qubes_restore_svc.wire.messages import QubeSettings
+from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
+
+#: Bytes after which the system is told to begin writing out. A restore is paced by its key derivations, so
+#: the disk has time to spare on the way; left to the end, the data waits in memory and so does the person.
+WRITEBACK_STEP = 32 << 20
+
+
+class State(enum.Enum):
+    """How far a qube or a volume has come; only `OPEN` is ever left."""
+
+    OPEN = "open"
+    COMPLETE = "complete"
+    GONE = "gone"
+
+
+class ImageFile:
+    """A `VolumeSink`: a sparse file in a qube's partial directory."""
+
+    def __init__(self, directory: int, qube: str, volume: VolumeName, image_size: int) -> None:
+        """Create the file in the open `directory`, for at most `image_size` bytes."""
+        self._qube = qube
+        self._volume: VolumeName = volume
+        self._name = VOLUME_FILES[volume]
+        self._image_size = image_size
+        self._end = 0
+        self._handed_over = 0
+        self._wanted_out = 0
+        self._mutex = threading.Lock()
+        self._state = State.OPEN
+        if not 0 <= image_size <= MAX_NUMBER:
+            raise self._failure(f"{image_size} bytes is not the size of an image")
+        with reporting(f"creating {self._name}", qube=qube, volume=volume):
+            self._file = make_file(self._name, dir_fd=directory)
+        try:
+            if volume != "home":  # its size is a ceiling
+                self._check_capacity()
+        except BaseException:
+            self._leave(State.GONE)
+            raise
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the finished file; None before that."""
+        return self._end if self._state is State.COMPLETE else None
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put `data` at `offset`, in bytes; raises HostFailed or NoSpace, and then takes no more."""
+        with self._step("writing"):
+            if not self._end <= offset <= self._image_size - len(data):
+                raise self._failure(
+                    f"{len(data)} bytes at {offset}, outside of the {self._end} to {self._image_size} left"
+                )
+            write_fully(self._file, data, offset)
+            self._end = offset + len(data)
+            self._begin_writeback()
+
+    def finish(self, size: int) -> None:
+        """Make the file `size` bytes long and wait until it is on disk; raises HostFailed or NoSpace."""
+        with self._step("completing"):
+            if not self._end <= size <= self._image_size:
+                raise self._failure(
+                    f"a size of {size} bytes, where {self._end} to {self._image_size} are possible"
+                )
+            os.ftruncate(self._file, size)
+            # Through the descriptor that wrote: another one might not be told of a write that failed.
+            os.fsync(self._file)
+            actual = os.fstat(self._file).st_size
+            if actual != size:
+                raise self._failure(f"{self._name} has {actual} bytes instead of {size}")
+            self._end = size
+            self._leave(State.COMPLETE)
+
+    def abandon(self) -> None:
+        """Close the file, unfinished; the transaction's rollback removes it. Harmless after `finish`."""
+        with self._mutex:
+            if self._state is State.OPEN:
+                self._leave(State.GONE)
+
+    @contextmanager
+    def _step(self, doing: str) -> Iterator[None]:
+        with self._mutex:
+            if self._state is not State.OPEN:
+                raise self._failure(f"{self._name} takes no more data")
+            try:
+                with reporting(f"{doing} {self._name}", qube=self._qube, volume=self._volume):
+                    yield
+            except BaseException:
+                self._leave(State.GONE)
+                raise
+
+    def _check_capacity(self) -> None:
+        """Refuse a size past the file system's limit now instead of after hours of writing."""
+        try:
+            # Seeking past the limit is refused, and unlike truncating it costs nothing: FAT knows no holes
+            # and would write the zeros.
+            os.lseek(self._file, self._image_size, os.SEEK_SET)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                return
+            raise self._failure(
+                f"an image of {self._image_size} bytes is more than one file can hold here"
+            ) from error
+
+    def _begin_writeback(self) -> None:
+        if self._end - self._wanted_out < WRITEBACK_STEP:
+            return
+        # Starts writing out what is new and drops from memory what is out by now, which is the part before.
+        with suppress(OSError):
+            length = self._end - self._handed_over
+            os.posix_fadvise(self._file, self._handed_over, length, os.POSIX_FADV_DONTNEED)
+        self._handed_over, self._wanted_out = self._wanted_out, self._end
+
+    def _leave(self, state: State) -> None:
+        self._state = state
+        with suppress(OSError):  # what matters has been synced or is given up
+            os.close(self._file)
+
+    def _failure(self, reason: str) -> HostFailed:
+        return HostFailed(reason, qube=self._qube, volume=self._volume)
+
+
+class DirectoryQube:
+    """A `QubeTransaction` in a directory."""
+
+    def __init__(self, directory: int, qube: NewQube) -> None:
+        """Create the partial directory in `directory`, which stays open until this has ended.
+
+        Raises HostFailed, also when something that is not ours has the partial name.
+        """
+        self._directory = directory
+        self._qube = qube
+        self._partial = partial_name(qube.name)
+        self._sinks: dict[VolumeName, ImageFile] = {}
+        self._mutex = threading.Lock()
+        self._state = State.OPEN
+        with reporting(f"creating {self._partial}", qube=qube.name):
+            try:
+                self._inside = make_directory(self._partial, dir_fd=directory)
+            except FileExistsError:
+                raise self._failure(f"{self._partial} is in the way, and not a restore's leftover") from None
+
+    def create_volume(self, volume: VolumeName, image_size: int) -> ImageFile:
+        """A sink for `volume`; raises HostFailed, also when it has one or cannot be as large here."""
+        with self._mutex:
+            self._check_open()
+            sink = ImageFile(self._inside, self._qube.name, volume, image_size)
+            self._sinks[volume] = sink
+            return sink
+
+    def commit(self, settings: QubeSettings) -> None:
+        """Write the record and give the qube its name, all of it on disk when this returns.
+
+        Raises QubeExists if the name has been taken since `begin`, NoSpace, or HostFailed (also when a
+        volume is not finished). After any of these the qube can only be rolled back.
+        """
+        with self._mutex:
+            self._check_open()
+            if settings.key != self._qube.source.key:
+                raise self._failure("the settings are those of another qube")
+            with reporting(f"writing {RECORD}", qube=self._qube.name):
+                self._write_record(record(self._qube, settings, self._sizes()))
+                sync_directory(self._inside)
+            with reporting("giving the complete qube its name", qube=self._qube.name):
+                self._publish()
+            self._leave(State.COMPLETE)
+
+    def rollback(self) -> None:
+        """Remove all that was created; raises HostFailed if it cannot, or if others put something there."""
+        with self._mutex:
+            if self._state is not State.OPEN:
+                return
+            for sink in self._sinks.values():
+                sink.abandon()
+            self._leave(State.GONE)
+            with reporting(f"removing {self._partial}", qube=self._qube.name):
+                remove_partial(self._partial, dir_fd=self._directory)
+
+    def _check_open(self) -> None:
+        if self._state is not State.OPEN:
+            raise self._failure("this qube has been committed or rolled back")
+
+    def _sizes(self) -> dict[VolumeName, int]:
+        sizes: dict[VolumeName, int] = {}
+        for volume, sink in self._sinks.items():
+            if sink.size is None:
+                raise HostFailed("the volume is not complete", qube=self._qube.name, volume=volume)
+            sizes[volume] = sink.size
+        return sizes
+
+    def _write_record(self, content: bytes) -> None:
+        file = make_file(RECORD, dir_fd=self._inside)
+        try:
+            write_fully(file, memoryview(content), 0)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def _publish(self) -> None:
+        name = self._qube.name
+        try:
+            rename_new(self._partial, name, dir_fd=self._directory)
+        except OSError as error:
+            if error.errno not in NAME_TAKEN:
+                raise
+            raise QubeExists("something of that name has appeared in the directory", qube=name) from error
+        try:
+            sync_directory(self._directory)
+        except OSError:
+            # Not known to last, so not a success: back to where a rollback finds it.
+            os.rename(name, self._partial, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            raise
+
+    def _leave(self, state: State) -> None:
+        self._state = state
+        with suppress(OSError):
+            os.close(self._inside)
+
+    def _failure(self, reason: str) -> HostFailed:
+        return HostFailed(reason, qube=self._qube.name)
