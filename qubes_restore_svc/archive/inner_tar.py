@@ -1,0 +1,239 @@
+"""The inner archive: a tar file with one member, which is one file of one qube.
+
+Strategy: a cursor walks over the decompressed blocks. The header, its pax records and the sparse map are
+read and checked at once, before any data; then the image is a lazy stream of extents, each a view
+into a decompressed block, so that data is never copied and never joined. The stream ends only when the
+closing zero blocks and the end of the input have been seen: a cut archive cannot pass for a whole one.
+
+Three kinds of member are known: a regular file, GNU tar's sparse file (type S), and pax sparse 1.0 (what
+Qubes writes for block devices). Everything else that tar can hold is refused.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from qubes_restore_svc.archive import tar_header
+from qubes_restore_svc.archive.sparse import OldGnuReader, PaxReader
+from qubes_restore_svc.archive.tar_header import BLOCK, BadTarHeader, TarHeader
+from qubes_restore_svc.archive.types import human_size, shown
+from qubes_restore_svc.errors import BadImage, BadMetadata, BadSparseMap, ImageTooLarge
+
+#: Largest image, in bytes, whatever limit the caller gives: 16 TiB, which no qube comes near, and which is
+#: the largest file of an ext4 file system that images might be restored to.
+MAX_IMAGE_SIZE = 1 << 44
+
+#: Longest data, in bytes, of one extent.
+MAX_EXTENT = 1 << 20
+
+# What closes a tar archive (two zero blocks), and how much of it is taken. GNU tar fills up to 10 KiB.
+_CLOSING = 2 * BLOCK
+_MAX_CLOSING = 1 << 20
+
+_PAX_NUMBER_DIGITS = 19
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`data` (1 byte to 1 MiB) that stands at `offset` (bytes from the start of the image)."""
+
+    offset: int
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A file of `size` bytes; what no extent covers is zero.
+
+    `extents` come in order of their offsets, do not overlap, and lie inside the image. The iterator raises
+    BadImage if the archive is malformed further on: the image is whole only when it is exhausted.
+    """
+
+    size: int
+    extents: Iterator[Extent]
+
+
+def read_image(blocks: Iterable[bytes], expected_name: str, max_size: int) -> Image:
+    """Read the inner archive in `blocks` (cut anywhere), whose one member must be named `expected_name`.
+
+    `max_size` is the most bytes that the image may have; `MAX_IMAGE_SIZE` holds in any case. Raises
+    ImageTooLarge, BadSparseMap, or BadImage for everything else that is wrong with it. What iterating over
+    `blocks` raises passes through. Closing `blocks` is left to the caller.
+    """
+    source = _Cursor(blocks)
+    try:
+        header, records = _read_header(source)
+        return _open_member(source, header, records, expected_name, max_size)
+    except BadTarHeader as error:
+        raise BadImage(f"the inner archive is malformed: {error}") from error
+
+
+def read_small_file(blocks: Iterable[bytes], expected_name: str, limit: int) -> bytes:
+    """The content of a small file, like qubes.xml, from its inner archive; BadMetadata for all that is wrong.
+
+    A file of more than `limit` bytes is refused when its header has been read.
+    """
+    try:
+        image = read_image(blocks, expected_name, limit)
+        content = bytearray(image.size)
+        for extent in image.extents:
+            content[extent.offset : extent.offset + len(extent.data)] = extent.data
+    except (BadImage, BadSparseMap, ImageTooLarge) as error:
+        raise BadMetadata(f"{shown(expected_name)} cannot be read: {error.reason}") from error
+    return bytes(content)
+
+
+class _Cursor:
+    """Walks over blocks and gives views into them."""
+
+    def __init__(self, blocks: Iterable[bytes]) -> None:
+        self._blocks = iter(blocks)
+        self._rest = memoryview(b"")
+
+    def peek(self, limit: int) -> memoryview:
+        """The next 1 to `limit` bytes, without passing them; empty at the end of the input."""
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                break
+            self._rest = memoryview(block)
+        return self._rest[:limit]
+
+    def advance(self, size: int) -> None:
+        """Pass `size` bytes, no more than the last `peek` gave."""
+        self._rest = self._rest[size:]
+
+    def some(self, limit: int) -> memoryview:
+        """The next 1 to `limit` bytes. Raises BadImage at the end of the input."""
+        data = self.peek(limit)
+        if not data:
+            raise BadImage("the inner archive ends early")
+        self.advance(len(data))
+        return data
+
+    def exactly(self, size: int) -> bytes:
+        """The next `size` bytes, copied: for headers, not for data."""
+        collected = bytearray()
+        while len(collected) < size:
+            collected += self.some(size - len(collected))
+        return bytes(collected)
+
+
+def _read_header(source: _Cursor) -> tuple[TarHeader, dict[str, bytes]]:
+    """The member's header and the pax records before it."""
+    block = source.exactly(BLOCK)
+    if tar_header.is_zero_block(block):
+        raise BadImage("the inner archive is empty")
+    header = tar_header.parse_tar_header(block)
+    if header.type_flag != b"x":
+        return header, {}
+    if header.size > tar_header.MAX_PAX_SIZE:
+        raise BadImage(f"the pax header has {header.size} bytes; {tar_header.MAX_PAX_SIZE} are taken")
+    records = tar_header.parse_pax_records(source.exactly(header.size))
+    _read_padding(source, header.size)
+    return tar_header.parse_tar_header(source.exactly(BLOCK)), records
+
+
+def _open_member(
+    source: _Cursor, header: TarHeader, records: dict[str, bytes], expected_name: str, max_size: int
+) -> Image:
+    name = records.get("path", header.name)
+    stored_size = _pax_number(records, "size") if "size" in records else header.size
+    sparse_keys = {key for key in records if key.startswith("GNU.sparse.")}
+    if header.type_flag == b"S" and not records:
+        _check_name(name, expected_name)
+        return _old_gnu_image(source, header, max_size)
+    if header.type_flag not in (b"0", b"\x00"):
+        raise BadImage(
+            f"the inner archive holds something other than a file (type {shown(header.type_flag)})"
+        )
+    if not sparse_keys:
+        _check_name(name, expected_name)
+        _check_size(stored_size, max_size)
+        # A file is a sparse file with one part.
+        parts = [(0, stored_size)]
+        return Image(stored_size, _extents(source, parts, _padding(stored_size) + _CLOSING))
+    if (
+        sparse_keys != {f"GNU.sparse.{key}" for key in ("major", "minor", "name", "realsize")}
+        or records["GNU.sparse.major"] != b"1"
+        or records["GNU.sparse.minor"] != b"0"
+    ):
+        raise BadImage("the inner archive holds a sparse file in a format that Qubes does not write")
+    # The name in the header is made up by the writer, and holds its process number.
+    _check_name(records["GNU.sparse.name"], expected_name)
+    return _pax_image(source, _pax_number(records, "GNU.sparse.realsize"), stored_size, max_size)
+
+
+def _old_gnu_image(source: _Cursor, header: TarHeader, max_size: int) -> Image:
+    image_size = OldGnuReader.image_size(header)
+    _check_size(image_size, max_size)
+    reader = OldGnuReader(header, image_size)
+    while not reader.complete:
+        reader.feed(source.exactly(BLOCK))
+    return Image(image_size, _extents(source, reader.result(), _padding(header.size) + _CLOSING))
+
+
+def _pax_image(source: _Cursor, image_size: int, member_size: int, max_size: int) -> Image:
+    _check_size(image_size, max_size)
+    reader = PaxReader(image_size, member_size)
+    while not reader.complete:
+        data = source.peek(reader.wanted)
+        if not data:
+            raise BadImage("the inner archive ends early")
+        source.advance(reader.feed(data))
+    # Qubes' writer does not pad the data to a whole block, GNU tar does.
+    return Image(image_size, _extents(source, reader.result(), _CLOSING))
+
+
+def _extents(source: _Cursor, parts: Iterable[tuple[int, int]], closing: int) -> Iterator[Extent]:
+    for offset, length in parts:
+        position, end = offset, offset + length
+        while position < end:
+            data = source.some(min(end - position, MAX_EXTENT))
+            yield Extent(position, data)
+            position += len(data)
+    _read_closing(source, closing)
+
+
+def _read_closing(source: _Cursor, least: int) -> None:
+    """Read to the end of the input: at least `least` bytes, and nothing but zeros."""
+    size = 0
+    while data := source.peek(MAX_EXTENT):
+        size += len(data)
+        if bytes(data).count(0) != len(data):
+            raise BadImage("the inner archive holds something after its file")
+        if size > least + _MAX_CLOSING:
+            raise BadImage("the inner archive does not end after its file")
+        source.advance(len(data))
+    if size < least:
+        raise BadImage("the inner archive ends early (its closing blocks are missing)")
+
+
+def _check_name(untrusted_name: bytes, expected_name: str) -> None:
+    if untrusted_name != expected_name.encode():
+        raise BadImage(f"the inner archive holds {shown(untrusted_name)} instead of {shown(expected_name)}")
+
+
+def _check_size(untrusted_size: int, max_size: int) -> None:
+    if untrusted_size > MAX_IMAGE_SIZE:
+        raise ImageTooLarge(
+            f"the image has {human_size(untrusted_size)}, more than any volume of Qubes",
+            advice="The file is damaged or was made to attack; do not trust it.",
+        )
+    if untrusted_size > max_size:
+        raise ImageTooLarge(f"the image has {human_size(untrusted_size)}; {human_size(max_size)} are allowed")
+
+
+def _pax_number(records: dict[str, bytes], key: str) -> int:
+    digits = records[key]
+    if not digits.isdigit() or len(digits) > _PAX_NUMBER_DIGITS:
+        raise BadImage(f"the pax record {key} is not a number")
+    return int(digits)
+
+
+def _padding(size: int) -> int:
+    return tar_header.padded(size) - size
+
+
+def _read_padding(source: _Cursor, size: int) -> None:
+    if any(source.exactly(_padding(size))):
+        raise BadImage("the padding of the pax header is not zero")

@@ -1,0 +1,438 @@
+"""qubes.xml: which qubes the backup holds, where in the archive they lie, and how they were set up.
+
+Strategy: the document becomes a tree under limits that bound memory, time and depth. Of its domains
+only those count whose feature `backup-content` is true. Each of them is read by itself into the models
+of the session protocol: a single setting that no Qubes system writes is left out with a warning, a
+qube whose identity (name, class, label, place in the archive) is in doubt is refused, and only a file
+that is malformed as a whole is an error. A choice in doubt falls to the side that is safe: no network.
+
+The schema is that of qubesd (R4.0 and later): its PropertyHolder, Features, Tags and Volume.config.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from xml.etree.ElementTree import Element, TreeBuilder
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import ParseError, XMLParser
+from pydantic import TypeAdapter, ValidationError
+
+from qubes_restore_svc.errors import BadMetadata, ProtocolViolation
+from qubes_restore_svc.wire.messages import (
+    ErrorInfo,
+    Manifest,
+    ManifestQube,
+    RefusedQube,
+    VolumeInfo,
+    encode_message,
+)
+from qubes_restore_svc.wire.names import (
+    MAX_NUMBER,
+    MAX_QUBES,
+    FeatureName,
+    LabelName,
+    NetvmName,
+    PropertyName,
+    QubeKey,
+    QubeName,
+    SettingValue,
+    TagName,
+    strip_control,
+)
+
+MAX_QUBES_XML = 8 << 20  #: bytes; a system of 250 qubes has less than 1 MiB
+MAX_MARKUP = 200_000  #: tags, and attributes, in one document; the tree then takes less than 200 MiB
+MAX_DEPTH = 32  #: elements inside each other; qubes.xml has 6 levels
+MAX_PATH = 255  #: characters of a qube's directory in the archive
+MAX_WARNINGS = 200  #: more than these are counted, not told
+
+
+@dataclass(frozen=True, slots=True)
+class BackupQube:
+    """A qube that the backup holds. `path` is its directory in the archive: `vm10`, `appvms/work`,
+    for dom0 `dom0-home/user`; relative, without a final slash, no other qube's path is inside it.
+    """
+
+    info: ManifestQube
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackupContent:
+    """What qubes.xml says is in the backup, in its order; `warnings` are sentences without a stop."""
+
+    qubes: tuple[BackupQube, ...]
+    refused: tuple[RefusedQube, ...]
+    warnings: tuple[str, ...]
+
+
+def parse_qubes_xml(untrusted_xml: bytes) -> BackupContent:
+    """Read qubes.xml. What is returned fits into one `Manifest`, keys and names being unique.
+
+    Raises BadMetadata if the file as a whole is malformed or out of bounds.
+    """
+    root = parse_xml(untrusted_xml, "qubes.xml", MAX_QUBES_XML)
+    if root.tag == "QubesVmCollection":
+        raise BadMetadata("qubes.xml has the form of Qubes R3.2 and earlier, which no format 4 backup has")
+    if root.tag != "qubes" or root.find("domains") is None:
+        raise BadMetadata("qubes.xml does not hold a list of qubes")
+    untrusted_domains = root.findall("./domains/domain")
+    if len(untrusted_domains) > MAX_QUBES:
+        raise BadMetadata(f"qubes.xml lists {len(untrusted_domains)} qubes; at most {MAX_QUBES} are accepted")
+    reader = _Reader(_labels(root))
+    for untrusted_domain in untrusted_domains:
+        reader.read(untrusted_domain)
+    _check_size(reader)
+    return BackupContent(tuple(reader.qubes), tuple(reader.refused), tuple(reader.warnings()))
+
+
+def parse_xml(untrusted_xml: bytes, what: str, max_size: int) -> Element:
+    """The root element of a small UTF-8 document; comments stay in the tree as elements.
+
+    `what` names the file in errors. Raises BadMetadata for more than `max_size` bytes, more than
+    MAX_MARKUP tags or attributes, elements nested deeper than MAX_DEPTH, a document type or entities
+    (so no entity expands and nothing external is ever read), and everything that is not XML.
+    """
+    if len(untrusted_xml) > max_size:
+        raise BadMetadata(f"{what} has {len(untrusted_xml)} bytes; at most {max_size} are accepted")
+    if b"\0" in untrusted_xml:
+        raise BadMetadata(f"{what} is not UTF-8 text")
+    # Every tag has a "<" and every attribute a "=": this holds before the first object is made of them.
+    if max(untrusted_xml.count(b"<"), untrusted_xml.count(b"=")) > MAX_MARKUP:
+        raise BadMetadata(f"{what} holds more than {MAX_MARKUP} tags or attributes")
+    parser = XMLParser(target=_BoundedBuilder(what), encoding="utf-8", forbid_dtd=True)
+    try:
+        parser.feed(untrusted_xml)
+        root: Element = parser.close()
+    except DefusedXmlException:
+        raise BadMetadata(f"{what} declares a document type or entities; Qubes never does") from None
+    except ParseError as error:
+        line, column = error.position
+        raise BadMetadata(f"{what} is not well-formed XML (line {line}, column {column})") from None
+    except (ValueError, LookupError):
+        raise BadMetadata(f"{what} is not UTF-8 text") from None
+    return root
+
+
+# --- The tree --------------------------------------------------------------------------------------
+
+
+class _BoundedBuilder(TreeBuilder):
+    """Builds the tree, with comments kept as qubesd's parser keeps them, down to MAX_DEPTH."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(insert_comments=True, insert_pis=True)
+        self._what = what
+        self._depth = 0
+
+    def start(self, tag: str, attrs: dict[Any, Any], /) -> Element:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise BadMetadata(f"{self._what} nests elements deeper than {MAX_DEPTH} levels")
+        return super().start(tag, attrs)
+
+    def end(self, tag: str, /) -> Element:
+        self._depth -= 1
+        return super().end(tag)
+
+
+def _labels(root: Element) -> dict[str, str]:
+    """Label names by what a property may call them: their id (`label-4`), or the name itself."""
+    names = [(label.get("id", ""), label.text or "") for label in root.findall("./labels/label")]
+    return {name: name for _, name in names} | dict(names)
+
+
+def _texts(nodes: Iterable[Element]) -> Iterator[tuple[str, str]]:
+    """Name and value of each property or feature. No text is the empty value; `ref` stands for text."""
+    for node in nodes:
+        yield node.get("name", ""), node.get("ref") or node.text or ""
+
+
+# --- The qubes -------------------------------------------------------------------------------------
+
+_Warn = Callable[[str], None]
+
+#: What a backup of each class holds where a writer gave no volume-config.
+_USUAL_VOLUMES = {
+    "AdminVM": ("home",),
+    "AppVM": ("private",),
+    "TemplateVM": ("root", "private"),
+    "StandaloneVM": ("root", "private"),
+    "DispVM": (),
+}
+_TEMPLATE_BASED = frozenset({"AppVM", "DispVM"})
+
+_IDENTITY = frozenset({"name", "label", "template", "netvm", "qid", "uuid"})
+_BACKUP_FEATURES = frozenset({"backup-content", "backup-path", "backup-size"})
+_FALSE = frozenset({"", "0", "false", "no", "off", "none"})
+
+#: In lower case: no other qube may have a name that a person could take for dom0's.
+_DOM0_NAMES = frozenset({"dom0", "domain-0"})
+
+_PATH = re.compile(r"[A-Za-z0-9_.+@-]+(?:/[A-Za-z0-9_.+@-]+)*")
+_DOM0_DIRECTORY = "dom0-home"
+_NUMBER = re.compile(r"[0-9]{1,19}")
+
+_QUBE_NAME: TypeAdapter[str] = TypeAdapter(QubeName)
+_QUBE_KEY: TypeAdapter[str] = TypeAdapter(QubeKey)
+_LABEL_NAME: TypeAdapter[str] = TypeAdapter(LabelName)
+_NETVM_NAME: TypeAdapter[str] = TypeAdapter(NetvmName)
+_PROPERTY_NAME: TypeAdapter[str] = TypeAdapter(PropertyName)
+_FEATURE_NAME: TypeAdapter[str] = TypeAdapter(FeatureName)
+_TAG_NAME: TypeAdapter[str] = TypeAdapter(TagName)
+_SETTING_VALUE: TypeAdapter[str] = TypeAdapter(SettingValue)
+
+
+@dataclass
+class _Reader:
+    """Reads domains one after the other; knows what those before have taken."""
+
+    labels: dict[str, str]
+    qubes: list[BackupQube] = field(default_factory=list)
+    refused: list[RefusedQube] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set)  # in lower case
+    _keys: set[str] = field(default_factory=set)
+    _paths: set[str] = field(default_factory=set)
+    _parents: set[str] = field(default_factory=set)  # every directory above one of the paths
+    _warnings: list[str] = field(default_factory=list)
+    _untold: int = 0
+
+    def read(self, untrusted_domain: Element) -> None:
+        """List or refuse the domain, if it is in the backup at all."""
+        untrusted_features = dict(_texts(untrusted_domain.findall("./features/feature")))
+        if untrusted_features.get("backup-content", "").strip().lower() in _FALSE:
+            return
+        untrusted_properties = dict(_texts(untrusted_domain.findall("./properties/property")))
+        klass = untrusted_domain.get("class", "")
+        untrusted_name = "dom0" if klass == "AdminVM" else untrusted_properties.get("name", "")
+        try:
+            self.qubes.append(
+                self._qube(untrusted_domain, untrusted_name, untrusted_properties, untrusted_features)
+            )
+        except BadMetadata as error:
+            shown = _shown(untrusted_name) or "(without a name)"
+            self.refused.append(RefusedQube(name=shown, error=ErrorInfo.of(error)))
+
+    def warnings(self) -> Iterator[str]:
+        yield from self._warnings
+        if self._untold:
+            yield f"{self._untold} more settings in qubes.xml are not as Qubes writes them"
+
+    def _qube(
+        self,
+        untrusted_domain: Element,
+        untrusted_name: str,
+        untrusted_properties: dict[str, str],
+        untrusted_features: dict[str, str],
+    ) -> BackupQube:
+        klass = untrusted_domain.get("class", "")
+        if klass not in _USUAL_VOLUMES:
+            raise BadMetadata(f"it is of the class '{_shown(klass)}', which cannot be restored")
+        # Claimed first: a directory that a refused qube lays claim to is still in doubt for the next one.
+        path = self._claim_path(untrusted_features.get("backup-path", ""), klass)
+        name = self._checked_name(untrusted_name, klass)
+
+        def warn(text: str) -> None:
+            self._warn(f"{name}: {text}")
+
+        fields: dict[str, object] = {
+            "key": self._key(path, klass),
+            "name": name,
+            "klass": klass,
+            "label": self._label(untrusted_properties.get("label"), klass),
+            "template": _template(untrusted_properties.get("template", ""), klass, warn),
+            "netvm": _netvm(untrusted_properties.get("netvm"), warn),
+            "backup_size": _size(untrusted_features.get("backup-size"), "backup-size", warn) or 0,
+            "volumes": _volumes(untrusted_domain, klass, warn),
+            "properties": _settings(
+                "property", untrusted_domain.findall("./properties/property"), _PROPERTY_NAME, _IDENTITY, warn
+            ),
+            "features": _settings(
+                "feature",
+                untrusted_domain.findall("./features/feature"),
+                _FEATURE_NAME,
+                _BACKUP_FEATURES,
+                warn,
+            ),
+            "tags": _tags(untrusted_domain, warn),
+        }
+        try:
+            info = ManifestQube.model_validate(fields)
+        except ValidationError as error:
+            where = ", ".join(sorted({str(part["loc"][0]) for part in error.errors() if part["loc"]}))
+            raise BadMetadata(f"its settings are out of bounds ({where or 'together'})") from None
+        self._names.add(name.lower())
+        self._keys.add(info.key)
+        return BackupQube(info, path)
+
+    def _claim_path(self, untrusted_path: str, klass: str) -> str:
+        path = untrusted_path.removesuffix("/")
+        if not path:
+            raise BadMetadata("qubes.xml does not say where in the backup it is")
+        parts = path.split("/")
+        if len(path) > MAX_PATH or not _PATH.fullmatch(path) or {".", ".."} & set(parts):
+            raise BadMetadata("its place in the backup is not a plain relative path")
+        if (parts[0] == _DOM0_DIRECTORY) != (klass == "AdminVM") or (klass == "AdminVM" and len(parts) != 2):
+            raise BadMetadata(f"its place in the backup is not where a qube of the class {klass} lies")
+        parents = {"/".join(parts[:count]) for count in range(1, len(parts))}
+        if path in self._paths or path in self._parents or parents & self._paths:
+            raise BadMetadata("its place in the backup overlaps that of another qube")
+        self._paths.add(path)
+        self._parents |= parents
+        return path
+
+    def _checked_name(self, untrusted_name: str, klass: str) -> str:
+        if not untrusted_name:
+            raise BadMetadata("it has no name")
+        if not _matches(_QUBE_NAME, untrusted_name):
+            raise BadMetadata("its name is not one that a qube can have")
+        name = untrusted_name
+        if klass != "AdminVM" and name.lower() in _DOM0_NAMES:
+            raise BadMetadata("its name is dom0's")
+        if name.lower() in self._names:
+            raise BadMetadata("another qube in the backup has the same name")
+        return name
+
+    def _label(self, untrusted_label: str | None, klass: str) -> str:
+        # dom0's label is built in (black), and not in every file.
+        if untrusted_label is None and klass == "AdminVM":
+            return "black"
+        if not untrusted_label:
+            raise BadMetadata("it has no label")
+        label = self.labels.get(untrusted_label, "")
+        if not _matches(_LABEL_NAME, label):
+            raise BadMetadata("its label is not among the labels in qubes.xml")
+        return label
+
+    def _key(self, path: str, klass: str) -> str:
+        """The last part of the path, so that a person knows it again; made up where that will not do."""
+        key = "dom0" if klass == "AdminVM" else path.rpartition("/")[2]
+        if _matches(_QUBE_KEY, key) and key not in self._keys and (key != "dom0" or klass == "AdminVM"):
+            return key
+        number = len(self.qubes) + 1
+        while f"qube{number}" in self._keys:
+            number += 1
+        return f"qube{number}"
+
+    def _warn(self, text: str) -> None:
+        if len(self._warnings) < MAX_WARNINGS:
+            self._warnings.append(text)
+        else:
+            self._untold += 1
+
+
+# --- The settings of a qube --------------------------------------------------------------------------
+
+
+def _template(untrusted_template: str, klass: str, warn: _Warn) -> str | None:
+    if not untrusted_template:
+        return None
+    if klass not in _TEMPLATE_BASED or not _matches(_QUBE_NAME, untrusted_template):
+        warn("its template is not one that it can have; left out")
+        return None
+    return untrusted_template
+
+
+def _netvm(untrusted_netvm: str | None, warn: _Warn) -> str | None:
+    """None (the default) only if the file says nothing about it; what is in doubt gets no network."""
+    if untrusted_netvm is None:
+        return None
+    if untrusted_netvm.lower() == "none":
+        return ""
+    if not _matches(_NETVM_NAME, untrusted_netvm):
+        warn("its netvm is not the name of a qube; it will have no network")
+        return ""
+    return untrusted_netvm
+
+
+def _size(untrusted_size: str | None, what: str, warn: _Warn) -> int | None:
+    if untrusted_size is None:
+        return None
+    if not _NUMBER.fullmatch(untrusted_size) or (size := int(untrusted_size)) > MAX_NUMBER:
+        warn(f"{what} is not a size in bytes; left out")
+        return None
+    return size
+
+
+def _volumes(untrusted_domain: Element, klass: str, warn: _Warn) -> tuple[VolumeInfo, ...]:
+    """The volumes that a complete backup of the qube has: those that keep their content when it stops."""
+    usual = _USUAL_VOLUMES[klass]
+    if klass == "AdminVM" or untrusted_domain.find("volume-config") is None:
+        return tuple(VolumeInfo.model_validate({"name": name}) for name in usual)
+    volumes: list[VolumeInfo] = []
+    for volume in untrusted_domain.findall("./volume-config/volume"):
+        if volume.get("save_on_stop", "").strip().lower() in _FALSE:
+            continue
+        name = volume.get("name", "")
+        if name not in ("root", "private"):
+            warn(f"it has a volume '{_shown(name)}', which cannot be restored")
+            continue
+        size = _size(volume.get("size"), f"the size of its volume {name}", warn)
+        volumes.append(VolumeInfo.model_validate({"name": name, "size": size}))
+    for name in usual:
+        if name not in [volume.name for volume in volumes]:
+            warn(f"qubes.xml does not count on its volume {name}, as a {klass} would have")
+    return tuple(volumes)
+
+
+def _settings(
+    kind: str, nodes: list[Element], name_type: TypeAdapter[str], left_out: frozenset[str], warn: _Warn
+) -> dict[str, str]:
+    """Properties or features, those of `left_out` apart. As for qubesd, the last of a name counts."""
+    settings: dict[str, str] = {}
+    for name, value in _texts(nodes):
+        if name in left_out:
+            continue
+        if not _matches(name_type, name) or not _matches(_SETTING_VALUE, value):
+            # An earlier value of that name must not come to life because the last one is refused.
+            settings.pop(name, None)
+            warn(f"the {kind} '{_shown(name)}' cannot be restored; left out")
+            continue
+        settings[name] = value
+    return settings
+
+
+def _tags(untrusted_domain: Element, warn: _Warn) -> tuple[str, ...]:
+    tags: dict[str, None] = {}
+    for node in untrusted_domain.findall("./tags/tag"):
+        tag = node.get("name", "")
+        if _matches(_TAG_NAME, tag):
+            tags[tag] = None
+        else:
+            warn(f"the tag '{_shown(tag)}' cannot be restored; left out")
+    return tuple(tags)
+
+
+# --- Small things ------------------------------------------------------------------------------------
+
+
+def _matches(adapter: TypeAdapter[str], untrusted_text: str) -> bool:
+    try:
+        adapter.validate_python(untrusted_text)
+    except ValidationError:
+        return False
+    return True
+
+
+def _shown(untrusted_text: str) -> str:
+    """For an error or a warning: short, and with nothing in it that could steer a terminal."""
+    return strip_control(untrusted_text[:80]) + ("…" if len(untrusted_text) > 80 else "")
+
+
+def _check_size(reader: _Reader) -> None:
+    # With the longest backup id and filter name that a header can have, so that the real one fits too.
+    try:
+        encode_message(
+            Manifest(
+                backup_id="x" * 128,
+                format=4,
+                compression_filter="x" * 32,
+                qubes=tuple(qube.info for qube in reader.qubes),
+                refused=tuple(reader.refused),
+            )
+        )
+    except ProtocolViolation:
+        limit = Manifest.max_size >> 20
+        raise BadMetadata(f"qubes.xml describes more than the {limit} MiB that are accepted") from None
