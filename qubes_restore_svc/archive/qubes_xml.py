@@ -12,13 +12,11 @@ The schema is that of qubesd (R4.0 and later): its PropertyHolder, Features, Tag
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
+from xml.etree.ElementTree import Element
 
-from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import ParseError, XMLParser
 from pydantic import TypeAdapter, ValidationError
 
+from qubes_restore_svc.archive.xml_tree import parse_xml
 from qubes_restore_svc.errors import BadMetadata, ProtocolViolation
 from qubes_restore_svc.wire.messages import (
     ErrorInfo,
@@ -43,8 +41,6 @@ from qubes_restore_svc.wire.names import (
 )
 
 MAX_QUBES_XML = 8 << 20  #: bytes; a system of 250 qubes has less than 1 MiB
-MAX_MARKUP = 200_000  #: tags, and attributes, in one document; the tree then takes less than 200 MiB
-MAX_DEPTH = 32  #: elements inside each other; qubes.xml has 6 levels
 MAX_PATH = 255  #: characters of a qube's directory in the archive
 MAX_WARNINGS = 200  #: more than these are counted, not told
 
@@ -88,54 +84,7 @@ def parse_qubes_xml(untrusted_xml: bytes) -> BackupContent:
     return BackupContent(tuple(reader.qubes), tuple(reader.refused), tuple(reader.warnings()))
 
 
-def parse_xml(untrusted_xml: bytes, what: str, max_size: int) -> Element:
-    """The root element of a small UTF-8 document; comments stay in the tree as elements.
-
-    `what` names the file in errors. Raises BadMetadata for more than `max_size` bytes, more than
-    MAX_MARKUP tags or attributes, elements nested deeper than MAX_DEPTH, a document type or entities
-    (so no entity expands and nothing external is ever read), and everything that is not XML.
-    """
-    if len(untrusted_xml) > max_size:
-        raise BadMetadata(f"{what} has {len(untrusted_xml)} bytes; at most {max_size} are accepted")
-    if b"\0" in untrusted_xml:
-        raise BadMetadata(f"{what} is not UTF-8 text")
-    # Every tag has a "<" and every attribute a "=": this holds before the first object is made of them.
-    if max(untrusted_xml.count(b"<"), untrusted_xml.count(b"=")) > MAX_MARKUP:
-        raise BadMetadata(f"{what} holds more than {MAX_MARKUP} tags or attributes")
-    parser = XMLParser(target=_BoundedBuilder(what), encoding="utf-8", forbid_dtd=True)
-    try:
-        parser.feed(untrusted_xml)
-        root: Element = parser.close()
-    except DefusedXmlException:
-        raise BadMetadata(f"{what} declares a document type or entities; Qubes never does") from None
-    except ParseError as error:
-        line, column = error.position
-        raise BadMetadata(f"{what} is not well-formed XML (line {line}, column {column})") from None
-    except (ValueError, LookupError):
-        raise BadMetadata(f"{what} is not UTF-8 text") from None
-    return root
-
-
 # --- The tree --------------------------------------------------------------------------------------
-
-
-class _BoundedBuilder(TreeBuilder):
-    """Builds the tree, with comments kept as qubesd's parser keeps them, down to MAX_DEPTH."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(insert_comments=True, insert_pis=True)
-        self._what = what
-        self._depth = 0
-
-    def start(self, tag: str, attrs: dict[Any, Any], /) -> Element:
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise BadMetadata(f"{self._what} nests elements deeper than {MAX_DEPTH} levels")
-        return super().start(tag, attrs)
-
-    def end(self, tag: str, /) -> Element:
-        self._depth -= 1
-        return super().end(tag)
 
 
 def _labels(root: Element) -> dict[str, str]:

@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 from pydantic import TypeAdapter, ValidationError
 
-from qubes_restore_svc.archive.qubes_xml import parse_xml
+from qubes_restore_svc.archive.xml_tree import parse_xml
 from qubes_restore_svc.errors import BadMetadata
 from qubes_restore_svc.wire.messages import FirewallRule
 from qubes_restore_svc.wire.names import MAX_NOTES, AppmenuName, Notes

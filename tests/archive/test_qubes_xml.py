@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import tarfile
-import time
 import tracemalloc
 from collections.abc import Mapping
 from xml.sax.saxutils import escape, quoteattr
@@ -14,15 +13,13 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.archive import qubes_xml
+from qubes_restore_svc.archive import xml_tree
 from qubes_restore_svc.archive.qubes_xml import (
-    MAX_DEPTH,
     MAX_QUBES_XML,
     MAX_WARNINGS,
     BackupContent,
     BackupQube,
     parse_qubes_xml,
-    parse_xml,
 )
 from qubes_restore_svc.errors import BadMetadata
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube, VolumeInfo, encode_message
@@ -645,7 +642,7 @@ def test_only_utf_8_is_read(encoding: str) -> None:
     assert whole_file(WRITTEN.decode().encode(encoding)) == "qubes.xml is not UTF-8 text"
 
 
-@pytest.mark.parametrize("encoding", ["cp037", "idna", "nonsense", "rot13"])
+@pytest.mark.parametrize("encoding", ["cp037", "gb2312", "idna", "nonsense", "rot13", "utf-7", "utf-16"])
 def test_another_encoding_in_the_declaration_changes_nothing(encoding: str) -> None:
     document = WRITTEN.replace(b"encoding='utf-8'", f"encoding='{encoding}'".encode())
     assert parse_qubes_xml(document) == parse_qubes_xml(WRITTEN)
@@ -674,18 +671,8 @@ def test_a_file_larger_than_the_limit_is_not_parsed() -> None:
     assert f"at most {MAX_QUBES_XML}" in whole_file(WRITTEN + padding + b" ")
 
 
-def test_elements_are_nested_down_to_a_limit() -> None:
-    def nested(depth: int) -> bytes:
-        return b"<a>" * depth + b"</a>" * depth
-
-    assert parse_xml(nested(MAX_DEPTH), "it", 10_000).tag == "a"
-    for depth in (MAX_DEPTH + 1, 100_000):
-        with pytest.raises(BadMetadata, match="it nests elements deeper than 32 levels"):
-            parse_xml(nested(depth), "it", MAX_QUBES_XML)
-
-
 def test_deep_nesting_does_no_harm_even_without_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qubes_xml, "MAX_DEPTH", 1 << 30)
+    monkeypatch.setattr(xml_tree, "MAX_DEPTH", 1 << 30)
     assert whole_file(b"<a>" * 100_000 + b"</a>" * 100_000) == "qubes.xml does not hold a list of qubes"
 
 
@@ -730,15 +717,12 @@ def test_room_is_left_for_any_backup_id_and_filter_name() -> None:
         parse(domain(features=features))
 
 
-def test_the_most_qubes_there_can_be_are_read_in_a_few_seconds() -> None:
+def test_the_most_qubes_there_can_be_are_all_read() -> None:
     config = '<volume-config><volume name="private" save_on_stop="True" size="1"/></volume-config>'
     qubes = [
         domain(f"q{n}", path=f"vm{n}/", properties={"memory": "1"}, more=config) for n in range(MAX_QUBES)
     ]
-    started = time.monotonic()
-    content = parse(*qubes)
-    assert len(content.qubes) == MAX_QUBES
-    assert time.monotonic() - started < 20
+    assert len(parse(*qubes).qubes) == MAX_QUBES
 
 
 # --- Anything ---------------------------------------------------------------------------------------------
