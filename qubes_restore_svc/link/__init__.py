@@ -1,0 +1,1 @@
+"""How broker and worker reach each other: a local sandbox, or qrexec."""

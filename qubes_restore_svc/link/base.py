@@ -1,0 +1,34 @@
+"""What the broker needs of a link to a worker, whichever it is.
+
+Strategy: an async context manager owns the worker: entering starts it, leaving destroys it, whatever
+happened. In between the broker makes qrexec-style calls and gets a connected stream socket for each.
+"""
+
+import socket
+from types import TracebackType
+from typing import Protocol, Self
+
+
+class Link(Protocol):
+    """A worker of one's own."""
+
+    async def __aenter__(self) -> Self:
+        """Start the worker; raises SandboxUnavailable or WorkerLost."""
+        ...
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Destroy the worker and wait until it is gone (a second at the most)."""
+        ...
+
+    async def call(self, service: str, argument: str = "") -> socket.socket:
+        """Call a service of the worker; the socket is blocking, and the caller's. Raises WorkerLost."""
+        ...
+
+    async def wait_gone(self) -> str:
+        """Return when the worker has ended, with what is known of why (printable, one line)."""
+        ...

@@ -1,0 +1,117 @@
+"""A worker on this machine: a child process in a sandbox, called through sockets that only it can have.
+
+Strategy: the worker inherits one end of a socket pair. A call makes another pair and sends one half of it
+along. So there is no name under which anybody else could reach the worker, or a worker that was taken over
+could be reached by an accomplice; and nothing in the file system. The same pair is the lifeline:
+when the broker is gone, however it went, the worker reads its end. The worker's first message says that it
+is ready, before it has touched the archive; a sandbox that cannot be had is known by then.
+"""
+
+import os
+import re
+import socket
+import stat
+from collections.abc import Sequence
+from fcntl import F_GETFL, fcntl
+from types import TracebackType
+from typing import Self
+
+from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost
+from qubes_restore_svc.link.interpreter import worker_command
+from qubes_restore_svc.link.process import SandboxFailed, WorkerProcess, to_the_end
+from qubes_restore_svc.link.sandbox import find_bubblewrap, sandbox_failed
+from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor
+
+
+class LocalLink:
+    """The link to a worker of one's own on this machine; to be entered once, in the main thread.
+
+    `archive_fd` is the backup, open for reading only: a file, a pipe or a device. It stays the caller's.
+    `memory_limit` is how much memory the worker may take, bytes; None: what is available now.
+    `command` is a program to run instead of the worker. Options are appended: `--calls-fd N`, the socket on
+    which calls come, each a message with a descriptor; `--archive-fd N`; `--memory-limit BYTES`.
+
+    Without `sandbox` the worker has the rights, the files and the network of this process.
+    """
+
+    def __init__(
+        self,
+        archive_fd: int,
+        *,
+        sandbox: bool = True,
+        memory_limit: int | None = None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        self._archive_fd = archive_fd
+        self._sandbox = sandbox
+        self._memory_limit = memory_limit
+        self._command = command
+        self._worker: WorkerProcess | None = None
+
+    async def __aenter__(self) -> Self:
+        """Start the worker and wait until it is ready.
+
+        Raises SandboxUnavailable; WorkerLost if it ends instead; UsageError for a descriptor that a
+        worker must not have.
+        """
+        _check_archive(self._archive_fd)
+        bubblewrap = find_bubblewrap() if self._sandbox else None
+        try:
+            self._worker = await self._start(bubblewrap, disable_userns=True)
+        except SandboxFailed as failure:
+            # Old versions do not know the option, some containers forbid it; the filter stands in for it.
+            if not re.search("userns|user_namespaces|user namespaces", failure.words):
+                raise sandbox_failed(failure.words) from None
+            try:
+                self._worker = await self._start(bubblewrap, disable_userns=False)
+            except SandboxFailed as second_failure:
+                raise sandbox_failed(second_failure.words) from None
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Kill the worker and wait until nothing is left of it, even if cancelled meanwhile."""
+        if self._worker is not None:
+            await to_the_end(self._worker.destroy())
+
+    async def call(self, service: str, argument: str = "") -> socket.socket:
+        """Call a service of the worker; the socket is blocking, and the caller's. Raises WorkerLost.
+
+        It never waits: what the worker does not answer is for the caller's own timeouts.
+        """
+        return self._running().call(encode_descriptor(ServiceCall(service, argument, "dom0")))
+
+    async def wait_gone(self) -> str:
+        """Return when the worker has ended, with what is known of why (printable, one line)."""
+        return await self._running().wait_gone()
+
+    async def _start(self, bubblewrap: str | None, *, disable_userns: bool) -> WorkerProcess:
+        worker = WorkerProcess(bubblewrap, disable_userns=disable_userns)
+        limit = available_memory() if self._memory_limit is None else self._memory_limit
+        try:
+            await worker.start(self._command or worker_command(), self._archive_fd, limit)
+        except OSError as error:
+            reason = f"the worker cannot be started: {error.strerror or error}"
+            raise (SandboxUnavailable(reason) if bubblewrap else WorkerLost(reason)) from error
+        return worker
+
+    def _running(self) -> WorkerProcess:
+        if self._worker is None:
+            raise WorkerLost("the worker was not started")
+        return self._worker
+
+
+def _check_archive(fd: int) -> None:
+    """Refuse what would give the worker more than the archive's bytes: writing, a directory, a terminal."""
+    mode = os.fstat(fd).st_mode
+    readable = stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+    if not readable or os.isatty(fd) or fcntl(fd, F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+        raise UsageError(
+            "the backup must be a file, a pipe or a device that is open for reading only",
+            advice="Give the name of the file, or pipe the backup in: cat FILE | …",
+        )

@@ -1,0 +1,289 @@
+"""The worker as a process: started, made ready, limited, called, killed and reaped.
+
+Strategy: every descriptor and process has one owner, this object, from the moment it exists; a start that
+was begun is carried on until its process is known, even if cancelled, and is then undone. bubblewrap is
+not simply killed: before it has told the first process of its process namespace, that process may wait for
+it for ever. That first process is killed, and with it the kernel ends everything inside. If this process
+is killed itself, the kernel kills bubblewrap, and the worker reads the end of its calls. (One gap stays, in
+bubblewrap: killed between asking for that and releasing its child, microseconds, it leaves that child.)
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import struct
+from collections.abc import Coroutine, Sequence
+from typing import TypeVar
+
+from qubes_restore_svc.errors import WorkerLost
+from qubes_restore_svc.link.limits import limit_resources
+from qubes_restore_svc.link.pipes import Tail, readable, tail_of_pipe
+from qubes_restore_svc.link.sandbox import sandbox_command
+from qubes_restore_svc.link.seccomp import system_call_filter
+from qubes_restore_svc.wire.names import strip_control
+
+#: The worker's first and only message on its calls socket; descriptors of calls come the other way.
+READY = b"ready"
+#: Seconds a worker may take to get ready: an interpreter's start on a slow, busy machine.
+START_TIMEOUT_S = 60.0
+#: Seconds until a killed worker must be gone.
+END_TIMEOUT_S = 1.0
+#: Bytes of the worker's standard error that are kept, from its end.
+STDERR_KEPT = 4096
+
+_STATUS_SIZE = 4096
+_SHORTLY_S = 0.2
+_MOMENT_S = 0.002
+_CREDENTIALS = struct.Struct("3i")  #: process, user, group (unix(7))
+_LAST_LINE_LENGTH = 300
+
+_Result = TypeVar("_Result")
+
+
+class SandboxFailed(Exception):
+    """bubblewrap ended without having started the command; `words` is what it wrote to standard error."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.words = words
+
+
+class WorkerProcess:
+    """One process, in a sandbox if `bubblewrap` is the path of that program, and all that belongs to it.
+
+    After `start` it must be destroyed; a failed `start` has done so itself.
+    """
+
+    def __init__(self, bubblewrap: str | None, *, disable_userns: bool = True) -> None:
+        self._bubblewrap = bubblewrap
+        self._disable_userns = disable_userns
+        self._process: asyncio.subprocess.Process | None = None
+        self._calls: socket.socket | None = None
+        self._stderr: Tail | None = None
+        self._status: int | None = None  #: memory file in which bubblewrap writes what it has done
+        self._first_inside: int | None = None  #: pidfd of the first process in the sandbox
+        self._ended_here = False
+
+    async def start(self, command: Sequence[str], archive_fd: int, memory_limit: int) -> None:
+        """Run `command` and wait until it says that it is ready.
+
+        Raises WorkerLost, SandboxFailed, or OSError if there is nothing to be run.
+        """
+        try:
+            await to_the_end(self._spawn(command, archive_fd, memory_limit))
+            process_id = await self._wait_ready()
+            limit_resources(process_id, memory_limit, own_namespace=self._bubblewrap is not None)
+        except BaseException:
+            await to_the_end(self.destroy())
+            raise
+
+    def call(self, descriptor: bytes) -> socket.socket:
+        """A new connection to the worker, on which it finds `descriptor` first. Raises WorkerLost."""
+        if self._calls is None:
+            raise WorkerLost("the worker is not running")
+        with contextlib.ExitStack() as undo:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                undo.callback(ours.close)
+                with theirs:
+                    ours.sendall(descriptor)
+                    socket.send_fds(self._calls, [b"call"], [theirs.fileno()])
+            except BlockingIOError:
+                raise WorkerLost("the worker takes no calls any more") from None
+            except OSError as error:
+                raise WorkerLost(f"the worker cannot be called: {error.strerror}") from error
+            undo.pop_all()
+        return ours
+
+    async def wait_gone(self) -> str:
+        """Return when the process has ended, with what is known of why (printable, one line)."""
+        if self._process is None:
+            return "the worker was not started"
+        status = await self._process.wait()
+        if self._stderr is not None:
+            await self._stderr.wait_end(_SHORTLY_S)
+        if self._ended_here:
+            return "the worker was ended"
+        return _describe_end(status, self._last_words(), through_bubblewrap=self._bubblewrap is not None)
+
+    async def destroy(self) -> None:
+        """Kill and reap all processes, close all descriptors. Safe to repeat."""
+        if self._process is not None and self._process.returncode is None:
+            self._ended_here = True
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
+        try:
+            if self._process is not None:
+                await self._kill(self._process)
+        finally:
+            if self._stderr is not None:
+                self._stderr.close()
+            for descriptor in (self._status, self._first_inside):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._status = self._first_inside = None
+
+    # --- Starting --------------------------------------------------------------------------------
+
+    async def _spawn(self, command: Sequence[str], archive_fd: int, memory_limit: int) -> None:
+        """Start the process. What it inherits is closed here as soon as it has it."""
+        with contextlib.ExitStack() as inherited:
+            self._calls, calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            inherited.callback(calls.close)
+            self._calls.setblocking(False)
+            self._calls.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            # Another number: our standard input can be the archive, and is something else for the child.
+            archive_fd = os.dup(archive_fd)
+            inherited.callback(os.close, archive_fd)
+            self._stderr, stderr = tail_of_pipe(STDERR_KEPT, inherited)
+            command = [
+                *command,
+                *("--calls-fd", str(calls.fileno())),
+                *("--archive-fd", str(archive_fd)),
+                *("--memory-limit", str(memory_limit)),
+            ]
+            descriptors = [calls.fileno(), archive_fd]
+            if self._bubblewrap is not None:
+                # Not a pipe: it would wake us, or kill bubblewrap if we are gone, while it still holds up
+                # its child; a child whose bubblewrap is gone then waits for ever.
+                self._status = os.memfd_create("status")
+                filter_fd = _filter_pipe(inherited)
+                command = sandbox_command(
+                    self._bubblewrap,
+                    command,
+                    status_fd=self._status,
+                    filter_fd=filter_fd,
+                    disable_userns=self._disable_userns,
+                )
+                descriptors += [self._status, *([] if filter_fd is None else [filter_fd])]
+            # No environment, sandbox or not. A session of its own: Ctrl-C is for the broker to act on.
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=descriptors,
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+
+    async def _wait_ready(self) -> int:
+        """Wait for the worker's first message; returns the id of its process."""
+        assert self._calls is not None
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await readable(self._calls.fileno())
+                message, ancillary, _, _ = self._calls.recvmsg(
+                    len(READY) + 1, socket.CMSG_SPACE(_CREDENTIALS.size)
+                )
+        except TimeoutError:
+            raise WorkerLost(f"the worker was not ready after {START_TIMEOUT_S:.0f} seconds") from None
+        except OSError:
+            message, ancillary = b"", []
+        for level, kind, content in ancillary:
+            if message == READY and (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                self._find_first_inside()
+                return int(_CREDENTIALS.unpack(content)[0])
+        raise await self._failure()
+
+    def _find_first_inside(self) -> bool:
+        """Take hold of the first process of the sandbox; False if bubblewrap has not told it yet."""
+        told = self._told(rb'"child-pid": (\d+)')
+        if told is not None and self._first_inside is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._first_inside = os.pidfd_open(int(told[1]))
+        return told is not None
+
+    def _told(self, pattern: bytes) -> re.Match[bytes] | None:
+        """The match of `pattern` in what bubblewrap has told so far."""
+        return None if self._status is None else re.search(pattern, os.pread(self._status, _STATUS_SIZE, 0))
+
+    async def _failure(self) -> Exception:
+        """Why there is no ready worker."""
+        assert self._process is not None
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                end = await self.wait_gone()
+        except TimeoutError:
+            return WorkerLost("the worker does not keep to the protocol of its link")
+        # The exit code is told only if the command was started.
+        if self._bubblewrap is not None and self._told(rb'"exit-code"') is None:
+            return SandboxFailed(self._words())
+        return WorkerLost(f"{end}, before it was ready")
+
+    # --- Ending ----------------------------------------------------------------------------------
+
+    async def _kill(self, process: asyncio.subprocess.Process) -> None:
+        if self._status is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    while process.returncode is None and not self._find_first_inside():
+                        await asyncio.sleep(_MOMENT_S)
+        if self._first_inside is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(self._first_inside, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    # bubblewrap first: it reaps the other one.
+                    await process.wait()
+                    await readable(self._first_inside)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    await process.wait()
+
+    def _words(self) -> str:
+        return self._stderr.content.decode(errors="replace") if self._stderr is not None else ""
+
+    def _last_words(self) -> str:
+        lines = [line for line in self._words().splitlines() if line.strip()]
+        return strip_control(lines[-1].strip())[:_LAST_LINE_LENGTH] if lines else ""
+
+
+async def to_the_end(work: Coroutine[None, None, _Result]) -> _Result:
+    """Await `work` without letting a cancellation into it; the cancellation counts when it is done."""
+    task = asyncio.ensure_future(work)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancellation = error
+        except Exception:  # noqa: BLE001 - it is raised below, by result()
+            break
+    if cancellation is not None and not task.cancelled():
+        task.exception()
+        raise cancellation
+    return task.result()
+
+
+def _filter_pipe(inherited: contextlib.ExitStack) -> int | None:
+    """A pipe that holds the filter of system calls, a few KiB; None where there is no filter."""
+    program = system_call_filter()
+    if program is None:
+        return None
+    reader, writer = os.pipe()
+    inherited.callback(os.close, reader)
+    with open(writer, "wb", buffering=0) as pipe:
+        pipe.write(program)
+    return reader
+
+
+def _describe_end(status: int, last_words: str, *, through_bubblewrap: bool) -> str:
+    """What is to be said of a process that ended by itself. bubblewrap passes a signal on as 128 + n."""
+    number = -status if status < 0 else status - 128 if through_bubblewrap else 0
+    if number > 0:
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        text = f"the worker was killed ({name})"
+        if number == signal.SIGKILL:
+            text += ", perhaps for want of memory"
+    else:
+        text = f"the worker ended with status {status}"
+    return f"{text}: {last_words}" if last_words else text

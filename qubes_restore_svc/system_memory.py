@@ -1,0 +1,104 @@
+"""How much memory this process may still take, in bytes.
+
+Strategy: what the kernel calls available, and then, from this process's control group up to the root of
+the hierarchy, what each group's limit leaves. The smallest counts. Page cache that can be dropped
+counts as free, in a group as in the whole machine. Standard library only: both sides of the boundary use it.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+#: Largest limit that is one: version 1 writes LONG_MAX, rounded to a page, for "no limit".
+_NO_LIMIT = 1 << 60
+
+#: limit files, usage file and the line of memory.stat with the droppable page cache, by cgroup version
+_VERSION_1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Memory available to this process, bytes; 0 at a limit. `root` is where /proc and /sys are."""
+    available = _system_memory(root)
+    for group, version in _control_groups(root):
+        available = min(available, _room(group, version))
+    return max(0, available)
+
+
+def _system_memory(root: Path) -> int:
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    if match:
+        return int(match[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, int]]:
+    """The directories, with their cgroup version, of this process's memory groups up to the topmost seen."""
+    memberships = _memberships(_read(root / "proc/self/cgroup"))
+    for version, mounted_group, mount_point in _mounts(_read(root / "proc/self/mountinfo")):
+        if version not in memberships:
+            continue
+        top = root / mount_point.lstrip("/")
+        # In a container the path can lie outside of what is mounted; the mount's own group still counts.
+        path = PurePosixPath(memberships[version])
+        inside = path.relative_to(mounted_group).parts if path.is_relative_to(mounted_group) else ()
+        if ".." in inside:
+            inside = ()
+        for depth in range(len(inside), -1, -1):
+            yield top.joinpath(*inside[:depth]), version
+
+
+def _memberships(cgroup: str) -> dict[int, str]:
+    """The path of the memory group for each cgroup version, from /proc/PID/cgroup (cgroups(7))."""
+    found = {}
+    for line in cgroup.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if "memory" in controllers.split(","):
+            found[1] = path
+        elif number == "0" and not controllers:
+            found[2] = path
+    return found
+
+
+def _mounts(mountinfo: str) -> Iterator[tuple[int, str, str]]:
+    """Version, mounted group and mount point of every cgroup mount, from /proc/PID/mountinfo (proc(5))."""
+    for line in mountinfo.splitlines():
+        place, separator, kind = line.partition(" - ")
+        fields, filesystem = place.split(" "), kind.split(" ")
+        if not separator or len(fields) < 5 or len(filesystem) < 3:
+            continue
+        if filesystem[0] == "cgroup2":
+            yield 2, _unescape(fields[3]), _unescape(fields[4])
+        elif filesystem[0] == "cgroup" and "memory" in filesystem[2].split(","):
+            yield 1, _unescape(fields[3]), _unescape(fields[4])
+
+
+def _room(group: Path, version: int) -> int:
+    """What the limits of one group leave, bytes; a huge number where there is no limit."""
+    limit_files, usage_file, cache_line = _VERSION_1 if version == 1 else _VERSION_2
+    limits = [_number(_read(group / name)) for name in limit_files]
+    usage = _number(_read(group / usage_file))
+    limit = min((number for number in limits if number is not None), default=_NO_LIMIT)
+    if limit >= _NO_LIMIT or usage is None:
+        return _NO_LIMIT
+    cache = re.search(rf"^{cache_line} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    return limit - max(0, usage - (int(cache[1]) if cache else 0))
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\d+\n?", text, re.ASCII) else None
+
+
+def _unescape(field: str) -> str:
+    """mountinfo writes blanks and backslashes as octal escapes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def _read(path: Path) -> str:
+    """The file's text, or "" when there is none: not every machine has every file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
