@@ -204,10 +204,10 @@ def test_what_is_not_json_or_too_deep_is_refused(payload: bytes) -> None:
     [
         (b'{"a":[' + b",".join([b"0"] * (MAX_MEMBERS + 1)) + b"]}", "members in one place"),
         (b"{" + b",".join(b'"%d":0' % i for i in range(MAX_MEMBERS + 1)) + b"}", "members in one place"),
-        (b'{"a":{"a":[' + b",".join([b"{}"] * 1_300_000) + b"]}}", "members in one place"),
+        (b'{"a":{"a":[' + b",".join([b"{}"] * 300_000) + b"]}}", "members in one place"),
         (b'{"a":[[]]}', "array in an array"),
         (b'{"a":[0,[]]}', "array in an array"),
-        (b'{"b":0,"a":[[' + b",".join([b"[]"] * 1_300_000) + b"]]}", "array in an array"),
+        (b'{"b":0,"a":[[' + b",".join([b"[]"] * 300_000) + b"]]}", "array in an array"),
     ],
     ids=["values", "keys", "objects", "array", "second", "arrays"],
 )

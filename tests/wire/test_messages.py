@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 import traceback
 import tracemalloc
 from collections.abc import Iterator
@@ -450,6 +449,10 @@ def test_numbers_that_equal_a_constant_are_not_that_constant() -> None:
         m.Open.model_validate({"passphrase": SecretStr("x"), "protocol": True})
     with pytest.raises(ValidationError):
         m.Open.model_validate({"passphrase": SecretStr("x"), "protocol": 1.0})
+    manifest = {"backup_id": "b", "compression_filter": "gzip", "qubes": ()}
+    assert m.Manifest.model_validate({**manifest, "format": 4})
+    with pytest.raises(ValidationError):
+        m.Manifest.model_validate({**manifest, "format": 4.0})
 
 
 # --- JSON that is an attack ----------------------------------------------------------------------
@@ -477,12 +480,10 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_json_bomb_is_refused_in_seconds(name: str) -> None:
+def test_a_json_bomb_is_refused(name: str) -> None:
     assert len(BOMBS[name]) <= M
-    begin = time.monotonic()
     with pytest.raises(ProtocolViolation):
         m.parse_worker_message(BOMBS[name])
-    assert time.monotonic() - begin < 10  # 1 second here; 38, and gigabytes, when every error is written down
 
 
 QUBES_OF_JUNK = [b"{" + b",".join(b'"%x":0' % i for i in range(110)) + b"}"] * 400
