@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from qubes_restore_svc.broker.job import QubeChoice
 from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY
 from qubes_restore_svc.link.local import LocalLink
 
-from .support.backup_writer import BackupWriter, sample_qube
+from .support.backup_writer import BackupWriter, Replacements
 from .support.compare import differences, sha256
 from .support.damage import DAMAGES, Damage, cut_off, flip_bit, sample_backup
 from .support.fixtures import expectation, shared_fixture
+from .support.plans import sample_qube
+from .support.qubes_xml_writer import qubes_xml
 from .support.restoring import kinds, restore
 
 RECORDED = ["bzip2", "gzip", "none", "pigz", "real-cost", "sparse-map", "xz", "zstd"]
@@ -123,8 +126,8 @@ def check_outcome(damage: Damage, backup: Path, target: Path | None) -> None:
         assert not succeeded
     else:
         assert report.status == PARTLY
-        victim = sample_backup().qubes[damage.victim].name
-        assert succeeded == {qube.name for qube in sample_backup().qubes} - {victim}
+        victims = {sample_backup().qubes[victim].name for victim in damage.victims}
+        assert succeeded == {qube.name for qube in sample_backup().qubes} - victims
     for qube in report.qubes:
         assert qube.succeeded or qube.error or any(volume.error for volume in qube.volumes)
     if target is not None:
@@ -151,6 +154,19 @@ def test_a_broken_backup_restores_only_what_is_whole(broken: tuple[Damage, Path]
 
 def test_a_broken_backup_does_not_verify(broken: tuple[Damage, Path]) -> None:
     check_outcome(*broken, None)
+
+
+def test_a_qube_does_not_come_back_with_the_volumes_of_another(tmp_path: Path) -> None:
+    # Every chunk of `vault` is authentic; only qubes.xml says that they are those of `work`.
+    writer = sample_backup()
+    work, vault, *others = writer.qubes
+    lie = qubes_xml([replace(work, path="vm11/"), vault, *others])
+    backup = written(replace(writer, replacements=Replacements(qubes_xml=lie)), tmp_path)
+    report = restore(backup, tmp_path / "out")
+    assert report.status == PARTLY
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {qube.name for qube in others}
+    reasons = {qube.name: qube.error.reason for qube in report.qubes if qube.error is not None}
+    assert "'vault'" in reasons["work"] and "'work'" in reasons["vault"]
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,15 @@ Strategy: the document becomes a tree under limits that bound memory, time and d
 only those count whose feature `backup-content` is true. Each of them is read by itself into the models
 of the session protocol: a single setting that no Qubes system writes is left out with a warning, a
 qube whose identity (name, class, label, place in the archive) is in doubt is refused, and only a file
-that is malformed as a whole is an error. A choice in doubt falls to the side that is safe: no network.
+that is malformed as a whole is an error. A choice in doubt falls to the side that is safe: no network,
+and of two qubes that claim one place in the archive, neither.
 
 The schema is that of qubesd (R4.0 and later): its PropertyHolder, Features, Tags and Volume.config.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element
 
@@ -77,9 +79,10 @@ def parse_qubes_xml(untrusted_xml: bytes) -> BackupContent:
     untrusted_domains = root.findall("./domains/domain")
     if len(untrusted_domains) > MAX_QUBES:
         raise BadMetadata(f"qubes.xml lists {len(untrusted_domains)} qubes; at most {MAX_QUBES} are accepted")
+    entries = [entry for domain in untrusted_domains if (entry := _entry(domain)) is not None]
     reader = _Reader(_labels(root))
-    for untrusted_domain in untrusted_domains:
-        reader.read(untrusted_domain)
+    for entry, rival in zip(entries, _rivals(entries), strict=True):
+        reader.read(entry, rival)
     _check_size(reader)
     return BackupContent(tuple(reader.qubes), tuple(reader.refused), tuple(reader.warnings()))
 
@@ -97,6 +100,76 @@ def _texts(nodes: Iterable[Element]) -> Iterator[tuple[str, str]]:
     """Name and value of each property or feature. No text is the empty value; `ref` stands for text."""
     for node in nodes:
         yield node.get("name", ""), node.get("ref") or node.text or ""
+
+
+# --- Places in the archive ---------------------------------------------------------------------------
+
+_PATH = re.compile(r"[A-Za-z0-9_.+@-]+(?:/[A-Za-z0-9_.+@-]+)*")
+_DOM0_DIRECTORY = "dom0-home"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A domain that is in the backup, with what decides on whether it can be listed at all."""
+
+    untrusted_domain: Element
+    klass: str
+    untrusted_name: str
+    untrusted_properties: dict[str, str]
+    untrusted_features: dict[str, str]
+
+    @property
+    def shown(self) -> str:
+        """The name for an error."""
+        return _shown(self.untrusted_name) or "(without a name)"
+
+    def path(self) -> str:
+        """Its directory in the archive. Raises BadMetadata if that is not one that it can have."""
+        path = self.untrusted_features.get("backup-path", "").removesuffix("/")
+        if not path:
+            raise BadMetadata("qubes.xml does not say where in the backup it is")
+        parts = path.split("/")
+        if len(path) > MAX_PATH or not _PATH.fullmatch(path) or {".", ".."} & set(parts):
+            raise BadMetadata("its place in the backup is not a plain relative path")
+        is_dom0 = self.klass == "AdminVM"
+        if (parts[0] == _DOM0_DIRECTORY) != is_dom0 or (is_dom0 and len(parts) != 2):
+            raise BadMetadata(
+                f"its place in the backup is not where a qube of the class {_shown(self.klass)} lies"
+            )
+        return path
+
+
+def _entry(untrusted_domain: Element) -> _Entry | None:
+    untrusted_features = dict(_texts(untrusted_domain.findall("./features/feature")))
+    if untrusted_features.get("backup-content", "").strip().lower() in _FALSE:
+        return None
+    untrusted_properties = dict(_texts(untrusted_domain.findall("./properties/property")))
+    klass = untrusted_domain.get("class", "")
+    untrusted_name = "dom0" if klass == "AdminVM" else untrusted_properties.get("name", "")
+    return _Entry(untrusted_domain, klass, untrusted_name, untrusted_properties, untrusted_features)
+
+
+def _rivals(entries: list[_Entry]) -> list[_Entry | None]:
+    """For each entry one other whose place is the same, inside its own or around it.
+
+    What lies there is of one of them, and nothing says of which. A claim counts even if the qube that
+    makes it is refused for another reason.
+    """
+    claims: list[tuple[str, int]] = []
+    for position, entry in enumerate(entries):
+        with suppress(BadMetadata):
+            claims.append((entry.path() + "/", position))
+    rivals: list[_Entry | None] = [None] * len(entries)
+    # Sorted, a directory comes right before all that is inside it.
+    outer: tuple[str, int] | None = None
+    for claim in sorted(claims):
+        if outer is None or not claim[0].startswith(outer[0]):
+            outer = claim
+            continue
+        rivals[claim[1]] = entries[outer[1]]
+        if rivals[outer[1]] is None:
+            rivals[outer[1]] = entries[claim[1]]
+    return rivals
 
 
 # --- The qubes -------------------------------------------------------------------------------------
@@ -120,8 +193,6 @@ _FALSE = frozenset({"", "0", "false", "no", "off", "none"})
 #: In lower case: no other qube may have a name that a person could take for dom0's.
 _DOM0_NAMES = frozenset({"dom0", "domain-0"})
 
-_PATH = re.compile(r"[A-Za-z0-9_.+@-]+(?:/[A-Za-z0-9_.+@-]+)*")
-_DOM0_DIRECTORY = "dom0-home"
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
 _QUBE_NAME: TypeAdapter[str] = TypeAdapter(QubeName)
@@ -143,45 +214,29 @@ class _Reader:
     refused: list[RefusedQube] = field(default_factory=list)
     _names: set[str] = field(default_factory=set)  # in lower case
     _keys: set[str] = field(default_factory=set)
-    _paths: set[str] = field(default_factory=set)
-    _parents: set[str] = field(default_factory=set)  # every directory above one of the paths
     _warnings: list[str] = field(default_factory=list)
     _untold: int = 0
 
-    def read(self, untrusted_domain: Element) -> None:
-        """List or refuse the domain, if it is in the backup at all."""
-        untrusted_features = dict(_texts(untrusted_domain.findall("./features/feature")))
-        if untrusted_features.get("backup-content", "").strip().lower() in _FALSE:
-            return
-        untrusted_properties = dict(_texts(untrusted_domain.findall("./properties/property")))
-        klass = untrusted_domain.get("class", "")
-        untrusted_name = "dom0" if klass == "AdminVM" else untrusted_properties.get("name", "")
+    def read(self, entry: _Entry, rival: _Entry | None) -> None:
+        """List or refuse the qube; `rival` is another that claims its place in the archive."""
         try:
-            self.qubes.append(
-                self._qube(untrusted_domain, untrusted_name, untrusted_properties, untrusted_features)
-            )
+            self.qubes.append(self._qube(entry, rival))
         except BadMetadata as error:
-            shown = _shown(untrusted_name) or "(without a name)"
-            self.refused.append(RefusedQube(name=shown, error=ErrorInfo.of(error)))
+            self.refused.append(RefusedQube(name=entry.shown, error=ErrorInfo.of(error)))
 
     def warnings(self) -> Iterator[str]:
         yield from self._warnings
         if self._untold:
             yield f"{self._untold} more settings in qubes.xml are not as Qubes writes them"
 
-    def _qube(
-        self,
-        untrusted_domain: Element,
-        untrusted_name: str,
-        untrusted_properties: dict[str, str],
-        untrusted_features: dict[str, str],
-    ) -> BackupQube:
-        klass = untrusted_domain.get("class", "")
+    def _qube(self, entry: _Entry, rival: _Entry | None) -> BackupQube:
+        klass, untrusted_domain = entry.klass, entry.untrusted_domain
         if klass not in _USUAL_VOLUMES:
             raise BadMetadata(f"it is of the class '{_shown(klass)}', which cannot be restored")
-        # Claimed first: a directory that a refused qube lays claim to is still in doubt for the next one.
-        path = self._claim_path(untrusted_features.get("backup-path", ""), klass)
-        name = self._checked_name(untrusted_name, klass)
+        path = entry.path()
+        if rival is not None:
+            raise BadMetadata(f"its place in the backup overlaps that of another qube, '{rival.shown}'")
+        name = self._checked_name(entry.untrusted_name, klass)
 
         def warn(text: str) -> None:
             self._warn(f"{name}: {text}")
@@ -190,10 +245,10 @@ class _Reader:
             "key": self._key(path, klass),
             "name": name,
             "klass": klass,
-            "label": self._label(untrusted_properties.get("label"), klass),
-            "template": _template(untrusted_properties.get("template", ""), klass, warn),
-            "netvm": _netvm(untrusted_properties.get("netvm"), warn),
-            "backup_size": _size(untrusted_features.get("backup-size"), "backup-size", warn) or 0,
+            "label": self._label(entry.untrusted_properties.get("label"), klass),
+            "template": _template(entry.untrusted_properties.get("template", ""), klass, warn),
+            "netvm": _netvm(entry.untrusted_properties.get("netvm"), warn),
+            "backup_size": _size(entry.untrusted_features.get("backup-size"), "backup-size", warn) or 0,
             "volumes": _volumes(untrusted_domain, klass, warn),
             "properties": _settings(
                 "property", untrusted_domain.findall("./properties/property"), _PROPERTY_NAME, _IDENTITY, warn
@@ -215,22 +270,6 @@ class _Reader:
         self._names.add(name.lower())
         self._keys.add(info.key)
         return BackupQube(info, path)
-
-    def _claim_path(self, untrusted_path: str, klass: str) -> str:
-        path = untrusted_path.removesuffix("/")
-        if not path:
-            raise BadMetadata("qubes.xml does not say where in the backup it is")
-        parts = path.split("/")
-        if len(path) > MAX_PATH or not _PATH.fullmatch(path) or {".", ".."} & set(parts):
-            raise BadMetadata("its place in the backup is not a plain relative path")
-        if (parts[0] == _DOM0_DIRECTORY) != (klass == "AdminVM") or (klass == "AdminVM" and len(parts) != 2):
-            raise BadMetadata(f"its place in the backup is not where a qube of the class {klass} lies")
-        parents = {"/".join(parts[:count]) for count in range(1, len(parts))}
-        if path in self._paths or path in self._parents or parents & self._paths:
-            raise BadMetadata("its place in the backup overlaps that of another qube")
-        self._paths.add(path)
-        self._parents |= parents
-        return path
 
     def _checked_name(self, untrusted_name: str, klass: str) -> str:
         if not untrusted_name:

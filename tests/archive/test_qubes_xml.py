@@ -421,17 +421,56 @@ def test_dom0_lies_in_dom0_home_only(path: str) -> None:
     ("first", "second"),
     [("vm1", "vm1/"), ("vm1", "vm1/x"), ("vm1/x", "vm1"), ("a/b/c", "a/b"), ("a", "a/b/c/d")],
 )
-def test_a_path_that_is_or_holds_the_path_of_another_qube_is_refused(first: str, second: str) -> None:
+def test_two_qubes_of_which_one_lies_in_the_place_of_the_other_are_both_refused(
+    first: str, second: str
+) -> None:
     content = parse(domain("one", path=first), domain("two", path=second), domain("three", path="vm3"))
-    assert [qube.info.name for qube in content.qubes] == ["one", "three"]
+    assert [qube.info.name for qube in content.qubes] == ["three"]
     assert [(qube.name, qube.error.reason) for qube in content.refused] == [
-        ("two", "its place in the backup overlaps that of another qube")
+        ("one", "its place in the backup overlaps that of another qube, 'two'"),
+        ("two", "its place in the backup overlaps that of another qube, 'one'"),
     ]
 
 
-def test_the_path_of_a_refused_qube_is_free_for_no_other() -> None:
-    content = parse(domain("one", path="vm1", label=None), domain("two", path="vm1"))
-    assert content.qubes == () and len(content.refused) == 2
+def test_of_many_qubes_in_one_place_none_is_listed_and_those_beside_it_are() -> None:
+    paths = ["a/b/c", "a.b", "a/b", "a/b/c/d", "a", "a+", "a/b", "b", "a-b/c", "a-b"]
+    content = parse(*[domain(f"q{number}", path=path) for number, path in enumerate(paths)])
+    assert [qube.path for qube in content.qubes] == ["a.b", "a+", "b"]
+    assert [qube.name for qube in content.refused] == ["q0", "q2", "q3", "q4", "q6", "q8", "q9"]
+    assert all("overlaps" in qube.error.reason for qube in content.refused)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        domain("two", path="vm1", label=None),
+        domain("--help", path="vm1"),
+        domain("dom0", path="vm1"),
+        domain("two", path="vm1", klass="RemoteVM"),
+    ],
+    ids=["no label", "no name", "dom0's name", "unknown class"],
+)
+def test_the_place_of_a_refused_qube_is_free_for_no_other(refused: str) -> None:
+    one = domain("one", path="vm1")
+    for content in (parse(refused, one), parse(one, refused)):
+        assert content.qubes == () and len(content.refused) == 2
+
+
+def test_a_place_that_no_qube_can_have_is_taken_from_none() -> None:
+    content = parse(
+        domain(None, klass="AdminVM", path="dom0-home/user", label=None),
+        domain("one", path="dom0-home/user"),
+        domain("two", path="vm1//"),
+        domain("three", path="vm1/"),
+    )
+    assert [qube.info.name for qube in content.qubes] == ["dom0", "three"]
+
+
+def test_the_other_qube_is_named_in_a_form_fit_for_a_terminal() -> None:
+    content = parse(domain("a\x9b2J\u202e" + "b" * 500, path="vm1"), domain("two", path="vm1"))
+    assert content.refused[1].error.reason.endswith(f"another qube, 'a\ufffd2J\ufffd{'b' * 75}…'")
+    content = parse(domain("", path="vm1"), domain("two", path="vm1"))
+    assert content.refused[1].error.reason.endswith("'(without a name)'")
 
 
 def test_paths_beside_each_other_do_not_overlap() -> None:

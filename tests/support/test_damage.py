@@ -16,22 +16,22 @@ import pytest
 
 from qubes_restore_svc.errors import ERROR_KINDS
 
-from .backup_writer import BackupWriter, RawMember, join_members
-from .damage import (
-    DAMAGES,
+from .backup_writer import BackupWriter
+from .damage import DAMAGES, sample_backup
+from .damage_tools import (
     GIB,
     Damage,
     cut_off,
     edited,
     flip_bit,
     inserted,
-    sample_backup,
     victim_chunks,
     victim_file,
     with_cost,
     zero_bomb,
 )
-from .test_backup_writer import content_of, opened, program
+from .outer_archive import RawMember, join_members
+from .reading_back import content_of, opened, program
 
 WRITER = sample_backup()
 GOOD = list(WRITER.members())
@@ -104,6 +104,8 @@ def test_chunks_are_lost_repeated_and_moved() -> None:
     assert order_of("reordered-chunks") == [0, 2, 1, 3, *rest]
     assert order_of("chunk-with-a-later-number") == [0, 7, 2, 3, *rest]
     assert order_of("file-stands-twice") == [*range(count), *range(count)]
+    repeated = [member.name for member in members_of(DAMAGES["file-stands-twice"])]
+    assert repeated[VICTIM[-1] + 1 :][:2] == ["vm10/whitelisted-appmenus.list.000.enc", GOOD[VICTIM[0]].name]
     assert members_of(DAMAGES["chunk-after-other-files"])[-1] == GOOD[VICTIM[-1]]
     swapped = members_of(DAMAGES["swapped-chunks"])
     assert [swapped[place].data for place in VICTIM[1:3]] == [GOOD[place].data for place in VICTIM[2:0:-1]]
@@ -179,7 +181,7 @@ def test_a_lie_in_qubes_xml_is_in_the_backup() -> None:
     assert b'SYSTEM "file:///etc/passwd"' in xml_of("external-entity")
     assert "\x9b2J".encode() in xml_of("qube-name-with-a-c1-control-sequence")
     assert b"work\x1b[2J" in xml_of("qube-name-with-an-escape-sequence")
-    assert xml_of("backup-path-of-another-qube").count(b">vm11/<") == 2
+    assert xml_of("backup-path-of-another-qube").count(b">vm12/<") == 2
     assert xml_of("qube-name-that-stands-twice").count(b'name="name">vault<') == 2
     assert len(xml_of("qubes-xml-of-100-mib")) > 100 << 20
 

@@ -38,9 +38,7 @@ class ThreadLink:
 
         async def serve() -> None:
             calls = PassedCalls(theirs)
-            daemon = Daemon(
-                calls.accept, self._engine, memory=MEMORY, jobs=self._jobs, archive_fd=archive_fd
-            )
+            daemon = Daemon(calls.accept, self._engine, memory=MEMORY, jobs=self._jobs, archive_fd=archive_fd)
             await daemon.serve()
 
         def run() -> None:
