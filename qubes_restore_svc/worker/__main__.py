@@ -1,0 +1,58 @@
+"""`python -m qubes_restore_svc.worker`: started by the link, inside the sandbox or the DisposableVM."""
+
+import argparse
+import asyncio
+import os
+import resource
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+
+from qubes_restore_svc.archive.kdf import OpensslEngine
+from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.worker.calls import PassedCalls
+from qubes_restore_svc.worker.daemon import Daemon
+
+#: Bytes that stay free for the interpreter, the decompressor and the sockets.
+_OVERHEAD = 256 << 20
+_LEAST_MEMORY = 64 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve one session and leave, whatever threads still run."""
+    parser = argparse.ArgumentParser(prog="qubes-restore-worker")
+    parser.add_argument("--calls-fd", type=int, required=True, help="socket on which calls come")
+    parser.add_argument("--archive-fd", type=int, help="the backup, open for reading")
+    parser.add_argument("--memory-limit", type=int, help="memory that this machine has to give, bytes")
+    options = parser.parse_args(arguments)
+    _restrict_process()
+    available = options.memory_limit or available_memory()
+    memory = max(_LEAST_MEMORY, available - _OVERHEAD)
+    asyncio.run(_serve(options.calls_fd, options.archive_fd, memory=memory))
+
+
+async def _serve(calls_fd: int, archive_fd: int | None, *, memory: int) -> None:
+    calls = PassedCalls(socket.socket(fileno=calls_fd))
+    jobs = len(os.sched_getaffinity(0))
+    status = 1
+    try:
+        await Daemon(calls.accept, OpensslEngine(), memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
+        status = 0
+    except Exception:  # noqa: BLE001 - a mistake of ours; its traceback goes to the link's log
+        traceback.print_exc()
+    # A derivation takes seconds and cannot be interrupted, a read from a pipe perhaps never ends, and an
+    # orderly end of the interpreter would wait for both. Nobody is interested in them any more.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _restrict_process() -> None:
+    """No core dump, which would hold the passphrase; no file, because nothing is ever staged."""
+    # 1 and not 0: a limit of 0 does not keep the kernel from piping the dump to a collector (core(5)).
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The worker's daemon: three services behind one socket, called as qrexec calls a socket service.
+
+Strategy: read the service descriptor of a connection, check who calls, hand the connection to its
+service. Only dom0 may call; there is one session in a worker's life, and when it ends the daemon ends.
+"""
+
+import asyncio
+import socket
+from concurrent.futures import Future
+
+from qubes_restore_svc.archive.kdf import KdfEngine
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation
+from qubes_restore_svc.wire import service
+from qubes_restore_svc.worker.calls import Accept
+from qubes_restore_svc.worker.fetches import Fetches
+from qubes_restore_svc.worker.session import Resources, Session
+
+#: Seconds within which a caller must have sent its descriptor.
+_DESCRIPTOR_TIMEOUT_S = 10
+
+
+class Daemon:
+    """Serves the calls of `accept` until its one session is over, or no more calls can come.
+
+    `archive_fd` is the backup, if there is one yet; `memory` in bytes.
+    """
+
+    def __init__(
+        self, accept: Accept, engine: KdfEngine, *, memory: int, jobs: int, archive_fd: int | None
+    ) -> None:
+        self._accept = accept
+        self._fetches = Fetches()
+        self._archive: Future[int] = Future()
+        if archive_fd is not None:
+            self._archive.set_result(archive_fd)
+        self._resources = Resources(engine, memory, jobs, self._archive.result)
+        self._session: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Serve; what the session raises is a mistake of ours, and raised."""
+        accepting = asyncio.create_task(self._accept_calls())
+        accepting.add_done_callback(lambda _: self._over.set())
+        await self._over.wait()
+        ended = (accepting, *self._calls)
+        for task in ended:
+            task.cancel()
+        await asyncio.gather(*ended, return_exceptions=True)
+        if self._session is not None and self._session.done():
+            self._session.result()
+
+    async def _accept_calls(self) -> None:
+        while (connection := await self._accept()) is not None:
+            call = asyncio.create_task(self._serve_call(connection))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
+    async def _serve_call(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        taken = False
+        try:
+            async with asyncio.timeout(_DESCRIPTOR_TIMEOUT_S):
+                call = service.parse_descriptor(await _read_descriptor(connection))
+            taken = call.source == "dom0" and self._dispatch(call, connection)
+        except (ProtocolViolation, OSError, TimeoutError):
+            pass  # hung up, below
+        finally:
+            if not taken:
+                connection.close()
+
+    def _dispatch(self, call: service.ServiceCall, connection: socket.socket) -> bool:
+        """Hand the connection over; False if nobody takes it."""
+        if call.service == service.SESSION and not call.argument and self._session is None:
+            self._session = asyncio.create_task(self._run_session(connection))
+            self._session.add_done_callback(lambda _: self._over.set())
+            return True
+        if call.service == service.ARCHIVE and not call.argument and not self._archive.done():
+            connection.setblocking(True)
+            self._archive.set_result(connection.detach())
+            return True
+        if call.service == service.VOLUME:
+            connection.setblocking(True)
+            return self._fetches.take(call.argument, connection)
+        return False
+
+    async def _run_session(self, connection: socket.socket) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection)
+            await Session(reader, writer, self._resources, self._fetches).run()
+        finally:
+            if not self._archive.done():
+                self._archive.set_exception(Cancelled("the session ended"))
+
+
+async def _read_descriptor(connection: socket.socket) -> bytes:
+    """The bytes up to the first NUL, one by one: what follows belongs to the service."""
+    loop = asyncio.get_running_loop()
+    descriptor = b""
+    while not descriptor.endswith(b"\0") and len(descriptor) < service.MAX_DESCRIPTOR:
+        byte = await loop.sock_recv(connection, 1)
+        if not byte:
+            raise ProtocolViolation("a call without a descriptor")
+        descriptor += byte
+    return descriptor

@@ -1,0 +1,295 @@
+"""From files to verified volumes: the second stage of the pipeline, in a thread of its own.
+
+Strategy: take the wanted files in archive order. The verified plaintext of a file feeds the decompressor,
+that the inner tar, and its extents go to the hash and to the broker: generators all the way, so nothing
+runs ahead, and everything stops at the first error. Whatever goes wrong inside a file stays there: it is
+reported for its volume, and the next file begins.
+"""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+
+from qubes_restore_svc.archive import settings_files
+from qubes_restore_svc.archive.filters import decompress
+from qubes_restore_svc.archive.inner_tar import read_image, read_small_file
+from qubes_restore_svc.errors import (
+    BadMetadata,
+    Cancelled,
+    ImageTooLarge,
+    MissingVolume,
+    ProtocolViolation,
+    RestoreError,
+    SkippedOnRequest,
+)
+from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
+from qubes_restore_svc.worker.faults import as_restore_error
+from qubes_restore_svc.worker.intake import ArchiveEnd, EventQueue, Intake
+from qubes_restore_svc.worker.opening import OpenBackup
+from qubes_restore_svc.worker.output import ImageHash, VolumeStream
+from qubes_restore_svc.worker.plaintext import PlaintextFiles
+from qubes_restore_svc.worker.selection import SelectedQube, Selection, Stage, WantedFile
+
+Emit = Callable[[m.Message], None]
+#: Announces a volume; the future brings the connection of the broker that fetches it, or None: skip it.
+Announce = Callable[[m.VolumeReady], "Future[socket.socket | None]"]
+
+
+class Pipeline:
+    """Streams, or only verifies, the volumes of the selected qubes of one opened backup."""
+
+    def __init__(
+        self,
+        backup: OpenBackup,
+        intake: Intake,
+        events: EventQueue,
+        request: m.Start,
+        *,
+        ignore_size_limit: bool,
+        emit: Emit,
+        announce: Announce,
+    ) -> None:
+        self._backup = backup
+        self._intake = intake
+        self._files = PlaintextFiles(intake, events)
+        self._selection = Selection(backup.content.qubes, request.keys)
+        self._restoring = request.mode == "restore"
+        self._ignore_size_limit = ignore_size_limit
+        self._emit = emit
+        self._announce = announce
+        self._image_bytes = 0
+        self._stream: VolumeStream | None = None
+        self._streaming = ""  #: key of the qube whose volume it is
+        self._cancelled = False
+
+    def run(self) -> None:
+        """Read the archive to its end. Blocks; emits every answer, Finished as the last one."""
+        intake = threading.Thread(
+            target=self._intake.run,
+            args=(self._selection.wanted, self._backup.passphrase_of),
+            name="intake",
+            daemon=True,
+        )
+        intake.start()
+        current: SelectedQube | None = None
+        while not isinstance(file := self._files.next_file(), ArchiveEnd):
+            place = self._selection.place(file)
+            assert place is not None
+            if current is not None and current is not place.qube:
+                self._close(current)
+            current = place.qube
+            self._file(place, file)
+        intake.join()
+        if self._cancelled:
+            return
+        if file.error is not None:
+            self._cut_off(file.error, file.last_file)
+        for qube in self._selection:
+            self._close(qube, file.error)
+        self._emit(m.Finished(archive_bytes=self._intake.position))
+
+    def progress(self) -> m.Progress:
+        """How far it is now; may be called from any thread."""
+        return m.Progress(archive_bytes=self._files.position, image_bytes=self._image_bytes)
+
+    def skip(self, key: str) -> None:
+        """Nothing more of the qube is wanted; may be called from any thread."""
+        self._selection.skip(key)
+        stream = self._stream
+        if stream is not None and self._streaming == key:
+            stream.abort()
+
+    def cancel(self) -> None:
+        """Make `run` return soon, with nothing more emitted; may be called from any thread."""
+        self._cancelled = True
+        self._intake.cancel()
+        stream = self._stream
+        if stream is not None:
+            stream.abort()
+
+    def _file(self, place: WantedFile, file: str) -> None:
+        qube = place.qube
+        pieces = self._files.pieces(lambda: self._check(qube))
+        error: RestoreError | None = None
+        try:
+            if qube.stage is Stage.CLOSED:  # the intake was ahead and did not know
+                self._selection.remark_late(place)
+            elif place.volume is None:
+                self._settings_file(place, file, pieces)
+            elif place.volume in qube.volumes_left:
+                self._volume(place, place.volume, file, pieces)
+        except Exception as caught:  # noqa: BLE001 - nothing in one file may end the others
+            error = as_restore_error(caught).at(chunk=self._files.chunk)
+        finally:
+            pieces.close()
+        if error is not None:
+            qube.spent_files.add(place.name)
+        # What comes wrong after the end of a volume (a chunk that stands twice) still counts.
+        error = error or self._files.drain()
+        self._files.drain()
+        if error is not None and not self._cancelled:
+            error = as_restore_error(error).at(qube=qube.info.name, volume=place.volume or place.name)
+            self._file_failed(place, error)
+
+    def _file_failed(self, place: WantedFile, error: RestoreError) -> None:
+        qube = place.qube
+        if place.volume in qube.volumes_left:
+            self._report_failed(qube, place.volume, error)
+        else:
+            qube.error = qube.error or error
+        if self._restoring:
+            qube.give_up(error)
+
+    def _volume(self, place: WantedFile, volume: VolumeName, file: str, pieces: Iterable[bytes]) -> None:
+        info = place.qube.info
+        blocks = decompress(self._backup.filter, pieces)
+        if volume == "home":
+            size, extents = MAX_IMAGE_SIZE, _opaque(blocks, MAX_IMAGE_SIZE)
+        else:
+            image = read_image(blocks, file, self._max_size(info, volume))
+            size = image.size
+            extents = ((extent.offset, memoryview(extent.data)) for extent in image.extents)
+        start = self._image_bytes
+
+        def check() -> None:
+            self._check(place.qube)
+            self._image_bytes = start + digest.position
+
+        digest = ImageHash(check)
+        with self._fetched(m.VolumeReady(key=info.key, volume=volume, image_size=size)) as stream:
+            for offset, data in extents:
+                digest.write(offset, data)
+                if stream is not None:
+                    stream.write(offset, data)
+            size = digest.position if volume == "home" else size
+            sha256 = digest.finish(size)
+            if stream is not None:
+                stream.finish(digest.data_bytes)
+        self._image_bytes = start + size
+        place.qube.volumes_left.remove(volume)
+        self._emit(
+            m.VolumeDone(
+                key=info.key,
+                volume=volume,
+                outcome="ok",
+                image_size=size,
+                data_bytes=digest.data_bytes,
+                sha256=sha256,
+            )
+        )
+
+    @contextlib.contextmanager
+    def _fetched(self, ready: m.VolumeReady) -> Iterator[VolumeStream | None]:
+        """Announce the volume and wait for the broker's call; None when only verifying."""
+        if not self._restoring:
+            self._emit(ready)
+            yield None
+            return
+        connection = self._announce(ready).result()
+        if connection is None:
+            raise SkippedOnRequest("it is not wanted any more")
+        # From here on a skip or a cancel finds the stream; one that came before is found by `check`.
+        self._streaming, self._stream = ready.key, VolumeStream(connection, ready.image_size)
+        try:
+            self._stream.begin()
+            yield self._stream
+        finally:
+            self._stream.close()
+            self._stream = None
+
+    def _max_size(self, info: m.ManifestQube, volume: VolumeName) -> int:
+        promised = next(entry.size for entry in info.volumes if entry.name == volume)
+        if promised is None or self._ignore_size_limit:
+            return MAX_IMAGE_SIZE
+        return min(promised, MAX_IMAGE_SIZE)
+
+    def _settings_file(self, place: WantedFile, file: str, pieces: Iterable[bytes]) -> None:
+        blocks = decompress(self._backup.filter, pieces)
+        content = read_small_file(blocks, file, settings_files.MAX_SETTINGS_FILE)
+        if place.name == "firewall.xml":
+            place.qube.firewall = settings_files.parse_firewall(content)
+        elif place.name == "notes.txt":
+            place.qube.notes = settings_files.parse_notes(content)
+        else:
+            place.qube.appmenus = settings_files.parse_appmenus(content)
+
+    def _cut_off(self, error: RestoreError, last_file: str) -> None:
+        """The archive broke off. Of the qube that was being read then, nobody knows what else there was: a
+        firewall, say, which nothing promises, and without which it would be too open."""
+        qube = self._selection.owner(last_file)
+        if qube is not None and qube.stage is Stage.WANTED:
+            qube.error = qube.error or _copy(error, qube=qube.info.name)
+
+    def _close(self, qube: SelectedQube, archive_error: RestoreError | None = None) -> None:
+        """Nothing more comes of this qube: report what is missing, and send its settings."""
+        for remark in self._selection.take_remarks():
+            self._emit(remark)
+        if qube.stage is Stage.CLOSED:
+            return
+        for volume in list(qube.volumes_left):
+            self._report_failed(qube, volume, _why_missing(qube, volume, archive_error))
+        qube.close()
+        self._emit(_sendable(qube))
+
+    def _report_failed(self, qube: SelectedQube, volume: VolumeName, error: RestoreError) -> None:
+        qube.volumes_left.remove(volume)
+        self._emit(
+            m.VolumeDone(
+                key=qube.info.key,
+                volume=volume,
+                outcome="skipped" if isinstance(error, SkippedOnRequest) else "failed",
+                error=m.ErrorInfo.of(error),
+            )
+        )
+
+    def _check(self, qube: SelectedQube) -> None:
+        if self._cancelled:
+            raise Cancelled("the restore was cancelled")
+        if qube.stage is Stage.GIVEN_UP:
+            raise SkippedOnRequest("it is not wanted any more")
+
+
+def _why_missing(qube: SelectedQube, volume: VolumeName, archive_error: RestoreError | None) -> RestoreError:
+    """Why a promised volume has not come."""
+    name = qube.info.name
+    if qube.stage is Stage.GIVEN_UP:
+        return SkippedOnRequest(
+            "left out, because the qube cannot be restored completely", qube=name, volume=volume, advice=""
+        )
+    if archive_error is not None:
+        return _copy(archive_error, qube=name, volume=volume)
+    return MissingVolume(
+        "the archive does not hold it, though qubes.xml promises it", qube=name, volume=volume
+    )
+
+
+def _copy(error: RestoreError, *, qube: str, volume: str | None = None) -> RestoreError:
+    """The same error, at another place."""
+    return type(error)(error.reason, qube=qube, volume=volume, advice=error.advice)
+
+
+def _sendable(qube: SelectedQube) -> m.QubeSettings:
+    """The qube's settings, or an error if they are too many for one message."""
+    settings = qube.settings()
+    try:
+        m.encode_message(settings)
+    except ProtocolViolation:
+        qube.error = BadMetadata("its settings files hold more than is accepted", qube=qube.info.name)
+        return qube.settings()
+    return settings
+
+
+def _opaque(blocks: Iterable[bytes], max_size: int) -> Iterator[tuple[int, memoryview]]:
+    """Data without a structure of its own, as extents one behind the other."""
+    position = 0
+    for block in blocks:
+        if position + len(block) > max_size:
+            raise ImageTooLarge(f"it has more than {max_size >> 40} TiB", advice="")
+        for start in range(0, len(block), MAX_RECORD):
+            piece = memoryview(block)[start : start + MAX_RECORD]
+            yield position, piece
+            position += len(piece)

@@ -1,0 +1,89 @@
+"""The verified content of one file after the other, out of the intake's events.
+
+Strategy: `pieces` is a generator over the chunks of the current file. It decrypts a chunk only after its MAC
+has been checked, gives its memory back when it is through, and ends with the file. What is left of a
+file that nobody wants to the end is drained.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+
+from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.worker.intake import ArchiveEnd, Chunk, Event, EventQueue, FileEnd, FileStart, Intake
+from qubes_restore_svc.worker.opening import open_chunk
+
+
+class PlaintextFiles:
+    """The files of one pass over the archive. `check` is called often and may raise to stop a file."""
+
+    def __init__(self, intake: Intake, events: EventQueue) -> None:
+        self._intake = intake
+        self._events = events
+        self._in_file = False
+        self._position = 0
+        self.chunk: int | None = None  #: number of the chunk that is being read
+
+    @property
+    def position(self) -> int:
+        """How much of the archive has been dealt with, bytes; it never goes back."""
+        # Between two files with nothing waiting: what the intake passes now is being skipped.
+        if not self._in_file and self._events.empty():
+            self._position = self._intake.position
+        return self._position
+
+    def next_file(self) -> str | ArchiveEnd:
+        """The name of the next wanted file, or the end."""
+        event = self._events.get()
+        if isinstance(event, ArchiveEnd):
+            return event
+        assert isinstance(event, FileStart)
+        self._in_file = True
+        return event.name
+
+    def pieces(self, check: Callable[[], None]) -> Generator[bytes, None, None]:
+        """The content of the current file. Raises what is wrong with its chunks, and what `check` raises.
+
+        Whoever does not exhaust it must close it before `drain`: it holds a chunk, and the intake may be
+        waiting for its memory.
+        """
+        while isinstance(event := self._events.get(), Chunk):
+            self.chunk = event.name.number
+            dealt_with = event.end - len(event.container)
+            self._position = max(self._position, dealt_with)
+            with self._holding(event):
+                check()
+                for piece in open_chunk(event).plaintext():
+                    check()
+                    yield piece
+                    dealt_with += len(piece)
+                    self._position = max(self._position, dealt_with)
+                self._position = max(self._position, event.end)
+        self._end_file(event)
+
+    def drain(self) -> RestoreError | None:
+        """Pass over what is left of the current file; what was wrong with that part of it."""
+        error = None
+        while self._in_file:
+            event = self._events.get()
+            if isinstance(event, Chunk):
+                self._intake.release(event)
+                continue
+            try:
+                self._end_file(event)
+            except RestoreError as caught:
+                error = caught
+        self.chunk = None
+        return error
+
+    def _end_file(self, event: Event) -> None:
+        assert isinstance(event, FileEnd)
+        self._in_file = False
+        if event.error is not None:
+            raise event.error
+
+    @contextlib.contextmanager
+    def _holding(self, chunk: Chunk) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._intake.release(chunk)

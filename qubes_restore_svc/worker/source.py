@@ -1,0 +1,107 @@
+"""The archive as a blocking stream of bytes: a file, a pipe, a device or a socket.
+
+Strategy: small reads go through a small buffer, large ones straight into the caller's memory. The
+end of the input shows as a short read. What is not needed is skipped: by seeking where the
+input can seek, by reading it away where it cannot.
+"""
+
+import os
+import stat
+
+from qubes_restore_svc.errors import ArchiveUnreadable
+
+_BUFFER_SIZE = 16 << 10
+_SKIP_SIZE = 1 << 20
+
+
+class ArchiveSource:
+    """Reads descriptor `fd` from where it stands; does not close it. `position` counts bytes from there."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = b""
+        self._offset = 0
+        self.position = 0
+        try:
+            status = os.fstat(fd)
+            # Whoever had it before may have left it non-blocking.
+            os.set_blocking(fd, True)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._seekable_end = self._find_end(status)
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer only at the end of the input. Raises ArchiveUnreadable."""
+        if len(self._buffer) - self._offset >= size:
+            self._offset += size
+            self.position += size
+            return self._buffer[self._offset - size : self._offset]
+        data = bytearray(size)
+        return bytes(data[: self.read_into(memoryview(data))])
+
+    def read_into(self, target: memoryview) -> int:
+        """Fill `target`; returns how many bytes there were, fewer only at the end of the input."""
+        filled = 0
+        while filled < len(target):
+            buffered = len(self._buffer) - self._offset
+            if buffered:
+                taken = min(buffered, len(target) - filled)
+                target[filled : filled + taken] = self._buffer[self._offset : self._offset + taken]
+                self._offset += taken
+            elif len(target) - filled >= _BUFFER_SIZE:
+                taken = self._system_read_into(target[filled:])
+            else:
+                self._buffer, self._offset = self._system_read(_BUFFER_SIZE), 0
+                taken = 0
+                if not self._buffer:
+                    break
+                continue
+            if not taken:
+                break
+            filled += taken
+        self.position += filled
+        return filled
+
+    def skip(self, size: int) -> int:
+        """Pass over `size` bytes; returns how many there were, fewer only at the end of the input."""
+        buffered = min(size, len(self._buffer) - self._offset)
+        self._offset += buffered
+        self.position += buffered
+        rest = size - buffered
+        if rest and self._seekable_end is not None:
+            try:
+                here = os.lseek(self._fd, 0, os.SEEK_CUR)
+                rest = min(rest, max(0, self._seekable_end - here))
+                os.lseek(self._fd, rest, os.SEEK_CUR)
+            except OSError as error:
+                raise self._unreadable(error) from error
+            self.position += rest
+            return buffered + rest
+        scratch = memoryview(bytearray(min(rest, _SKIP_SIZE)))
+        skipped = buffered
+        while skipped < size:
+            taken = self.read_into(scratch[: size - skipped])
+            if not taken:
+                break
+            skipped += taken
+        return skipped
+
+    def _find_end(self, status: os.stat_result) -> int | None:
+        """Where a seekable input ends, or None if it cannot seek. Seeking past the end would go unnoticed."""
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def _system_read(self, size: int) -> bytes:
+        try:
+            return os.read(self._fd, size)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _system_read_into(self, target: memoryview) -> int:
+        try:
+            return os.readv(self._fd, [target])
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> ArchiveUnreadable:
+        reason = error.strerror or "input/output error"
+        return ArchiveUnreadable(f"reading the archive failed at byte {self.position}: {reason}")

@@ -1,0 +1,155 @@
+"""The beginning of a backup: every wrong beginning has its own error, and costs no more than it must."""
+
+from dataclasses import replace
+
+import pytest
+
+from qubes_restore_svc.errors import (
+    BadArchive,
+    BadHeader,
+    BudgetTooSmall,
+    ChunkOutOfOrder,
+    ExcessiveCost,
+    RestoreError,
+    UnknownFilter,
+    WrongPassphrase,
+)
+from qubes_restore_svc.worker.opening import OpenBackup
+
+from ..support.backup_writer import BACKUP_ID, BackupWriter, join_members, sample_qube
+from ..support.damage import DAMAGES, Damage, edited, sample_backup, with_cost
+from .support import MIB, Pass, file_with, wait_until
+
+WRITER = sample_backup(log_n=2)
+EARLY = [damage for damage in DAMAGES.values() if damage.scope == "backup"]
+
+
+def opened(
+    archive: bytes, *, passphrase: str | None = None, memory: int = 64 * MIB
+) -> tuple[OpenBackup, Pass]:
+    with file_with(archive) as descriptor:
+        run = Pass(descriptor, memory=memory, passphrase=passphrase or WRITER.passphrase)
+        try:
+            return run.open(), run
+        finally:
+            run.scheduler.close()
+            wait_until(lambda: run.budget.used == 0, "the release of all memory")
+
+
+def test_a_backup_opens_with_its_header_and_its_qubes() -> None:
+    backup, run = opened(WRITER.to_bytes())
+    assert backup.header.backup_id == BACKUP_ID
+    assert backup.filter == "gzip"
+    assert [qube.info.name for qube in backup.content.qubes] == [
+        "work",
+        "vault",
+        "scratch",
+        "custom-template",
+    ]
+    assert run.engine.members == ["backup-header", "qubes.xml.000"]
+
+
+def test_no_more_than_the_beginning_is_read_and_derived() -> None:
+    members = list(WRITER.members())
+    _, run = opened(join_members(members))
+    assert run.intake.position <= len(join_members(members[:3])) + 2048
+
+
+def test_a_qubes_xml_of_many_chunks_is_put_together() -> None:
+    writer = replace(WRITER, compression="none", chunk_size=1000)
+    backup, run = opened(writer.to_bytes(), memory=10 * 1024)
+    assert len(backup.content.qubes) == 4
+    assert len(run.engine.requests) > 5
+
+
+def test_the_chunks_of_qubes_xml_must_come_in_order() -> None:
+    members = list(WRITER.members())
+    with pytest.raises(ChunkOutOfOrder, match="stands twice"):
+        opened(join_members([*members[:3], *members[2:]]))
+
+
+def test_the_passphrase_is_in_no_representation() -> None:
+    backup, run = opened(WRITER.to_bytes())
+    assert WRITER.passphrase not in repr(backup) + repr(run.engine.requests)
+
+
+def test_a_wrong_passphrase_is_known_after_one_derivation() -> None:
+    with file_with(WRITER.to_bytes()) as descriptor:
+        run = Pass(descriptor, passphrase="wrong")
+        with pytest.raises(WrongPassphrase):
+            run.open()
+    assert run.engine.members == ["backup-header"]
+    assert len(run.engine.requests) == 1
+
+
+def test_a_budget_too_small_for_the_first_derivation_says_so_before_anything_is_derived() -> None:
+    archive = BackupWriter([sample_qube("work", 4096, 1)], log_n=12).to_bytes()
+    with file_with(archive) as descriptor:
+        run = Pass(descriptor, memory=4 * MIB)
+        with pytest.raises(BudgetTooSmall) as caught:
+            run.open()
+    assert "--memory 5" in caught.value.advice
+    assert run.engine.requests == []
+
+
+def test_an_excessive_cost_is_refused_before_anything_is_derived() -> None:
+    members = edited(WRITER.members(), "backup-header.hmac", lambda data: with_cost(data, 40))
+    with file_with(join_members(members)) as descriptor:
+        run = Pass(descriptor)
+        with pytest.raises(ExcessiveCost):
+            run.open()
+    assert run.engine.requests == []
+
+
+def test_the_person_can_name_the_filter() -> None:
+    with file_with(replace(WRITER, compression="bzip2").to_bytes()) as descriptor:
+        assert Pass(descriptor).open("pbzip2").filter == "bzip2"
+    with file_with(WRITER.to_bytes()) as descriptor, pytest.raises(UnknownFilter, match="rar"):
+        Pass(descriptor).open("rar")
+
+
+def test_what_follows_the_metadata_is_still_there_for_the_pass() -> None:
+    with file_with(WRITER.to_bytes()) as descriptor:
+        run = Pass(descriptor)
+        run.open()
+        member = run.intake.next_member()
+        assert member is not None and member.name == "vm10/private.img.000.enc"
+
+
+def test_without_qubes_xml_nothing_opens() -> None:
+    members = [member for member in WRITER.members() if not member.name.startswith("qubes.xml")]
+    for rest in (members, members[:2]):
+        with pytest.raises(BadArchive, match=r"qubes\.xml"):
+            opened(join_members(rest))
+
+
+@pytest.mark.parametrize("size", [5000, 1 << 40], ids=["a little", "a tebibyte"])
+@pytest.mark.parametrize("name", ["backup-header", "backup-header.hmac"])
+def test_a_header_that_claims_to_be_large_is_refused_unread(name: str, size: int) -> None:
+    members = [
+        replace(member, declared_size=size) if member.name == name else member for member in WRITER.members()
+    ]
+    with file_with(join_members(members)) as descriptor:
+        run = Pass(descriptor)
+        with pytest.raises(BadHeader):
+            run.open()
+        assert run.engine.requests == []
+
+
+@pytest.mark.parametrize("damage", EARLY, ids=lambda damage: damage.name)
+def test_every_damage_of_a_whole_backup_has_its_own_error(damage: Damage) -> None:
+    """Those that lie after the metadata show in the pass, and those in one qube's entry leave it out."""
+    archive = damage.apply(WRITER)
+    try:
+        backup, run = opened(archive, passphrase=damage.passphrase)
+    except RestoreError as error:
+        assert error.kind in damage.kinds
+        assert WRITER.passphrase not in str(error)
+        return
+    refused = {qube.error.kind for qube in backup.content.refused}
+    with file_with(archive) as descriptor:
+        run = Pass(descriptor, passphrase=damage.passphrase or WRITER.passphrase)
+        run.start()
+        run.finish()
+    assert refused & damage.kinds or set(run.outcomes.values()) & damage.kinds
+    assert run.budget.used == 0

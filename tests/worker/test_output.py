@@ -1,0 +1,137 @@
+"""Where extents go: the hash sees the whole image, the stream only what is not a hole."""
+
+import hashlib
+import socket
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qubes_restore_svc.archive.types import Buffer
+from qubes_restore_svc.errors import Cancelled, SkippedOnRequest
+from qubes_restore_svc.wire.volume import MAX_RECORD
+from qubes_restore_svc.worker.output import ImageHash, VolumeStream
+
+from .support import MIB, in_thread, join, receive
+
+
+def nothing() -> None:
+    pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=3000)), max_size=8))
+def test_the_hash_is_that_of_the_whole_image(runs: list[tuple[int, bytes]]) -> None:
+    digest, image = ImageHash(nothing), b""
+    for hole, data in runs:
+        image += bytes(hole)
+        digest.write(len(image), memoryview(data))
+        image += data
+        assert digest.position == len(image)
+    assert digest.data_bytes == sum(len(data) for _, data in runs)
+    image += bytes(5000)
+    assert digest.finish(len(image)) == hashlib.sha256(image).hexdigest()
+
+
+def test_a_hole_of_many_mebibytes_is_hashed_as_zeros() -> None:
+    digest = ImageHash(nothing)
+    digest.write(3 * MIB + 1, memoryview(b"x"))
+    assert (
+        digest.finish(5 * MIB) == hashlib.sha256(bytes(3 * MIB + 1) + b"x" + bytes(2 * MIB - 2)).hexdigest()
+    )
+
+
+@pytest.mark.parametrize("place", ["before data", "at the end"])
+def test_the_hashing_of_a_hole_of_a_tebibyte_can_be_stopped(place: str) -> None:
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise Cancelled("enough")
+
+    digest = ImageHash(check)
+    with pytest.raises(Cancelled):
+        digest.write(1 << 40, memoryview(b"x")) if place == "before data" else digest.finish(1 << 40)
+    assert digest.position <= 20 * MIB
+
+
+@pytest.mark.parametrize("length", [1, 1000, MAX_RECORD, MAX_RECORD + 1, 3 * MAX_RECORD + 7])
+def test_an_extent_of_any_length_arrives_whole_through_a_narrow_socket(length: int) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    data = bytes(range(256)) * (length // 256 + 1)
+    received: list[str | None] = []
+    reader = in_thread(lambda: received.append(receive(ours)))
+    stream = VolumeStream(theirs, 10 * MIB)
+    stream.begin()
+    stream.write(12345, memoryview(data)[:length])
+    stream.finish(length)
+    stream.close()
+    join(reader)
+    image = bytes(12345) + data[:length] + bytes(10 * MIB - 12345 - length)
+    assert received == [hashlib.sha256(image).hexdigest()]
+
+
+class Stingy(socket.socket):
+    """A socket that takes but a few bytes of a message at once, as one may that is interrupted."""
+
+    portion = 0
+
+    def sendmsg(self, buffers: Iterable[Buffer], *_: object) -> int:  # type: ignore[override] # all that is used
+        return self.send(b"".join(buffers)[: self.portion])
+
+
+@pytest.mark.parametrize("portion", [1, 11, 12, 13, 500])
+def test_what_a_socket_does_not_take_at_once_is_sent_after_it(portion: int) -> None:
+    ours, theirs = socket.socketpair()
+    stingy = Stingy(fileno=theirs.detach())
+    stingy.portion = portion
+    stream = VolumeStream(stingy, 1000)
+    stream.begin()
+    stream.write(10, memoryview(bytes(range(200)) * 4))
+    stream.finish(800)
+    stream.close()
+    assert receive(ours) == hashlib.sha256(bytes(10) + bytes(range(200)) * 4 + bytes(190)).hexdigest()
+
+
+def test_a_stream_that_is_closed_without_its_end_is_seen_to_be_incomplete() -> None:
+    ours, theirs = socket.socketpair()
+    stream = VolumeStream(theirs, 10)
+    stream.begin()
+    stream.write(0, memoryview(b"abc"))
+    stream.close()
+    assert receive(ours) is None
+
+
+def test_a_broker_that_has_hung_up_is_no_failure_of_the_volume() -> None:
+    ours, theirs = socket.socketpair()
+    stream = VolumeStream(theirs, 10)
+    ours.close()
+    with pytest.raises(SkippedOnRequest):
+        stream.begin()
+    with pytest.raises(SkippedOnRequest):
+        stream.write(0, memoryview(b"abc"))
+    with pytest.raises(SkippedOnRequest):
+        stream.finish(3)
+
+
+def test_who_waits_for_a_broker_that_does_not_read_can_be_freed_from_another_thread() -> None:
+    _ours, theirs = socket.socketpair()
+    stream = VolumeStream(theirs, 100 * MIB)
+    ended: list[str] = []
+
+    def write() -> None:
+        with pytest.raises(SkippedOnRequest):
+            stream.write(0, memoryview(bytes(50 * MIB)))
+        ended.append("freed")
+
+    writer = in_thread(write)
+    writer.join(0.1)
+    assert writer.is_alive()
+    stream.abort()
+    join(writer)
+    assert ended == ["freed"]
+    stream.close()
+    stream.abort()  # too late, and harmless
