@@ -5,6 +5,7 @@ commits or rolls back. Everything here blocks; the broker calls it from a thread
 a host raises is a `RestoreError`, most often `HostFailed` or `NoSpace`.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -51,17 +52,21 @@ class QubeTransaction(Protocol):
         ...
 
     def rollback(self) -> None:
-        """Remove all that was created; does nothing after `commit` or a second time."""
+        """Remove all that was created, volumes that are not finished included.
+
+        Does nothing after `commit` or a second time.
+        """
         ...
 
 
 class Host(Protocol):
     """A place where qubes can be created."""
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[Sequence[str]]:
         """The one-restore lock, also clears up what an interrupted restore left behind.
 
-        Raises RestoreInProgress when somebody else holds it.
+        Brings remarks on that for the person (clauses, fit for a terminal). Raises RestoreInProgress when
+        somebody else holds it.
         """
         ...
 

@@ -39,10 +39,11 @@ class DirectoryHost:
         self.kept: tuple[str, ...] = ()  #: those that it did not touch, or could not remove
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[tuple[str, ...]]:
         """The one-restore lock; at its end, qubes that were neither committed nor rolled back are.
 
-        Raises RestoreInProgress when somebody else holds it, HostFailed when the directory cannot be used.
+        Brings remarks on what an interrupted restore left. Raises RestoreInProgress when somebody else
+        holds it, HostFailed when the directory cannot be used.
         """
         directory, created = self._open_locked()
         with ExitStack() as stack:
@@ -52,7 +53,7 @@ class DirectoryHost:
             with self._mutex:
                 self._directory = directory
             stack.callback(self._end_qubes)
-            yield
+            yield tuple(self._remarks())
 
     def existing_names(self) -> frozenset[str]:
         """The names of everything in the directory, as they are written; none if there is no directory.
@@ -86,6 +87,12 @@ class DirectoryHost:
             transaction = DirectoryQube(self._directory, qube)
             self._qubes.append(transaction)
             return transaction
+
+    def _remarks(self) -> Iterator[str]:
+        for name in self.cleared:
+            yield f"{name} was removed from {self._shown}: a restore that was interrupted had left it"
+        for name in self.kept:
+            yield f"{name} in {self._shown} looks like the rest of a restore, but cannot be removed safely"
 
     def _target(self) -> int | Path:
         return self._path if self._directory is None else self._directory

@@ -24,7 +24,7 @@ RECORD = "qube.json"
 RECORD_FORMAT = 1  #: rises when a reader of the record has to know
 VOLUME_FILES: dict[VolumeName, str] = {"root": "root.img", "private": "private.img", "home": "home.tar"}
 
-_NAME = r"[a-zA-Z][a-zA-Z0-9_-]{0,30}"
+_NAME = r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}"
 _PARTIAL = re.compile(rf"\.{_NAME}\.partial")
 _FILES = frozenset({RECORD, *VOLUME_FILES.values()})
 

@@ -1,0 +1,174 @@
+"""The broker's side of `restore.Session`.
+
+Strategy: send models, receive models. Every message passes the one `SessionState`; a frame that is too
+large, does not validate or comes at the wrong time is a ProtocolViolation, silence is a WorkerStalled,
+and the end of the stream a WorkerLost with what the link knows of the reason.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+
+from pydantic import SecretStr, ValidationError
+
+from qubes_restore_svc.broker.ledger import believed_error
+from qubes_restore_svc.errors import ProtocolViolation, UsageError, WorkerLost, WorkerStalled
+from qubes_restore_svc.link.base import Link
+from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
+from qubes_restore_svc.wire.session import SessionState, State
+
+#: Seconds of silence after which a worker counts as stalled; it says something every half second.
+STALL_S = 60.0
+
+#: Most lines that a worker may log in one session.
+MAX_LOG_LINES = 10_000
+
+_READ_SIZE = 64 << 10
+#: Seconds to wait for the link's word on why the worker is gone.
+_REASON_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How the worker is to read the backup; `memory` in bytes, None leaves it to the worker."""
+
+    passphrase: str = field(repr=False)
+    memory: int | None = None
+    jobs: int | None = None
+    compression_filter: str | None = None
+    ignore_size_limit: bool = False
+
+
+class SessionClient:
+    """One session with the worker behind `link`. An async context manager; leaving it hangs up."""
+
+    def __init__(self, link: Link, stall_s: float = STALL_S) -> None:
+        self._link = link
+        self._stall_s = stall_s
+        self._state = SessionState()
+        self._decoder = FrameDecoder(0)
+        self._payloads: Iterator[bytes] = iter(())
+        self._log_lines = 0
+        self._failure: Exception | None = None
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+
+    async def __aenter__(self) -> "SessionClient":
+        connection = await self._link.call(service.SESSION)
+        try:
+            self._reader, self._writer = await asyncio.open_connection(sock=connection)
+        except BaseException:
+            connection.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # Not in an orderly way: a worker that does not read would never let it end.
+        self._writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def open(self, options: SessionOptions) -> AsyncGenerator[m.WorkerMessage, None]:
+        """Ask for the manifest; yields log and progress on the way, and the manifest as the last message."""
+        await self._send(_open_message(options))
+        while self._state.state is State.OPENING:
+            yield await self._receive()
+
+    async def start(self, request: m.Start) -> AsyncGenerator[m.WorkerMessage, None]:
+        """Ask for the volumes; yields everything that the worker says, `finished` as the last message.
+
+        What comes after `finished` is not looked at.
+        """
+        await self._send(request)
+        while self._state.state is not State.CLOSED:
+            yield await self._receive()
+
+    async def skip_qube(self, key: str) -> None:
+        """Tell the worker that nothing more of this qube is wanted."""
+        if self._state.state is not State.CLOSED:
+            await self._send(m.SkipQube(key=key))
+
+    def cancel(self) -> None:
+        """Tell the worker to stop, as far as it still listens; waits for nothing."""
+        if self._state.state not in (State.IDLE, State.CLOSED):
+            message = m.Cancel()
+            self._state.advance(message)
+            self._writer.write(encode_frame(m.encode_message(message)))
+
+    def fail(self, error: Exception) -> None:
+        """End the session with `error`: whoever waits for a message, or will, gets that instead."""
+        self._failure = error
+        self._reader.set_exception(error)
+
+    async def lost(self, otherwise: str = "the worker hung up") -> WorkerLost:
+        """The error for a worker that is gone; `otherwise` is why, if the link does not know it soon."""
+        reason = otherwise
+        with contextlib.suppress(TimeoutError):
+            reason = await asyncio.wait_for(self._link.wait_gone(), _REASON_TIMEOUT_S)
+        return WorkerLost(reason)
+
+    async def _send(self, message: m.Message) -> None:
+        self._state.advance(message)
+        try:
+            self._writer.write(encode_frame(m.encode_message(message)))
+            async with asyncio.timeout(self._stall_s):
+                await self._writer.drain()
+        except TimeoutError:
+            raise WorkerStalled("the worker takes no messages") from None
+        except OSError:
+            pass  # its last words may still be there to be read, and the end after them
+
+    async def _receive(self) -> m.WorkerMessage:
+        """The next message; a `failed` is raised as its error."""
+        while True:
+            # A frame is looked at under the limit of the state that the ones before it have led to.
+            self._decoder.limit = self._state.frame_limit
+            untrusted_payload = next(self._payloads, None)
+            if untrusted_payload is None:
+                self._payloads = self._decoder.feed(await self._read())
+                continue
+            message = m.parse_worker_message(untrusted_payload)
+            self._state.advance(message)
+            if isinstance(message, m.Failed):
+                raise believed_error(message.error)
+            if isinstance(message, m.Log):
+                self._count_log_line()
+            return message
+
+    async def _read(self) -> bytes:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                untrusted_data = await self._reader.read(_READ_SIZE)
+        except TimeoutError:
+            raise WorkerStalled(f"the worker has said nothing for {self._stall_s:.0f} seconds") from None
+        except OSError as error:
+            if error is self._failure:
+                raise
+            untrusted_data = b""
+        if not untrusted_data:
+            raise await self.lost()
+        return untrusted_data
+
+    def _count_log_line(self) -> None:
+        self._log_lines += 1
+        if self._log_lines > MAX_LOG_LINES:
+            raise ProtocolViolation(f"more than {MAX_LOG_LINES} lines of log")
+
+
+def _open_message(options: SessionOptions) -> m.Open:
+    """The request; raises UsageError for an option that cannot even be sent."""
+    try:
+        return m.Open(
+            passphrase=SecretStr(options.passphrase),
+            memory=options.memory,
+            jobs=options.jobs,
+            compression_filter=options.compression_filter,
+            ignore_size_limit=options.ignore_size_limit,
+        )
+    except ValidationError as error:
+        # Never the value: it may be the passphrase.
+        what = str(error.errors(include_input=False)[0]["loc"][0]).replace("_", "-")
+        raise UsageError(f"the {what} is outside of what is possible") from None

@@ -1,0 +1,168 @@
+"""A whole job: open the backup, plan, run, and always come back with a report.
+
+Strategy: resources are entered in the order in which they are left again: the host's lock, the worker, the
+session. Whatever ends the job, a wrong passphrase or a cancel, becomes the report's error, not an exception.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
+from qubes_restore_svc.broker.plan import Decision, Plan, make_plan
+from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
+from qubes_restore_svc.broker.restore import MAX_WARNINGS, Observer, RestoreRun
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError
+from qubes_restore_svc.host.base import Host
+from qubes_restore_svc.link.base import Link
+from qubes_restore_svc.wire import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class QubeChoice:
+    """What the person selected: these qubes, or all; without those excluded."""
+
+    names: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+
+
+async def read_manifest(
+    link: Link, options: SessionOptions, observer: Observer, *, stall_s: float = STALL_S
+) -> m.Manifest:
+    """Start the worker, have it read the backup up to qubes.xml, and destroy it. Raises RestoreError.
+
+    `stall_s`: seconds of silence after which the worker counts as stalled.
+    """
+    async with link, SessionClient(link, stall_s) as client:
+        manifest = await _opened(client, options, observer, [])
+        client.cancel()
+        return manifest
+
+
+async def run_job(
+    link: Link,
+    host: Host | None,
+    options: SessionOptions,
+    choice: QubeChoice,
+    observer: Observer,
+    *,
+    stall_s: float = STALL_S,
+) -> Report:
+    """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
+
+    `stall_s`: seconds of silence after which the worker, or a volume's stream, counts as stalled.
+    """
+    report = Report(mode="verify" if host is None else "restore", started=_now())
+    error: RestoreError | None = None
+    try:
+        await _run(report, link, host, options, choice, observer, stall_s)
+    except RestoreError as caught:
+        error = caught
+    except asyncio.CancelledError:
+        error = Cancelled("it was cancelled", advice="")
+    report.close(_now(), error)
+    return report
+
+
+async def _run(
+    report: Report,
+    link: Link,
+    host: Host | None,
+    options: SessionOptions,
+    choice: QubeChoice,
+    observer: Observer,
+    stall_s: float,
+) -> None:
+    with contextlib.ExitStack() as locks:
+        if host is not None:
+            for remark in locks.enter_context(host.lock()):
+                _warn(remark, observer, report.warnings)
+        async with link, SessionClient(link, stall_s) as client:
+            manifest = await _opened(client, options, observer, report.warnings)
+            report.backup_id = manifest.backup_id
+            existing = None if host is None else host.existing_names()
+            plan = make_plan(manifest, names=choice.names, exclude=choice.exclude, existing=existing)
+            _warn_of_space(plan, host, observer, report.warnings)
+            run = RestoreRun(
+                link,
+                client,
+                plan,
+                host,
+                observer,
+                ignore_size_limit=options.ignore_size_limit,
+                tail_timeout_s=stall_s,
+                warnings=report.warnings,
+            )
+            report.qubes = _in_order(plan, run.reports)
+            if not plan.taken:
+                if not any(qube.decision is Decision.REFUSE for qube in plan.qubes) and not plan.unlisted:
+                    raise UsageError("no qube is selected", advice="")
+                return
+            try:
+                await run.run()
+            except asyncio.CancelledError:
+                client.cancel()
+                raise
+
+
+async def _opened(
+    client: SessionClient, options: SessionOptions, observer: Observer, warnings: list[str]
+) -> m.Manifest:
+    async with contextlib.aclosing(client.open(options)) as messages:
+        async for message in messages:
+            if isinstance(message, m.Manifest):
+                return message
+            if isinstance(message, m.Log) and message.level == "warning":
+                _warn(message.text, observer, warnings)
+            elif isinstance(message, m.Log):
+                observer.log(message.level, message.text)
+    raise ProtocolViolation("the session ended without a manifest")
+
+
+def _in_order(plan: Plan, taken: list[QubeReport]) -> list[QubeReport]:
+    """One report a qube of the backup, in its order; those of the taken ones are filled in later."""
+    by_name = {report.name: report for report in taken}
+    reports = []
+    for qube in plan.qubes:
+        if qube.decision is Decision.TAKE:
+            reports.append(by_name[qube.name])
+            continue
+        error = None if qube.error is None else ErrorReport.of(qube.error)
+        reports.append(
+            QubeReport(
+                name=qube.name,
+                klass=qube.source.klass,
+                outcome="left out" if qube.decision is Decision.LEAVE_OUT else "refused",
+                remark=qube.remark,
+                error=error,
+            )
+        )
+    for unlisted in plan.unlisted:
+        reports.append(
+            QubeReport(name=unlisted.name, klass="?", outcome="refused", error=ErrorReport.of(unlisted.error))
+        )
+    return reports
+
+
+def _warn_of_space(plan: Plan, host: Host | None, observer: Observer, warnings: list[str]) -> None:
+    """Say so early when the qubes took more room than there is; their holes may still make them fit."""
+    free = None if host is None else host.free_space()
+    needed = sum(qube.source.backup_size for qube in plan.taken)
+    if free is not None and needed > free:
+        _warn(
+            f"the qubes took {needed >> 20} MiB when they were backed up, and only {free >> 20} MiB are free",
+            observer,
+            warnings,
+        )
+
+
+def _warn(text: str, observer: Observer, warnings: list[str]) -> None:
+    if len(warnings) < MAX_WARNINGS:
+        warnings.append(text)
+    observer.log("warning", text)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

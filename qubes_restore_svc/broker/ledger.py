@@ -1,0 +1,114 @@
+"""What the worker may still claim: every volume of the plan once, and nothing else.
+
+Strategy: the ledger starts with the promises of the plan and crosses off what is answered. A claim that
+is not open is a ProtocolViolation; so a worker cannot name a qube that was not selected, send a volume twice,
+make one larger than announced, have two qubes in the making at once, or finish with something missing.
+"""
+
+from collections.abc import Iterable
+
+from qubes_restore_svc.errors import (
+    Cancelled,
+    HostFailed,
+    ProtocolViolation,
+    QubeExists,
+    RestoreError,
+    RestoreInProgress,
+    SandboxUnavailable,
+    UsageError,
+    WorkerLost,
+    WorkerStalled,
+)
+from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE
+
+#: What only this side can know; exit statuses and advice follow from it.
+_NOT_THE_WORKERS_TO_SAY = (
+    Cancelled,
+    HostFailed,
+    ProtocolViolation,
+    QubeExists,
+    RestoreInProgress,
+    SandboxUnavailable,
+    UsageError,
+    WorkerLost,
+    WorkerStalled,
+)
+
+
+class Ledger:
+    """The open claims of one session over the selected qubes."""
+
+    def __init__(self, qubes: Iterable[m.ManifestQube], *, ignore_size_limit: bool) -> None:
+        self._limits: dict[tuple[str, VolumeName], int] = {}
+        self._unannounced: set[tuple[str, VolumeName]] = set()
+        self._unanswered: set[tuple[str, VolumeName]] = set()
+        self._unsettled: set[str] = set()
+        self._announced: dict[tuple[str, VolumeName], int] = {}
+        self._current: str | None = None
+        for qube in qubes:
+            self._unsettled.add(qube.key)
+            for volume in qube.volumes:
+                claim = (qube.key, volume.name)
+                unlimited = ignore_size_limit or volume.size is None
+                self._limits[claim] = MAX_IMAGE_SIZE if unlimited else min(volume.size or 0, MAX_IMAGE_SIZE)
+                self._unannounced.add(claim)
+                self._unanswered.add(claim)
+
+    def announce(self, message: m.VolumeReady) -> None:
+        """A volume is announced; raises ProtocolViolation unless it is open, new, and within its limit."""
+        claim = (message.key, message.volume)
+        if claim not in self._unannounced:
+            raise ProtocolViolation("a volume that was not asked for, or not any more")
+        if message.image_size > self._limits[claim]:
+            raise ProtocolViolation(
+                f"a volume of {message.image_size} bytes, where {self._limits[claim]} are allowed"
+            )
+        if self._current not in (None, message.key):
+            raise ProtocolViolation("a volume of another qube before the end of the one before")
+        self._unannounced.remove(claim)
+        self._announced[claim] = message.image_size
+        self._current = message.key
+
+    def answer(self, message: m.VolumeDone) -> None:
+        """A volume is answered for; raises ProtocolViolation unless it was open and is as announced."""
+        claim = (message.key, message.volume)
+        if claim not in self._unanswered:
+            raise ProtocolViolation("an answer for a volume that was not asked for, or not any more")
+        if message.outcome == "ok" and not self._is_as_announced(claim, message.image_size):
+            raise ProtocolViolation(f"a volume of {message.image_size} bytes, other than was announced")
+        self._unanswered.remove(claim)
+        self._unannounced.discard(claim)
+
+    def settle(self, message: m.QubeSettings) -> None:
+        """A qube's part is over; raises ProtocolViolation if it was before, or a volume is unanswered."""
+        if message.key not in self._unsettled:
+            raise ProtocolViolation("settings of a qube that was not asked for, or not any more")
+        if any(key == message.key for key, _ in self._unanswered):
+            raise ProtocolViolation("the end of a qube before all of its volumes were answered for")
+        self._unsettled.remove(message.key)
+        if self._current == message.key:
+            self._current = None
+
+    def finish(self) -> None:
+        """The worker says that it has finished; raises ProtocolViolation if something is open."""
+        if self._unanswered or self._unsettled:
+            raise ProtocolViolation("'finished' while qubes are missing")
+
+    def _is_as_announced(self, claim: tuple[str, VolumeName], image_size: int) -> bool:
+        announced = self._announced.get(claim)
+        if announced is None:
+            return False
+        # What is announced for `home` is a ceiling.
+        return image_size <= announced if claim[1] == "home" else image_size == announced
+
+
+def believed_error(untrusted_error: m.ErrorInfo) -> RestoreError:
+    """The error that the worker tells of; a plain one if its kind is not for a worker to say."""
+    error = untrusted_error.to_error()
+    if not isinstance(error, _NOT_THE_WORKERS_TO_SAY):
+        return error
+    return RestoreError(
+        error.reason, qube=error.qube, volume=error.volume, chunk=error.chunk, advice=error.advice
+    )

@@ -1,0 +1,163 @@
+"""Takes a volume from the worker and puts it where it belongs: the one loop that sees the data.
+
+Strategy: headers go through the decoder; the data of an extent is received into one buffer of 1 MiB and
+written from there. Nothing else happens to it. The loop runs in a thread; hanging up ends it. What the worker
+says of the volume is compared with what came.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from qubes_restore_svc.broker.waiting import in_thread, to_the_end
+from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost
+from qubes_restore_svc.host.base import VolumeSink
+from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.volume import MAX_RECORD, End, Extent, Header, VolumeDecoder
+
+
+class Writer(Protocol):
+    """What takes the data: a host's VolumeSink."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put `data` at `offset`, in bytes; offsets rise from call to call."""
+        ...
+
+
+class VolumeCopy:
+    """A volume on its way; owns its connection and its sink until `finish` or `end` is through.
+
+    `end_session` is called at once with what must not wait for the worker's next word: a stream that breaks
+    the protocol, or a mistake of ours.
+    """
+
+    def __init__(
+        self,
+        ready: m.VolumeReady,
+        connection: socket.socket,
+        sink: VolumeSink,
+        end_session: Callable[[Exception], None],
+    ) -> None:
+        self.ready = ready
+        self._connection = connection
+        self._sink = sink
+        self._end_session = end_session
+        self._task = asyncio.create_task(self._copied())
+
+    @property
+    def failure(self) -> RestoreError | None:
+        """What has gone wrong, except that the stream ended early: why, the session will say."""
+        if not self._task.done() or self._task.cancelled() or self._task.exception() is not None:
+            return None
+        result = self._task.result()
+        return result if isinstance(result, RestoreError) and not isinstance(result, WorkerLost) else None
+
+    async def finish(self, done: m.VolumeDone, tail_timeout_s: float) -> RestoreError | None:
+        """Bring the copy to its end; what went wrong on this side, if something did.
+
+        Without an error the volume is complete and in the sink, if `done` says so. The rest of a volume that
+        is said to be complete may take `tail_timeout_s` seconds to arrive. Raises ProtocolViolation if what
+        came is not what the worker says.
+        """
+        try:
+            if done.outcome == "ok":
+                await asyncio.wait([self._task], timeout=tail_timeout_s)
+            late = not self._task.done()
+            # What has arrived can still be read: a slow disk is not the worker's fault.
+            _hang_up(self._connection)
+            result = await to_the_end(self._task)
+            if isinstance(result, ProtocolViolation):
+                raise result
+            if isinstance(result, WorkerLost) and done.outcome == "ok":
+                what = "does not end" if late else "is not"
+                raise ProtocolViolation(f"a volume that is said to be complete and {what}")
+            if isinstance(result, RestoreError):
+                return self.failure
+            if done.outcome == "ok":
+                expected = result if done.volume == "home" else self.ready.image_size
+                if (done.data_bytes, done.image_size) != (result, expected):
+                    raise ProtocolViolation("a volume whose size is not what was announced and sent")
+                await in_thread(self._sink.finish, done.image_size)
+            return None
+        except ProtocolViolation:
+            raise
+        except RestoreError as error:
+            return error
+        finally:
+            await self.end()
+
+    async def end(self) -> None:
+        """End it, wherever it is, and give back what it holds. A cancel counts afterwards."""
+        _hang_up(self._connection)
+        try:
+            await to_the_end(asyncio.wait([self._task]))
+        finally:
+            self._connection.close()
+            self._sink.abandon()
+
+    async def _copied(self) -> int | RestoreError:
+        """The number of data bytes, or what stopped it."""
+        try:
+            return await asyncio.to_thread(
+                receive_volume, self._connection, self._sink, self.ready.image_size
+            )
+        except RestoreError as error:
+            _hang_up(self._connection)  # the worker need not send the rest
+            if isinstance(error, ProtocolViolation):
+                self._end_session(error)
+            return error
+        except Exception as mistake:
+            _hang_up(self._connection)
+            self._end_session(mistake)
+            raise
+
+
+def receive_volume(connection: socket.socket, writer: Writer, image_size: int) -> int:
+    """Copy one volume of `image_size` bytes from `connection` to `writer`; blocks.
+
+    Returns the number of data bytes once the stream has said that it is complete, and has ended. Raises
+    ProtocolViolation for a stream that is malformed, of another size, or goes on after its end, WorkerLost if
+    it ends early, and what `writer` raises.
+    """
+    decoder = VolumeDecoder(image_size)
+    buffer = memoryview(bytearray(MAX_RECORD))
+    while True:
+        wanted = decoder.wanted
+        _receive_exactly(connection, buffer[:wanted])
+        event = decoder.feed(buffer[:wanted])
+        if isinstance(event, Extent):
+            data = buffer[: event.length]
+            _receive_exactly(connection, data)
+            writer.write(event.offset, data)
+        elif isinstance(event, Header) and event.image_size != image_size:
+            raise ProtocolViolation(
+                f"a volume of {event.image_size} bytes that was announced with {image_size}"
+            )
+        elif isinstance(event, End):
+            if _receive(connection, buffer):
+                raise ProtocolViolation("a volume stream that goes on after its end")
+            return event.data_bytes
+
+
+def _receive_exactly(connection: socket.socket, target: memoryview) -> None:
+    while target:
+        count = _receive(connection, target)
+        if not count:
+            raise WorkerLost("the volume's stream ended before the volume was complete")
+        target = target[count:]
+
+
+def _receive(connection: socket.socket, target: memoryview) -> int:
+    """How many bytes have come; 0 when no more will, in whichever way the stream ended."""
+    try:
+        return connection.recv_into(target)
+    except OSError:
+        return 0
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """End whatever the connection's users wait for."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

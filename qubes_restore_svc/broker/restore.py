@@ -1,0 +1,327 @@
+"""One run over the selected qubes: what the worker says becomes qubes on the host and lines in the report.
+
+Strategy: one message after the other, each checked against the ledger first. A qube is a transaction that
+begins with its first volume and is committed when the worker has closed it and everything promised is there;
+whatever goes wrong in between rolls it back. Only the copying of a volume runs beside the messages.
+"""
+
+import asyncio
+import contextlib
+import enum
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from qubes_restore_svc.broker.client import STALL_S, SessionClient
+from qubes_restore_svc.broker.ledger import Ledger, believed_error
+from qubes_restore_svc.broker.plan import Plan, PlannedQube
+from qubes_restore_svc.broker.receiver import VolumeCopy
+from qubes_restore_svc.broker.report import ErrorReport, QubeReport, VolumeReport
+from qubes_restore_svc.broker.waiting import in_thread, to_the_end
+from qubes_restore_svc.errors import (
+    Cancelled,
+    ProtocolViolation,
+    RestoreError,
+    SkippedOnRequest,
+    WorkerLost,
+)
+from qubes_restore_svc.host.base import Host, NewQube, QubeTransaction
+from qubes_restore_svc.link.base import Link
+from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire import service
+
+#: Most warnings that a report keeps for one qube, or for none.
+MAX_WARNINGS = 100
+
+
+class Observer(Protocol):
+    """Who watches a run. Texts are fit for a terminal."""
+
+    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+        """How much of the archive is dealt with, and how much of all images has been produced."""
+        ...
+
+    def log(self, level: str, text: str) -> None:
+        """A line, `info` or `warning`."""
+        ...
+
+    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
+        """A volume begins."""
+        ...
+
+    def qube_finished(self, report: QubeReport) -> None:
+        """A qube is through, one way or the other."""
+        ...
+
+
+class _Stage(enum.Enum):
+    WAITING = "waiting"  # nothing of it has come
+    OPEN = "open"  # its transaction has begun
+    FINISHED = "finished"  # committed, verified or failed: its report says which
+
+
+@dataclass(slots=True)
+class _Qube:
+    planned: PlannedQube
+    report: QubeReport
+    stage: _Stage = _Stage.WAITING
+    transaction: QubeTransaction | None = None
+
+    def volume(self, name: str) -> VolumeReport:
+        return next(volume for volume in self.report.volumes if volume.name == name)
+
+
+class RestoreRun:
+    """Restores the taken qubes of `plan` to `host`, or verifies them if `host` is None.
+
+    `tail_timeout_s`: seconds that the rest of a volume may take to arrive once the worker has called it
+    complete. `warnings` takes those that belong to no qube.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        client: SessionClient,
+        plan: Plan,
+        host: Host | None,
+        observer: Observer,
+        *,
+        ignore_size_limit: bool = False,
+        tail_timeout_s: float = STALL_S,
+        warnings: list[str] | None = None,
+    ) -> None:
+        self._tail_timeout_s = tail_timeout_s
+        self._warnings = [] if warnings is None else warnings
+        self._link = link
+        self._client = client
+        self._plan = plan
+        self._host = host
+        self._observer = observer
+        self._ledger = Ledger((qube.source for qube in plan.taken), ignore_size_limit=ignore_size_limit)
+        self._qubes = {qube.source.key: _Qube(qube, _empty_report(qube)) for qube in plan.taken}
+        self._copy: VolumeCopy | None = None
+
+    @property
+    def reports(self) -> list[QubeReport]:
+        """What has become of the taken qubes so far."""
+        return [qube.report for qube in self._qubes.values()]
+
+    async def run(self) -> None:
+        """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
+        request = m.Start(mode="verify" if self._host is None else "restore", keys=tuple(self._qubes))
+        try:
+            async with contextlib.aclosing(self._client.start(request)) as messages:
+                async for message in messages:
+                    await self._take(message)
+        except RestoreError as error:
+            await to_the_end(self._abandon(error))
+            raise
+        except asyncio.CancelledError:
+            await to_the_end(self._abandon(Cancelled("it was cancelled")))
+            raise
+        except BaseException:  # a mistake of ours
+            await to_the_end(self._abandon(RestoreError("the restore failed")))
+            raise
+
+    async def _take(self, message: m.WorkerMessage) -> None:
+        await self._check_copy()
+        if isinstance(message, m.Progress):
+            self._observer.progress(message.archive_bytes, message.image_bytes)
+        elif isinstance(message, m.Log):
+            self._log(message)
+        elif isinstance(message, m.VolumeReady):
+            self._ledger.announce(message)
+            await self._volume_ready(self._qubes[message.key], message)
+        elif isinstance(message, m.VolumeDone):
+            self._ledger.answer(message)
+            await self._volume_done(self._qubes[message.key], message)
+        elif isinstance(message, m.QubeSettings):
+            self._ledger.settle(message)
+            await self._settle(self._qubes[message.key], message)
+        elif isinstance(message, m.Finished):
+            self._ledger.finish()
+
+    def _log(self, message: m.Log) -> None:
+        qube = self._qubes.get(message.key or "")
+        if message.level == "warning":
+            warnings = self._warnings if qube is None else qube.report.warnings
+            if len(warnings) < MAX_WARNINGS:
+                warnings.append(message.text)
+        name = f"{qube.planned.name}: " if qube is not None else ""
+        self._observer.log(message.level, name + message.text)
+
+    # --- One volume ---------------------------------------------------------------------------------
+
+    async def _volume_ready(self, qube: _Qube, ready: m.VolumeReady) -> None:
+        self._observer.volume_started(qube.planned.name, ready.volume, ready.image_size)
+        if self._host is None:
+            return
+        if qube.stage is _Stage.FINISHED:  # it failed here, and the worker did not know yet
+            return
+        try:
+            transaction = await self._transaction(qube, self._host)
+            sink = await in_thread(transaction.create_volume, ready.volume, ready.image_size)
+        except RestoreError as error:
+            await self._volume_failed(qube, ready.volume, error)
+            return
+        argument = service.volume_argument(ready.key, ready.volume)
+        try:
+            connection = await self._link.call(service.VOLUME, argument)
+        except WorkerLost as error:
+            raise await self._client.lost(error.reason) from error
+        self._copy = VolumeCopy(ready, connection, sink, self._client.fail)
+
+    async def _check_copy(self) -> None:
+        """What went wrong with the stream counts at once, whatever else the worker still says."""
+        failure = None if self._copy is None else self._copy.failure
+        if isinstance(failure, ProtocolViolation):
+            raise failure
+        if self._copy is not None and failure is not None:
+            ready = self._copy.ready
+            await self._volume_failed(self._qubes[ready.key], ready.volume, failure)
+
+    async def _volume_done(self, qube: _Qube, done: m.VolumeDone) -> None:
+        host_error = None
+        if self._copy is not None:
+            host_error = await self._copy.finish(done, self._tail_timeout_s)
+            self._copy = None
+        elif self._host is not None and done.outcome == "ok" and qube.stage is not _Stage.FINISHED:
+            raise ProtocolViolation("a volume that is said to be complete and was never sent")
+        if done.outcome == "ok" and host_error is None and qube.stage is not _Stage.FINISHED:
+            volume = qube.volume(done.volume)
+            volume.outcome = "ok"
+            volume.size, volume.data_bytes, volume.sha256 = done.image_size, done.data_bytes, done.sha256
+        elif host_error is not None:  # the reason why the worker stopped, whatever it says
+            await self._volume_failed(qube, done.volume, host_error)
+        else:
+            outcome: Literal["failed", "skipped"] = "failed" if done.outcome == "failed" else "skipped"
+            await self._volume_failed(qube, done.volume, _reason(done), outcome)
+
+    # --- One qube -----------------------------------------------------------------------------------
+
+    async def _transaction(self, qube: _Qube, host: Host) -> QubeTransaction:
+        if qube.transaction is not None:
+            return qube.transaction
+        new = NewQube(
+            qube.planned.name, qube.planned.source, self._plan.backup_id, tuple(qube.report.warnings)
+        )
+
+        def begin() -> QubeTransaction:
+            qube.transaction = host.begin(new)  # a cancel meanwhile finds it
+            return qube.transaction
+
+        transaction = await in_thread(begin)
+        qube.stage = _Stage.OPEN
+        return transaction
+
+    async def _volume_failed(
+        self,
+        qube: _Qube,
+        name: str,
+        error: RestoreError,
+        outcome: Literal["failed", "skipped"] = "failed",
+    ) -> None:
+        """A restore gives the qube up; a verify goes on with its other volumes."""
+        volume = qube.volume(name)
+        if volume.error is None:  # the first one is the reason of the others
+            volume.outcome, volume.error = outcome, ErrorReport.of(error)
+        if qube.stage is _Stage.FINISHED:
+            return
+        if self._host is not None:
+            await self._fail(qube, error.at(volume=name))
+        elif qube.report.error is None:
+            qube.report.error = ErrorReport.of(error)
+
+    async def _settle(self, qube: _Qube, settings: m.QubeSettings) -> None:
+        if qube.stage is _Stage.FINISHED:
+            return
+        if settings.error is not None:
+            await self._fail(qube, believed_error(settings.error))
+        elif any(volume.outcome != "ok" for volume in qube.report.volumes):
+            await self._fail(qube, RestoreError("not all of its volumes are complete"))
+        elif self._host is None:
+            self._conclude(qube, "verified")
+        else:
+            await self._commit(qube, self._host, settings)
+
+    async def _commit(self, qube: _Qube, host: Host, settings: m.QubeSettings) -> None:
+        try:
+            transaction = await self._transaction(qube, host)
+        except RestoreError as error:
+            await self._fail(qube, error)
+            return
+
+        def commit() -> None:
+            transaction.commit(settings)
+            qube.transaction = None  # a cancel from here on finds it restored, not half done
+
+        try:
+            await in_thread(commit)
+        except RestoreError as error:
+            await self._fail(qube, error)
+            return
+        except asyncio.CancelledError:
+            if qube.transaction is None:
+                self._conclude(qube, "restored")
+            raise
+        self._conclude(qube, "restored")
+
+    async def _fail(self, qube: _Qube, error: RestoreError) -> None:
+        """Give the qube up: it is rolled back before anything else, and the worker is told."""
+        self._note_error(qube, error.at(qube=qube.planned.name))
+        await self._roll_back(qube)
+        self._conclude(qube, "failed")
+        if self._host is not None:
+            await self._client.skip_qube(qube.planned.source.key)
+
+    async def _roll_back(self, qube: _Qube) -> None:
+        """Roll the qube's transaction back; what cannot be removed is told, and is no reason to stop."""
+        if qube.transaction is None:
+            return
+        try:
+            await in_thread(qube.transaction.rollback)
+        except RestoreError as error:
+            remark = f"what had been written could not be removed: {error.reason}"
+            qube.report.warnings.append(remark)
+            self._observer.log("warning", f"{qube.planned.name}: {remark}")
+        qube.transaction = None
+
+    def _note_error(self, qube: _Qube, error: RestoreError) -> None:
+        qube.stage = _Stage.FINISHED
+        if qube.report.error is None:
+            qube.report.error = ErrorReport.of(error)
+
+    def _conclude(self, qube: _Qube, outcome: Literal["restored", "verified", "failed"]) -> None:
+        qube.stage = _Stage.FINISHED
+        qube.report.outcome = outcome
+        self._observer.qube_finished(qube.report)
+
+    async def _abandon(self, error: RestoreError) -> None:
+        """The session is over before its time: roll back whatever is not finished."""
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            await copy.end()
+            self._note_copy(self._qubes[copy.ready.key], copy, error)
+        for qube in self._qubes.values():
+            await self._roll_back(qube)
+            if qube.stage is not _Stage.FINISHED:
+                self._note_error(qube, error)
+
+    def _note_copy(self, qube: _Qube, copy: VolumeCopy, error: RestoreError) -> None:
+        """Report the volume that was on its way when the session ended with `error`."""
+        error = copy.failure or error
+        volume = qube.volume(copy.ready.volume)
+        volume.outcome, volume.error = "failed", ErrorReport.of(error)
+        if qube.stage is not _Stage.FINISHED:
+            self._note_error(qube, error)
+
+
+def _empty_report(qube: PlannedQube) -> QubeReport:
+    volumes = [VolumeReport(name=volume.name) for volume in qube.source.volumes]
+    return QubeReport(name=qube.name, klass=qube.source.klass, volumes=volumes)
+
+
+def _reason(done: m.VolumeDone) -> RestoreError:
+    """Why a volume that is answered for is not there, as the worker tells it."""
+    if done.error is not None:
+        return believed_error(done.error)
+    return SkippedOnRequest("left out, because the qube cannot be restored completely", advice="")

@@ -1,0 +1,316 @@
+"""A whole job: it always comes back with a report, soon after a cancel, and leaves nothing."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.job import QubeChoice, read_manifest, run_job
+from qubes_restore_svc.broker.report import Report
+from qubes_restore_svc.errors import RestoreError, UsageError, WorkerStalled
+from qubes_restore_svc.host.directory import DirectoryHost
+from qubes_restore_svc.wire import messages as m
+from tests.broker.fake_worker import (
+    BACKUP_ID,
+    DOM0,
+    EMPTY,
+    VAULT,
+    WORK,
+    CancelJob,
+    Die,
+    FakeLink,
+    Hear,
+    Json,
+    Pause,
+    Raw,
+    Say,
+    honest,
+    manifest,
+    renamed,
+)
+from tests.broker.jobs import PASSPHRASE, Outcome, Recorder, check_restored, listing, run
+from tests.broker.troubled_host import TroubledHost
+
+QUBES = (WORK, VAULT, EMPTY)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "restored"
+
+
+# --- A cancel -------------------------------------------------------------------------------------
+
+
+def is_cancelled(outcome: Outcome, target: Path) -> None:
+    """Status and report say so, and what is there is what the report calls restored."""
+    assert (outcome.status, outcome.error) == (130, "cancelled: it was cancelled")
+    assert outcome.seconds < 2
+    restored = [qube for qube in QUBES if outcome.outcomes.get(qube.name) == "restored"]
+    if restored:
+        check_restored(target, *restored)
+    else:
+        assert not target.exists()
+    for report in outcome.report.qubes:
+        if report.outcome != "restored":
+            assert report.error is not None
+            assert report.error.kind == "cancelled"
+
+
+@pytest.mark.parametrize("again", [(), (1,), (1, 2, 3)], ids=["once", "twice", "and again"])
+def test_a_cancel_at_any_moment_leaves_no_half_of_a_qube(tmp_path: Path, again: tuple[int, ...]) -> None:
+    for moment in range(1, 100):
+        target = tmp_path / str(moment)
+        cancel_at = [moment, *(moment + later for later in again)]
+        outcome = run(honest(QUBES), target, cancel_at=cancel_at, thorough=False, limit_s=2.5)
+        if outcome.status == 0:
+            break
+        is_cancelled(outcome, target)
+    assert moment > 15  # it was cancelled everywhere, to the end
+    check_restored(target, *QUBES)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "begin vault",
+        "create vault/root",
+        "write vault/root 2",
+        "finish vault/root",
+        "commit vault",
+        "commit empty",
+    ],
+)
+def test_a_cancel_waits_for_the_host_and_not_longer(target: Path, call: str) -> None:
+    """The thread that is in the host's call must be through before anything is removed."""
+
+    def cancel(link: FakeLink) -> Callable[[], None]:
+        def during_the_call() -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            assert link.job is not None
+            link.job.get_loop().call_soon_threadsafe(link.job.cancel)
+            time.sleep(0.15)
+
+        return during_the_call
+
+    outcome = run(
+        honest(QUBES), target, host=lambda link: TroubledHost(target, {call: cancel(link)}), limit_s=2.5
+    )
+    is_cancelled(outcome, target)
+    # What was being committed is there, because it was through; everything else is not.
+    assert (target / call.split()[1]).exists() == call.startswith("commit")
+
+
+def test_a_cancel_while_the_worker_derives_keys(target: Path) -> None:
+    outcome = run([Hear("open"), Pause(0.1), CancelJob()], target, heartbeat_s=0.02)
+    is_cancelled(outcome, target)
+
+
+def test_the_worker_is_told_of_a_cancel(target: Path) -> None:
+    script = honest(QUBES)
+    outcome = run(script.until(script.find("volume_done", "vm2"), CancelJob()), target)
+    is_cancelled(outcome, target)
+    assert isinstance(outcome.link.heard[-1], m.Cancel)
+
+
+def test_a_cancel_during_a_verify() -> None:
+    script = honest(QUBES, verify=True)
+    outcome = run(script.until(script.find("volume_done", "vm2"), Pause(0.1), CancelJob()), None)
+    assert outcome.status == 130
+    assert outcome.outcomes == {"work": "verified", "vault": "failed", "empty": "failed"}
+
+
+# --- Ends ------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_passphrase_is_told_and_nothing_is_left(target: Path) -> None:
+    error = {"kind": "wrong-passphrase", "reason": "the passphrase does not open this backup"}
+    outcome = run([Hear("open"), Say({"type": "failed", "error": error})], target)
+    assert (outcome.status, outcome.error) == (1, f"wrong-passphrase: {error['reason']}")
+    assert outcome.report.qubes == []
+    assert not target.exists()
+
+
+def test_a_worker_that_dies_before_the_manifest(target: Path) -> None:
+    outcome = run([Hear("open"), Die()], target)
+    assert (outcome.status, outcome.error) == (1, "worker-lost: the worker was killed (SIGKILL)")
+    assert not target.exists()
+
+
+def test_a_worker_that_never_answers_is_ended(target: Path) -> None:
+    outcome = run([Hear("open")], target, stall_s=0.2)
+    assert (outcome.status, outcome.error[:14]) == (1, "worker-stalled")
+    assert not target.exists()
+
+
+async def test_nothing_begins_while_somebody_else_restores_there(target: Path) -> None:
+    link = FakeLink(honest())
+    with DirectoryHost(target).lock():
+        choice, options = QubeChoice(), SessionOptions(PASSPHRASE)
+        report = await run_job(link, DirectoryHost(target), options, choice, Recorder())
+    assert report.status == 1
+    assert report.error is not None
+    assert report.error.kind == "restore-in-progress"
+    assert link.calls == []
+
+
+def test_a_host_that_cannot_be_locked_or_asked_is_the_end(target: Path) -> None:
+    def fail() -> None:
+        raise RestoreError("no such host")
+
+    for call in ("lock", "existing_names", "free_space"):
+        host = TroubledHost(target, {call: fail})
+        outcome = run(honest(), target, host=lambda _: host)  # noqa: B023 - it is called at once
+        assert (outcome.status, outcome.error) == (1, "error: no such host")
+        assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (SessionOptions("secret" * 1000), "passphrase"),
+        (SessionOptions("secret\udc80"), "passphrase"),
+        (SessionOptions(PASSPHRASE, jobs=5000), "jobs"),
+        (SessionOptions(PASSPHRASE, memory=1 << 63), "memory"),
+        (SessionOptions(PASSPHRASE, compression_filter="GZIP"), "compression-filter"),
+    ],
+)
+def test_an_option_that_cannot_be_sent_is_a_usage_error_that_does_not_quote_it(
+    target: Path, options: SessionOptions, word: str
+) -> None:
+    outcome = run(honest(), target, options=options)
+    assert (outcome.status, outcome.error) == (2, f"usage: the {word} is outside of what is possible")
+    assert "secret" not in outcome.report.model_dump_json()
+    assert not target.exists()
+
+
+# --- Selections -------------------------------------------------------------------------------------
+
+
+def test_only_what_was_selected_is_asked_for(target: Path) -> None:
+    outcome = run(honest(QUBES, taken=["vault"]), target, names=["vault", "empty"], exclude=["empty"])
+    check_restored(target, VAULT)
+    assert outcome.status == 0
+    assert outcome.outcomes == {"work": "left out", "vault": "restored", "empty": "left out"}
+    start = outcome.link.heard[1]
+    assert isinstance(start, m.Start)
+    assert (start.mode, start.keys) == ("restore", ("vm2",))
+
+
+@pytest.mark.parametrize(
+    ("names", "exclude", "reason"),
+    [
+        (["wrok"], [], "the backup holds no qube named 'wrok'"),
+        ([], ["wrok"], "the backup holds no qube named 'wrok'"),
+        (["work"], ["work"], "no qube is selected"),
+    ],
+)
+def test_a_selection_of_nothing_is_a_usage_error(
+    target: Path, names: list[str], exclude: list[str], reason: str
+) -> None:
+    outcome = run(honest(), target, names=names, exclude=exclude)
+    assert (outcome.status, outcome.error) == (2, f"usage: {reason}")
+    assert not target.exists()
+
+
+def test_a_restore_of_everything_does_not_take_dom0s_home(target: Path) -> None:
+    outcome = run(honest((WORK, DOM0), taken=["work"]), target)
+    assert outcome.status == 0
+    assert outcome.outcomes == {"work": "restored", "dom0": "left out"}
+    assert outcome.qube("dom0").remark == "its home comes only if you name it"
+
+
+def test_a_qube_that_could_not_be_listed_keeps_a_restore_from_being_complete(tmp_path: Path) -> None:
+    lost = {"name": "lost", "error": {"kind": "bad-metadata", "reason": "its label is not known"}}
+    said = Say(manifest(QUBES, refused=[lost]))
+    outcome = run(honest(QUBES).with_steps(1, said), tmp_path / "all")
+    assert outcome.status == 3
+    assert outcome.outcomes["lost"] == "refused"
+    assert outcome.report.qubes[-1].error is not None
+    chosen = run(honest(QUBES, taken=["work"]).with_steps(1, said), tmp_path / "one", names=["work"])
+    assert chosen.status == 0
+    excluded = run(honest(QUBES).with_steps(1, said), tmp_path / "but", exclude=["lost"])
+    assert excluded.status == 0
+    verified = run(honest(QUBES, verify=True).with_steps(1, said), None)
+    assert verified.status == 3
+    only = run(honest(QUBES).with_steps(1, said), tmp_path / "only", names=["lost"])
+    assert only.status == 1
+
+
+def test_a_verify_writes_nothing_and_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = listing(tmp_path)
+    assert run(honest((*QUBES, DOM0), verify=True), None).status == 0
+    assert listing(tmp_path) == before
+
+
+# --- What the person hears -------------------------------------------------------------------------
+
+
+def test_what_an_interrupted_restore_left_is_told(target: Path) -> None:
+    (target / ".work.partial").mkdir(parents=True)
+    (target / ".work.partial" / "private.img").touch()
+    outcome = run(honest((EMPTY,)), target)
+    assert outcome.observer.lines == [
+        f"warning: .work.partial was removed from {target}: a restore that was interrupted had left it"
+    ]
+    assert outcome.report.warnings == [line.removeprefix("warning: ") for line in outcome.observer.lines]
+
+
+def test_what_is_kept_is_told_too(target: Path) -> None:
+    (target / ".vault.partial" / "letter").mkdir(parents=True)
+    with DirectoryHost(target).lock() as remarks:
+        assert remarks == (
+            f".vault.partial in {target} looks like the rest of a restore, but cannot be removed safely",
+        )
+    assert (target / ".vault.partial" / "letter").exists()
+
+
+def test_too_little_room_is_told_before_it_is_needed(target: Path) -> None:
+    outcome = run(honest((renamed(WORK, backup_size=1 << 60),)), target)
+    assert outcome.status == 0  # its holes may still make it fit
+    free = DirectoryHost(target).free_space()
+    assert free is not None
+    assert len(outcome.report.warnings) == 1
+    assert outcome.report.warnings[0].startswith("the qubes took 1099511627776 MiB")
+
+
+def test_the_report_is_json_with_times_backup_and_tool(target: Path) -> None:
+    report = json.loads(run(honest(QUBES), target).report.model_dump_json())
+    assert (report["tool"], report["mode"], report["status"]) == ("qubes-restore-svc", "restore", 0)
+    assert report["backup_id"] == BACKUP_ID
+    assert report["started"] < report["finished"]
+    assert Report.model_validate(report).qubes[1].volumes[0].size == 50_000
+
+
+# --- read_manifest ---------------------------------------------------------------------------------
+
+
+async def test_a_list_reads_the_manifest_and_destroys_the_worker() -> None:
+    before = os.listdir("/proc/self/fd")
+    warning: Json = {"type": "log", "level": "warning", "text": "old"}
+    info: Json = {"type": "log", "level": "info", "text": "fine"}
+    link, observer = FakeLink(honest().before(1, Say(warning), Say(info))), Recorder()
+    found = await read_manifest(link, SessionOptions(PASSPHRASE), observer)
+    assert [qube.name for qube in found.qubes] == ["work", "vault"]
+    assert observer.lines == ["warning: old", "info: fine"]
+    assert link.left
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [(Raw(b"\0\0\0\0"), RestoreError), (Die(), RestoreError), (Pause(9), WorkerStalled)],
+)
+async def test_a_list_that_fails_destroys_the_worker(step: Raw, error: type[RestoreError]) -> None:
+    link = FakeLink([Hear("open"), step])
+    with pytest.raises(error):
+        await read_manifest(link, SessionOptions(PASSPHRASE), Recorder(), stall_s=0.2)
+    assert link.left
+    with pytest.raises(UsageError):
+        await read_manifest(FakeLink(honest()), SessionOptions(PASSPHRASE, jobs=0), Recorder())

@@ -1,0 +1,104 @@
+"""A host that fails, or does something else, at any of the broker's calls."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qubes_restore_svc.host.base import NewQube, QubeTransaction, VolumeSink
+from qubes_restore_svc.host.directory import DirectoryHost
+from qubes_restore_svc.wire.messages import QubeSettings
+from qubes_restore_svc.wire.names import VolumeName
+
+Trouble = Mapping[str, Callable[[], None]]
+
+
+class TroubledHost:
+    """A directory. Calls have names (`begin work`, `write work/private 1`); `trouble` runs before them.
+
+    Unlike the directory it does not forgive: at the end of the lock the broker must have ended every qube,
+    and every volume of those that were not rolled back.
+    """
+
+    def __init__(self, target: Path, trouble: Trouble) -> None:
+        self.calls: list[str] = []
+        self.begun: set[str] = set()  #: what has not been ended yet, `work` and `work/private`
+        self._trouble = trouble
+        self._directory = DirectoryHost(target)
+
+    @contextmanager
+    def lock(self) -> Iterator[Sequence[str]]:
+        self.call("lock")
+        with self._directory.lock() as remarks:
+            try:
+                yield remarks
+            finally:
+                assert not self.begun
+
+    def existing_names(self) -> frozenset[str]:
+        self.call("existing_names")
+        return self._directory.existing_names()
+
+    def free_space(self) -> int | None:
+        self.call("free_space")
+        return self._directory.free_space()
+
+    def begin(self, qube: NewQube) -> "TroubledQube":
+        self.call(f"begin {qube.name}")
+        transaction = TroubledQube(self, qube.name, self._directory.begin(qube))
+        self.begun.add(qube.name)
+        return transaction
+
+    def call(self, name: str) -> None:
+        self.calls.append(name)
+        self._trouble.get(name, _nothing)()
+
+
+@dataclass
+class TroubledQube:
+    host: TroubledHost
+    name: str
+    qube: QubeTransaction
+
+    def create_volume(self, volume: VolumeName, image_size: int) -> "TroubledSink":
+        self.host.call(f"create {self.name}/{volume}")
+        sink = TroubledSink(self.host, f"{self.name}/{volume}", self.qube.create_volume(volume, image_size))
+        self.host.begun.add(sink.name)
+        return sink
+
+    def commit(self, settings: QubeSettings) -> None:
+        self.host.call(f"commit {self.name}")
+        self.qube.commit(settings)
+        self.host.begun.discard(self.name)
+
+    def rollback(self) -> None:
+        self.host.begun -= {name for name in self.host.begun if name.split("/")[0] == self.name}
+        self.host.call(f"rollback {self.name}")
+        self.qube.rollback()
+
+
+@dataclass
+class TroubledSink:
+    host: TroubledHost
+    name: str
+    sink: VolumeSink
+    writes: int = field(default=0)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.writes += 1
+        self.host.call(f"write {self.name} {self.writes}")
+        self.sink.write(offset, data)
+
+    def finish(self, size: int) -> None:
+        self.host.call(f"finish {self.name}")
+        self.sink.finish(size)
+        self.host.begun.discard(self.name)
+
+    def abandon(self) -> None:
+        self.host.call(f"abandon {self.name}")
+        self.sink.abandon()
+        self.host.begun.discard(self.name)
+
+
+def _nothing() -> None:
+    pass
