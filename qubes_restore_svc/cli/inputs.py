@@ -1,0 +1,120 @@
+"""What the commands are given besides their options: the backup's descriptor, the target, the passphrase."""
+
+import getpass
+import os
+import stat
+import sys
+from pathlib import Path
+
+from qubes_restore_svc.cli.terminal import say
+from qubes_restore_svc.errors import Cancelled, UsageError
+from qubes_restore_svc.wire.names import MAX_PASSPHRASE, strip_control
+
+_PROMPT = "Passphrase of the backup: "
+_BYTE_ORDER_MARK = "\ufeff"  #: some editors put it at the beginning of a file
+_LONGEST_LINE = 4 * MAX_PASSPHRASE + 8
+
+
+def open_archive(backup: str) -> int:
+    """A descriptor of the backup, which nobody here reads; `-` is standard input. Raises UsageError.
+
+    Waits for a writer if it is a named pipe.
+    """
+    if backup == "-":
+        if sys.stdin is None or os.isatty(0):
+            raise UsageError("standard input is a terminal, not a backup")
+        return os.dup(0)
+    shown = strip_control(backup)
+    try:
+        fd = os.open(backup, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{shown} cannot be opened: {reason}") from None
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(f"{shown} is a directory, not a backup")
+    return fd
+
+
+def archive_size(fd: int) -> int | None:
+    """How many bytes of the archive are still to be read, if it is a file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
+
+
+def check_target(target: Path) -> None:
+    """Say before the passphrase is typed that nothing can be restored to `target`. Raises UsageError.
+
+    The host looks again, more closely, when it takes its lock.
+    """
+    shown = strip_control(str(target))
+    if target.is_dir():
+        writable = target
+    elif os.path.lexists(target):
+        raise UsageError(f"{shown} is not a directory", advice="Name another one after --to.")
+    else:
+        writable = target.absolute().parent
+        if not writable.is_dir():
+            raise UsageError(
+                f"{shown} cannot be created: {strip_control(str(writable))} is no directory",
+                advice="Create it first.",
+            )
+    if not os.access(writable, os.W_OK | os.X_OK):
+        raise UsageError(f"you may not write to {strip_control(str(writable))}")
+
+
+def read_passphrase(passphrase_file: str | None, *, stdin_is_backup: bool) -> str:
+    """The passphrase from a file's or standard input's first line, or asked for. Raises UsageError."""
+    if passphrase_file is None or (passphrase_file == "-" and sys.stdin is not None and os.isatty(0)):
+        return _checked(_ask(stdin_is_backup=stdin_is_backup))
+    try:
+        return _checked(_first_line(passphrase_file))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "that is no name of a file"
+        raise UsageError(f"the passphrase file cannot be read: {reason}") from None
+
+
+def _first_line(passphrase_file: str) -> str:
+    """The line without its end; spaces belong to the passphrase."""
+    if passphrase_file == "-":
+        if sys.stdin is None:
+            raise UsageError("standard input is closed")
+        line = sys.stdin.buffer.readline(_LONGEST_LINE)
+    else:
+        with Path(passphrase_file).open("rb") as file:
+            line = file.readline(_LONGEST_LINE)
+    try:
+        text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
+    except UnicodeDecodeError:
+        raise UsageError("the passphrase file is not UTF-8 text") from None
+    return text.removeprefix(_BYTE_ORDER_MARK)
+
+
+def _ask(*, stdin_is_backup: bool) -> str:
+    # Without a terminal of its own, getpass would read standard input, and echo it.
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        if stdin_is_backup or sys.stdin is None or not os.isatty(0):
+            raise UsageError(
+                "there is no terminal to ask for the passphrase on", advice="Use -p FILE or -p -."
+            ) from None
+    try:
+        return getpass.getpass(_PROMPT)
+    except Cancelled:
+        say("")
+        raise
+    except EOFError:
+        raise UsageError("no passphrase was given", advice="") from None
+    except UnicodeDecodeError:  # its text would hold a part of what was typed
+        raise UsageError("the passphrase is not UTF-8 text") from None
+
+
+def _checked(passphrase: str) -> str:
+    if not passphrase:
+        raise UsageError("the passphrase is empty", advice="")
+    if len(passphrase) > MAX_PASSPHRASE:
+        raise UsageError(f"the passphrase is longer than {MAX_PASSPHRASE} characters", advice="")
+    return passphrase

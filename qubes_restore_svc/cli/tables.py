@@ -1,0 +1,164 @@
+"""Tables, sizes and times as people read them.
+
+Strategy: pure functions from a manifest or a report to text. `width` is that of the terminal in columns, None
+where there is none; then nothing is wrapped and every row is one line, for other programs to read.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
+from qubes_restore_svc.cli.terminal import wrapped
+from qubes_restore_svc.wire.messages import Manifest, ManifestQube
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_MOST_NAMES = 8  #: in a line that says something of several qubes
+
+
+def size_text(size: int) -> str:
+    """`size` bytes as `1.5 GiB`."""
+    value = float(size)
+    for unit in _UNITS[:-1]:
+        if round(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} {_UNITS[-1]}"
+
+
+def duration_text(seconds: float) -> str:
+    """`seconds` as `1 h 05 min`, `4 min 10 s` or `12 s`."""
+    whole = int(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, two spaces apart; no trailing spaces."""
+    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (headings, *rows)
+    ]
+    return "\n".join(lines)
+
+
+def manifest_table(manifest: Manifest) -> str:
+    """The qubes of a backup."""
+    rows = [
+        (
+            qube.name,
+            qube.klass,
+            qube.template or "-",
+            netvm_text(qube),
+            qube.label,
+            size_text(qube.backup_size),
+        )
+        for qube in manifest.qubes
+    ]
+    return table(("NAME", "CLASS", "TEMPLATE", "NETVM", "LABEL", "SIZE"), rows)
+
+
+def netvm_text(qube: ManifestQube) -> str:
+    """A qube's netvm: its name, `default`, or `-` for none."""
+    if qube.klass == "AdminVM" or qube.netvm == "":
+        return "-"
+    return qube.netvm or "default"
+
+
+def report_table(report: Report, width: int | None = None) -> str:
+    """One row a volume, and one for each qube that has none; qubes that were not wanted have no row.
+
+    A SHA-256 has 64 characters. Where the rows would be wider than the terminal, it stands in a line of
+    its own when verifying, which is about these sums, and only in the JSON report when restoring.
+    """
+    rows = [row for qube in report.qubes if qube.outcome != "left out" for row in _rows(report, qube)]
+    if not rows:
+        return ""
+    headings = ("QUBE", "VOLUME", "SIZE", "RESULT", "SHA-256")
+    text = table(headings, rows)
+    if width is None or max(map(len, text.splitlines())) <= width:
+        return text
+    head, *lines = table(headings[:-1], [row[:-1] for row in rows]).splitlines()
+    if report.mode == "restore":
+        return "\n".join([head, *lines])
+    sums = [f"  sha256 {row[-1]}" for row in rows]
+    with_sums = [
+        f"{line}\n{sha256}" if row[-1] else line for line, sha256, row in zip(lines, sums, rows, strict=True)
+    ]
+    return "\n".join([head, *with_sums])
+
+
+def failures(report: Report, width: int | None = None) -> list[str]:
+    """What failed, with the reason and what to do, each reason once; not what the whole run ended with."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for qube in report.qubes:
+        for place, error in _errors(qube):
+            if not _is_same(error, report.error):
+                places.setdefault((error.reason, error.advice), []).append(place)
+    return [
+        wrapped(f"{_listed(names)}: {reason}. {advice}".rstrip(), width)
+        for (reason, advice), names in places.items()
+    ]
+
+
+def left_out(report: Report, width: int | None = None) -> list[str]:
+    """Which qubes were left out, a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for qube in report.qubes:
+        if qube.outcome == "left out":
+            names.setdefault(qube.remark, []).append(qube.name)
+    return [
+        wrapped(f"left out ({remark}): {_listed(those)}" if remark else f"left out: {_listed(those)}", width)
+        for remark, those in names.items()
+    ]
+
+
+def _rows(report: Report, qube: QubeReport) -> list[tuple[str, str, str, str, str]]:
+    rows = [
+        (
+            qube.name,
+            volume.name,
+            "-" if volume.size is None else size_text(volume.size),
+            _volume_result(report, qube, volume),
+            volume.sha256 or "",
+        )
+        for volume in qube.volumes
+    ]
+    # A verified volume of a qube that failed for another reason does not look like a failure.
+    if not rows or (qube.outcome == "failed" and all(row[3] == "verified" for row in rows)):
+        rows.append((qube.name, "-", "-", qube.outcome, ""))
+    return rows if qube.outcome != "refused" else rows[-1:]
+
+
+def _volume_result(report: Report, qube: QubeReport, volume: VolumeReport) -> str:
+    """What is true of a volume now: one that came whole, with a qube that failed, is not there."""
+    if volume.outcome != "ok":
+        return volume.outcome
+    if report.mode == "verify":
+        return "verified"
+    return "restored" if qube.succeeded else "rolled back"
+
+
+def _errors(qube: QubeReport) -> Iterable[tuple[str, ErrorReport]]:
+    found = [
+        (f"{qube.name}/{volume.name}" + _chunk(volume.error), volume.error)
+        for volume in qube.volumes
+        if volume.outcome == "failed" and volume.error is not None
+    ]
+    if qube.error is not None and not any(_is_same(qube.error, error) for _, error in found):
+        found.insert(0, (qube.name + _chunk(qube.error), qube.error))
+    return found
+
+
+def _chunk(error: ErrorReport | None) -> str:
+    return "" if error is None or error.chunk is None else f", chunk {error.chunk}"
+
+
+def _is_same(one: ErrorReport, other: ErrorReport | None) -> bool:
+    return other is not None and (one.kind, one.reason) == (other.kind, other.reason)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = "; " if any("," in name for name in names) else ", "
+    text = shown.join(names[:_MOST_NAMES])
+    return text if len(names) <= _MOST_NAMES else f"{text} and {len(names) - _MOST_NAMES} more"

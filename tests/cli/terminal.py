@@ -1,0 +1,73 @@
+"""The command on a terminal, as a person sees it.
+
+Strategy: a pseudo terminal of a chosen width, a person who types when asked, and just enough of a terminal to
+know what the screen shows: carriage returns overwrite, as the bar does. Any other control is an error.
+"""
+
+import contextlib
+import fcntl
+import os
+import pty
+import struct
+import termios
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.fixtures import REPOSITORY
+from tests.system.support import command, environment
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run left on the screen, everything that was ever drawn, and its status."""
+
+    status: int
+    raw: str
+    width: int
+
+    @property
+    def screen(self) -> list[str]:
+        """The lines in the end."""
+        return [rendered(line) for line in self.raw.replace("\r\n", "\n").split("\n")]
+
+    @property
+    def drawn(self) -> list[str]:
+        """Every state of every line, in order."""
+        return [part.strip() for line in self.raw.split("\n") for part in line.split("\r") if part.strip()]
+
+
+def on_terminal(
+    *arguments: str | Path, types: str = "", width: int = 80, variables: Mapping[str, str] | None = None
+) -> Seen:
+    """Run the command to its end on a terminal with `width` columns; `types` is typed at its prompt."""
+    words = command(*arguments)
+    process, terminal = pty.fork()
+    if process == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+        os.chdir(REPOSITORY)
+        os.execve(words[0], words, {**environment("terminal"), "TERM": "xterm", **(variables or {})})
+    said = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 4096):
+            said += piece
+            if types and said.endswith(b": "):
+                os.write(terminal, types.encode())
+                types = ""
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    return Seen(os.waitstatus_to_exitcode(status), said.decode(), width)
+
+
+def rendered(line: str) -> str:
+    """What a line shows after everything that was written on it."""
+    cells: list[str] = []
+    position = 0
+    for char in line:
+        if char == "\r":
+            position = 0
+            continue
+        assert char.isprintable(), f"{char!r} in {line!r}"
+        cells[position : position + 1] = [char]
+        position += 1
+    return "".join(cells).rstrip()

@@ -1,0 +1,66 @@
+"""Standard streams that nobody reads, that are full, or that are not even there."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.fixtures import REPOSITORY
+
+from .support import command, environment, passphrase_file, running, small_backup, wait_for
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+
+
+@pytest.fixture
+def backup(tmp_path: Path) -> Path:
+    path = tmp_path / "sample.qbackup"
+    small_backup().write(path)
+    return path
+
+
+@pytest.fixture
+def passphrase(tmp_path: Path) -> Path:
+    return passphrase_file(tmp_path)
+
+
+def test_the_status_is_that_of_the_work_when_the_reader_of_the_table_has_gone(
+    backup: Path, passphrase: Path
+) -> None:
+    with running("verify", backup, "-p", passphrase) as run:
+        assert run.process.stdout is not None and run.process.stderr is not None
+        run.process.stdout.close()
+        run.process.stderr.close()
+        assert run.process.wait(30) == 0
+
+
+def test_a_disk_that_is_full_of_our_table_is_said(backup: Path, passphrase: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        words = command("list", backup, "-p", passphrase)
+        ended = subprocess.run(
+            words, env=environment("x"), cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "qubes-restore-svc: standard output cannot be written: No space left on device\n"
+
+
+def test_no_file_of_the_restore_takes_the_place_of_a_closed_standard_stream(
+    backup: Path, passphrase: Path, tmp_path: Path
+) -> None:
+    """What somebody then writes to standard error would land in a disk image."""
+    report, pipe = tmp_path / "report.json", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = command("extract", pipe, "--to", tmp_path / "out", "-p", passphrase, "--report", report)
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    with subprocess.Popen(closed, env=environment("x"), cwd=REPOSITORY) as process:
+        with pipe.open("wb") as feed:
+            feed.write(backup.read_bytes())
+            wait_for((tmp_path / "out").exists)
+            standard = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (0, 1, 2)]
+        assert process.wait(30) == 0
+    assert standard == ["/dev/null"] * 3
+    assert json.loads(report.read_text())["status"] == 0
+    assert (tmp_path / "out" / "work" / "private.img").exists()
