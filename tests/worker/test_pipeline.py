@@ -536,7 +536,7 @@ def test_a_broker_that_does_not_read_stops_the_intake() -> None:
     gate = threading.Event()
     with file_with(writer.to_bytes()) as descriptor:
         run = Pass(descriptor, memory=4 * MIB, jobs=2)
-        receiver = Receiver(run.messages.append, pause=lambda _: gate.wait(PATIENCE_S))
+        receiver = Receiver(run.messages.append, pause=lambda _: gate.wait(3 * PATIENCE_S))
         run.start(mode="restore", receiver=receiver)
         wait_until(lambda: run.budget.used > 3 * MIB)
         run.thread.join(0.2)
@@ -673,7 +673,7 @@ def test_a_cancel_at_any_stage_ends_the_pass_quickly_and_frees_everything(stage:
         writer = replace(writer, qubes=[giant])
     with file_with(writer.to_bytes()) as descriptor:
         run = Pass(descriptor, engine=engine, memory=MIB)
-        receiver = Receiver(run.messages.append, pause=lambda _: gate.wait(PATIENCE_S))
+        receiver = Receiver(run.messages.append, pause=lambda _: gate.wait(3 * PATIENCE_S))
         if stage == "announcing":
             never: Future[socket.socket | None] = Future()
             receiver.announce = lambda ready: never  # type: ignore[method-assign] # a broker that never calls

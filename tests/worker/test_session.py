@@ -27,7 +27,7 @@ from ..support.backup_writer import (
 )
 from ..support.damage import DAMAGES, edited, flip_bit, sample_backup
 from .caller import Caller, Peer
-from .support import MIB, PATIENCE_S, Engine, file_with, in_thread, join, pipe_with, wait_until
+from .support import MIB, PATIENCE_S, Engine, file_with, in_thread, join, pipe_with
 
 WRITER = sample_backup(log_n=2)
 ARCHIVE = WRITER.to_bytes()
@@ -288,14 +288,14 @@ async def test_the_session_ends_at_once_whenever_the_broker_wants(stage: str, ho
             gate.wait(PATIENCE_S)
 
     archive = large()
-    before = threading.active_count()
     opened = (
         pipe_with(archive[: len(archive) // 3], keep_open=True)
         if stage == "silent archive"
         else file_with(archive)
     )
     with opened as descriptor:
-        async with Caller(descriptor, engine=Engine(hold)) as caller:
+        silent = stage == "silent archive"
+        async with Caller(descriptor, engine=Engine(hold), silent=silent) as caller:
             peer = await caller.session()
             peer.open()
             if stage != "opening":
@@ -319,11 +319,9 @@ async def test_the_session_ends_at_once_whenever_the_broker_wants(stage: str, ho
             if how == "cancel":
                 messages = await peer.rest()
                 assert not any(isinstance(one, m.Finished | m.Failed) for one in messages)
-        gate.set()
-    if stage != "silent archive":  # that thread waits for the archive, and ends with the process
-        await asyncio.to_thread(
-            wait_until, lambda: threading.active_count() <= before + 1, "the end of threads"
-        )
+            gate.set()
+            if not silent:
+                await caller.threads_ended()
 
 
 async def test_a_broker_that_does_not_read_and_cancels_is_not_waited_for() -> None:
@@ -333,6 +331,20 @@ async def test_a_broker_that_does_not_read_and_cancels_is_not_waited_for() -> No
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined] # of every stream's transport
         peer.say(m.Start(mode="verify", keys=ALL_KEYS))
         await asyncio.sleep(0.1)
+        peer.say(m.Cancel())
+        async with asyncio.timeout(2):
+            await caller.ended()
+
+
+async def test_a_broker_that_has_much_to_read_and_does_not_is_not_waited_for_either() -> None:
+    qubes = [QubePlan(f"qube{number}", notes="n" * 200_000) for number in range(10)]
+    async with session_over(BackupWriter(qubes, log_n=1).to_bytes()) as (caller, peer):
+        peer.open()
+        while not isinstance(await peer.next(), m.Manifest):
+            pass
+        peer.writer.transport.pause_reading()  # type: ignore[attr-defined] # of every stream's transport
+        peer.say(m.Start(mode="verify", keys=tuple(f"vm{number}" for number in range(10, 20))))
+        await asyncio.sleep(0.5)
         peer.say(m.Cancel())
         async with asyncio.timeout(2):
             await caller.ended()
