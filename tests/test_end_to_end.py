@@ -17,7 +17,7 @@ from .support.damage import DAMAGES, Damage, cut_off, flip_bit, sample_backup
 from .support.fixtures import expectation, shared_fixture
 from .support.plans import sample_qube
 from .support.qubes_xml_writer import qubes_xml
-from .support.restoring import kinds, restore
+from .support.restoring import Recorder, kinds, restore
 
 RECORDED = ["bzip2", "gzip", "none", "pigz", "real-cost", "sparse-map", "xz", "zstd"]
 FILTERS = ["gzip", "pigz", "bzip2", "pbzip2", "xz", "lzma", "zstd", "zstdmt", "none"]
@@ -82,6 +82,25 @@ def test_settings_arrive_with_the_qube(tmp_path: Path) -> None:
     assert settings["appmenus"] == ["firefox.desktop"]
     assert settings["firewall"] == []
     assert "project-a" in settings["tags"]
+
+
+def test_settings_that_are_not_understood_cost_themselves_and_leave_the_firewall_shut(tmp_path: Path) -> None:
+    firewall = (
+        '<firewall version="2"><rules><rule><properties>'
+        '<property name="action">perhaps</property></properties></rule></rules></firewall>'
+    )
+    qube = replace(
+        sample_qube("work", 1 << 16, 0.5), firewall=firewall, appmenus=["../../bin/sh"], notes="mine\n"
+    )
+    observer = Recorder()
+    report = restore(written(BackupWriter([qube]), tmp_path), tmp_path / "out", observer=observer)
+    assert report.status == COMPLETE
+    settings = json.loads((tmp_path / "out/work/qube.json").read_text())
+    assert (settings["firewall"], settings["appmenus"], settings["notes"]) == ([], None, "mine\n")
+    (warnings,) = [qube.warnings for qube in report.qubes]
+    assert any("firewall" in line and "lets nothing through" in line for line in warnings)
+    assert any("whitelisted-appmenus.list" in line for line in warnings)
+    assert len(observer.lines) == 2
 
 
 def test_dom0s_home_is_extracted_only_when_it_is_named_and_stays_closed(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ STALL_S = 60.0
 MAX_LOG_LINES = 10_000
 
 _READ_SIZE = 64 << 10
+#: Seconds more, in which a worker that only seemed to be silent can be heard.
+_GRACE_S = 1.0
 #: Seconds to wait for the link's word on why the worker is gone.
 _REASON_TIMEOUT_S = 1.0
 
@@ -138,12 +140,17 @@ class SessionClient:
                 self._count_log_line()
             return message
 
+    async def _read_in_time(self) -> bytes:
+        # Twice: when this process has been stopped (Ctrl-Z) the first wait is over before it has looked.
+        for stall_s in (self._stall_s, _GRACE_S):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(stall_s):
+                    return await self._reader.read(_READ_SIZE)
+        raise WorkerStalled(f"the worker has said nothing for {self._stall_s:.0f} seconds")
+
     async def _read(self) -> bytes:
         try:
-            async with asyncio.timeout(self._stall_s):
-                untrusted_data = await self._reader.read(_READ_SIZE)
-        except TimeoutError:
-            raise WorkerStalled(f"the worker has said nothing for {self._stall_s:.0f} seconds") from None
+            untrusted_data = await self._read_in_time()
         except OSError as error:
             if error is self._failure:
                 raise

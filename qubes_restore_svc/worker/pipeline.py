@@ -210,12 +210,20 @@ class Pipeline:
     def _settings_file(self, place: WantedFile, file: str, pieces: Iterable[bytes]) -> None:
         blocks = decompress(self._backup.filter, pieces)
         content = read_small_file(blocks, file, settings_files.MAX_SETTINGS_FILE)
-        if place.name == "firewall.xml":
-            place.qube.firewall = settings_files.parse_firewall(content)
-        elif place.name == "notes.txt":
-            place.qube.notes = settings_files.parse_notes(content)
-        else:
-            place.qube.appmenus = settings_files.parse_appmenus(content)
+        # What was authentic and is not understood costs the file, not the qube with all of its data.
+        try:
+            if place.name == "firewall.xml":
+                place.qube.firewall = ()  # no rule lets anything through; None would be the default, all
+                place.qube.firewall = settings_files.parse_firewall(content)
+            elif place.name == "notes.txt":
+                place.qube.notes = settings_files.parse_notes(content)
+            else:
+                place.qube.appmenus = settings_files.parse_appmenus(content)
+        except BadMetadata as error:
+            text = f"{place.name} was left out: {error.reason}"
+            if place.name == "firewall.xml":
+                text += "; the qube comes back with a firewall that lets nothing through"
+            self._emit(m.Log(level="warning", text=text[:1000], key=place.qube.info.key))
 
     def _cut_off(self, error: RestoreError, last_file: str) -> None:
         """The archive broke off. Of the qube that was being read then, nobody knows what else there was: a

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import struct
+import time
 from contextlib import aclosing
 
 import pytest
@@ -68,6 +69,17 @@ async def test_a_session_yields_every_message_in_its_order() -> None:
         "compression_filter": "xz",
         "ignore_size_limit": True,
     }
+
+
+async def test_a_broker_that_was_stopped_for_longer_than_a_worker_may_be_silent_goes_on() -> None:
+    script = honest((WORK,), verify=True).before(1, Pause(0.1))
+    async with FakeLink(script) as link, SessionClient(link, stall_s=0.3) as client:
+        messages = client.open(OPTIONS)
+        waiting = asyncio.ensure_future(anext(messages))
+        await asyncio.sleep(0.05)
+        time.sleep(0.6)  # as Ctrl-Z does: the worker speaks meanwhile, and our clock runs on
+        assert (await waiting).type == "manifest"
+        await messages.aclose()
 
 
 async def test_messages_that_come_in_one_piece_or_byte_by_byte_are_the_same() -> None:
