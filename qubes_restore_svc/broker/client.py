@@ -142,7 +142,7 @@ class SessionClient:
 
     async def _read_in_time(self) -> bytes:
         # Twice: when this process has been stopped (Ctrl-Z) the first wait is over before it has looked.
-        for stall_s in (self._stall_s, _GRACE_S):
+        for stall_s in (self._stall_s, min(_GRACE_S, self._stall_s / 2)):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(stall_s):
                     return await self._reader.read(_READ_SIZE)

@@ -33,7 +33,7 @@ class ManualEngine:
         number = int(request.passphrase)
         gate = self.gates.setdefault(number, threading.Event())
         self.started.append(number)
-        gate.wait(PATIENCE_S)
+        gate.wait(3 * PATIENCE_S)
         if self.error is not None:
             raise self.error
         return [bytes([number]) * 64]
