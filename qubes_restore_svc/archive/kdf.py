@@ -8,7 +8,9 @@ ceiling, and every engine calls it before it allocates anything.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from threading import Lock
+from types import TracebackType
+from typing import Protocol, Self
 
 from cryptography.hazmat.backends.openssl import backend
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
@@ -68,9 +70,35 @@ class KdfRequest:
     passphrase: bytes = field(repr=False)
 
 
+class KdfLanes(Protocol):
+    """Derivations of one thread that run side by side; a context manager, which gives up what still runs."""
+
+    @property
+    def free(self) -> int:
+        """How many more could run."""
+        ...
+
+    def begin(self, request: KdfRequest, stride: int, limit: int) -> int | None:
+        """Begin a derivation; returns the ticket that `advance` will name.
+
+        None if its memory does not fit: all arenas of the engine together may take `limit` bytes. Raises
+        ExcessiveCost before anything is allocated, BudgetTooSmall when the system has not got the memory.
+        """
+        ...
+
+    def advance(self) -> list[tuple[int, bytes]]:
+        """Compute for a while, without the interpreter lock; ticket and key of what is finished."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None: ...
+
+
 class KdfEngine(Protocol):
-    """Carries out derivations. It is called from several threads at once; each call blocks until it is done
-    and holds up no other thread (the interpreter lock is released)."""
+    """Carries out derivations, for any number of threads; each has lanes of its own."""
 
     @property
     def name(self) -> str:
@@ -79,11 +107,38 @@ class KdfEngine(Protocol):
 
     @property
     def lanes(self) -> int:
-        """How many requests one call carries out side by side; each of them needs its own memory."""
+        """How many derivations one thread can run side by side; each of them needs its own memory."""
+        ...
+
+    @property
+    def strides(self) -> Sequence[int]:
+        """The strides that there are, rising from 1: with the stride s, every s-th block is stored."""
+        ...
+
+    @property
+    def memory_held(self) -> int:
+        """Bytes that the engine holds: of running derivations, and kept for the next ones."""
+        ...
+
+    @property
+    def memory_idle(self) -> int:
+        """Bytes of `memory_held` that no derivation uses."""
+        ...
+
+    def memory(self, parameters: KdfParameters, stride: int = 1) -> int:
+        """Bytes that one derivation takes while it runs."""
+        ...
+
+    def trim(self, keep: int = 0) -> int:
+        """Give back idle memory until at most `keep` bytes are held; the bytes given back."""
+        ...
+
+    def open_lanes(self) -> KdfLanes:
+        """Lanes for one thread."""
         ...
 
     def derive(self, requests: Sequence[KdfRequest]) -> list[bytes]:
-        """KEYS_SIZE bytes for each request, in the same order.
+        """KEYS_SIZE bytes for each request, in the same order; blocks until all are done.
 
         Raises ExcessiveCost before anything is allocated, BudgetTooSmall when the memory cannot be had.
         """
@@ -113,9 +168,42 @@ class OpensslEngine:
     def name(self) -> str:
         return " ".join(backend.openssl_version_text().split()[:2])
 
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._held = 0
+
     @property
     def lanes(self) -> int:
         return 1
+
+    @property
+    def strides(self) -> Sequence[int]:
+        return (1,)
+
+    @property
+    def memory_held(self) -> int:
+        return self._held
+
+    @property
+    def memory_idle(self) -> int:
+        return 0
+
+    def memory(self, parameters: KdfParameters, stride: int = 1) -> int:
+        return parameters.memory
+
+    def trim(self, keep: int = 0) -> int:
+        return 0
+
+    def open_lanes(self) -> "OpensslLane":
+        return OpensslLane(self)
+
+    def count(self, memory: int, limit: int | None = None) -> bool:
+        """Count `memory` bytes more, or fewer if negative; False if that would be more than `limit`."""
+        with self._lock:
+            if limit is not None and self._held + memory > limit:
+                return False
+            self._held += memory
+            return True
 
     def derive(self, requests: Sequence[KdfRequest]) -> list[bytes]:
         for request in requests:
@@ -125,13 +213,74 @@ class OpensslEngine:
         return [_derive(request) for request in requests]
 
 
+class OpensslLane:
+    """The one lane of a thread: a derivation waits in it until `advance` carries it out."""
+
+    def __init__(self, engine: OpensslEngine) -> None:
+        self._engine = engine
+        self._request: KdfRequest | None = None
+        self._ticket = 0
+
+    @property
+    def free(self) -> int:
+        """One or none."""
+        return int(self._request is None)
+
+    def begin(self, request: KdfRequest, stride: int, limit: int) -> int | None:
+        """See KdfLanes. There is no other stride than 1."""
+        check_cost(request.parameters)
+        if not self._engine.count(request.parameters.memory, limit):
+            return None
+        self._request = request
+        self._ticket += 1
+        return self._ticket
+
+    def advance(self) -> list[tuple[int, bytes]]:
+        """Carry it out, to its end."""
+        if self._request is None:
+            return []
+        try:
+            (key,) = self._engine.derive([self._request])
+        finally:
+            self._give_back()
+        return [(self._ticket, key)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._request is not None:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        assert self._request is not None
+        self._engine.count(-self._request.parameters.memory)
+        self._request = None
+
+
+def best_engine() -> KdfEngine:
+    """The native engine where it was built and can be loaded, OpenSSL's elsewhere."""
+    try:
+        from qubes_restore_svc.archive.native_kdf import NativeEngine
+    except ImportError:
+        return OpensslEngine()
+    return NativeEngine()
+
+
 def _derive(request: KdfRequest) -> bytes:
     cost = request.parameters
     try:
         kdf = Scrypt(salt=request.salt, length=KEYS_SIZE, n=1 << cost.log_n, r=cost.r, p=cost.p)
         return kdf.derive(request.passphrase)
     except MemoryError:
-        raise BudgetTooSmall(
-            f"the {human_size(cost.memory)} of memory that a key derivation needs could not be had",
-            advice="Close something, or run this where more memory is free.",
-        ) from None
+        raise out_of_memory(cost.memory) from None
+
+
+def out_of_memory(size: int) -> BudgetTooSmall:
+    """What to say when the system has not got the `size` bytes of a derivation."""
+    return BudgetTooSmall(
+        f"the {human_size(size)} of memory that a key derivation needs could not be had",
+        advice="Close something, or run this where more memory is free.",
+    )

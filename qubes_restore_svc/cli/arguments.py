@@ -7,7 +7,9 @@ one of them turns the sandbox off, and that should not happen with `--no`.
 """
 
 import argparse
+import asyncio
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Literal, cast
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.link.engine import worker_engine
 
 _EPILOG = """\
 exit status: 0 everything that was asked for is there and verified; 1 nothing was;
@@ -84,6 +87,15 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
     )
 
 
+class _Version(argparse.Action):
+    """Print the version, and what derives the keys; the worker is asked only when somebody wants to know."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        engine = asyncio.run(worker_engine()) or "unknown (the worker cannot be started)"
+        sys.stdout.write(f"qubes-restore-svc {__version__}\nkey derivation: {engine}\n")
+        parser.exit()
+
+
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -92,7 +104,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"qubes-restore-svc {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show what this is and leave")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     listing = _command(commands, "list", "show which qubes a backup holds")

@@ -120,6 +120,7 @@ def _prepare(arguments: Arguments) -> SessionOptions:
         jobs=arguments.jobs,
         compression_filter=arguments.compression_filter,
         ignore_size_limit=arguments.ignore_size_limit,
+        ahead=arguments.command != "list" and not arguments.qubes,
     )
 
 

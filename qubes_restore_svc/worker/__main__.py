@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from qubes_restore_svc.archive.kdf import OpensslEngine
+from qubes_restore_svc.archive.kdf import best_engine
 from qubes_restore_svc.system_memory import available_memory
 from qubes_restore_svc.worker.calls import PassedCalls
 from qubes_restore_svc.worker.daemon import Daemon
@@ -22,10 +22,16 @@ _LEAST_MEMORY = 64 << 20
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve one session and leave, whatever threads still run."""
     parser = argparse.ArgumentParser(prog="qubes-restore-worker")
-    parser.add_argument("--calls-fd", type=int, required=True, help="socket on which calls come")
+    parser.add_argument("--engine", action="store_true", help="only say what derives the keys")
+    parser.add_argument("--calls-fd", type=int, help="socket on which calls come")
     parser.add_argument("--archive-fd", type=int, help="the backup, open for reading")
     parser.add_argument("--memory-limit", type=int, help="memory that this machine has to give, bytes")
     options = parser.parse_args(arguments)
+    if options.engine:
+        sys.stdout.write(f"{best_engine().name}\n")
+        return
+    if options.calls_fd is None:
+        parser.error("--calls-fd is needed")
     _restrict_process()
     available = options.memory_limit or available_memory()
     memory = max(_LEAST_MEMORY, available - _OVERHEAD)
@@ -37,7 +43,7 @@ async def _serve(calls_fd: int, archive_fd: int | None, *, memory: int) -> None:
     jobs = len(os.sched_getaffinity(0))
     status = 1
     try:
-        await Daemon(calls.accept, OpensslEngine(), memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
+        await Daemon(calls.accept, best_engine(), memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
         status = 0
     except Exception:  # noqa: BLE001 - a mistake of ours; its traceback goes to the link's log
         traceback.print_exc()

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import qubes_restore_svc.archive
 from qubes_restore_svc.archive.kdf import (
     KEYS_SIZE,
     MAX_MEMORY,
@@ -15,6 +16,7 @@ from qubes_restore_svc.archive.kdf import (
     KdfParameters,
     KdfRequest,
     OpensslEngine,
+    best_engine,
     check_cost,
 )
 from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost
@@ -179,3 +181,30 @@ def test_the_memory_of_a_derivation_is_what_it_takes() -> None:
 def test_memory_that_cannot_be_had_is_an_error_that_names_it() -> None:
     assert BudgetTooSmall.kind == "budget-too-small"
     assert run(_NO_MEMORY) == "the 1 GiB of memory that a key derivation needs could not be had\n"
+
+
+@pytest.mark.parametrize("missing", ["_romix", "native_kdf"])
+def test_where_the_extension_cannot_be_loaded_openssl_derives(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_romix", "native_kdf", "native_arenas"):
+        monkeypatch.delitem(sys.modules, f"qubes_restore_svc.archive.{name}", raising=False)
+        monkeypatch.delattr(qubes_restore_svc.archive, name, raising=False)
+    monkeypatch.setitem(sys.modules, f"qubes_restore_svc.archive.{missing}", None)
+    assert isinstance(best_engine(), OpensslEngine)
+
+
+def test_a_lane_counts_its_memory_from_its_beginning_to_its_end() -> None:
+    engine, request = OpensslEngine(), RFC_7914_VECTORS[0][0]
+    need = engine.memory(request.parameters)
+    with engine.open_lanes() as lanes:
+        assert lanes.begin(request, 1, need - 1) is None
+        assert (engine.memory_held, lanes.free) == (0, 1)
+        ticket = lanes.begin(request, 1, need)
+        assert (engine.memory_held, lanes.free) == (need, 0)
+        with engine.open_lanes() as others:
+            assert others.begin(request, 1, 2 * need - 1) is None
+        assert [(ticket, RFC_7914_VECTORS[0][1])] == [(done, key.hex()) for done, key in lanes.advance()]
+        assert (engine.memory_held, lanes.free, lanes.advance()) == (0, 1, [])
+        lanes.begin(request, 1, need)
+    assert engine.memory_held == 0

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc import __version__
 from qubes_restore_svc.archive.filters import FILTERS
+from qubes_restore_svc.archive.kdf import best_engine
+from qubes_restore_svc.cli import arguments as arguments_module
 from qubes_restore_svc.cli.arguments import parse_arguments
 from qubes_restore_svc.errors import UsageError
 
@@ -122,3 +125,18 @@ def test_help_tells_the_exit_statuses(command: str, capsys: pytest.CaptureFixtur
     assert "130 cancelled" in said
     assert "BACKUP" in said
     assert all(len(line) <= 100 for line in said.splitlines())
+
+
+def test_the_version_says_what_derives_the_keys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nobody_answers() -> None:
+        return None
+
+    for engine in (best_engine().name, "unknown (the worker cannot be started)"):
+        with pytest.raises(SystemExit) as left:
+            parse_arguments(["--version"])
+        assert left.value.code == 0
+        said = capsys.readouterr().out
+        assert said == f"qubes-restore-svc {__version__}\nkey derivation: {engine}\n"
+        monkeypatch.setattr(arguments_module, "worker_engine", nobody_answers)

@@ -1,0 +1,30 @@
+/* Kernels for AVX2: a register holds two lanes, and two registers take turns for four. */
+#include "blockmix_sets.h"
+
+#ifdef HAVE_VECTOR_KERNELS
+
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2")))
+#define ROTATE_128(x, bits) _mm_or_si128(_mm_slli_epi32(x, bits), _mm_srli_epi32(x, 32 - (bits)))
+#define ROTATE_256(x, bits) _mm256_or_si256(_mm256_slli_epi32(x, bits), _mm256_srli_epi32(x, 32 - (bits)))
+
+#include "vector_128.h"
+
+#define KERNEL blockmix_1
+#define GROUPS 1
+#include "blockmix_vector.h"
+
+#include "vector_256.h"
+
+#define KERNEL blockmix_2
+#define GROUPS 1
+#include "blockmix_vector.h"
+
+#define KERNEL blockmix_4
+#define GROUPS 2
+#include "blockmix_vector.h"
+
+const struct kernels kernels_avx2 = {"AVX2", 4, {NULL, blockmix_1, blockmix_2, NULL, blockmix_4}};
+
+#endif

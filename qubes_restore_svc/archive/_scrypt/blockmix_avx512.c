@@ -1,0 +1,35 @@
+/*
+ * Kernels for AVX-512 (F and VL): a register holds four lanes, and rotating is one instruction instead
+ * of three, for narrower registers as well.
+ */
+#include "blockmix_sets.h"
+
+#ifdef HAVE_VECTOR_KERNELS
+
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512vl")))
+#define ROTATE_128 _mm_rol_epi32
+#define ROTATE_256 _mm256_rol_epi32
+
+#include "vector_128.h"
+
+#define KERNEL blockmix_1
+#define GROUPS 1
+#include "blockmix_vector.h"
+
+#include "vector_256.h"
+
+#define KERNEL blockmix_2
+#define GROUPS 1
+#include "blockmix_vector.h"
+
+#include "vector_512.h"
+
+#define KERNEL blockmix_4
+#define GROUPS 1
+#include "blockmix_vector.h"
+
+const struct kernels kernels_avx512 = {"AVX-512", 4, {NULL, blockmix_1, blockmix_2, NULL, blockmix_4}};
+
+#endif

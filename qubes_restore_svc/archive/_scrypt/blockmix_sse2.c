@@ -1,0 +1,23 @@
+/* Kernels for SSE2, which every 64-bit x86 processor has: two lanes take turns. */
+#include "blockmix_sets.h"
+
+#ifdef HAVE_VECTOR_KERNELS
+
+#include <emmintrin.h>
+
+#define TARGET
+#define ROTATE_128(x, bits) _mm_or_si128(_mm_slli_epi32(x, bits), _mm_srli_epi32(x, 32 - (bits)))
+
+#include "vector_128.h"
+
+#define KERNEL blockmix_1
+#define GROUPS 1
+#include "blockmix_vector.h"
+
+#define KERNEL blockmix_2
+#define GROUPS 2
+#include "blockmix_vector.h"
+
+const struct kernels kernels_sse2 = {"SSE2", 2, {NULL, blockmix_1, blockmix_2}};
+
+#endif

@@ -1,0 +1,260 @@
+/*
+ * Checks of the scrypt sources that are best run under a sanitizer: built and run by test_romix_c.py.
+ * Memory comes from malloc at its exact size, so that the address sanitizer sees a step beyond it.
+ * Link with -Wl,--wrap=munmap.
+ */
+#define _DEFAULT_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "arena.h"
+#include "romix.h"
+
+#define CHECK(condition) \
+	do { \
+		if (!(condition)) { \
+			fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
+			exit(1); \
+		} \
+	} while (0)
+
+static const char *const set_names[] = {"portable", "SSE2", "AVX2", "AVX-512"};
+#define SETS (sizeof(set_names) / sizeof(set_names[0]))
+
+/* RFC 7914 section 9: input and output of scryptBlockMix; section 10 has the same input for scryptROMix. */
+static const char block_input[] =
+	"f7ce0b653d2d72a4108cf5abe912ffdd777616dbbb27a70e8204f3ae2d0f6fad"
+	"89f68f4811d1e87bcc3bd7400a9ffd29094f0184639574f39ae5a1315217bcd7"
+	"894991447213bb226c25b54da86370fbcd984380374666bb8ffcb5bf40c254b0"
+	"67d27c51ce4ad5fed829c90b505a571b7f4d1cad6a523cda770e67bceaaf7e89";
+static const char blockmix_output[] =
+	"a41f859c6608cc993b81cacb020cef05044b2181a2fd337dfd7b1c6396682f29"
+	"b4393168e3c9e6bcfe6bc5b7a06d96bae424cc102c91745c24ad673dc7618f81"
+	"20edc975323881a80540f64c162dcd3c21077cfe5f8d5fe2b1a4168f953678b7"
+	"7d3b3d803b60e4ab920996e59b4d53b65d2a225877d5edf5842cb9f14eefe425";
+static const char romix_16_output[] =
+	"79ccc193629debca047f0b70604bf6b62ce3dd4a9626e355fafc6198e6ea2b46"
+	"d58413673b99b029d665c357601fb426a0b2f4bba200ee9f0a43d19b571a9c71"
+	"ef1142e65d5a266fddca832ce59faa7cac0b9cf1be2bffca300d01ee387619c4"
+	"ae12fd4438f203a0e4e1c47ec314861f4e9087cb33396a6873e8f9d2539a4b8e";
+
+static void
+from_hex(uint8_t *bytes, const char *hex, size_t size)
+{
+	unsigned byte;
+	size_t i;
+
+	for (i = 0; i < size; i++) {
+		CHECK(sscanf(hex + 2 * i, "%2x", &byte) == 1);
+		bytes[i] = (uint8_t)byte;
+	}
+}
+
+static void *
+allocate(size_t size)
+{
+	void *memory = NULL;
+
+	CHECK(posix_memalign(&memory, 64, size) == 0);
+	memset(memory, 0xa5, size);
+	return memory;
+}
+
+/* Every lane of every kernel gives the RFC's result, beside lanes that have other inputs. */
+static void
+check_blockmix(const struct kernels *kernels)
+{
+	uint8_t input[128], expected[128], result[128];
+	uint32_t *out[MAX_LANES], *p[MAX_LANES], *q[MAX_LANES];
+	size_t width, tested, lane, i;
+
+	from_hex(input, block_input, 128);
+	from_hex(expected, blockmix_output, 128);
+	for (lane = 0; lane < MAX_LANES; lane++) {
+		out[lane] = allocate(128);
+		p[lane] = allocate(128);
+		q[lane] = allocate(128);
+	}
+	for (width = 1; width <= kernels->lanes; width *= 2) {
+		for (tested = 0; tested < width; tested++) {
+			for (lane = 0; lane < width; lane++) {
+				to_diagonals(p[lane], input, 2);
+				memset(q[lane], (int)(lane + 1), 128);
+				for (i = 0; lane == tested && i < 32; i++)
+					p[lane][i] ^= q[lane][i];
+			}
+			kernels->for_lanes[width](out, (const uint32_t *const *)p, (const uint32_t *const *)q, 1);
+			for (lane = 0; lane < width; lane++) {
+				from_diagonals(result, out[lane], 2);
+				CHECK((memcmp(result, expected, 128) == 0) == (lane == tested));
+			}
+		}
+	}
+	for (lane = 0; lane < MAX_LANES; lane++) {
+		free(q[lane]);
+		free(p[lane]);
+		free(out[lane]);
+	}
+}
+
+static void
+check_romix(const struct kernels *kernels, unsigned log_stride)
+{
+	uint8_t blocks[128], expected[128];
+	struct romix romix, *lane = &romix;
+	void *memory = allocate(romix_memory(4, 1, log_stride));
+
+	from_hex(blocks, block_input, 128);
+	from_hex(expected, romix_16_output, 128);
+	romix_begin(&romix, blocks, 1, 1, 4, log_stride, memory);
+	while (!romix_is_finished(&romix))
+		romix_advance(kernels, &lane, 1, 5);
+	CHECK(memcmp(blocks, expected, 128) == 0);
+	romix_wipe(&romix);
+	free(memory);
+}
+
+/* One derivation of the mixture below, `seed` of which says what it is. */
+struct sample {
+	unsigned log_n, log_stride;
+	size_t r, p;
+	uint8_t *blocks;
+	void *memory;
+	struct romix romix;
+};
+
+static void
+begin_sample(struct sample *sample, unsigned seed, unsigned log_stride)
+{
+	size_t i, size;
+
+	sample->log_n = 1 + seed % 7;
+	sample->r = seed % 3 == 2 ? 3 : 8;
+	sample->p = 1 + seed % 2;
+	sample->log_stride = log_stride;
+	size = sample->p * sample->r * 128;
+	sample->blocks = malloc(size);
+	CHECK(sample->blocks != NULL);
+	for (i = 0; i < size; i++)
+		sample->blocks[i] = (uint8_t)(i * 151 + seed * 89 + i / 251);
+	sample->memory = allocate(romix_memory(sample->log_n, sample->r, log_stride));
+	romix_begin(&sample->romix, sample->blocks, sample->r, sample->p, sample->log_n, log_stride, sample->memory);
+}
+
+static void
+end_sample(struct sample *sample)
+{
+	romix_wipe(&sample->romix);
+	free(sample->memory);
+	free(sample->blocks);
+}
+
+/* Lanes of different N, r, p and stride, each finished one followed by another, as the portable one has it. */
+static void
+check_mixture(const struct kernels *kernels)
+{
+	enum { SAMPLES = 60 };
+	struct sample samples[MAX_LANES], alone;
+	struct romix *lanes[MAX_LANES], *lone = &alone.romix;
+	unsigned seeds[MAX_LANES], next = 0;
+	size_t i;
+
+	for (i = 0; i < kernels->lanes; i++) {
+		seeds[i] = next++;
+		begin_sample(&samples[i], seeds[i], seeds[i] % (ROMIX_MAX_LOG_STRIDE + 1));
+		lanes[i] = &samples[i].romix;
+	}
+	while (next < SAMPLES) {
+		romix_advance(kernels, lanes, kernels->lanes, 7);
+		for (i = 0; i < kernels->lanes; i++) {
+			if (!romix_is_finished(&samples[i].romix))
+				continue;
+			begin_sample(&alone, seeds[i], 0);
+			while (!romix_is_finished(&alone.romix))
+				romix_advance(kernels_find("portable"), &lone, 1, 1000);
+			CHECK(memcmp(samples[i].blocks, alone.blocks, alone.p * alone.r * 128) == 0);
+			end_sample(&alone);
+			end_sample(&samples[i]);
+			seeds[i] = next++;
+			begin_sample(&samples[i], seeds[i], seeds[i] % (ROMIX_MAX_LOG_STRIDE + 1));
+		}
+	}
+	for (i = 0; i < kernels->lanes; i++)
+		end_sample(&samples[i]);
+}
+
+static int
+is_zero(const uint8_t *bytes, size_t size)
+{
+	while (size > 0 && bytes[size - 1] == 0)
+		size--;
+	return size == 0;
+}
+
+static int unmapped;
+
+int __real_munmap(void *memory, size_t size);
+int __wrap_munmap(void *memory, size_t size);
+
+/* In the place of munmap(): all that an arena gives back has been wiped. */
+int
+__wrap_munmap(void *memory, size_t size)
+{
+	CHECK(is_zero(memory, size));
+	unmapped++;
+	return __real_munmap(memory, size);
+}
+
+static void
+check_arena(void)
+{
+	struct arena arena;
+	int status;
+	pid_t child;
+
+	CHECK(arena_size(0) == 0 && arena_size(1) == ARENA_UNIT && arena_size(SIZE_MAX) == 0);
+	CHECK(arena_create(&arena, SIZE_MAX / 8) == -1 && arena.memory == NULL);
+	CHECK(arena_create(&arena, ARENA_UNIT + 1) == 0 && arena.size == 2 * ARENA_UNIT);
+	CHECK((uintptr_t)arena.memory % ARENA_UNIT == 0);
+	arena.used = ARENA_UNIT + 1;
+	memset(arena.memory, 0x5a, arena.used);
+
+	child = fork();
+	CHECK(child != -1);
+	if (child == 0)
+		_exit(is_zero(arena.memory, arena.size) ? 0 : 1);
+	CHECK(waitpid(child, &status, 0) == child && status == 0);
+
+	arena_release(&arena);
+	CHECK(unmapped == 1 && arena.memory == NULL);
+	arena_release(&arena);
+	CHECK(unmapped == 1);
+}
+
+int
+main(void)
+{
+	const struct kernels *kernels;
+	unsigned log_stride;
+	size_t i;
+
+	CHECK(romix_memory(0, 8, 0) == 0 && romix_memory(33, 8, 0) == 0 && romix_memory(16, 1, 0) == 0);
+	CHECK(romix_memory(10, 0, 0) == 0 && romix_memory(10, 8, 5) == 0 && romix_memory(10, 8, 0) > 1 << 20);
+	CHECK(kernels_find("MMX") == NULL && kernels_find(NULL) != NULL);
+	for (i = 0; i < SETS; i++) {
+		kernels = kernels_find(set_names[i]);
+		if (kernels == NULL)
+			continue;
+		check_blockmix(kernels);
+		for (log_stride = 0; log_stride <= ROMIX_MAX_LOG_STRIDE; log_stride++)
+			check_romix(kernels, log_stride);
+		check_mixture(kernels);
+		printf("%s\n", kernels->name);
+	}
+	check_arena();
+	return 0;
+}
