@@ -42,6 +42,7 @@ class SessionOptions:
     jobs: int | None = None
     compression_filter: str | None = None
     ignore_size_limit: bool = False
+    ahead: bool = False
 
 
 class SessionClient:
@@ -174,6 +175,7 @@ def _open_message(options: SessionOptions) -> m.Open:
             jobs=options.jobs,
             compression_filter=options.compression_filter,
             ignore_size_limit=options.ignore_size_limit,
+            ahead=options.ahead,
         )
     except ValidationError as error:
         # Never the value: it may be the passphrase.

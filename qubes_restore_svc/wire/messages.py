@@ -191,6 +191,7 @@ class Open(Message):
     jobs: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None  #: derivations at once
     compression_filter: FilterName | None = None  #: instead of the header's
     ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
+    ahead: bool = False  #: all volumes will be wanted: their keys may be derived before `start`
 
     @field_serializer("passphrase", when_used="json")
     def _reveal(self, passphrase: SecretStr) -> str:

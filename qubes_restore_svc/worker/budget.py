@@ -1,101 +1,131 @@
-"""The memory budget: chunk buffers plus key derivations, in real bytes, against one limit.
+"""The memory budget: chunk buffers plus the arenas of key derivations, in real bytes, against one limit.
 
-Strategy: a chunk is admitted when there is room for it, and while room stays for the largest derivation
-that waits or runs. So whatever was admitted can always be derived in the end, one at a time if need be, and
-there is no order of events in which everybody waits. Derivations start in archive order, in which the
-chunks are wanted.
+Strategy: one lock and one condition over everything that counts. Buffers that are held are counted one by
+one. Where chunks are fetched only when they are unpacked, one at a time, room for the largest of them is
+kept from the moment it is known. What remains is for arenas (`arena_room`); a buffer is admitted only
+while that stays enough for the largest derivation that waits or runs, in its smallest form. So whatever
+was admitted can be derived in the end, and nothing waits for itself.
 """
 
 import threading
+from collections.abc import Callable
 
+from qubes_restore_svc.archive.kdf import KdfEngine, KdfParameters
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 
 MIB = 1 << 20
 
+#: Chunks that may be on their way while they lie in the archive. They take no memory; a key that takes long
+#: must not hold up the others behind it.
+MAX_LOCATED = 48
+
 
 class Budget:
-    """`limit` bytes, shared by all threads of the pipeline; at most `max_chunks` chunks are held."""
+    """`limit` bytes, shared by all threads of the pipeline and the derivations of `engine`.
 
-    def __init__(self, limit: int, max_chunks: int) -> None:
+    At most `max_chunks` chunks with a buffer are on their way, and no more than take two fifths of the limit,
+    so that derivations are not crowded out by what waits for them.
+    """
+
+    def __init__(self, limit: int, engine: KdfEngine, max_chunks: int) -> None:
         self.limit = limit
+        self.changed = threading.Condition()
+        self._engine = engine
         self._max_chunks = max_chunks
-        self._changed = threading.Condition()
-        self._chunks: list[int] = []
-        self._waiting: list[int] = []
-        self._running: list[int] = []
+        self._buffers: list[int] = []
+        self._located: list[int] = []
+        self._derivations: list[int] = []
         self._cancelled = False
 
-    def check(self, size: int, derivation: int) -> None:
-        """Raise BudgetTooSmall if a chunk of `size` bytes and its `derivation` bytes can never fit."""
-        if size + derivation > self.limit:
-            need = -(-(size + derivation) // MIB)
+    def check(self, size: int, parameters: KdfParameters) -> None:
+        """Raise BudgetTooSmall if a chunk of `size` bytes and its derivation can never fit."""
+        least = self._least(parameters)
+        if size + least > self.limit:
+            need = -(-(size + least) // MIB)
             raise BudgetTooSmall(
-                f"one key derivation of this backup takes {derivation // MIB} MiB, with its chunk {need} MiB,"
+                f"one key derivation of this backup takes {least // MIB} MiB, with its chunk {need} MiB,"
                 f" and the worker may use {self.limit // MIB} MiB",
                 advice=f"Grant it at least that much: --memory {need}.",
             )
 
-    def admit(self, size: int, derivation: int) -> None:
-        """Wait until a chunk of `size` bytes can be held and derived, and count it.
+    def admit(
+        self,
+        size: int,
+        parameters: KdfParameters,
+        *,
+        buffered: bool,
+        before_waiting: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait until one more chunk of `size` bytes may be on its way, and count it.
 
-        `derivation` is the memory of its key derivation in bytes. Ends with `release`. Raises
-        BudgetTooSmall if it can never be, Cancelled after `cancel`.
+        `buffered`: it is held in memory from now on; otherwise it is fetched when its turn comes. Ends with
+        `release`. `before_waiting` is called if there is no room at once: whoever holds a chunk himself must
+        give it back there, or would wait for himself. Raises BudgetTooSmall if it can never be, Cancelled
+        after `cancel`.
         """
-        self.check(size, derivation)
-        with self._changed:
-            self._changed.wait_for(lambda: self._cancelled or self._admissible(size, derivation))
+        self.check(size, parameters)
+        least = self._least(parameters)
+        if before_waiting is not None:
+            with self.changed:
+                at_once = self._cancelled or self._admissible(size, least, buffered)
+            if not at_once:
+                before_waiting()
+        with self.changed:
+            self.changed.wait_for(lambda: self._cancelled or self._admissible(size, least, buffered))
             self._stop_if_cancelled()
-            self._chunks.append(size)
-            self._waiting.append(derivation)
+            (self._buffers if buffered else self._located).append(size)
+            self._derivations.append(least)
+            self._engine.trim(self.arena_room)
 
-    def start_derivation(self, memory: int) -> None:
-        """Wait for the `memory` of the derivation of a chunk that was admitted, and take it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._cancelled or self._used() + memory <= self.limit)
-            self._waiting.remove(memory)
-            self._stop_if_cancelled()
-            self._running.append(memory)
+    def release(self, size: int, parameters: KdfParameters, *, buffered: bool) -> None:
+        """The chunk that was admitted with these values is on its way no more."""
+        with self.changed:
+            (self._buffers if buffered else self._located).remove(size)
+            self._derivations.remove(self._least(parameters))
+            self.changed.notify_all()
 
-    def end_derivation(self, memory: int) -> None:
-        """Give back what `start_derivation` took."""
-        with self._changed:
-            self._running.remove(memory)
-            self._changed.notify_all()
+    def largest_located(self, without: int) -> int:
+        """Bytes of the largest chunk that is yet to be fetched, one of `without` bytes left aside."""
+        with self.changed:
+            others = list(self._located)
+        others.remove(without)
+        return max(others, default=0)
 
-    def forget_derivation(self, memory: int) -> None:
-        """A chunk that was admitted will not be derived after all."""
-        with self._changed:
-            self._waiting.remove(memory)
-            self._changed.notify_all()
-
-    def release(self, size: int) -> None:
-        """A chunk of `size` bytes is held no more."""
-        with self._changed:
-            self._chunks.remove(size)
-            self._changed.notify_all()
-
-    def cancel(self) -> None:
-        """Make everyone who waits, or will wait, stop with Cancelled."""
-        with self._changed:
-            self._cancelled = True
-            self._changed.notify_all()
+    @property
+    def arena_room(self) -> int:
+        """Bytes that all arenas may take together now. To be asked for with `changed` held."""
+        return self.limit - self._chunk_bytes()
 
     @property
     def used(self) -> int:
         """Bytes counted now."""
-        with self._changed:
-            return self._used()
+        with self.changed:
+            return self._chunk_bytes() + self._engine.memory_held
 
-    def _admissible(self, size: int, derivation: int) -> bool:
-        largest = max([derivation, *self._waiting, *self._running])
-        return (
-            len(self._chunks) < self._max_chunks
-            and sum(self._chunks) + size + largest <= self.limit
-            and self._used() + size <= self.limit
-        )
+    def cancel(self) -> None:
+        """Make everyone who waits, or will wait, stop with Cancelled."""
+        with self.changed:
+            self._cancelled = True
+            self.changed.notify_all()
 
-    def _used(self) -> int:
-        return sum(self._chunks) + sum(self._running)
+    def _admissible(self, size: int, least: int, buffered: bool) -> bool:
+        on_their_way = len(self._buffers) + len(self._located)
+        if on_their_way >= (self._max_chunks if buffered else MAX_LOCATED):
+            return False
+        if not buffered:
+            chunk_bytes = sum(self._buffers) + max([size, *self._located])
+        else:
+            chunk_bytes = self._chunk_bytes() + size
+            if self._buffers and chunk_bytes > self.limit * 2 // 5:
+                return False
+        running = self._engine.memory_held - self._engine.memory_idle
+        return chunk_bytes + max([least, running, *self._derivations]) <= self.limit
+
+    def _chunk_bytes(self) -> int:
+        return sum(self._buffers) + max(self._located, default=0)
+
+    def _least(self, parameters: KdfParameters) -> int:
+        return self._engine.memory(parameters, self._engine.strides[-1])
 
     def _stop_if_cancelled(self) -> None:
         if self._cancelled:

@@ -2,14 +2,16 @@
 
 Strategy: walk through the members in archive order. A wanted file becomes a run of events in a queue:
 `FileStart`, its `Chunk`s, `FileEnd`; what is not wanted is skipped without a key derivation. A chunk's
-derivation is submitted as soon as the head of its container is there, while the rest is still coming
-in. What is wrong with one file ends that file (`FileEnd.error`) and no other; what is wrong with the
-archive itself ends everything (`ArchiveEnd.error`).
+derivation is submitted as soon as the head of its container is there. Where the input can seek, the rest
+stays where it is until the chunk is unpacked, so that the memory is left to the derivations; elsewhere it
+is held while it comes in. What is wrong with one file ends that file (`FileEnd.error`) and no other; what
+is wrong with the archive itself ends everything (`ArchiveEnd.error`).
 
 Nothing in here looks into a chunk further than its container's head: the MAC has not been checked.
 """
 
 import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.selection import IMAGES, SETTINGS
 from qubes_restore_svc.worker.source import ArchiveSource
 
 #: Content is read in pieces of this size, bytes: the reader must see it, and a cancel must be noticed.
@@ -52,17 +55,18 @@ class FileStart:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A whole container, not authenticated; `key` comes when its derivation is done.
+    """A container of `size` bytes, not authenticated; `key` comes when its derivation is done.
 
     Whoever takes it from the queue must call `Intake.release` when done with it. `end` is the position in the
-    archive behind it, bytes.
+    archive behind it, bytes. `held` is its content, None where that is still in the archive only.
     """
 
     name: ChunkName
     head: ContainerHead
-    container: bytearray
+    size: int
     key: "Future[bytes]"
     end: int
+    held: bytearray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,10 @@ class Intake:
         self._file: str | None = None
         self._last_file = ""
         self._cancelled = False
+        self._wanted: Callable[[str], bool] = might_be_wanted
+        self._loaded = bytearray()
+        self._started = False
+        self._outstanding: dict[int, Chunk] = {}
 
     @property
     def position(self) -> int:
@@ -158,52 +166,114 @@ class Intake:
                 piece = len(self.read_content(min(piece, _PIECE)))
             size -= piece
 
-    def run(self, wanted: Callable[[str], bool], passphrase_of: Callable[[str], bytes]) -> None:
-        """Put the events of all files for which `wanted` is true into the queue; always ends with ArchiveEnd.
+    def want(self, wanted: Callable[[str], bool]) -> None:
+        """From now on, only files for which `wanted` is true come; before, all that might be wanted do."""
+        self._wanted = wanted
+        self.withdraw_unwanted()
 
-        `wanted` is asked again for every chunk: the rest of a file that is no longer wanted is skipped.
+    def withdraw_unwanted(self) -> None:
+        """Take back the waiting derivations of chunks that are wanted no more; from any thread."""
+        for chunk in list(self._outstanding.values()):
+            if not self._wanted(chunk.name.file):
+                chunk.key.cancel()
+
+    def start(self, passphrase_of: Callable[[str], bytes]) -> None:
+        """Run in a thread, unless it does already."""
+        if not self._started:
+            self._started = True
+            self._scheduler.expect_more(True)
+            threading.Thread(target=self.run, args=(passphrase_of,), name="intake", daemon=True).start()
+
+    def run(self, passphrase_of: Callable[[str], bytes]) -> None:
+        """Put the events of all wanted files into the queue; always ends with ArchiveEnd.
+
+        It is asked for every chunk whether it is wanted: the rest of a file that no longer is, is skipped.
         `passphrase_of` makes the scrypt passphrase of a chunk from its member name (without `.enc`).
         """
         error: RestoreError | None = None
         try:
-            self._walk(wanted, passphrase_of)
+            self._walk(passphrase_of)
         except Exception as caught:  # noqa: BLE001 - the pipeline waits for the end
             error = as_restore_error(caught)
+        self._scheduler.expect_more(False)
         self._end_file(error)
         self._events.put(ArchiveEnd(error, self._last_file))
 
-    def take(self, name: ChunkName, size: int, passphrase: bytes) -> Chunk:
-        """Read the current member's content, `size` bytes, as a chunk whose key is being derived.
+    def take(
+        self,
+        name: ChunkName,
+        size: int,
+        passphrase: bytes,
+        *,
+        before_waiting: Callable[[], None] | None = None,
+    ) -> Chunk:
+        """Take the current member's content, `size` bytes, as a chunk whose key is being derived.
 
-        Waits for room in the budget. Raises BadContainer, ExcessiveCost, BudgetTooSmall, ArchiveTruncated.
+        Waits for room in the budget; for `before_waiting` see `Budget.admit`. Raises BadContainer,
+        ExcessiveCost, BudgetTooSmall, ArchiveTruncated.
         """
         if size < OVERHEAD:
             raise BadContainer(f"it has {size} bytes, fewer than an empty container", chunk=name.number)
         untrusted_head = self.read_content(HEAD_SIZE)
         head = parse_head(untrusted_head)
-        self._budget.admit(size, head.parameters.memory)
+        start = self._source.position - HEAD_SIZE
+        located = self._source.seekable and self._reader.skip(0)
+        self._budget.admit(size, head.parameters, buffered=not located, before_waiting=before_waiting)
         key = self._scheduler.submit(KdfRequest(head.parameters, head.salt, passphrase))
+        held = None
         try:
-            container = bytearray(size)
-            container[:HEAD_SIZE] = untrusted_head
-            self._read_into(memoryview(container)[HEAD_SIZE:])
+            if located:
+                self.skip_content(size - HEAD_SIZE)
+                self._source.will_need(start, size)
+            else:
+                held = bytearray(size)
+                held[:HEAD_SIZE] = untrusted_head
+                self._read_into(memoryview(held)[HEAD_SIZE:])
         except BaseException:
             key.cancel()
-            self._budget.release(size)
+            self._budget.release(size, head.parameters, buffered=not located)
             raise
-        return Chunk(name, head, container, key, self._source.position)
+        chunk = Chunk(name, head, size, key, start + size, held)
+        self._outstanding[id(chunk)] = chunk
+        return chunk
+
+    def container(self, chunk: Chunk) -> memoryview:
+        """The whole container. Valid until the next call, or `release`. Raises ArchiveUnreadable."""
+        if chunk.held is not None:
+            return memoryview(chunk.held)
+        if len(self._loaded) < chunk.size:
+            self._loaded = bytearray()  # never both in memory, the old one and the new one
+            self._loaded = bytearray(chunk.size)
+        view = memoryview(self._loaded)[: chunk.size]
+        if self._source.read_at(chunk.end - chunk.size, view) < chunk.size:
+            raise ArchiveTruncated("the archive became shorter while it was read")
+        return view
 
     def release(self, chunk: Chunk) -> None:
         """The chunk's memory is needed no more. A derivation that has not started is taken back."""
+        self._outstanding.pop(id(chunk), None)
         chunk.key.cancel()
-        self._budget.release(len(chunk.container))
+        if chunk.held is None and len(self._loaded) > self._budget.largest_located(without=chunk.size):
+            self._loaded = bytearray()  # what is to come is smaller, and only that much stays counted
+        self._budget.release(chunk.size, chunk.head.parameters, buffered=chunk.held is not None)
 
     def cancel(self) -> None:
         """Make `run` stop soon, with Cancelled in its ArchiveEnd."""
         self._cancelled = True
         self._budget.cancel()
 
-    def _walk(self, wanted: Callable[[str], bool], passphrase_of: Callable[[str], bytes]) -> None:
+    def abandon(self) -> None:
+        """Cancel, where nobody takes the events and nobody will: what came ahead is given back."""
+        self.cancel()
+        if self._started:
+            threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        while not isinstance(event := self._events.get(), ArchiveEnd):
+            if isinstance(event, Chunk):
+                self.release(event)
+
+    def _walk(self, passphrase_of: Callable[[str], bytes]) -> None:
         sequence = ChunkSequence()
         failed_file: str | None = None
         while (member := self.next_member()) is not None:
@@ -214,11 +284,14 @@ class Intake:
                 self._end_file()
             try:
                 sequence.expect(name)
-                if name.file != failed_file and wanted(name.file):
+                if name.file != failed_file and self._wanted(name.file):
                     self._begin_file(name.file)
-                    self._events.put(self.take(name, member.size, passphrase_of(name.member)))
+                    chunk = self.take(name, member.size, passphrase_of(name.member))
+                    if not self._wanted(name.file):  # since a moment ago, when it was not yet outstanding
+                        chunk.key.cancel()
+                    self._events.put(chunk)
             except (ChunkOutOfOrder, BadContainer, ExcessiveCost, BudgetTooSmall) as error:
-                if name.file != failed_file and wanted(name.file):
+                if name.file != failed_file and self._wanted(name.file):
                     self._begin_file(name.file)
                     self._end_file(error.at(chunk=name.number))
                 failed_file = name.file
@@ -247,3 +320,9 @@ class Intake:
     def _stop_if_cancelled(self) -> None:
         if self._cancelled:
             raise Cancelled("the restore was cancelled")
+
+
+def might_be_wanted(file: str) -> bool:
+    """Could a restore want this file, whatever qubes.xml says? Only images, settings and dom0's home."""
+    directory, _, name = file.rpartition("/")
+    return name in IMAGES or name in SETTINGS or directory == "dom0-home"

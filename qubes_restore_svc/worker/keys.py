@@ -1,18 +1,25 @@
-"""Key derivations, several at once and out of order.
+"""Key derivations: several at once, out of order, in the memory that the budget leaves.
 
-Strategy: requests queue in archive order; as many threads as there are jobs take them from the front, wait
-for the memory, and hand what they took to the engine. OpenSSL's scrypt releases the interpreter lock, so
-the derivations really run side by side. A result is a future; nobody waits for the others.
+Strategy: requests queue in archive order. Each thread has lanes of its own in the engine; whenever one is
+free it looks at the first request that waits, and `shares.choose` says whether to begin it and how
+much memory it gets. A result is a future; nobody waits for the others. What goes wrong with a request fails
+it; what goes wrong in the lanes fails what runs in them, and the thread goes on with new ones.
 """
 
+import contextlib
+import os
 import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfRequest
-from qubes_restore_svc.errors import Cancelled
+from qubes_restore_svc.archive.kdf import KdfEngine, KdfLanes, KdfRequest
+from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.worker.budget import Budget
+from qubes_restore_svc.worker.shares import Situation, choose
+
+#: How much the derivations give way to the unpacking of the current volume (setpriority(2)).
+_NICENESS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,77 +29,147 @@ class _Job:
 
 
 class KeyScheduler:
-    """`jobs` threads around one `engine`, under the `budget` to which the chunks were admitted before."""
+    """`threads` threads around one `engine`, under the `budget` to which the chunks were admitted before."""
 
-    def __init__(self, engine: KdfEngine, budget: Budget, jobs: int) -> None:
+    def __init__(self, engine: KdfEngine, budget: Budget, threads: int) -> None:
         self._engine = engine
         self._budget = budget
-        self._jobs: deque[_Job] = deque()
-        self._wake = threading.Condition()
-        self._turn = threading.Lock()
+        self._threads = threads
+        self._waiting: deque[_Job] = deque()
+        self._running = 0
         self._closed = False
-        for number in range(jobs):
+        self._more_to_come = False
+        for number in range(threads):
             threading.Thread(target=self._work, name=f"kdf-{number}", daemon=True).start()
+
+    def expect_more(self, more_to_come: bool) -> None:
+        """Say whether requests for all lanes are on their way: then each gets its share of memory at once."""
+        with self._budget.changed:
+            self._more_to_come = more_to_come
+            self._budget.changed.notify_all()
 
     def submit(self, request: KdfRequest) -> "Future[bytes]":
         """The 64-byte key of `request`, some time. `cancel` on the future takes it back while it waits."""
         job = _Job(request, Future())
-        with self._wake:
+        with self._budget.changed:
             if not self._closed:
-                self._jobs.append(job)
-                self._wake.notify()
+                self._waiting.append(job)
+                self._budget.changed.notify_all()
                 return job.result
-        self._drop(job)
+        _drop(job)
         return job.result
 
     def close(self) -> None:
-        """Let the threads end once the derivations that run now are over; the waiting ones are dropped."""
-        with self._wake:
+        """Give up what runs, within a tenth of a second, and drop what waits."""
+        with self._budget.changed:
             self._closed = True
-            dropped, self._jobs = self._jobs, deque()
-            self._wake.notify_all()
+            dropped, self._waiting = self._waiting, deque()
+            self._budget.changed.notify_all()
         for job in dropped:
-            self._drop(job)
+            _drop(job)
 
     def _work(self) -> None:
-        while (job := self._next_started()) is not None:
-            memory = job.request.parameters.memory
+        with contextlib.suppress(OSError):  # it is only a wish
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while self._wait_for_work():
+            jobs: dict[int, _Job] = {}
             try:
-                (key,) = self._engine.derive([job.request])
-            except BaseException as error:  # noqa: BLE001 - somebody waits for this future, whatever happened
-                self._budget.end_derivation(memory)
-                job.result.set_exception(error)
+                with self._engine.open_lanes() as lanes:
+                    while self._fill(lanes, jobs):
+                        self._advance(lanes, jobs)
+            except BaseException as error:  # noqa: BLE001 - somebody waits for these futures, whatever happened
+                self._give_up(jobs, error)
             else:
-                self._budget.end_derivation(memory)
-                job.result.set_result(key)
+                self._give_up(jobs, Cancelled("the restore was cancelled"))
+        self._engine.trim()
 
-    def _next_started(self) -> _Job | None:
-        """The first waiting job, its memory taken; None when there will be no more."""
-        # One thread at a time waits here, for the job at the front: a large derivation is never
-        # overtaken again and again by small ones behind it.
-        with self._turn:
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._closed or self._jobs)
-                    if self._closed:
-                        return None
-                    job = self._jobs.popleft()
-                memory = job.request.parameters.memory
-                if job.result.cancelled():
-                    self._budget.forget_derivation(memory)
-                    continue
-                try:
-                    self._budget.start_derivation(memory)
-                except Cancelled as error:
-                    if job.result.set_running_or_notify_cancel():
-                        job.result.set_exception(error)
-                    return None
-                # It may have been taken back while it waited for its memory.
-                if job.result.set_running_or_notify_cancel():
-                    return job
-                self._budget.end_derivation(memory)
+    def _wait_for_work(self) -> bool:
+        """False: the scheduler is closed."""
+        with self._budget.changed:
+            self._budget.changed.wait_for(lambda: self._closed or self._waiting)
+            return not self._closed
 
-    def _drop(self, job: _Job) -> None:
-        self._budget.forget_derivation(job.request.parameters.memory)
-        if job.result.set_running_or_notify_cancel():
-            job.result.set_exception(Cancelled("the restore was cancelled"))
+    def _fill(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
+        """Begin what may begin; waits until something runs. False: the scheduler is closed."""
+        with self._budget.changed:
+            while not self._closed:
+                while lanes.free and self._begin_next(lanes, jobs):
+                    pass
+                if jobs:
+                    return True
+                self._budget.changed.wait()
+        return False
+
+    def _begin_next(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
+        while self._waiting and self._waiting[0].result.cancelled():
+            self._waiting.popleft()
+        if not self._waiting:
+            return False
+        job = self._waiting[0]
+        try:
+            ticket = self._begin(lanes, job.request, len(jobs))
+        except BaseException as error:  # noqa: BLE001 - it is about this request, whose future is waited for
+            if isinstance(error, BudgetTooSmall) and self._running:
+                return False  # the system has no memory now; when one of those that run ends, it may have
+            self._waiting.popleft()
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_exception(error)
+            return True
+        if ticket is None:
+            return False
+        self._waiting.popleft()
+        if not job.result.set_running_or_notify_cancel():
+            # Taken back in this moment: it is derived for nobody.
+            job = _Job(job.request, Future())
+        jobs[ticket] = job
+        self._running += 1
+        return True
+
+    def _begin(self, lanes: KdfLanes, request: KdfRequest, running_here: int) -> int | None:
+        """The ticket, or None: not yet. Raises what the engine raises."""
+        sizes = [self._engine.memory(request.parameters, stride) for stride in self._engine.strides]
+        room = self._budget.arena_room
+        waiting = len(self._waiting)
+        if self._more_to_come:
+            waiting = max(waiting, self._threads * self._engine.lanes - self._running)
+        index = choose(
+            Situation(
+                sizes=sizes,
+                waiting=waiting,
+                running=self._running,
+                running_here=running_here,
+                threads=self._threads,
+                lanes=self._engine.lanes,
+                room=room,
+                free=room - (self._engine.memory_held - self._engine.memory_idle),
+            )
+        )
+        return None if index is None else lanes.begin(request, self._engine.strides[index], room)
+
+    def _advance(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> None:
+        finished = lanes.advance()
+        if not finished:
+            return
+        with self._budget.changed:
+            self._running -= len(finished)
+            self._budget.changed.notify_all()
+        for ticket, key in finished:
+            jobs.pop(ticket).result.set_result(key)
+
+    def _give_up(self, jobs: dict[int, _Job], error: BaseException) -> None:
+        """Fail what runs in this thread's lanes, which are closed."""
+        failed = list(jobs.values())
+        with self._budget.changed:
+            self._running -= len(jobs)
+            if not failed and self._waiting:
+                # There are not even lanes; to try again and again for the same request would never end.
+                failed.append(self._waiting.popleft())
+            self._budget.changed.notify_all()
+        for job in failed:
+            if job.result.running() or job.result.set_running_or_notify_cancel():
+                job.result.set_exception(error)
+
+
+def _drop(job: _Job) -> None:
+    if job.result.set_running_or_notify_cancel():
+        job.result.set_exception(Cancelled("the restore was cancelled"))

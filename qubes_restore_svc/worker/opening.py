@@ -2,10 +2,12 @@
 
 Strategy: the first members in their fixed order, each by the same means as every later chunk. Nothing is
 believed of the header until it equals the content of its container, and nothing of qubes.xml before its
-MAC has been checked. A wrong passphrase shows after one derivation.
+MAC has been checked. The keys of both are derived at once, but a wrong passphrase shows as soon as the
+first one is there: nobody waits for the other.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 
 from qubes_restore_svc.archive import header as header_format
@@ -21,6 +23,7 @@ from qubes_restore_svc.errors import (
     BadHeader,
     EmptyInput,
     RestoreError,
+    SkippedOnRequest,
     WrongPassphrase,
 )
 from qubes_restore_svc.worker.intake import Chunk, Intake
@@ -42,85 +45,180 @@ class OpenBackup:
         return header_format.member_passphrase(self.header.backup_id, member, self.passphrase)
 
 
-def open_chunk(chunk: Chunk) -> VerifiedContainer:
-    """Wait for the chunk's key and check its MAC; raises AuthenticationFailed."""
-    key = chunk.key.result()
+def open_chunk(intake: Intake, chunk: Chunk) -> VerifiedContainer:
+    """Wait for the chunk's key and check its MAC.
+
+    Raises AuthenticationFailed, and SkippedOnRequest if the derivation was taken back meanwhile.
+    """
+    try:
+        key = chunk.key.result()
+    except CancelledError:
+        raise SkippedOnRequest("it is not wanted any more") from None
     try:
         if not keys_match(chunk.head, key):
             raise AuthenticationFailed("it does not belong to this backup, or not to this place in it")
-        return verify(chunk.container, key)
+        return verify(intake.container(chunk), key)
     except RestoreError as error:
         raise error.at(chunk=chunk.name.number) from None
 
 
-def open_backup(intake: Intake, passphrase: str, compression_filter: str | None) -> OpenBackup:
+def open_backup(
+    intake: Intake, passphrase: str, compression_filter: str | None, *, ahead: bool = False
+) -> OpenBackup:
     """Read up to the end of qubes.xml. `compression_filter` overrides the header's.
+
+    The keys of the header and of qubes.xml are derived at once, and with `ahead` those of the volumes that
+    follow as well, before the header has been authenticated: its backup id goes into their passphrases,
+    and if it was false they open nothing.
 
     Raises EmptyInput, NotABackup, UnsupportedFormat, BadHeader, WrongPassphrase and whatever is wrong with
     qubes.xml and its chunks.
     """
-    header = _open_header(intake, passphrase)
-    filter_name = check_filter(
-        compression_filter or (header.compression_filter if header.compressed else "none")
-    )
-    untrusted_pieces = _file_pieces(intake, _QUBES_XML, header, passphrase)
+    header = _Header(intake, passphrase)
+    xml = _QubesXml(intake, passphrase)
     try:
-        xml = read_small_file(decompress(filter_name, untrusted_pieces), _QUBES_XML, MAX_QUBES_XML)
-        content = parse_qubes_xml(xml)
+        untrusted_id = header.untrusted_id()
+        complete = xml.begin(untrusted_id, before_waiting=header.settle)
+        if ahead and complete:
+            intake.start(lambda member: header_format.member_passphrase(untrusted_id, member, passphrase))
+        authentic = header.result()
+        filter_name = check_filter(
+            compression_filter or (authentic.compression_filter if authentic.compressed else "none")
+        )
+        content = _read_qubes_xml(xml, filter_name)
+    finally:
+        header.release()
+        xml.release()
+    return OpenBackup(authentic, content, filter_name, passphrase)
+
+
+class _Header:
+    """The header as it stands there, and the container of its authenticated copy."""
+
+    def __init__(self, intake: Intake, passphrase: str) -> None:
+        self._intake = intake
+        self._outcome: BackupHeader | RestoreError | None = None
+        member = intake.next_member()
+        if member is None:
+            raise EmptyInput("there is nothing in it")
+        if member.name != header_format.HEADER_MEMBER:
+            header_format.recognise_old_format(member.name)
+        if member.size > header_format.MAX_HEADER_SIZE:
+            raise BadHeader(f"it has {member.size} bytes")
+        self._untrusted_text = bytes(intake.read_content(member.size))
+        header_format.peek_version(self._untrusted_text)
+        member = intake.next_member()
+        if member is None or member.name != header_format.HEADER_HMAC_MEMBER:
+            raise BadHeader("its authenticated copy does not follow it")
+        if member.size > header_format.MAX_HEADER_SIZE:
+            raise BadHeader(f"its authenticated copy has {member.size} bytes")
+        name = ChunkName(member.name, 0, member.name)
+        self._copy: Chunk | None = intake.take(name, member.size, header_format.header_passphrase(passphrase))
+
+    def untrusted_id(self) -> str:
+        """The backup id that the header claims, in valid form. Raises BadHeader, UnsupportedFormat."""
+        return header_format.parse_header(self._untrusted_text).backup_id
+
+    def settle(self) -> None:
+        """Wait for the key, compare, and give the copy back; `result` tells what came of it."""
+        if self._copy is None:
+            return
+        try:
+            self._outcome = self._authenticated(self._copy)
+        except RestoreError as error:
+            self._outcome = error
+        finally:
+            self.release()
+
+    def result(self) -> BackupHeader:
+        """The authenticated header. Raises WrongPassphrase, AuthenticationFailed, BadHeader."""
+        self.settle()
+        if isinstance(self._outcome, RestoreError):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def release(self) -> None:
+        """Give back what is held."""
+        if self._copy is not None:
+            copy, self._copy = self._copy, None
+            self._intake.release(copy)
+
+    def _authenticated(self, copy: Chunk) -> BackupHeader:
+        key = copy.key.result()
+        if not keys_match(copy.head, key):
+            raise WrongPassphrase("the backup does not open with this passphrase")
+        text = b"".join(verify(self._intake.container(copy), key).plaintext())
+        if text != self._untrusted_text:
+            raise BadHeader("it differs from its authenticated copy")
+        return header_format.parse_header(text)
+
+
+def _read_qubes_xml(xml: "_QubesXml", filter_name: str) -> BackupContent:
+    pieces = xml.pieces()
+    try:
+        text = read_small_file(decompress(filter_name, pieces), _QUBES_XML, MAX_QUBES_XML)
+        return parse_qubes_xml(text)
     except RestoreError as error:
         raise error.at(qube=_QUBES_XML) from error
     finally:
-        untrusted_pieces.close()
-    return OpenBackup(header, content, filter_name, passphrase)
+        pieces.close()
 
 
-def _open_header(intake: Intake, passphrase: str) -> BackupHeader:
-    member = intake.next_member()
-    if member is None:
-        raise EmptyInput("there is nothing in it")
-    if member.name != header_format.HEADER_MEMBER:
-        header_format.recognise_old_format(member.name)
-    if member.size > header_format.MAX_HEADER_SIZE:
-        raise BadHeader(f"it has {member.size} bytes")
-    untrusted_text = bytes(intake.read_content(member.size))
-    header_format.peek_version(untrusted_text)
-    member = intake.next_member()
-    if member is None or member.name != header_format.HEADER_HMAC_MEMBER:
-        raise BadHeader("its authenticated copy does not follow it")
-    if member.size > header_format.MAX_HEADER_SIZE:
-        raise BadHeader(f"its authenticated copy has {member.size} bytes")
-    name = ChunkName(member.name, 0, member.name)
-    chunk = intake.take(name, member.size, header_format.header_passphrase(passphrase))
-    try:
-        key = chunk.key.result()
-        if not keys_match(chunk.head, key):
-            raise WrongPassphrase("the backup does not open with this passphrase")
-        text = b"".join(bytes(piece) for piece in verify(chunk.container, key).plaintext())
-    finally:
-        intake.release(chunk)
-    if text != untrusted_text:
-        raise BadHeader("it differs from its authenticated copy")
-    return header_format.parse_header(text)
+class _QubesXml:
+    """The chunks of qubes.xml, which must come next; nearly always there is one."""
 
+    def __init__(self, intake: Intake, passphrase: str) -> None:
+        self._intake = intake
+        self._passphrase = passphrase
+        self._backup_id = ""
+        self._sequence = ChunkSequence()
+        self._next: Chunk | None = None
+        self._error: RestoreError | None = None
+        self._over = False
 
-def _file_pieces(
-    intake: Intake, file: str, header: BackupHeader, passphrase: str
-) -> Generator[bytes, None, None]:
-    """The verified content of `file`, which must come next, piece by piece; stops at the next file."""
-    sequence = ChunkSequence()
-    found = False
-    while (member := intake.next_member()) is not None:
-        name = parse_chunk_name(member.name)
-        if name.file != file:
-            intake.push_back(member)
-            break
-        found = True
-        sequence.expect(name)
-        key = header_format.member_passphrase(header.backup_id, name.member, passphrase)
-        chunk = intake.take(name, member.size, key)
+    def begin(self, untrusted_id: str, before_waiting: Callable[[], None]) -> bool:
+        """Take the first chunk, so that its key is derived; True if it is the only one.
+
+        `before_waiting` gives back what the opening holds: see `Budget.admit`.
+        What is wrong here is raised by `pieces`: what is wrong with the header counts first.
+        """
+        self._backup_id = untrusted_id
         try:
-            yield from open_chunk(chunk).plaintext()
-        finally:
-            intake.release(chunk)
-    if not found:
-        raise BadArchive(f"{file} does not follow the header")
+            self._next = self._take(before_waiting)
+            if self._next is None:
+                raise BadArchive(f"{_QUBES_XML} does not follow the header")
+            member = self._intake.next_member()
+            self._over = member is None or parse_chunk_name(member.name).file != _QUBES_XML
+            if member is not None:
+                self._intake.push_back(member)
+        except RestoreError as error:
+            self._error = error
+        return self._over and self._error is None
+
+    def pieces(self) -> Generator[bytes, None, None]:
+        """The verified content, piece by piece."""
+        if self._error is not None:
+            raise self._error
+        while self._next is not None:
+            yield from open_chunk(self._intake, self._next).plaintext()
+            self.release()
+            self._next = None if self._over else self._take()
+
+    def release(self) -> None:
+        """Give back what is held."""
+        if self._next is not None:
+            self._intake.release(self._next)
+            self._next = None
+
+    def _take(self, before_waiting: Callable[[], None] | None = None) -> Chunk | None:
+        member = self._intake.next_member()
+        if member is None:
+            return None
+        name = parse_chunk_name(member.name)
+        if name.file != _QUBES_XML:
+            self._intake.push_back(member)
+            return None
+        self._sequence.expect(name)
+        passphrase = header_format.member_passphrase(self._backup_id, name.member, self._passphrase)
+        return self._intake.take(name, member.size, passphrase, before_waiting=before_waiting)

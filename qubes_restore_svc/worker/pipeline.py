@@ -8,7 +8,6 @@ reported for its volume, and the next file begins.
 
 import contextlib
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
@@ -68,22 +67,18 @@ class Pipeline:
 
     def run(self) -> None:
         """Read the archive to its end. Blocks; emits every answer, Finished as the last one."""
-        intake = threading.Thread(
-            target=self._intake.run,
-            args=(self._selection.wanted, self._backup.passphrase_of),
-            name="intake",
-            daemon=True,
-        )
-        intake.start()
+        self._intake.want(self._selection.wanted)
+        self._intake.start(self._backup.passphrase_of)
         current: SelectedQube | None = None
         while not isinstance(file := self._files.next_file(), ArchiveEnd):
             place = self._selection.place(file)
-            assert place is not None
+            if self._cancelled or place is None or not self._selection.wanted(file):
+                self._files.drain()  # the intake was ahead of the selection, or of the cancel
+                continue
             if current is not None and current is not place.qube:
                 self._close(current)
             current = place.qube
             self._file(place, file)
-        intake.join()
         if self._cancelled:
             return
         if file.error is not None:
@@ -99,6 +94,7 @@ class Pipeline:
     def skip(self, key: str) -> None:
         """Nothing more of the qube is wanted; may be called from any thread."""
         self._selection.skip(key)
+        self._intake.withdraw_unwanted()
         stream = self._stream
         if stream is not None and self._streaming == key:
             stream.abort()
@@ -143,6 +139,7 @@ class Pipeline:
             qube.error = qube.error or error
         if self._restoring:
             qube.give_up(error)
+            self._intake.withdraw_unwanted()
 
     def _volume(self, place: WantedFile, volume: VolumeName, file: str, pieces: Iterable[bytes]) -> None:
         info = place.qube.info

@@ -48,11 +48,11 @@ class PlaintextFiles:
         """
         while isinstance(event := self._events.get(), Chunk):
             self.chunk = event.name.number
-            dealt_with = event.end - len(event.container)
+            dealt_with = event.end - event.size
             self._position = max(self._position, dealt_with)
             with self._holding(event):
                 check()
-                for piece in open_chunk(event).plaintext():
+                for piece in open_chunk(self._intake, event).plaintext():
                     check()
                     yield piece
                     dealt_with += len(piece)

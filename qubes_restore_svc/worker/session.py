@@ -108,9 +108,11 @@ class Session:
     def _act(self, message: m.BrokerMessage) -> None:
         if isinstance(message, m.Open):
             jobs = message.jobs or self._resources.jobs
-            # One chunk is being read, `jobs` are being derived, one is being unpacked.
-            budget = Budget(message.memory or self._resources.memory, max_chunks=jobs + 2)
-            scheduler = self._scheduler = KeyScheduler(self._resources.engine, budget, jobs)
+            engine = self._resources.engine
+            # One chunk is being read, one is being unpacked, and every lane has one.
+            max_chunks = jobs * engine.lanes + 2
+            budget = Budget(message.memory or self._resources.memory, engine, max_chunks)
+            scheduler = self._scheduler = KeyScheduler(engine, budget, jobs)
             self._open_request = message
             self._in_thread("open", lambda: self._open(message, budget, scheduler))
         elif isinstance(message, m.Start):
@@ -158,7 +160,13 @@ class Session:
     def _open(self, request: m.Open, budget: Budget, scheduler: KeyScheduler) -> None:
         source = ArchiveSource(self._resources.archive())
         intake = self._intake = Intake(source, OuterTarReader(), budget, scheduler, self._events)
-        backup = open_backup(intake, request.passphrase.get_secret_value(), request.compression_filter)
+        scheduler.expect_more(request.ahead)
+        backup = open_backup(
+            intake,
+            request.passphrase.get_secret_value(),
+            request.compression_filter,
+            ahead=request.ahead,
+        )
         self._backup = backup
         for warning in backup.content.warnings:
             self._outbox.put(m.Log(level="warning", text=warning[:1000]))
@@ -199,7 +207,7 @@ class Session:
         if self._pipeline is not None:
             self._pipeline.cancel()
         elif self._intake is not None:
-            self._intake.cancel()
+            self._intake.abandon()
         if self._scheduler is not None:
             self._scheduler.close()
         self._fetches.withdraw()

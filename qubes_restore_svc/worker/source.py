@@ -5,6 +5,7 @@ end of the input shows as a short read. What is not needed is skipped: by seekin
 input can seek, by reading it away where it cannot.
 """
 
+import contextlib
 import os
 import stat
 
@@ -29,6 +30,30 @@ class ArchiveSource:
         except OSError as error:
             raise self._unreadable(error) from error
         self._seekable_end = self._find_end(status)
+        self._start = 0 if self._seekable_end is None else os.lseek(fd, 0, os.SEEK_CUR)
+
+    @property
+    def seekable(self) -> bool:
+        """Can what lies ahead be read later, with `read_at`?"""
+        return self._seekable_end is not None
+
+    def read_at(self, position: int, target: memoryview) -> int:
+        """Fill `target` with what lies at `position`, wherever reading stands; how many bytes there were."""
+        filled = 0
+        while filled < len(target):
+            try:
+                taken = os.preadv(self._fd, [target[filled:]], self._start + position + filled)
+            except OSError as error:
+                raise self._unreadable(error, position + filled) from error
+            if not taken:
+                break
+            filled += taken
+        return filled
+
+    def will_need(self, position: int, size: int) -> None:
+        """Let the system read `size` bytes at `position` ahead of time, into memory of its own."""
+        with contextlib.suppress(OSError):  # it is only a wish
+            os.posix_fadvise(self._fd, self._start + position, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, fewer only at the end of the input. Raises ArchiveUnreadable."""
@@ -102,6 +127,7 @@ class ArchiveSource:
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: OSError) -> ArchiveUnreadable:
+    def _unreadable(self, error: OSError, position: int | None = None) -> ArchiveUnreadable:
         reason = error.strerror or "input/output error"
-        return ArchiveUnreadable(f"reading the archive failed at byte {self.position}: {reason}")
+        where = self.position if position is None else position
+        return ArchiveUnreadable(f"reading the archive failed at byte {where}: {reason}")

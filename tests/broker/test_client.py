@@ -35,7 +35,9 @@ from tests.broker.fake_worker import (
 )
 from tests.broker.jobs import PASSPHRASE
 
-OPTIONS = SessionOptions(PASSPHRASE, memory=1 << 30, jobs=3, compression_filter="xz", ignore_size_limit=True)
+OPTIONS = SessionOptions(
+    PASSPHRASE, memory=1 << 30, jobs=3, compression_filter="xz", ignore_size_limit=True, ahead=True
+)
 START = m.Start(mode="verify", keys=("vm1",))
 PROGRESS: Json = {"type": "progress", "archive_bytes": 5}
 
@@ -68,6 +70,7 @@ async def test_a_session_yields_every_message_in_its_order() -> None:
         "jobs": 3,
         "compression_filter": "xz",
         "ignore_size_limit": True,
+        "ahead": True,
     }
 
 

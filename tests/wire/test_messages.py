@@ -35,7 +35,7 @@ RULE: Json = {
 FULL: dict[str, Json] = {
     "open": {
         "type": "open", "protocol": 1, "passphrase": PASSPHRASE, "memory": 1, "jobs": 2,
-        "compression_filter": "gzip", "ignore_size_limit": True,
+        "compression_filter": "gzip", "ignore_size_limit": True, "ahead": True,
     },
     "start": {"type": "start", "mode": "verify", "keys": ["vm10", "vm11"]},
     "skip_qube": {"type": "skip_qube", "key": "vm10"},
@@ -61,7 +61,7 @@ FULL: dict[str, Json] = {
 
 #: … and the keys that may be left out, with their places.
 OPTIONAL: dict[str, set[str]] = {
-    "open": {"protocol", "memory", "jobs", "compression_filter", "ignore_size_limit"},
+    "open": {"protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "ahead"},
     "start": set(),
     "skip_qube": set(),
     "cancel": set(),

@@ -60,23 +60,20 @@ def join(thread: threading.Thread) -> None:
         raise Hanging("a thread does not end")
 
 
-class Engine:
+class Engine(OpensslEngine):
     """The real engine, which notes every request, and asks `gate` (if any) before it carries it out."""
 
-    name = "test"
-    lanes = 1
-
     def __init__(self, gate: Callable[[KdfRequest], object] | None = None) -> None:
+        super().__init__()
         self.requests: list[KdfRequest] = []
         self.gate = gate
-        self._openssl = OpensslEngine()
 
     def derive(self, requests: Sequence[KdfRequest]) -> list[bytes]:
         self.requests += requests
         if self.gate is not None:
             for request in requests:
                 self.gate(request)
-        return self._openssl.derive(requests)
+        return super().derive(requests)
 
     @property
     def members(self) -> list[str]:
@@ -136,7 +133,7 @@ class Pass:
         passphrase: str = PASSPHRASE,
     ) -> None:
         self.engine = engine or Engine()
-        self.budget = Budget(memory, max_chunks=jobs + 2)
+        self.budget = Budget(memory, self.engine, max_chunks=jobs * self.engine.lanes + 2)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self.events = event_queue()
         self.source = ArchiveSource(archive_fd)
@@ -147,9 +144,9 @@ class Pass:
         self.pipeline: Pipeline
         self.thread: threading.Thread
 
-    def open(self, compression_filter: str | None = None) -> OpenBackup:
+    def open(self, compression_filter: str | None = None, *, ahead: bool = False) -> OpenBackup:
         """Read the beginning."""
-        self.backup = open_backup(self.intake, self.passphrase, compression_filter)
+        self.backup = open_backup(self.intake, self.passphrase, compression_filter, ahead=ahead)
         return self.backup
 
     def start(
@@ -159,9 +156,10 @@ class Pass:
         mode: Literal["restore", "verify"] = "verify",
         receiver: "Receiver | None" = None,
         ignore_size_limit: bool = False,
+        ahead: bool = False,
     ) -> None:
         """Open it and begin to stream the qubes of these names (None: all)."""
-        content = self.open().content
+        content = self.open(ahead=ahead).content
         keys = tuple(qube.info.key for qube in content.qubes if names is None or qube.info.name in names)
         self.names = {qube.info.key: qube.info.name for qube in content.qubes}
         self.pipeline = Pipeline(

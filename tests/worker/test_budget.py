@@ -3,8 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import Future
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,12 +11,44 @@ from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
-from qubes_restore_svc.worker.budget import Budget
+from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
 
+from .lanes import LanesEngine, ManualLanes
 from .support import MIB, Hanging, in_thread, join, wait_until
 
-LIMIT = 1000 * MIB
+#: A mebibyte and a little, 128 of them; the engine here can do with a quarter.
+SMALL, LARGE = KdfParameters(10, 8, 1), KdfParameters(17, 8, 1)
+
+
+class Bench:
+    def __init__(self, limit: int, max_chunks: int = 9) -> None:
+        self.engine = LanesEngine()
+        self.budget = Budget(limit, self.engine, max_chunks)
+        self._lanes = ManualLanes(self.engine)
+        self._count = 0
+
+    def admit(self, size: int, cost: KdfParameters = SMALL, *, buffered: bool = True) -> None:
+        self.budget.admit(size, cost, buffered=buffered)
+
+    def release(self, size: int, cost: KdfParameters = SMALL, *, buffered: bool = True) -> None:
+        self.budget.release(size, cost, buffered=buffered)
+
+    def admitting(self, size: int, cost: KdfParameters = SMALL, *, buffered: bool = True) -> threading.Thread:
+        return in_thread(lambda: self.admit(size, cost, buffered=buffered))
+
+    def begin(self, cost: KdfParameters, stride: int) -> int:
+        self._count += 1
+        request = KdfRequest(cost, b"", b"%d" % self._count)
+        with self.budget.changed:
+            assert self._lanes.begin(request, stride, self.budget.arena_room) == self._count
+        return self._count
+
+    def end(self, number: int) -> None:
+        self.engine.finish(number)
+        wait_until(lambda: self._lanes.advance())
+        with self.budget.changed:
+            self.budget.changed.notify_all()
 
 
 def waits(thread: threading.Thread) -> bool:
@@ -26,191 +57,199 @@ def waits(thread: threading.Thread) -> bool:
 
 
 def test_a_chunk_that_can_never_fit_is_refused_with_the_memory_that_it_needs() -> None:
-    budget = Budget(LIMIT, max_chunks=4)
+    """What a derivation needs is its smallest form."""
+    bench = Bench(100 * MIB)
     with pytest.raises(BudgetTooSmall) as caught:
-        budget.admit(100 * MIB + 1, 1024 * MIB)
-    assert "1024 MiB" in caught.value.reason and "1000 MiB" in caught.value.reason
-    assert "--memory 1125" in caught.value.advice
-    assert budget.used == 0
-    Budget(1125 * MIB, max_chunks=4).admit(100 * MIB + 1, 1024 * MIB)
+        bench.admit(70 * MIB, LARGE)
+    assert "takes 32 MiB" in caught.value.reason and "100 MiB" in caught.value.reason
+    assert "--memory 103" in caught.value.advice
+    assert bench.budget.used == 0
+    Bench(103 * MIB).admit(70 * MIB, LARGE)
 
 
-def test_a_chunk_waits_while_its_derivation_would_have_no_room() -> None:
-    budget = Budget(LIMIT, max_chunks=9)
-    budget.admit(300 * MIB, 600 * MIB)
-    second = in_thread(lambda: budget.admit(200 * MIB, 1 * MIB))
-    assert waits(second)  # 300 + 200, and 600 for the derivation that is to come
-    budget.start_derivation(600 * MIB)
-    budget.end_derivation(600 * MIB)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_chunk_waits_while_a_derivation_before_it_would_have_no_room(buffered: bool) -> None:
+    bench = Bench(100 * MIB)
+    bench.admit(30 * MIB, LARGE)
+    second = bench.admitting(39 * MIB, buffered=buffered)
+    assert waits(second)  # 30 + 39, and 32 for the derivation that is to come
+    bench.release(30 * MIB, LARGE)
     join(second)
-    assert budget.used == 500 * MIB
+    assert bench.budget.used == 39 * MIB
 
 
-def test_a_chunk_waits_while_derivations_that_run_side_by_side_leave_no_room_for_it() -> None:
-    budget = Budget(LIMIT, max_chunks=9)
-    for _ in range(2):
-        budget.admit(50 * MIB, 400 * MIB)
-        budget.start_derivation(400 * MIB)
-    third = in_thread(lambda: budget.admit(101 * MIB, 400 * MIB))
-    assert waits(third)  # beside one derivation there would be room, beside two there is none
-    assert budget.used == 900 * MIB
-    budget.end_derivation(400 * MIB)
-    join(third)
-
-
-def test_a_derivation_waits_for_its_memory() -> None:
-    budget = Budget(LIMIT, max_chunks=9)
-    for _ in range(2):
-        budget.admit(100 * MIB, 500 * MIB)
-    budget.start_derivation(500 * MIB)
-    second = in_thread(lambda: budget.start_derivation(500 * MIB))
+def test_a_chunk_waits_while_what_runs_leaves_no_room_for_it() -> None:
+    bench = Bench(100 * MIB)
+    bench.admit(10 * MIB, LARGE)
+    number = bench.begin(LARGE, 2)
+    second = bench.admitting(27 * MIB)
     assert waits(second)
-    assert budget.used == 700 * MIB
-    budget.end_derivation(500 * MIB)
+    bench.end(number)  # its memory is idle now, and goes
     join(second)
+    assert bench.budget.used == 37 * MIB
+    assert bench.budget.arena_room == 63 * MIB
 
 
-def test_no_more_chunks_are_held_than_may_be() -> None:
-    budget = Budget(LIMIT, max_chunks=2)
-    budget.admit(1, 1)
-    budget.admit(1, 1)
-    third = in_thread(lambda: budget.admit(1, 1))
+def test_of_chunks_that_stay_in_the_archive_only_the_largest_counts() -> None:
+    bench = Bench(100 * MIB)
+    for size in (20, 60, 40):
+        bench.admit(size * MIB, LARGE, buffered=False)
+    assert bench.budget.used == 60 * MIB
+    assert bench.budget.largest_located(without=40 * MIB) == 60 * MIB
+    bench.release(60 * MIB, LARGE, buffered=False)
+    assert bench.budget.used == 40 * MIB
+    assert bench.budget.largest_located(without=40 * MIB) == 20 * MIB
+
+
+def test_buffers_leave_three_fifths_to_derivations_unless_there_is_but_one() -> None:
+    bench = Bench(100 * MIB)
+    bench.admit(60 * MIB)
+    second = bench.admitting(1)
+    assert waits(second)
+    bench.release(60 * MIB)
+    join(second)
+    bench.admit(40 * MIB - 1)
+    third = bench.admitting(1)
     assert waits(third)
-    budget.release(1)
+    bench.release(1)
     join(third)
 
 
-def test_a_derivation_that_is_not_wanted_any_more_makes_room() -> None:
-    budget = Budget(LIMIT, max_chunks=9)
-    budget.admit(100 * MIB, 900 * MIB)
-    second = in_thread(lambda: budget.admit(100 * MIB, 1 * MIB))
-    assert waits(second)
-    budget.forget_derivation(900 * MIB)
-    join(second)
+def test_no_more_chunks_are_on_their_way_than_may_be() -> None:
+    bench = Bench(100 * MIB, max_chunks=2)
+    bench.admit(1)
+    bench.admit(1, buffered=False)
+    third = bench.admitting(1)
+    assert waits(third)
+    bench.release(1)
+    join(third)
+    for _ in range(MAX_LOCATED - 2):  # those that stay in the archive cost next to nothing
+        bench.admit(1, buffered=False)
+    last = bench.admitting(1, buffered=False)
+    assert waits(last)
+    bench.release(1, buffered=False)
+    join(last)
+
+
+def test_who_holds_a_chunk_and_needs_another_is_told_before_it_waits_for_itself() -> None:
+    bench = Bench(100 * MIB)
+    bench.admit(50 * MIB)
+    told: list[int] = []
+
+    def give_back() -> None:
+        told.append(1)
+        bench.release(50 * MIB)
+
+    bench.budget.admit(60 * MIB, SMALL, buffered=True, before_waiting=give_back)
+    assert told == [1]
+    bench.release(60 * MIB)
+    bench.budget.admit(60 * MIB, SMALL, buffered=True, before_waiting=give_back)
+    assert told == [1]
 
 
 def test_a_cancel_ends_every_wait_now_and_later() -> None:
-    budget = Budget(LIMIT, max_chunks=1)
-    budget.admit(600 * MIB, 400 * MIB)
-    budget.start_derivation(400 * MIB)
-    budget._waiting.append(400 * MIB)  # a second derivation, which finds no room
-    ended: list[str] = []
+    bench = Bench(100 * MIB)
+    bench.admit(60 * MIB, LARGE)
+    ended: list[bool] = []
 
-    def waiting(what: str) -> None:
-        try:
-            if what == "admit":
-                budget.admit(1, 1)
-            else:
-                budget.start_derivation(400 * MIB)
-        except Cancelled:
-            ended.append(what)
+    def waiting(buffered: bool) -> None:
+        with pytest.raises(Cancelled):
+            bench.admit(9 * MIB, buffered=buffered)
+        ended.append(buffered)
 
-    threads = [in_thread(partial(waiting, what)) for what in ("admit", "start")]
+    threads = [in_thread(lambda: waiting(True)), in_thread(lambda: waiting(False))]
     assert all(waits(thread) for thread in threads)
-    budget.cancel()
+    bench.budget.cancel()
     for thread in threads:
         join(thread)
-    assert sorted(ended) == ["admit", "start"]
+    assert sorted(ended) == [False, True]
     with pytest.raises(Cancelled):
-        budget.admit(1, 1)
+        bench.admit(1)
 
 
-class _Gauge:
-    """A scheduler's engine whose derivations end when the test says so; it counts what is really in use."""
-
-    name = "gauge"
-    lanes = 1
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.lock = threading.Lock()
-        self.held = 0
-        self.started: list[int] = []
-        self.running: dict[int, threading.Event] = {}
-        self.exceeded = False
-
-    def take(self, size: int) -> None:
-        with self.lock:
-            self.held += size
-            self.exceeded = self.exceeded or self.held > self.limit
-
-    def give_back(self, size: int) -> None:
-        with self.lock:
-            self.held -= size
-
-    def derive(self, requests: Sequence[KdfRequest]) -> list[bytes]:
-        (request,) = requests
-        number = int(request.passphrase)
-        done = threading.Event()
-        self.take(request.parameters.memory)
-        with self.lock:
-            self.started.append(number)
-            self.running[number] = done
-        if not done.wait(30):
-            raise Hanging("a derivation was forgotten by the test")
-        self.give_back(request.parameters.memory)
-        return [bytes(64)]
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     limit_mib=st.integers(8, 64),
-    jobs=st.integers(1, 4),
-    chunks=st.lists(st.tuples(st.floats(0, 1), st.sampled_from([10, 11, 12, 13, 14, 15, 16])), max_size=14),
+    threads=st.integers(1, 3),
+    lanes=st.sampled_from([1, 2, 4]),
+    strides=st.sampled_from([(1,), (1, 2, 4), (1, 2, 4, 8, 16)]),
+    chunks=st.lists(
+        st.tuples(st.floats(0, 1), st.sampled_from([10, 11, 12, 13, 14, 15, 16, 18]), st.booleans()),
+        max_size=14,
+    ),
     seed=st.integers(0, 1 << 32),
 )
 def test_any_mix_of_chunks_that_fit_is_derived_within_the_limit(
-    limit_mib: int, jobs: int, chunks: list[tuple[float, int]], seed: int
+    limit_mib: int,
+    threads: int,
+    lanes: int,
+    strides: tuple[int, ...],
+    chunks: list[tuple[float, int, bool]],
+    seed: int,
 ) -> None:
-    """Chunks come in order and are released in order; derivations end in whatever order they like."""
+    """Chunks come in order and are released in order; derivations end in whatever order they like.
+
+    What is held is counted anew here: buffers, the one located chunk that is fetched, and all arenas."""
     limit, order = limit_mib * MIB, random.Random(seed)
-    costs = [(share, KdfParameters(log_n, 8, 1)) for share, log_n in chunks]
-    plan = [
-        (max(1, int(share * (limit - cost.memory))), cost) for share, cost in costs if cost.memory < limit
-    ]
-    gauge = _Gauge(limit)
-    budget = Budget(limit, max_chunks=jobs + 2)
-    scheduler = KeyScheduler(gauge, budget, jobs)
-    admitted: list[threading.Event] = [threading.Event() for _ in plan]
-    keys = {}
+    engine = LanesEngine(lanes, strides)
+    plan: list[tuple[int, KdfParameters, bool]] = []
+    for share, log_n, buffered in chunks:
+        cost = KdfParameters(log_n, 8, 1)
+        least = engine.memory(cost, strides[-1])
+        if least < limit:
+            plan.append((max(1, int(share * (limit - least))), cost, buffered))
+    budget = Budget(limit, engine, max_chunks=threads * lanes + 2)
+    scheduler = KeyScheduler(engine, budget, threads)
+    admitted = [threading.Event() for _ in plan]
+    keys: dict[int, Future[bytes]] = {}
+    held: dict[int, int] = {}
     delivered: list[int] = []
+    exceeded: list[int] = []
+
+    def count() -> None:
+        with budget.changed:  # nothing is admitted or begun meanwhile
+            total = sum(held.copy().values()) + engine.memory_held
+            if total > limit:
+                exceeded.append(total)
 
     def take_in() -> None:
-        for number, (size, cost) in enumerate(plan):
-            budget.admit(size, cost.memory)
-            gauge.take(size)
-            keys[number] = scheduler.submit(KdfRequest(cost, bytes(32), b"%d" % number))
+        for number, (size, cost, buffered) in enumerate(plan):
+            budget.admit(size, cost, buffered=buffered)
+            if buffered:
+                held[number] = size
+            count()
+            keys[number] = scheduler.submit(KdfRequest(cost, b"", b"%d" % number))
             admitted[number].set()
 
     def consume() -> None:
-        for number, (size, _) in enumerate(plan):
+        for number, (size, cost, buffered) in enumerate(plan):
             admitted[number].wait()
-            keys[number].result()
+            assert keys[number].result() == bytes([number]) * 64
+            held[number] = size
+            count()
             delivered.append(number)
-            gauge.give_back(size)
-            budget.release(size)
+            del held[number]
+            budget.release(size, cost, buffered=buffered)
 
-    threads = [in_thread(take_in), in_thread(consume)]
+    workers = [in_thread(take_in), in_thread(consume)]
     deadline = time.monotonic() + 20
     try:
         while len(delivered) < len(plan):
-            with gauge.lock:
-                running = sorted(gauge.running)
-                if running and (len(running) == jobs or order.random() < 0.5):
-                    gauge.running.pop(order.choice(running)).set()
+            running = sorted(engine.running)
+            if running and (len(running) == threads * lanes or order.random() < 0.5):
+                engine.finish(order.choice(running))
             assert budget.used <= limit
+            count()
             if time.monotonic() > deadline:
                 raise Hanging(f"only {len(delivered)} of {len(plan)} chunks came through")
-            time.sleep(0)
-        for thread in threads:
-            join(thread)
-        assert not gauge.exceeded
-        assert gauge.started == sorted(gauge.started) or jobs > 1
-        assert delivered == list(range(len(plan)))
-        wait_until(lambda: budget.used == 0)
-        assert gauge.held == 0
+            time.sleep(0.0005)
+        for worker in workers:
+            join(worker)
+        assert exceeded == []
+        assert engine.most_held <= limit
+        assert [number for number, _ in engine.begun] == list(range(len(plan)))
+        scheduler.close()
+        wait_until(lambda: budget.used == 0, "the release of all memory")
     finally:
         budget.cancel()
         scheduler.close()
-        for done in gauge.running.values():
-            done.set()

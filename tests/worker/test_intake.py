@@ -8,6 +8,7 @@ import struct
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -17,10 +18,11 @@ from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.archive.qfile import QfileReader
 from qubes_restore_svc.errors import (
     ArchiveTruncated,
+    AuthenticationFailed,
     BudgetTooSmall,
     Cancelled,
 )
-from qubes_restore_svc.worker.budget import Budget
+from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.intake import (
     ArchiveEnd,
     Chunk,
@@ -31,6 +33,7 @@ from qubes_restore_svc.worker.intake import (
     event_queue,
 )
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.opening import open_chunk
 from qubes_restore_svc.worker.source import ArchiveSource
 
 from ..support.backup_writer import RawMember, join_members, outer_member, qfile_stream, scrypt_container
@@ -60,7 +63,7 @@ class Bench:
         qfile: bool = False,
     ) -> None:
         self.engine = Engine()
-        self.budget = Budget(memory, max_chunks=jobs + 2)
+        self.budget = Budget(memory, self.engine, max_chunks=jobs + 2)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self.events = event_queue()
         self.source = ArchiveSource(descriptor)
@@ -69,7 +72,8 @@ class Bench:
         self.thread: threading.Thread | None = None
 
     def start(self, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        self.thread = in_thread(lambda: self.intake.run(wanted, secret))
+        self.intake.want(wanted)
+        self.thread = in_thread(lambda: self.intake.run(secret))
 
     def next(self) -> Event:
         try:
@@ -127,9 +131,10 @@ def test_a_chunk_comes_whole_with_its_key_and_its_place() -> None:
         assert bench.next() == FileStart("vm1/private.img")
         event = bench.next()
         assert isinstance(event, Chunk)
-        assert event.container == TWO_FILES[0].data
+        container = bench.intake.container(event)
+        assert container == TWO_FILES[0].data
         assert len(event.key.result(PATIENCE_S)) == 64
-        assert archive[event.end - len(event.container) : event.end] == event.container
+        assert archive[event.end - event.size : event.end] == container
 
 
 def test_the_same_members_come_from_a_qfile_stream() -> None:
@@ -165,7 +170,7 @@ def test_what_is_no_longer_wanted_is_skipped_from_its_next_chunk_on() -> None:
 
     def wanted(file: str) -> bool:
         asked.append(file)
-        return len(asked) <= 1
+        return len(asked) <= 2  # before a chunk is taken, and when it was
 
     with file_with(join_members(TWO_FILES)) as descriptor:
         bench = Bench(descriptor)
@@ -303,21 +308,24 @@ def test_memory_that_the_system_refuses_is_given_back_to_the_budget(monkeypatch:
         honest(self, target)
 
     monkeypatch.setattr(Intake, "_read_into", refuse_containers)
-    with file_with(join_members(TWO_FILES)) as descriptor:
+    with pipe_with(join_members(TWO_FILES)) as descriptor:
         events = Bench(descriptor).all()
     assert described(events) == ["start vm1/private.img", "end: budget-too-small", "over: budget-too-small"]
 
 
-def test_the_intake_waits_when_nobody_takes_its_chunks() -> None:
-    members = [chunk("vm1/private.img", number) for number in range(30)]
-    with file_with(join_members(members)) as descriptor:
+@pytest.mark.parametrize(("opened", "most"), [(pipe_with, 4), (file_with, MAX_LOCATED)])
+def test_the_intake_waits_when_nobody_takes_its_chunks(
+    opened: Callable[[bytes], AbstractContextManager[int]], most: int
+) -> None:
+    members = [chunk("vm1/private.img", number) for number in range(MAX_LOCATED + 12)]
+    with opened(join_members(members)) as descriptor:
         bench = Bench(descriptor, jobs=2)
         bench.start()
-        wait_until(lambda: len(bench.budget._chunks) == 4)
+        wait_until(lambda: len(bench.budget._buffers) + len(bench.budget._located) == most)
         assert bench.thread is not None
         bench.thread.join(0.1)
         assert bench.thread.is_alive()
-        assert bench.source.position < 6 * len(outer_member(members[0]))
+        assert bench.source.position < (most + 2) * len(outer_member(members[0]))
         bench.intake.cancel()
         join(bench.thread)
 
@@ -340,10 +348,10 @@ def test_files_without_any_chunk_are_bounded_as_well() -> None:
 
 def test_a_cancel_ends_the_wait_for_memory() -> None:
     members = [chunk("vm1/private.img", number) for number in range(9)]
-    with file_with(join_members(members)) as descriptor:
+    with pipe_with(join_members(members)) as descriptor:
         bench = Bench(descriptor, jobs=1)
         bench.start()
-        wait_until(lambda: len(bench.budget._chunks) == 3)
+        wait_until(lambda: len(bench.budget._buffers) == 3)
         bench.intake.cancel()
         events = [bench.next() for _ in range(6)]
     assert described(events)[-2:] == ["end: cancelled", "over: cancelled"]
@@ -396,3 +404,103 @@ def test_content_that_is_cut_off_is_an_error() -> None:
         assert member is not None
         with pytest.raises(ArchiveTruncated):
             bench.intake.read_content(member.size)
+
+
+# --- Chunks that stay in the archive ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("opened", "held"), [(file_with, False), (pipe_with, True)])
+def test_a_chunk_has_the_same_bytes_wherever_it_waited(
+    opened: Callable[[bytes], AbstractContextManager[int]], held: bool
+) -> None:
+    """Where the archive can seek, they are not in memory before somebody asks for them."""
+    members = [chunk("vm1/private.img", number, size=size) for number, size in enumerate([5, 70_000, 300])]
+    with opened(join_members(members)) as descriptor:
+        bench = Bench(descriptor)
+        bench.start()
+        bench.next()
+        chunks = [event for event in (bench.next() for _ in members) if isinstance(event, Chunk)]
+        assert [event.held is not None for event in chunks] == [held] * 3
+        if not held:
+            assert bench.budget.largest_located(without=chunks[0].size) == chunks[1].size
+        for event, member in zip(chunks, members, strict=True):
+            assert bytes(bench.intake.container(event)) == member.data
+            event.key.result(PATIENCE_S)
+            bench.intake.release(event)
+        assert len(bench.intake._loaded) == 0  # no longer counted, so not there
+
+
+def test_the_buffer_of_a_chunk_is_used_again_while_one_as_large_is_to_come() -> None:
+    members = [chunk("vm1/private.img", number, size=size) for number, size in enumerate([1000, 1000, 10])]
+    with file_with(join_members(members)) as descriptor:
+        bench = Bench(descriptor)
+        bench.start()
+        bench.next()
+        chunks = [event for event in (bench.next() for _ in members) if isinstance(event, Chunk)]
+        sizes = []
+        for event in chunks:
+            bench.intake.container(event)
+            bench.intake.release(event)
+            sizes.append(len(bench.intake._loaded))
+        assert sizes == [chunks[0].size, 0, 0]
+
+
+def test_a_file_that_shrinks_before_its_chunk_is_fetched_is_truncated() -> None:
+    archive = join_members(TWO_FILES)
+    with file_with(archive) as descriptor:
+        bench = Bench(descriptor)
+        bench.start()
+        bench.next()
+        event = bench.next()
+        assert isinstance(event, Chunk)
+        event.key.result(PATIENCE_S)
+        os.ftruncate(descriptor, event.end - 1)
+        with pytest.raises(ArchiveTruncated, match="became shorter"):
+            bench.intake.container(event)
+        with pytest.raises(ArchiveTruncated):
+            open_chunk(bench.intake, event)
+        bench.intake.release(event)
+
+
+@pytest.mark.parametrize("place", [48, 70, HEAD_SIZE, -1])
+def test_content_that_changes_before_it_is_fetched_is_not_authentic(place: int) -> None:
+    """Salt and cost were read with the head and are not read again; all the rest has to have its MAC."""
+    archive = join_members(TWO_FILES)
+    with file_with(archive) as descriptor:
+        bench = Bench(descriptor)
+        bench.start()
+        bench.next()
+        event = bench.next()
+        assert isinstance(event, Chunk)
+        at = event.end - event.size + place if place >= 0 else event.end + place
+        os.pwrite(descriptor, bytes([archive[at] ^ 1]), at)
+        with pytest.raises(AuthenticationFailed, match="wrong MAC"):
+            open_chunk(bench.intake, event)
+        bench.intake.release(event)
+
+
+def test_an_archive_that_is_read_from_its_middle_is_fetched_from_there() -> None:
+    with file_with(bytes(12345) + join_members(TWO_FILES)) as descriptor:
+        os.lseek(descriptor, 12345, os.SEEK_SET)
+        bench = Bench(descriptor)
+        bench.start()
+        bench.next()
+        event = bench.next()
+        assert isinstance(event, Chunk)
+        assert bytes(bench.intake.container(event)) == TWO_FILES[0].data
+
+
+def test_until_it_is_known_what_is_wanted_only_what_might_be_is_taken() -> None:
+    files = ["vm1/private.img", "vm1/firewall.xml", "vm1/icon.png", "dom0-home/user"]
+    with file_with(join_members([chunk(file, 0) for file in files])) as descriptor:
+        bench = Bench(descriptor)
+        bench.intake.start(secret)
+        bench.intake.start(secret)  # as if it were not said again
+        events = [bench.next() for _ in range(10)]
+        wait_until(lambda: bench.events.empty())
+    assert [event.name for event in events if isinstance(event, FileStart)] == [
+        "vm1/private.img",
+        "vm1/firewall.xml",
+        "dom0-home/user",
+    ]
+    assert events[-1] == ArchiveEnd(None, "dom0-home/user")

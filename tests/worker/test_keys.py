@@ -1,29 +1,29 @@
 """The scheduler of key derivations: started in order, ended in any order, every future answered."""
 
+import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
+from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest, OpensslEngine
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
 
+from .lanes import LanesEngine
 from .support import MIB, PATIENCE_S, wait_until
 
 SMALL = KdfParameters(10, 8, 1)  # a mebibyte
 LARGE = KdfParameters(13, 8, 1)  # eight
 
 
-class ManualEngine:
+class ManualEngine(OpensslEngine):
     """Derivations that wait for the test, and give the number of their request 64 times."""
 
-    name = "manual"
-    lanes = 1
-
     def __init__(self) -> None:
+        super().__init__()
         self.started: list[int] = []
         self.gates: dict[int, threading.Event] = {}
         self.error: BaseException | None = None
@@ -45,12 +45,12 @@ class ManualEngine:
 class Bench:
     def __init__(self, jobs: int, limit: int = 100 * MIB) -> None:
         self.engine = ManualEngine()
-        self.budget = Budget(limit, max_chunks=50)
+        self.budget = Budget(limit, self.engine, max_chunks=50)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self._count = 0
 
     def submit(self, cost: KdfParameters = SMALL) -> "Future[bytes]":
-        self.budget.admit(1, cost.memory)
+        self.budget.admit(1, cost, buffered=True)
         self._count += 1
         return self.scheduler.submit(KdfRequest(cost, bytes(32), b"%d" % (self._count - 1)))
 
@@ -102,7 +102,7 @@ def test_what_is_taken_back_while_it_queues_is_never_derived() -> None:
     bench.engine.finish(2)
     assert wanted.result(PATIENCE_S)
     assert bench.engine.started == [0, 2]
-    assert bench.budget._waiting == []
+    assert not bench.scheduler._waiting
 
 
 def test_nobody_waits_for_the_memory_of_what_was_taken_back() -> None:
@@ -123,13 +123,13 @@ def test_what_is_taken_back_while_it_waits_for_its_memory_is_never_derived() -> 
     bench.submit(SMALL)
     bench.started(0)
     unwanted, wanted = bench.submit(LARGE), bench.submit(SMALL)
-    wait_until(lambda: len(bench.scheduler._jobs) == 1, "the large one coming to the front")
+    wait_until(lambda: len(bench.scheduler._waiting) == 2, "both being queued")
     assert unwanted.cancel()
     bench.engine.finish(0)
     bench.engine.finish(2)
     assert wanted.result(PATIENCE_S)
     assert bench.engine.started == [0, 2]
-    wait_until(lambda: (bench.budget.used, bench.budget._waiting) == (3, []))
+    wait_until(lambda: (bench.budget.used, len(bench.scheduler._waiting)) == (3, 0))
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,12 @@ def test_whatever_the_engine_raises_reaches_the_one_who_waits_and_the_thread_goe
 
 
 def test_closing_drops_what_waits_and_lets_the_threads_end() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     bench = Bench(jobs=2, limit=9 * MIB)
     running = bench.submit(SMALL)
     bench.started(0)
     first_waits, queued, taken_back = bench.submit(LARGE), bench.submit(SMALL), bench.submit(SMALL)
-    wait_until(lambda: len(bench.scheduler._jobs) == 2)
+    wait_until(lambda: len(bench.scheduler._waiting) == 3)
     taken_back.cancel()
     bench.budget.cancel()
     bench.scheduler.close()
@@ -166,8 +166,8 @@ def test_closing_drops_what_waits_and_lets_the_threads_end() -> None:
         taken_back.result(0)
     bench.engine.finish(0)
     assert running.result(PATIENCE_S)
-    wait_until(lambda: threading.active_count() == before, "the end of the threads")
-    assert (bench.budget.used, bench.budget._waiting) == (4, [])
+    wait_until(lambda: set(threading.enumerate()) <= before, "the end of the threads")
+    assert (bench.budget.used, len(bench.scheduler._waiting)) == (4, 0)
     assert bench.engine.started == [0]
 
 
@@ -175,4 +175,171 @@ def test_what_comes_after_closing_is_answered_as_well() -> None:
     bench = Bench(jobs=1)
     bench.scheduler.close()
     assert isinstance(bench.submit().exception(PATIENCE_S), Cancelled)
-    assert bench.budget._waiting == []
+    assert not bench.scheduler._waiting
+
+
+# --- Lanes ---------------------------------------------------------------------------------------
+
+
+class LanesBench(Bench):
+    """As above, over an engine with lanes."""
+
+    def __init__(self, threads: int, limit: int = 100 * MIB, lanes: int = 4) -> None:
+        self.lanes = LanesEngine(lanes)
+        self.budget = Budget(limit, self.lanes, max_chunks=50)
+        self.scheduler = KeyScheduler(self.lanes, self.budget, threads)
+        self._count = 0
+
+    def began(self, *numbers: int) -> None:
+        wait_until(lambda: [number for number, _ in self.lanes.begun] == list(numbers), f"{numbers}")
+
+    def ended(self, *results: "Future[bytes]") -> None:
+        """All of them are answered, and no memory is in use."""
+        for result in results:
+            result.exception(PATIENCE_S)
+        wait_until(lambda: not self.lanes.running, "the end of all derivations")
+        assert self.scheduler._running == 0
+
+
+def test_each_gets_its_own_key_in_whatever_order_they_end() -> None:
+    for seed in range(10):
+        bench = LanesBench(threads=2)
+        results = [bench.submit() for _ in range(25)]
+        left, order = list(range(25)), random.Random(seed)
+        while left:
+            running = sorted(set(bench.lanes.running) & set(left))
+            assert len(running) <= 8
+            if running:
+                number = order.choice(running)
+                bench.lanes.finish(number)
+                assert results[number].result(PATIENCE_S) == bytes([number]) * 64
+                left.remove(number)
+        bench.began(*range(25))
+        bench.ended(*results)
+        bench.scheduler.close()
+
+
+def test_derivations_are_spread_over_the_threads() -> None:
+    bench = LanesBench(threads=2)
+    for count in range(1, 9):
+        bench.submit()
+        bench.began(*range(count))
+    names = list(bench.lanes.threads.values())
+    assert sorted(names.count(name) for name in set(names)) == [4, 4]
+    first_two = [bench.lanes.threads[number] for number in (0, 1)]
+    assert len(set(first_two)) == 2
+    bench.scheduler.close()
+
+
+def test_with_little_memory_they_run_in_less_instead_of_waiting() -> None:
+    bench = LanesBench(threads=1, limit=9 * MIB)
+    gate = bench.submit(LARGE)  # 8 MiB, alone
+    bench.began(0)
+    second = bench.submit(LARGE)  # there is 1 MiB left, and a quarter takes 2
+    with pytest.raises(TimeoutError):
+        second.result(0.05)
+    third, fourth = bench.submit(LARGE), bench.submit(LARGE)
+    bench.lanes.finish(0)
+    assert gate.result(PATIENCE_S)
+    bench.began(0, 1, 2, 3)
+    assert bench.lanes.begun == [(0, 1), (1, 2), (2, 4), (3, 4)]
+    bench.lanes.finish(1, 2, 3)
+    bench.ended(second, third, fourth)
+    assert bench.lanes.most_held <= 9 * MIB
+    bench.scheduler.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "error", [BudgetTooSmall("no memory"), MemoryError(), ValueError("a bug"), SystemExit()]
+)
+def test_what_cannot_begin_fails_alone(error: BaseException, threads: int) -> None:
+    bench = LanesBench(threads)
+    bench.lanes.trouble_in_begin[1] = error
+    results = [bench.submit() for _ in range(4)]
+    if isinstance(error, BudgetTooSmall):
+        bench.began(0)  # it may be had when the other one has ended
+        bench.lanes.finish(0)
+        assert results[0].result(PATIENCE_S)
+    assert results[1].exception(PATIENCE_S) is error
+    bench.lanes.finish(0, 2, 3, 4)
+    assert [len(results[number].result(PATIENCE_S)) for number in (0, 2, 3)] == [64] * 3
+    assert bench.submit().result(PATIENCE_S) == bytes([4]) * 64
+    bench.ended()
+    bench.scheduler.close()
+
+
+def test_what_could_not_begin_for_want_of_memory_begins_when_there_is_some() -> None:
+    bench = LanesBench(threads=2)
+    first = bench.submit()
+    bench.began(0)
+    bench.lanes.trouble_in_begin[1] = BudgetTooSmall("not now")
+    second = bench.submit()
+    with pytest.raises(TimeoutError):
+        second.result(0.05)
+    del bench.lanes.trouble_in_begin[1]
+    bench.lanes.finish(0, 1)
+    assert first.result(PATIENCE_S) and second.result(PATIENCE_S) == bytes([1]) * 64
+    bench.scheduler.close()
+
+
+def test_lanes_that_break_fail_what_runs_in_them_and_nothing_else() -> None:
+    bench = LanesBench(threads=2)
+    results = [bench.submit() for _ in range(8)]
+    bench.began(*range(8))
+    waiting = [bench.submit() for _ in range(3)]
+    error = RuntimeError("broken")
+    bench.lanes.trouble_in_advance[3] = error
+    thread = bench.lanes.threads[3]
+    here = [number for number in range(8) if bench.lanes.threads[number] == thread]
+    for number in here:
+        assert results[number].exception(PATIENCE_S) is error
+    bench.lanes.finish(*range(11))
+    for number in set(range(8)) - set(here):
+        assert results[number].result(PATIENCE_S) == bytes([number]) * 64
+    assert [one.result(PATIENCE_S)[0] for one in waiting] == [8, 9, 10]
+    # The thread whose lanes broke has new ones.
+    later = [bench.submit() for _ in range(8)]
+    wait_until(lambda: len(bench.lanes.running) == 8)
+    assert thread in {bench.lanes.threads[number] for number in range(11, 19)}
+    bench.lanes.finish(*range(11, 19))
+    bench.ended(*later)
+    bench.scheduler.close()
+
+
+def test_where_no_lanes_can_be_opened_nobody_waits_for_ever() -> None:
+    bench = LanesBench(threads=1)
+    bench.lanes.trouble_in_open = [MemoryError("one"), MemoryError("two")]
+    first, second, third = bench.submit(), bench.submit(), bench.submit()
+    assert isinstance(first.exception(PATIENCE_S), MemoryError)
+    assert isinstance(second.exception(PATIENCE_S), MemoryError)
+    bench.lanes.finish(2)
+    assert third.result(PATIENCE_S)
+    bench.scheduler.close()
+
+
+def test_what_is_taken_back_runs_for_nobody_and_gives_way() -> None:
+    bench = LanesBench(threads=1, lanes=1)
+    running, unwanted, wanted = (bench.submit() for _ in range(3))
+    bench.began(0)
+    assert not running.cancel() and unwanted.cancel()
+    bench.lanes.finish(0, 2)
+    assert wanted.result(PATIENCE_S) == bytes([2]) * 64
+    bench.began(0, 2)
+    bench.ended(running)
+    bench.scheduler.close()
+
+
+def test_closing_gives_up_what_runs_and_what_waits_and_all_memory() -> None:
+    before = set(threading.enumerate())
+    bench = LanesBench(threads=2, lanes=2)
+    done, *results = (bench.submit() for _ in range(7))
+    bench.lanes.finish(0)
+    assert done.result(PATIENCE_S)
+    wait_until(lambda: len(bench.lanes.running) == 4)
+    bench.scheduler.close()
+    for result in results:
+        assert isinstance(result.exception(PATIENCE_S), Cancelled)
+    wait_until(lambda: set(threading.enumerate()) <= before, "the end of the threads")
+    assert bench.lanes.memory_held == 0
+    assert isinstance(bench.submit().exception(PATIENCE_S), Cancelled)

@@ -1,9 +1,13 @@
 """The beginning of a backup: every wrong beginning has its own error, and costs no more than it must."""
 
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
 
+from qubes_restore_svc.archive.kdf import KdfParameters
 from qubes_restore_svc.errors import (
     BadArchive,
     BadHeader,
@@ -18,7 +22,7 @@ from qubes_restore_svc.worker.opening import OpenBackup
 
 from ..support.backup_writer import BACKUP_ID, BackupWriter, join_members, sample_qube
 from ..support.damage import DAMAGES, Damage, edited, sample_backup, with_cost
-from .support import MIB, Pass, file_with, wait_until
+from .support import MIB, PATIENCE_S, Engine, Pass, file_with, in_thread, join, pipe_with, wait_until
 
 WRITER = sample_backup(log_n=2)
 EARLY = [damage for damage in DAMAGES.values() if damage.scope == "backup"]
@@ -73,13 +77,93 @@ def test_the_passphrase_is_in_no_representation() -> None:
     assert WRITER.passphrase not in repr(backup) + repr(run.engine.requests)
 
 
-def test_a_wrong_passphrase_is_known_after_one_derivation() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_wrong_passphrase_is_known_without_waiting_for_any_key_but_the_headers(ahead: bool) -> None:
+    gate = threading.Event()
+    engine = Engine(lambda request: b"backup-header" in request.passphrase or gate.wait(PATIENCE_S))
     with file_with(WRITER.to_bytes()) as descriptor:
-        run = Pass(descriptor, passphrase="wrong")
+        run = Pass(descriptor, passphrase="wrong", engine=engine, jobs=4)
         with pytest.raises(WrongPassphrase):
-            run.open()
-    assert run.engine.members == ["backup-header"]
-    assert len(run.engine.requests) == 1
+            run.open(ahead=ahead)
+        assert not gate.is_set()
+        run.intake.cancel()
+        gate.set()
+        run.scheduler.close()
+    expected = {"backup-header", "qubes.xml.000"}
+    assert ahead or set(engine.members) <= expected
+
+
+def test_the_keys_of_header_and_qubes_xml_are_asked_for_before_either_is_waited_for() -> None:
+    gate = threading.Event()
+    with file_with(WRITER.to_bytes()) as descriptor:
+        run = Pass(descriptor, engine=Engine(lambda _: gate.wait(PATIENCE_S)))
+        thread = in_thread(run.open)
+        wait_until(lambda: sorted(run.engine.members) == ["backup-header", "qubes.xml.000"])
+        thread.join(0.05)
+        assert thread.is_alive()
+        assert len(run.engine.requests) == 2
+        gate.set()
+        join(thread)
+        run.scheduler.close()
+
+
+def test_ahead_the_volumes_are_asked_for_as_well() -> None:
+    gate = threading.Event()
+    with file_with(WRITER.to_bytes()) as descriptor:
+        run = Pass(descriptor, engine=Engine(lambda _: gate.wait(PATIENCE_S)), jobs=4)
+        thread = in_thread(lambda: run.start(ahead=True))
+        wait_until(lambda: len(run.engine.requests) == 4, "as many derivations as there are jobs")
+        assert sorted(run.engine.members)[:2] == ["backup-header", "qubes.xml.000"]
+        assert all("/" in member for member in sorted(run.engine.members)[2:])
+        gate.set()
+        join(thread)
+        run.finish()
+    assert set(run.outcomes.values()) == {"ok"}
+
+
+def test_ahead_is_not_run_while_qubes_xml_has_more_chunks_to_come() -> None:
+    writer = replace(WRITER, compression="none", chunk_size=1000)
+    with file_with(writer.to_bytes()) as descriptor:
+        run = Pass(descriptor)
+        run.open(ahead=True)
+        assert not run.intake._started
+        assert not any("/" in member for member in run.engine.members)
+        run.scheduler.close()
+
+
+@pytest.mark.parametrize("opened_as", [file_with, pipe_with])
+def test_what_came_ahead_is_restored_if_selected_and_dropped_if_not(
+    opened_as: Callable[[bytes], AbstractContextManager[int]],
+) -> None:
+    for names in (None, ["vault"], ["work"]):
+        with opened_as(WRITER.to_bytes()) as descriptor:
+            plain = Pass(descriptor)
+            plain.start(names)
+            plain.finish()
+        with opened_as(WRITER.to_bytes()) as descriptor:
+            run = Pass(descriptor)
+            run.start(names, ahead=True)
+            run.finish()
+        assert run.outcomes == plain.outcomes and set(run.outcomes.values()) == {"ok"}
+        assert run.settings == plain.settings
+        assert run.volumes == plain.volumes
+        assert run.budget.used == 0 and not run.scheduler._waiting
+
+
+@pytest.mark.parametrize("opened_as", [file_with, pipe_with])
+@pytest.mark.parametrize("beside", [0, 1, 300, 1000, 5000])
+def test_a_budget_that_fits_qubes_xml_but_not_beside_the_header_is_enough(
+    beside: int, opened_as: Callable[[bytes], AbstractContextManager[int]]
+) -> None:
+    """The opening holds the header's copy while it asks for room: it must not wait for itself."""
+    archive = WRITER.to_bytes()
+    size = len(list(WRITER.members())[2].data)
+    with opened_as(archive) as descriptor:
+        run = Pass(descriptor, memory=size + KdfParameters(2, 8, 1).memory + beside)
+        thread = in_thread(run.open)
+        join(thread)
+        assert run.backup.content.qubes
+        run.scheduler.close()
 
 
 def test_a_budget_too_small_for_the_first_derivation_says_so_before_anything_is_derived() -> None:

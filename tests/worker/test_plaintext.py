@@ -81,7 +81,8 @@ class Bench(Pass):
     def begin(self) -> PlaintextFiles:
         backup = self.open()
         files = PlaintextFiles(self.intake, self.events)
-        self.thread = in_thread(lambda: self.intake.run(lambda _: True, backup.passphrase_of))
+        self.intake.want(lambda _: True)
+        self.thread = in_thread(lambda: self.intake.run(backup.passphrase_of))
         assert files.next_file() == "vm10/private.img"
         return files
 
@@ -159,7 +160,8 @@ def test_the_position_follows_the_intake_while_it_skips() -> None:
         run = Pass(descriptor)
         backup = run.open()
         files = PlaintextFiles(run.intake, run.events)
-        in_thread(lambda: run.intake.run(lambda _: False, backup.passphrase_of))
+        run.intake.want(lambda _: False)
+        in_thread(lambda: run.intake.run(backup.passphrase_of))
         wait_until(lambda: files.position > 5 * MIB)
         run.intake.cancel()
 

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from qubes_restore_svc.archive.kdf import KdfRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.worker import session
+from qubes_restore_svc.worker.budget import MAX_LOCATED
 from qubes_restore_svc.worker.outbox import Outbox
 
 from ..support.backup_writer import (
@@ -118,16 +119,28 @@ async def test_a_backup_that_cannot_be_opened_fails_the_session_with_the_right_k
         (failed,) = await peer.rest()
         assert isinstance(failed, m.Failed) and failed.error.kind == kind
         assert PASSPHRASE not in repr(failed)
-        assert len(caller.engine.requests) <= (1 if kind == "wrong-passphrase" else 2)
+        assert len(caller.engine.requests) <= 2
         peer.writer.close()
         await caller.ended()
 
 
-async def test_a_wrong_passphrase_costs_exactly_one_derivation() -> None:
-    async with session_over(ARCHIVE) as (caller, peer):
+async def test_a_wrong_passphrase_is_said_without_waiting_for_any_key_but_the_headers() -> None:
+    gate = threading.Event()
+    engine = Engine(lambda request: b"backup-header" in request.passphrase or gate.wait(PATIENCE_S))
+    async with session_over(ARCHIVE, engine) as (_, peer):
         peer.open("wrong")
-        await peer.expect(m.Failed)
-        assert len(caller.engine.requests) == 1
+        assert (await peer.expect(m.Failed)).error.kind == "wrong-passphrase"
+        assert not gate.is_set()
+        assert set(engine.members) <= {"backup-header", "qubes.xml.000"}
+        gate.set()
+
+
+async def test_what_came_ahead_of_a_wrong_passphrase_is_given_back_and_no_thread_stays() -> None:
+    """More events than may wait, and nobody who takes them."""
+    qubes = [sample_qube(f"qube{number}", 4096, 1) for number in range(80)]
+    async with session_over(BackupWriter(qubes, log_n=1).to_bytes()) as (_, peer):
+        peer.say(m.Open(passphrase=SecretStr("wrong"), ahead=True))
+        assert (await peer.expect(m.Failed)).error.kind == "wrong-passphrase"
 
 
 async def test_a_budget_that_is_too_small_names_the_number_before_anything_is_derived() -> None:
@@ -456,14 +469,17 @@ async def test_a_sign_of_life_is_only_given_when_nothing_else_waits() -> None:
 
 
 async def test_a_broker_that_does_not_read_the_session_stops_the_pipeline() -> None:
-    qubes = [QubePlan(f"qube{number}", notes="n" * 200_000) for number in range(40)]
+    qubes = [QubePlan(f"qube{number}", notes="n" * 200_000) for number in range(2 * MAX_LOCATED)]
     engine = Engine()
     async with session_over(BackupWriter(qubes, log_n=1).to_bytes(), engine) as (_, peer):
         peer.open()
         while not isinstance(await peer.next(), m.Manifest):
             pass
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined] # of every stream's transport
-        peer.say(m.Start(mode="verify", keys=tuple(f"vm{number}" for number in range(10, 50))))
-        assert await stuck(engine) < 30
+        peer.say(
+            m.Start(mode="verify", keys=tuple(f"vm{number}" for number in range(10, 10 + 2 * MAX_LOCATED)))
+        )
+        # As many messages as wait for the broker, and as many chunks as the intake may be ahead.
+        assert await stuck(engine) < 30 + MAX_LOCATED
         peer.writer.transport.resume_reading()  # type: ignore[attr-defined] # of every stream's transport
         assert isinstance((await peer.rest())[-1], m.Finished)
