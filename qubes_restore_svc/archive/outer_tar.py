@@ -193,7 +193,7 @@ class OuterTarReader:
 
     def _refuse(self, what: str) -> NoReturn:
         if self._last_name is None:
-            raise NotABackup(f"at its beginning: {what}")
+            raise NotABackup(f"this is not a Qubes backup ({what})")
         raise BadArchive(f"at byte {self._offset}, after {self._last_shown()}: {what}")
 
     def _last_shown(self) -> str:

@@ -71,7 +71,7 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         return _list(arguments, archive_fd, interruption)
     started = datetime.now(UTC)
     if arguments.report is not None:
-        check_report_path(arguments.report, archive_fd)
+        check_report_path(arguments.report, archive_fd, arguments.passphrase_file, arguments.target)
     try:
         if arguments.target is not None:
             check_target(arguments.target)
@@ -90,10 +90,11 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         report = interruption.run(with_clock(display, run_job(link, host, options, choice, display)))
     finally:
         display.close()
-    _write_report(arguments.report, report)
+    written = _write_report(arguments.report, report)
     interruption.resume()
     _show_report(report, quiet=arguments.quiet)
-    return report.status
+    # Whoever asked for a report relies on it.
+    return report.status if written or report.status != COMPLETE else PARTLY
 
 
 def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
@@ -174,12 +175,15 @@ def _show_report(report: Report, *, quiet: bool) -> None:
         say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}.")
 
 
-def _write_report(path: Path | None, report: Report) -> None:
+def _write_report(path: Path | None, report: Report) -> bool:
+    """False if it could not be written; that has been said, then."""
     if path is not None:
         try:
             write_report(path, report)
         except OSError as error:
             say_wrapped(f"qubes-restore-svc: the report cannot be written: {error.strerror}")
+            return False
+    return True
 
 
 def _open_standard_streams() -> None:

@@ -16,8 +16,15 @@ from qubes_restore_svc.wire.names import strip_control
 _ATTEMPTS = 100
 
 
-def check_report_path(path: Path, archive_fd: int) -> None:
-    """Hours of work should not end with a report that cannot be written. Raises UsageError."""
+def check_report_path(
+    path: Path, archive_fd: int, passphrase_file: str | None = None, target: Path | None = None
+) -> None:
+    """Hours of work should not end with a report that cannot be written, or with one over something else.
+
+    Raises UsageError.
+    """
+    if target is not None and os.path.realpath(path) == os.path.realpath(target):
+        raise _refused(path, "it is the directory for the qubes")
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -29,6 +36,8 @@ def check_report_path(path: Path, archive_fd: int) -> None:
         raise _refused(path, error.strerror) from None
     if os.path.samestat(status, os.fstat(archive_fd)):
         raise _refused(path, "it is the backup")
+    if passphrase_file not in (None, "-") and _is_file(passphrase_file, status):
+        raise _refused(path, "it is the passphrase file")
     if stat.S_ISDIR(status.st_mode):
         raise _refused(path, "it is a directory")
     if stat.S_ISREG(status.st_mode):
@@ -41,7 +50,10 @@ def write_report(path: Path, report: Report) -> None:
     """Write `report` as JSON; raises OSError."""
     content = (report.model_dump_json(indent=2) + "\n").encode()
     if path.exists() and not path.is_file():
-        with path.open("wb") as special:
+        # A pipe without a reader would let an ordinary open wait, past every signal.
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        os.set_blocking(fd, True)
+        with open(fd, "wb") as special:
             special.write(content)
         return
     path = Path(os.path.realpath(path))
@@ -56,6 +68,13 @@ def write_report(path: Path, report: Report) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _is_file(path: str | None, status: os.stat_result) -> bool:
+    try:
+        return path is not None and os.path.samestat(status, os.stat(path))
+    except OSError:
+        return False
 
 
 def _check_parent(path: Path) -> None:

@@ -104,14 +104,14 @@ class _Header:
         if member.name != header_format.HEADER_MEMBER:
             header_format.recognise_old_format(member.name)
         if member.size > header_format.MAX_HEADER_SIZE:
-            raise BadHeader(f"it has {member.size} bytes")
+            raise BadHeader(f"the header has {member.size} bytes")
         self._untrusted_text = bytes(intake.read_content(member.size))
         header_format.peek_version(self._untrusted_text)
         member = intake.next_member()
         if member is None or member.name != header_format.HEADER_HMAC_MEMBER:
-            raise BadHeader("its authenticated copy does not follow it")
+            raise BadHeader("the header is not followed by its authenticated copy")
         if member.size > header_format.MAX_HEADER_SIZE:
-            raise BadHeader(f"its authenticated copy has {member.size} bytes")
+            raise BadHeader(f"the header's authenticated copy has {member.size} bytes")
         name = ChunkName(member.name, 0, member.name)
         self._copy: Chunk | None = intake.take(name, member.size, header_format.header_passphrase(passphrase))
 
@@ -150,7 +150,7 @@ class _Header:
             raise WrongPassphrase("the backup does not open with this passphrase")
         text = b"".join(verify(self._intake.container(copy), key).plaintext())
         if text != self._untrusted_text:
-            raise BadHeader("it differs from its authenticated copy")
+            raise BadHeader("the header differs from its authenticated copy")
         return header_format.parse_header(text)
 
 

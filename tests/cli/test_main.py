@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.report import Report
+from qubes_restore_svc.broker.report import PARTLY, Report
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.reports import check_report_path, write_report
 from qubes_restore_svc.errors import Cancelled, UsageError
@@ -168,6 +169,43 @@ def test_where_no_report_can_be_written(archive_fd: int, tmp_path: Path) -> None
     for name in (".", "missing/report", "dangling", "backup", "hard-link", "backup/report"):
         with pytest.raises(UsageError, match="the report cannot be written to"):
             check_report_path(tmp_path / name, archive_fd)
+
+
+def test_a_report_goes_over_neither_the_passphrase_file_nor_the_directory_for_the_qubes(
+    archive_fd: int, tmp_path: Path
+) -> None:
+    secret, target = tmp_path / "passphrase", tmp_path / "qubes"
+    secret.write_text("secret")
+    check_report_path(tmp_path / "report", archive_fd, str(secret), target)
+    check_report_path(tmp_path / "report", archive_fd, str(tmp_path / "missing"), target)
+    for path in (secret, target):
+        with pytest.raises(UsageError, match="the report cannot be written to"):
+            check_report_path(path, archive_fd, str(secret), target)
+    assert secret.read_text() == "secret"
+
+
+def test_a_report_to_a_pipe_that_nobody_reads_is_an_error_and_no_wait(report: Report, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="No such device"):
+        write_report(pipe, report)
+
+
+@needs_bubblewrap
+def test_a_report_that_was_asked_for_and_not_written_shows_in_the_status(
+    backup: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "passphrase"
+    secret.write_text(PASSPHRASE)
+    done = subprocess.run(
+        [*command("verify", backup, "-p", secret, "work", "--report", "/dev/full")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == PARTLY, done
+    assert "the report cannot be written: No space left on device" in done.stderr
+    assert "1 of 1 qube verified" in done.stderr
 
 
 def test_a_report_that_fails_half_way_leaves_the_old_one(
