@@ -10,15 +10,11 @@ is wrong with the archive itself ends everything (`ArchiveEnd.error`).
 Nothing in here looks into a chunk further than its container's head: the MAC has not been checked.
 """
 
-import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TypeAlias
 
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name
-from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, ContainerHead, parse_head
+from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, parse_head
 from qubes_restore_svc.archive.kdf import KdfRequest
 from qubes_restore_svc.archive.members import Member, MemberReader
 from qubes_restore_svc.errors import (
@@ -31,6 +27,7 @@ from qubes_restore_svc.errors import (
     RestoreError,
 )
 from qubes_restore_svc.worker.budget import Budget
+from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, EventQueue, FileEnd, FileStart
 from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.selection import IMAGES, SETTINGS
@@ -41,59 +38,6 @@ _PIECE = 4 << 20
 
 #: What is not wanted is skipped in pieces of this size, bytes, so that a cancel is noticed.
 _SKIP_PIECE = 64 << 20
-
-#: Events that may wait. The budget bounds the chunks, and this the files that come without any.
-_MAX_EVENTS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class FileStart:
-    """The chunks of the file `name` (`vm10/private.img`) follow."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A container of `size` bytes, not authenticated; `key` comes when its derivation is done.
-
-    Whoever takes it from the queue must call `Intake.release` when done with it. `end` is the position in the
-    archive behind it, bytes. `held` is its content, None where that is still in the archive only.
-    """
-
-    name: ChunkName
-    head: ContainerHead
-    size: int
-    key: "Future[bytes]"
-    end: int
-    held: bytearray | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FileEnd:
-    """The file is over; `error` if chunks of it are missing or unusable."""
-
-    error: RestoreError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveEnd:
-    """The archive is over; `error` if it could not be read to its end.
-
-    `last_file` is the file, wanted or not, of the last member that was seen.
-    """
-
-    error: RestoreError | None = None
-    last_file: str = ""
-
-
-Event = FileStart | Chunk | FileEnd | ArchiveEnd
-EventQueue: TypeAlias = "queue.Queue[Event]"
-
-
-def event_queue() -> EventQueue:
-    """The way from an intake to its pipeline; an intake that is too far ahead waits."""
-    return queue.Queue(_MAX_EVENTS)
 
 
 class Intake:

@@ -26,7 +26,8 @@ from qubes_restore_svc.errors import (
     SkippedOnRequest,
     WrongPassphrase,
 )
-from qubes_restore_svc.worker.intake import Chunk, Intake
+from qubes_restore_svc.worker.events import Chunk
+from qubes_restore_svc.worker.intake import Intake
 
 _QUBES_XML = "qubes.xml"
 

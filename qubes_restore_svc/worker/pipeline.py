@@ -26,8 +26,9 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
+from qubes_restore_svc.worker.events import ArchiveEnd, EventQueue
 from qubes_restore_svc.worker.faults import as_restore_error
-from qubes_restore_svc.worker.intake import ArchiveEnd, EventQueue, Intake
+from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.opening import OpenBackup
 from qubes_restore_svc.worker.output import ImageHash, VolumeStream
 from qubes_restore_svc.worker.plaintext import PlaintextFiles

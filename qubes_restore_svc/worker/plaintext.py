@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.worker.intake import ArchiveEnd, Chunk, Event, EventQueue, FileEnd, FileStart, Intake
+from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, Event, EventQueue, FileEnd, FileStart
+from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.opening import open_chunk
 
 

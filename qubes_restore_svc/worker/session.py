@@ -20,9 +20,10 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
 from qubes_restore_svc.wire.session import SessionState, State
 from qubes_restore_svc.worker.budget import Budget
+from qubes_restore_svc.worker.events import event_queue
 from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.fetches import Fetches
-from qubes_restore_svc.worker.intake import Intake, event_queue
+from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import OpenBackup, open_backup
 from qubes_restore_svc.worker.outbox import Outbox

@@ -20,7 +20,8 @@ from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, End, Extent, Header, VolumeDecoder
 from qubes_restore_svc.worker.budget import Budget
-from qubes_restore_svc.worker.intake import Intake, event_queue
+from qubes_restore_svc.worker.events import event_queue
+from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import OpenBackup, open_backup
 from qubes_restore_svc.worker.pipeline import Pipeline

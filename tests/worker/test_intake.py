@@ -23,15 +23,8 @@ from qubes_restore_svc.errors import (
     Cancelled,
 )
 from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
-from qubes_restore_svc.worker.intake import (
-    ArchiveEnd,
-    Chunk,
-    Event,
-    FileEnd,
-    FileStart,
-    Intake,
-    event_queue,
-)
+from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, Event, FileEnd, FileStart, event_queue
+from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import open_chunk
 from qubes_restore_svc.worker.source import ArchiveSource

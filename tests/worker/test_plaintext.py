@@ -8,7 +8,7 @@ import pytest
 from qubes_restore_svc.archive.container import HEAD_SIZE
 from qubes_restore_svc.errors import AuthenticationFailed, Cancelled
 from qubes_restore_svc.worker import opening, pipeline
-from qubes_restore_svc.worker.intake import ArchiveEnd, Chunk
+from qubes_restore_svc.worker.events import ArchiveEnd, Chunk
 from qubes_restore_svc.worker.plaintext import PlaintextFiles
 
 from ..support.backup_writer import BackupWriter, RawMember, join_members, sample_qube

@@ -1,0 +1,67 @@
+"""What the intake tells the pipeline: files, their chunks, and where they end.
+
+Strategy: small frozen values in a bounded queue, in archive order. A file is one `FileStart`, its `Chunk`s
+and one `FileEnd`; after the last file there is one `ArchiveEnd`.
+"""
+
+import queue
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from qubes_restore_svc.archive.chunks import ChunkName
+from qubes_restore_svc.archive.container import ContainerHead
+from qubes_restore_svc.errors import RestoreError
+
+#: Events that may wait. The budget bounds the chunks, and this the files that come without any.
+_MAX_EVENTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FileStart:
+    """The chunks of the file `name` (`vm10/private.img`) follow."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A container of `size` bytes, not authenticated; `key` comes when its derivation is done.
+
+    Whoever takes it from the queue must call `Intake.release` when done with it. `end` is the position in the
+    archive behind it, bytes. `held` is its content, None where that is still in the archive only.
+    """
+
+    name: ChunkName
+    head: ContainerHead
+    size: int
+    key: "Future[bytes]"
+    end: int
+    held: bytearray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileEnd:
+    """The file is over; `error` if chunks of it are missing or unusable."""
+
+    error: RestoreError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveEnd:
+    """The archive is over; `error` if it could not be read to its end.
+
+    `last_file` is the file, wanted or not, of the last member that was seen.
+    """
+
+    error: RestoreError | None = None
+    last_file: str = ""
+
+
+Event = FileStart | Chunk | FileEnd | ArchiveEnd
+EventQueue: TypeAlias = "queue.Queue[Event]"
+
+
+def event_queue() -> EventQueue:
+    """The way from an intake to its pipeline; an intake that is too far ahead waits."""
+    return queue.Queue(_MAX_EVENTS)
