@@ -230,16 +230,20 @@ class Intake:
                 sequence.expect(name)
                 if name.file != failed_file and self._wanted(name.file):
                     self._begin_file(name.file)
-                    chunk = self.take(name, member.size, passphrase_of(name.member))
-                    if not self._wanted(name.file):  # since a moment ago, when it was not yet outstanding
-                        chunk.key.cancel()
-                    self._events.put(chunk)
+                    self._pass_on(name, member.size, passphrase_of(name.member))
             except (ChunkOutOfOrder, BadContainer, ExcessiveCost, BudgetTooSmall) as error:
                 if name.file != failed_file and self._wanted(name.file):
                     self._begin_file(name.file)
                     self._end_file(error.at(chunk=name.number))
                 failed_file = name.file
             self.skip_content(self._reader.content_left)
+
+    def _pass_on(self, name: ChunkName, size: int, passphrase: bytes) -> None:
+        # In a frame of its own, which holds the chunk no longer than it takes.
+        chunk = self.take(name, size, passphrase)
+        if not self._wanted(name.file):  # since a moment ago, when it was not yet outstanding
+            chunk.key.cancel()
+        self._events.put(chunk)
 
     def _begin_file(self, file: str) -> None:
         if self._file is None:
