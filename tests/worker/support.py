@@ -47,11 +47,28 @@ def wait_until(condition: Callable[[], object], what: str = "it") -> None:
         time.sleep(0.001)
 
 
+_started: list[threading.Thread] = []
+_SETTLE_S = 0.5
+
+
 def in_thread(work: Callable[[], object]) -> threading.Thread:
     """Run `work` in a daemon thread."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    _started.append(thread)
     return thread
+
+
+def settle(besides: threading.Thread | None = None) -> None:
+    """Give the threads of a test a moment to end, before a descriptor is closed.
+
+    One that went on reading would take the bytes of whatever gets that number next, in another test.
+    """
+    deadline = time.monotonic() + _SETTLE_S
+    for thread in _started:
+        if thread is not besides:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    _started.clear()
 
 
 def join(thread: threading.Thread) -> None:
@@ -94,6 +111,7 @@ def file_with(content: bytes) -> Iterator[int]:
         os.lseek(descriptor, 0, os.SEEK_SET)
         yield descriptor
     finally:
+        settle()
         os.close(descriptor)
 
 
@@ -114,10 +132,11 @@ def pipe_with(content: bytes, *, keep_open: bool = False) -> Iterator[int]:
     try:
         yield reader
     finally:
-        os.close(reader)
         if keep_open:
             os.close(writer)
-        else:
+        settle(besides=thread)
+        os.close(reader)
+        if not keep_open:
             join(thread)
 
 
