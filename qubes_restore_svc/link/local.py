@@ -18,9 +18,10 @@ from typing import Self
 
 from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost
 from qubes_restore_svc.link.interpreter import worker_command
-from qubes_restore_svc.link.process import SandboxFailed, WorkerProcess, to_the_end
+from qubes_restore_svc.link.process import SandboxFailed, WorkerProcess
 from qubes_restore_svc.link.sandbox import find_bubblewrap, sandbox_failed
 from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor
 
 
@@ -85,6 +86,13 @@ class LocalLink:
         It never waits: what the worker does not answer is for the caller's own timeouts.
         """
         return self._running().call(encode_descriptor(ServiceCall(service, argument, "dom0")))
+
+    @property
+    def storage(self) -> None:
+        """The worker has the archive from the start."""
+
+    async def provide_archive(self) -> None:
+        """The worker has the archive from the start."""
 
     async def wait_gone(self) -> str:
         """Return when the worker has ended, with what is known of why (printable, one line)."""

@@ -15,18 +15,17 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import Coroutine, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from qubes_restore_svc.errors import WorkerLost
 from qubes_restore_svc.link.limits import limit_resources
 from qubes_restore_svc.link.pipes import Tail, readable, tail_of_pipe
 from qubes_restore_svc.link.sandbox import sandbox_command
 from qubes_restore_svc.link.seccomp import system_call_filter
+from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.service import READY
 
-#: The worker's first and only message on its calls socket; descriptors of calls come the other way.
-READY = b"ready"
 #: Seconds a worker may take to get ready: an interpreter's start on a slow, busy machine.
 START_TIMEOUT_S = 60.0
 #: Seconds until a killed worker must be gone.
@@ -39,8 +38,6 @@ _SHORTLY_S = 0.2
 _MOMENT_S = 0.002
 _CREDENTIALS = struct.Struct("3i")  #: process, user, group (unix(7))
 _LAST_LINE_LENGTH = 300
-
-_Result = TypeVar("_Result")
 
 
 class SandboxFailed(Exception):
@@ -245,23 +242,6 @@ class WorkerProcess:
     def _last_words(self) -> str:
         lines = [line for line in self._words().splitlines() if line.strip()]
         return strip_control(lines[-1].strip())[:_LAST_LINE_LENGTH] if lines else ""
-
-
-async def to_the_end(work: Coroutine[None, None, _Result]) -> _Result:
-    """Await `work` without letting a cancellation into it; the cancellation counts when it is done."""
-    task = asyncio.ensure_future(work)
-    cancellation: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancellation = error
-        except Exception:  # noqa: BLE001 - it is raised below, by result()
-            break
-    if cancellation is not None and not task.cancelled():
-        task.exception()
-        raise cancellation
-    return task.result()
 
 
 def _filter_pipe(inherited: contextlib.ExitStack) -> int | None:

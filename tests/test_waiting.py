@@ -1,0 +1,53 @@
+"""Work that a cancel does not leave running."""
+
+import asyncio
+import threading
+
+import pytest
+
+from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.waiting import in_thread, to_the_end
+
+
+async def test_a_result_and_an_error_come_through() -> None:
+    async def work(number: int) -> int:
+        if not number:
+            raise HostFailed("no")
+        return number
+
+    assert await to_the_end(work(3)) == 3
+    with pytest.raises(HostFailed, match="no"):
+        await to_the_end(work(0))
+    assert await in_thread(max, 3, 5) == 5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancel_counts_when_the_work_is_through(fails: bool) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[bool] = []
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(20)
+        done.append(True)
+        if fails:
+            raise HostFailed("no")
+
+    task = asyncio.create_task(in_thread(work))
+    await asyncio.to_thread(begun.wait, 20)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.wait([task], timeout=0.01)
+        assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert done == [True]
+
+
+async def test_work_that_cancels_itself_is_cancelled() -> None:
+    async def work() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(to_the_end(work()), 20)
