@@ -236,6 +236,12 @@ class SandboxUnavailable(RestoreError):
     kind = "sandbox-unavailable"
 
 
+class WorkerMissing(RestoreError):
+    """The disposable template has no worker in it, or there is no such template."""
+
+    kind = "worker-missing"
+
+
 # --- The host ------------------------------------------------------------------------------------
 
 
@@ -244,6 +250,16 @@ class QubeExists(RestoreError):
 
     kind = "qube-exists"
     default_advice = "Move it away, or restore to another directory."
+
+
+class MissingDependency(RestoreError):
+    """A template or netvm that a qube needs is neither on the host nor restored with it."""
+
+    kind = "missing-dependency"
+    default_advice = (
+        "Restore or install it first, or use --ignore-missing to take the system's default instead, or"
+        " --skip-broken to leave such qubes out."
+    )
 
 
 class HostFailed(RestoreError):
@@ -274,6 +290,13 @@ class UsageError(RestoreError):
     """The command cannot be carried out as it was given."""
 
     kind = "usage"
+
+
+class BadConfiguration(UsageError):
+    """The configuration file has a mistake in it, cannot be read, or is not to be trusted."""
+
+    kind = "bad-configuration"
+    default_advice = "Correct the file; a key that is not in it has its default."
 
 
 class Cancelled(RestoreError):

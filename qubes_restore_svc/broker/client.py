@@ -76,7 +76,9 @@ class SessionClient:
 
     async def open(self, options: SessionOptions) -> AsyncGenerator[m.WorkerMessage, None]:
         """Ask for the manifest; yields log and progress on the way, and the manifest as the last message."""
-        await self._send(_open_message(options))
+        message = _open_message(options, self._link.storage)
+        await self._link.provide_archive()
+        await self._send(message)
         while self._state.state is State.OPENING:
             yield await self._receive()
 
@@ -85,6 +87,7 @@ class SessionClient:
 
         What comes after `finished` is not looked at.
         """
+        await self._link.provide_archive()
         await self._send(request)
         while self._state.state is not State.CLOSED:
             yield await self._receive()
@@ -166,7 +169,7 @@ class SessionClient:
             raise ProtocolViolation(f"more than {MAX_LOG_LINES} lines of log")
 
 
-def _open_message(options: SessionOptions) -> m.Open:
+def _open_message(options: SessionOptions, storage: m.Storage | None) -> m.Open:
     """The request; raises UsageError for an option that cannot even be sent."""
     try:
         return m.Open(
@@ -175,6 +178,7 @@ def _open_message(options: SessionOptions) -> m.Open:
             jobs=options.jobs,
             compression_filter=options.compression_filter,
             ignore_size_limit=options.ignore_size_limit,
+            storage=storage,
             ahead=options.ahead,
         )
     except ValidationError as error:

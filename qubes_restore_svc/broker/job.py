@@ -6,26 +6,21 @@ session. Whatever ends the job, a wrong passphrase or a cancel, becomes the repo
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
-from qubes_restore_svc.broker.plan import Decision, Plan, make_plan
+from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
+from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
-from qubes_restore_svc.broker.restore import MAX_WARNINGS, Observer, RestoreRun
+from qubes_restore_svc.broker.restore import Observer, RestoreRun
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.host.base import Host
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.wire import messages as m
 
-
-@dataclass(frozen=True, slots=True)
-class QubeChoice:
-    """What the person selected: these qubes, or all; without those excluded."""
-
-    names: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+#: Shows the plan to the person before anything is created; raises RestoreError to end the job.
+Confirm = Callable[[Plan], Awaitable[None]]
 
 
 async def read_manifest(
@@ -45,19 +40,21 @@ async def run_job(
     link: Link,
     host: Host | None,
     options: SessionOptions,
-    choice: QubeChoice,
+    choice: PlanOptions,
     observer: Observer,
     *,
+    confirm: Confirm | None = None,
     stall_s: float = STALL_S,
 ) -> Report:
     """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
 
+    `confirm` is awaited with the plan; the worker waits meanwhile. Without it nobody is asked.
     `stall_s`: seconds of silence after which the worker, or a volume's stream, counts as stalled.
     """
     report = Report(mode="verify" if host is None else "restore", started=_now())
     error: RestoreError | None = None
     try:
-        await _run(report, link, host, options, choice, observer, stall_s)
+        await _run(report, link, host, options, choice, observer, confirm, stall_s)
     except RestoreError as caught:
         error = caught
     except asyncio.CancelledError:
@@ -71,8 +68,9 @@ async def _run(
     link: Link,
     host: Host | None,
     options: SessionOptions,
-    choice: QubeChoice,
+    choice: PlanOptions,
     observer: Observer,
+    confirm: Confirm | None,
     stall_s: float,
 ) -> None:
     with contextlib.ExitStack() as locks:
@@ -82,8 +80,7 @@ async def _run(
         async with link, SessionClient(link, stall_s) as client:
             manifest = await _opened(client, options, observer, report.warnings)
             report.backup_id = manifest.backup_id
-            existing = None if host is None else host.existing_names()
-            plan = make_plan(manifest, names=choice.names, exclude=choice.exclude, existing=existing)
+            plan = make_plan(manifest, choice, None if host is None else host.view())
             _warn_of_space(plan, host, observer, report.warnings)
             run = RestoreRun(
                 link,
@@ -96,6 +93,8 @@ async def _run(
                 warnings=report.warnings,
             )
             report.qubes = _in_order(plan, run.reports)
+            if confirm is not None:
+                await confirm(plan)
             if not plan.taken:
                 if not any(qube.decision is Decision.REFUSE for qube in plan.qubes) and not plan.unlisted:
                     raise UsageError("no qube is selected", advice="")

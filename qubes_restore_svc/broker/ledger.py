@@ -17,6 +17,7 @@ from qubes_restore_svc.errors import (
     SandboxUnavailable,
     UsageError,
     WorkerLost,
+    WorkerMissing,
     WorkerStalled,
 )
 from qubes_restore_svc.wire import messages as m
@@ -33,6 +34,7 @@ _NOT_THE_WORKERS_TO_SAY = (
     SandboxUnavailable,
     UsageError,
     WorkerLost,
+    WorkerMissing,
     WorkerStalled,
 )
 

@@ -45,14 +45,19 @@ class VolumeReport(_Model):
 
 
 class QubeReport(_Model):
-    """One qube of the backup; `name` is the name it got."""
+    """One qube of the backup; `name` is the name it got.
+
+    `name_in_backup` is told if it is another one; `settings_left_out` did not pass the allow-list.
+    """
 
     name: str
+    name_in_backup: str | None = None
     klass: str
     outcome: Literal["restored", "verified", "failed", "refused", "left out"] = "failed"
     remark: str = ""
     error: ErrorReport | None = None
     warnings: list[str] = Field(default_factory=list)
+    settings_left_out: list[str] = Field(default_factory=list)
     volumes: list[VolumeReport] = Field(default_factory=list)
 
     @property

@@ -1,24 +1,26 @@
 """One run over the selected qubes: what the worker says becomes qubes on the host and lines in the report.
 
 Strategy: one message after the other, each checked against the ledger first. A qube is a transaction that
-begins with its first volume and is committed when the worker has closed it and everything promised is there;
-whatever goes wrong in between rolls it back. Only the copying of a volume runs beside the messages.
+begins with its first volume, after that of its template, and is committed when the worker has closed it,
+everything promised is there, and what it needs of the other qubes is finished; whatever goes wrong in between
+rolls it back. Only the copying of a volume runs beside the messages.
 """
 
 import asyncio
 import contextlib
-import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
 from qubes_restore_svc.broker.ledger import Ledger, believed_error
-from qubes_restore_svc.broker.plan import Plan, PlannedQube
+from qubes_restore_svc.broker.plan import Plan
+from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS, QubeRun, QubeRuns, Stage, without_dispvm
 from qubes_restore_svc.broker.receiver import VolumeCopy
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, VolumeReport
-from qubes_restore_svc.broker.waiting import in_thread, to_the_end
+from qubes_restore_svc.broker.report import ErrorReport, QubeReport
 from qubes_restore_svc.errors import (
     Cancelled,
+    MissingDependency,
     ProtocolViolation,
     RestoreError,
     SkippedOnRequest,
@@ -26,11 +28,9 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.host.base import Host, NewQube, QubeTransaction
 from qubes_restore_svc.link.base import Link
+from qubes_restore_svc.waiting import in_thread, to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
-
-#: Most warnings that a report keeps for one qube, or for none.
-MAX_WARNINGS = 100
 
 
 class Observer(Protocol):
@@ -51,23 +51,6 @@ class Observer(Protocol):
     def qube_finished(self, report: QubeReport) -> None:
         """A qube is through, one way or the other."""
         ...
-
-
-class _Stage(enum.Enum):
-    WAITING = "waiting"  # nothing of it has come
-    OPEN = "open"  # its transaction has begun
-    FINISHED = "finished"  # committed, verified or failed: its report says which
-
-
-@dataclass(slots=True)
-class _Qube:
-    planned: PlannedQube
-    report: QubeReport
-    stage: _Stage = _Stage.WAITING
-    transaction: QubeTransaction | None = None
-
-    def volume(self, name: str) -> VolumeReport:
-        return next(volume for volume in self.report.volumes if volume.name == name)
 
 
 class RestoreRun:
@@ -97,17 +80,18 @@ class RestoreRun:
         self._host = host
         self._observer = observer
         self._ledger = Ledger((qube.source for qube in plan.taken), ignore_size_limit=ignore_size_limit)
-        self._qubes = {qube.source.key: _Qube(qube, _empty_report(qube)) for qube in plan.taken}
+        self._qubes = QubeRuns(plan)
+        self._begun: list[QubeRun] = []
         self._copy: VolumeCopy | None = None
 
     @property
     def reports(self) -> list[QubeReport]:
         """What has become of the taken qubes so far."""
-        return [qube.report for qube in self._qubes.values()]
+        return [qube.report for qube in self._qubes]
 
     async def run(self) -> None:
         """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
-        request = m.Start(mode="verify" if self._host is None else "restore", keys=tuple(self._qubes))
+        request = m.Start(mode="verify" if self._host is None else "restore", keys=self._qubes.keys)
         try:
             async with contextlib.aclosing(self._client.start(request)) as messages:
                 async for message in messages:
@@ -139,23 +123,26 @@ class RestoreRun:
             await self._settle(self._qubes[message.key], message)
         elif isinstance(message, m.Finished):
             self._ledger.finish()
+        if self._host is not None:
+            while ready := self._qubes.next_ready():
+                await self._commit(ready, self._host)
 
     def _log(self, message: m.Log) -> None:
-        qube = self._qubes.get(message.key or "")
+        qube = self._qubes.get(message.key)
         if message.level == "warning":
             warnings = self._warnings if qube is None else qube.report.warnings
             if len(warnings) < MAX_WARNINGS:
                 warnings.append(message.text)
-        name = f"{qube.planned.name}: " if qube is not None else ""
+        name = f"{qube.name}: " if qube is not None else ""
         self._observer.log(message.level, name + message.text)
 
     # --- One volume ---------------------------------------------------------------------------------
 
-    async def _volume_ready(self, qube: _Qube, ready: m.VolumeReady) -> None:
-        self._observer.volume_started(qube.planned.name, ready.volume, ready.image_size)
+    async def _volume_ready(self, qube: QubeRun, ready: m.VolumeReady) -> None:
+        self._observer.volume_started(qube.name, ready.volume, ready.image_size)
         if self._host is None:
             return
-        if qube.stage is _Stage.FINISHED:  # it failed here, and the worker did not know yet
+        if qube.finished:  # it failed here, and the worker did not know yet
             return
         try:
             transaction = await self._transaction(qube, self._host)
@@ -179,14 +166,14 @@ class RestoreRun:
             ready = self._copy.ready
             await self._volume_failed(self._qubes[ready.key], ready.volume, failure)
 
-    async def _volume_done(self, qube: _Qube, done: m.VolumeDone) -> None:
+    async def _volume_done(self, qube: QubeRun, done: m.VolumeDone) -> None:
         host_error = None
         if self._copy is not None:
             host_error = await self._copy.finish(done, self._tail_timeout_s)
             self._copy = None
-        elif self._host is not None and done.outcome == "ok" and qube.stage is not _Stage.FINISHED:
+        elif self._host is not None and done.outcome == "ok" and not qube.finished:
             raise ProtocolViolation("a volume that is said to be complete and was never sent")
-        if done.outcome == "ok" and host_error is None and qube.stage is not _Stage.FINISHED:
+        if done.outcome == "ok" and host_error is None and not qube.finished:
             volume = qube.volume(done.volume)
             volume.outcome = "ok"
             volume.size, volume.data_bytes, volume.sha256 = done.image_size, done.data_bytes, done.sha256
@@ -198,24 +185,42 @@ class RestoreRun:
 
     # --- One qube -----------------------------------------------------------------------------------
 
-    async def _transaction(self, qube: _Qube, host: Host) -> QubeTransaction:
+    async def _transaction(self, qube: QubeRun, host: Host) -> QubeTransaction:
         if qube.transaction is not None:
             return qube.transaction
+        await self._begin_template(qube, host)
         new = NewQube(
-            qube.planned.name, qube.planned.source, self._plan.backup_id, tuple(qube.report.warnings)
+            qube.name,
+            qube.planned.source,
+            self._plan.backup_id,
+            tuple(qube.report.warnings),
+            qube.definition,
         )
 
         def begin() -> QubeTransaction:
             qube.transaction = host.begin(new)  # a cancel meanwhile finds it
+            self._begun.append(qube)
             return qube.transaction
 
         transaction = await in_thread(begin)
-        qube.stage = _Stage.OPEN
+        qube.stage = Stage.OPEN
         return transaction
+
+    async def _begin_template(self, qube: QubeRun, host: Host) -> None:
+        """Begin the template that this run is to bring. Raises if `qube` has none then, nor one instead."""
+        template = self._qubes.unfinished_template_of(qube)
+        if template is None:
+            return
+        try:
+            await self._transaction(template, host)
+        except RestoreError as error:
+            await self._fail(template, error)
+        if qube.finished:
+            raise _without_template(template)
 
     async def _volume_failed(
         self,
-        qube: _Qube,
+        qube: QubeRun,
         name: str,
         error: RestoreError,
         outcome: Literal["failed", "skipped"] = "failed",
@@ -224,15 +229,15 @@ class RestoreRun:
         volume = qube.volume(name)
         if volume.error is None:  # the first one is the reason of the others
             volume.outcome, volume.error = outcome, ErrorReport.of(error)
-        if qube.stage is _Stage.FINISHED:
+        if qube.finished:
             return
         if self._host is not None:
             await self._fail(qube, error.at(volume=name))
         elif qube.report.error is None:
             qube.report.error = ErrorReport.of(error)
 
-    async def _settle(self, qube: _Qube, settings: m.QubeSettings) -> None:
-        if qube.stage is _Stage.FINISHED:
+    async def _settle(self, qube: QubeRun, settings: m.QubeSettings) -> None:
+        if qube.finished:
             return
         if settings.error is not None:
             await self._fail(qube, believed_error(settings.error))
@@ -241,21 +246,30 @@ class RestoreRun:
         elif self._host is None:
             self._conclude(qube, "verified")
         else:
-            await self._commit(qube, self._host, settings)
+            await self._settle_complete(qube, self._host, settings)
 
-    async def _commit(self, qube: _Qube, host: Host, settings: m.QubeSettings) -> None:
+    async def _settle_complete(self, qube: QubeRun, host: Host, settings: m.QubeSettings) -> None:
         try:
-            transaction = await self._transaction(qube, host)
+            await self._transaction(qube, host)  # one without volumes has not begun yet
         except RestoreError as error:
-            await self._fail(qube, error)
+            if not qube.finished:
+                await self._fail(qube, error)
             return
+        qube.settings, qube.stage = settings, Stage.SETTLED
 
-        def commit() -> None:
-            transaction.commit(settings)
+    async def _commit(self, qube: QubeRun, host: Host) -> None:
+        transaction, settings = qube.transaction, qube.settings
+        assert transaction is not None and settings is not None
+        for warning in self._qubes.resolve_references(qube):
+            self._warn(qube, warning)
+
+        def commit() -> Sequence[str]:
+            remarks = transaction.commit(settings, qube.definition)
             qube.transaction = None  # a cancel from here on finds it restored, not half done
+            return remarks
 
         try:
-            await in_thread(commit)
+            remarks = await in_thread(commit)
         except RestoreError as error:
             await self._fail(qube, error)
             return
@@ -263,35 +277,63 @@ class RestoreRun:
             if qube.transaction is None:
                 self._conclude(qube, "restored")
             raise
+        for remark in remarks:
+            self._warn(qube, remark)
         self._conclude(qube, "restored")
+        for waiting in self._qubes.waiting_for_dispvm(qube):
+            try:
+                await in_thread(host.set_default_dispvm, waiting.name, qube.name)
+            except RestoreError as error:
+                self._warn(waiting, f"its default disposable template could not be set: {error.reason}")
 
-    async def _fail(self, qube: _Qube, error: RestoreError) -> None:
+    async def _fail(self, qube: QubeRun, error: RestoreError) -> None:
         """Give the qube up: it is rolled back before anything else, and the worker is told."""
-        self._note_error(qube, error.at(qube=qube.planned.name))
+        self._note_error(qube, error.at(qube=qube.name))
+        await self._give_up_template(qube)
         await self._roll_back(qube)
         self._conclude(qube, "failed")
+        for waiting in self._qubes.waiting_for_dispvm(qube):
+            self._warn(waiting, without_dispvm(qube))
         if self._host is not None:
-            await self._client.skip_qube(qube.planned.source.key)
+            await self._client.skip_qube(qube.key)
 
-    async def _roll_back(self, qube: _Qube) -> None:
+    async def _give_up_template(self, template: QubeRun) -> None:
+        """Before a template is removed: its dependents fall back on another one, or are given up as well."""
+        for qube in self._qubes.dependents_of(template):
+            fallback = qube.planned.fallback_template
+            if fallback is None or qube.definition is None:
+                await self._fail(qube, _without_template(template))
+                continue
+            try:
+                if qube.transaction is not None:
+                    await in_thread(qube.transaction.change_template, fallback)
+            except RestoreError as error:
+                await self._fail(qube, error)
+                continue
+            qube.definition = replace(qube.definition, template=fallback)
+            self._warn(qube, f"its template is {fallback} now: {template.name} could not be restored")
+
+    async def _roll_back(self, qube: QubeRun) -> None:
         """Roll the qube's transaction back; what cannot be removed is told, and is no reason to stop."""
         if qube.transaction is None:
             return
         try:
             await in_thread(qube.transaction.rollback)
         except RestoreError as error:
-            remark = f"what had been written could not be removed: {error.reason}"
-            qube.report.warnings.append(remark)
-            self._observer.log("warning", f"{qube.planned.name}: {remark}")
+            self._warn(qube, f"what had been written could not be removed: {error.reason}")
         qube.transaction = None
 
-    def _note_error(self, qube: _Qube, error: RestoreError) -> None:
-        qube.stage = _Stage.FINISHED
+    def _warn(self, qube: QubeRun, text: str) -> None:
+        qube.warn(text)
+        self._observer.log("warning", f"{qube.name}: {text}")
+
+    def _note_error(self, qube: QubeRun, error: RestoreError) -> None:
+        qube.stage = Stage.FINISHED
         if qube.report.error is None:
             qube.report.error = ErrorReport.of(error)
 
-    def _conclude(self, qube: _Qube, outcome: Literal["restored", "verified", "failed"]) -> None:
-        qube.stage = _Stage.FINISHED
+    def _conclude(self, qube: QubeRun, outcome: Literal["restored", "verified", "failed"]) -> None:
+        qube.stage = Stage.FINISHED
         qube.report.outcome = outcome
         self._observer.qube_finished(qube.report)
 
@@ -301,23 +343,23 @@ class RestoreRun:
         if copy is not None:
             await copy.end()
             self._note_copy(self._qubes[copy.ready.key], copy, error)
-        for qube in self._qubes.values():
+        for qube in reversed(self._begun):  # a template has begun before what depends on it
             await self._roll_back(qube)
-            if qube.stage is not _Stage.FINISHED:
+        for qube in self._qubes:
+            if not qube.finished:
                 self._note_error(qube, error)
 
-    def _note_copy(self, qube: _Qube, copy: VolumeCopy, error: RestoreError) -> None:
+    def _note_copy(self, qube: QubeRun, copy: VolumeCopy, error: RestoreError) -> None:
         """Report the volume that was on its way when the session ended with `error`."""
         error = copy.failure or error
         volume = qube.volume(copy.ready.volume)
         volume.outcome, volume.error = "failed", ErrorReport.of(error)
-        if qube.stage is not _Stage.FINISHED:
+        if not qube.finished:
             self._note_error(qube, error)
 
 
-def _empty_report(qube: PlannedQube) -> QubeReport:
-    volumes = [VolumeReport(name=volume.name) for volume in qube.source.volumes]
-    return QubeReport(name=qube.name, klass=qube.source.klass, volumes=volumes)
+def _without_template(template: QubeRun) -> RestoreError:
+    return MissingDependency(f"its template {template.name} could not be restored")
 
 
 def _reason(done: m.VolumeDone) -> RestoreError:

@@ -1,27 +1,86 @@
 """What the broker needs of a host, whichever it is.
 
-Strategy: a restore holds the host's lock, opens one transaction a qube, writes volumes through sinks, and
-commits or rolls back. Everything here blocks; the broker calls it from a thread where it may take long. What
-a host raises is a `RestoreError`, most often `HostFailed` or `NoSpace`.
+Strategy: a restore holds the host's lock, looks at the host once to make its plan, opens one transaction a
+qube, writes volumes through sinks, and commits or rolls back. Everything here blocks; the broker calls it
+from a thread where it may take long. What a host raises is a `RestoreError`, most often `HostFailed` or
+`NoSpace`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qubes_restore_svc.wire.messages import ManifestQube, QubeSettings
+from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube, QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
 
 
 @dataclass(frozen=True, slots=True)
+class HostQube:
+    """A qube that is there already, as far as a plan must know it."""
+
+    name: str
+    klass: str
+    provides_network: bool = False
+    template_for_dispvms: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QubesView:
+    """A Qubes system as a plan sees it. Defaults are names of qubes that are there, or None.
+
+    `default_dispvm` is the disposable template; `dom0_user` is the account whose home dom0's home is.
+    """
+
+    qubes: Mapping[str, HostQube]
+    default_template: str | None
+    default_dispvm: str | None
+    labels: frozenset[str]
+    dom0_user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """What a plan must know of a host: the names that are taken, and the system if it is a Qubes system.
+
+    `qubes_system` None: a place that keeps images and knows neither templates nor netvms.
+    """
+
+    names: frozenset[str]
+    qubes_system: QubesView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """How a qube is to be set up here: the broker's choice, never the backup's.
+
+    Names are those of qubes that are there, or that this restore creates. For `netvm` and `default_dispvm`,
+    None means the system's default and "" none at all. Properties, features, tags and devices have passed the
+    broker's allow-list; `properties` holds none of those that have a field here.
+    """
+
+    label: str
+    template: str | None = None
+    netvm: str | None = None
+    default_dispvm: str | None = None
+    properties: Mapping[str, str] = field(default_factory=dict)
+    features: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    devices: tuple[DeviceInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class NewQube:
-    """A qube that is to be created: the broker's choice of name, and what the backup says of it."""
+    """A qube that is to be created: the broker's choice of name, and what the backup says of it.
+
+    `definition` is None on a host without a Qubes system (see `HostView`), and for dom0's home.
+    """
 
     name: str
     source: ManifestQube
     backup_id: str
     warnings: tuple[str, ...] = field(default=())
+    definition: Definition | None = None
 
 
 class VolumeSink(Protocol):
@@ -41,14 +100,26 @@ class VolumeSink(Protocol):
 
 
 class QubeTransaction(Protocol):
-    """One qube on its way: invisible, or unable to start, until `commit`."""
+    """One qube on its way: invisible, or unable to start, until `commit`.
+
+    It exists from the moment of `begin`: other qubes of the same restore may name it as their template.
+    """
 
     def create_volume(self, volume: VolumeName, image_size: int) -> VolumeSink:
-        """A sink for a volume of at most `image_size` bytes."""
+        """A sink for a volume of at most `image_size` bytes (exactly as many, but for `home`)."""
         ...
 
-    def commit(self, settings: QubeSettings) -> None:
-        """Apply the settings and make the qube a finished one."""
+    def change_template(self, template: str) -> None:
+        """The template of the definition could not be restored: use this one, which is there."""
+        ...
+
+    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+        """Apply settings and definition, and make the qube a finished one.
+
+        `definition` is that of `begin`, with its references as they have turned out. Every qube that it
+        names is finished by now. Brings remarks for the person on what could not be applied and does no
+        harm by its absence (clauses, fit for a terminal).
+        """
         ...
 
     def rollback(self) -> None:
@@ -70,8 +141,8 @@ class Host(Protocol):
         """
         ...
 
-    def existing_names(self) -> frozenset[str]:
-        """Names that are taken."""
+    def view(self) -> HostView:
+        """The host as it is now."""
         ...
 
     def free_space(self) -> int | None:
@@ -80,4 +151,8 @@ class Host(Protocol):
 
     def begin(self, qube: NewQube) -> QubeTransaction:
         """Start a qube; raises QubeExists if its name is taken by now."""
+        ...
+
+    def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
+        """Give a finished qube the disposable template that has been restored after it."""
         ...

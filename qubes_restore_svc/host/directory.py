@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
-from qubes_restore_svc.host.base import NewQube
+from qubes_restore_svc.host.base import HostView, NewQube
 from qubes_restore_svc.host.directory_layout import clear_partials
 from qubes_restore_svc.host.directory_qube import DirectoryQube
 from qubes_restore_svc.host.filesystem import make_directory, reporting, sync_directory
@@ -66,6 +66,13 @@ class DirectoryHost:
                 return frozenset(os.listdir(self._target()))
             except FileNotFoundError:
                 return frozenset()
+
+    def view(self) -> HostView:
+        """The names that are taken: a directory knows neither templates nor netvms."""
+        return HostView(self.existing_names())
+
+    def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
+        """A directory keeps what the backup says; there is nothing to be set."""
 
     def free_space(self) -> int | None:
         """Bytes that an ordinary user can still write, as far as the file system tells."""

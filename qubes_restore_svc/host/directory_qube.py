@@ -10,11 +10,11 @@ import enum
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from qubes_restore_svc.errors import HostFailed, QubeExists
-from qubes_restore_svc.host.base import NewQube
+from qubes_restore_svc.host.base import Definition, NewQube
 from qubes_restore_svc.host.directory_layout import (
     RECORD,
     VOLUME_FILES,
@@ -181,8 +181,12 @@ class DirectoryQube:
             self._sinks[volume] = sink
             return sink
 
-    def commit(self, settings: QubeSettings) -> None:
-        """Write the record and give the qube its name, all of it on disk when this returns.
+    def change_template(self, template: str) -> None:
+        """A directory has no templates, so this is never called."""
+        raise self._failure("a directory has no templates")
+
+    def commit(self, settings: QubeSettings, definition: Definition | None = None) -> Sequence[str]:
+        """Write the record and give the qube its name, all of it on disk when this returns; no remarks.
 
         Raises QubeExists if the name has been taken since `begin`, NoSpace, or HostFailed (also when a
         volume is not finished). After any of these the qube can only be rolled back.
@@ -197,6 +201,7 @@ class DirectoryQube:
             with reporting("giving the complete qube its name", qube=self._qube.name):
                 self._publish()
             self._leave(State.COMPLETE)
+        return ()
 
     def rollback(self) -> None:
         """Remove all that was created; raises HostFailed if it cannot, or if others put something there."""

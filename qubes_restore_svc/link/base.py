@@ -8,6 +8,8 @@ import socket
 from types import TracebackType
 from typing import Protocol, Self
 
+from qubes_restore_svc.wire.messages import Storage
+
 
 class Link(Protocol):
     """A worker of one's own."""
@@ -27,6 +29,18 @@ class Link(Protocol):
 
     async def call(self, service: str, argument: str = "") -> socket.socket:
         """Call a service of the worker; the socket is blocking, and the caller's. Raises WorkerLost."""
+        ...
+
+    @property
+    def storage(self) -> Storage | None:
+        """Where the worker has to fetch the archive itself; None if it has it, or gets it."""
+        ...
+
+    async def provide_archive(self) -> None:
+        """Let the worker have the archive, if that needs a call: once before `open`, once before `start`.
+
+        Raises WorkerLost, and ArchiveUnreadable if the storage side does not give it.
+        """
         ...
 
     async def wait_gone(self) -> str:

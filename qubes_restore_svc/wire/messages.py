@@ -29,11 +29,15 @@ from qubes_restore_svc.wire.names import (
     AppmenuName,
     BackupId,
     Count,
+    DeviceClass,
+    DevicePort,
     ErrorKind,
     FeatureName,
     FilterName,
     FreeText,
+    HomeUser,
     LabelName,
+    LocationId,
     NetvmName,
     Notes,
     Outcome,
@@ -120,6 +124,16 @@ class VolumeInfo(Model):
     size: Size | None = None
 
 
+class DeviceInfo(Model):
+    """A device that was assigned to a qube: `port` of the qube `backend` (`dom0` for most)."""
+
+    bus: DeviceClass
+    backend: QubeName
+    port: DevicePort
+    required: bool = False  #: without it the qube does not start
+    options: Annotated[dict[FeatureName, SettingValue], Field(max_length=16)] = {}
+
+
 class ManifestQube(Model):
     """A qube that the backup holds, with all of its settings that qubes.xml knows."""
 
@@ -129,11 +143,13 @@ class ManifestQube(Model):
     label: LabelName
     template: QubeName | None = None  #: None: has none
     netvm: NetvmName | None = None  #: None: the default; "": no netvm
+    home_user: HomeUser | None = None  #: dom0: whose home its home is
     backup_size: Size = 0  #: disk space it took when it was backed up, bytes
     volumes: Annotated[tuple[VolumeInfo, ...], Field(fail_fast=True, max_length=3)] = ()
     properties: Annotated[dict[PropertyName, SettingValue], Field(max_length=512)] = {}
     features: Annotated[dict[FeatureName, SettingValue], Field(max_length=4096)] = {}
     tags: Annotated[tuple[TagName, ...], Field(fail_fast=True, max_length=1024)] = ()
+    devices: Annotated[tuple[DeviceInfo, ...], Field(fail_fast=True, max_length=256)] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -144,6 +160,8 @@ class ManifestQube(Model):
             raise ValueError("only dom0 is an AdminVM")
         if ("home" in names) != (self.klass == "AdminVM"):
             raise ValueError("only dom0 has a home")
+        if self.home_user is not None and self.klass != "AdminVM":
+            raise ValueError("only dom0's home has a user")
         return self
 
 
@@ -181,6 +199,13 @@ class Message(Model):
     max_size: ClassVar[int] = 64 << 10
 
 
+class Storage(Model):
+    """Where the worker fetches the archive: with `qubes.RestoreById+LOCATION_ID` from the qube `qube`."""
+
+    qube: QubeName
+    location_id: LocationId
+
+
 class Open(Message):
     """Read the header and qubes.xml, and answer with the manifest."""
 
@@ -191,6 +216,7 @@ class Open(Message):
     jobs: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None  #: derivations at once
     compression_filter: FilterName | None = None  #: instead of the header's
     ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
+    storage: Storage | None = None  #: None: the archive was passed, or comes with `restore.Archive`
     ahead: bool = False  #: all volumes will be wanted: their keys may be derived before `start`
 
     @field_serializer("passphrase", when_used="json")

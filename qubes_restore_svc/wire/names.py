@@ -34,12 +34,19 @@ QubeName = Annotated[str, _pattern(r"^[a-zA-Z][a-zA-Z0-9_.-]*$", 31), AfterValid
 NetvmName = Annotated[str, _pattern(r"^([a-zA-Z][a-zA-Z0-9_.-]*)?$", 31), AfterValidator(_not_reserved)]
 #: What the archive calls a qube (`vm10`): the first half of the argument of `restore.Volume`.
 QubeKey = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 64)]
+#: The user whose home dom0's home is, as its directory in the archive is called.
+HomeUser = Annotated[str, _pattern(r"^[A-Za-z0-9_.+@-]+$", 255)]
 LabelName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.-]+$", 64)]
 PropertyName = Annotated[str, _pattern(r"^[a-z][a-z0-9_]*$", 64)]
 FeatureName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+:-]+$", 255)]
 #: Values of properties and features: printable ASCII on one line.
 SettingValue = Annotated[str, _pattern(r"^[\x20-\x7e]*$", 16384)]
 TagName = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 128)]
+#: What `qubes.RegisterBackupLocation` answers with: the argument of `qubes.RestoreById`.
+LocationId = Annotated[str, _pattern(r"^[A-Za-z0-9]+$", 64)]
+#: What qubes.xml calls a class of devices (`pci`), and one of them within its backend (`00_14.0`).
+DeviceClass = Annotated[str, _pattern(r"^[a-z][a-z0-9]*$", 16)]
+DevicePort = Annotated[str, _pattern(r"^[a-zA-Z0-9_.:-]+$", 128)]
 BackupId = Annotated[str, _pattern(r"^[A-Za-z0-9-]+$", 128)]
 FilterName = Annotated[str, _pattern(r"^[a-z0-9-]+$", 32)]
 ErrorKind = Annotated[str, _pattern(r"^[a-z-]+$", 64)]

@@ -13,6 +13,14 @@ SESSION = "restore.Session"
 VOLUME = "restore.Volume"
 ARCHIVE = "restore.Archive"
 
+#: What a worker says when it can take calls: a local one once, on its calls socket; one behind qrexec to
+#: whoever calls `restore.Session+ready`, which is no session, and then it hangs up.
+READY = b"ready"
+READY_ARGUMENT = "ready"
+#: Argument of a `restore.Archive` that is a conversation with a storage service: the worker writes the wanted
+#: paths, gets a qfile, and answers it. Without an argument the call brings the backup file as it is.
+QFILE_ARGUMENT = "qfile"
+
 MAX_DESCRIPTOR = 256  #: bytes, with the final NUL
 
 _DESCRIPTOR = re.compile(rb"([A-Za-z0-9_.-]+)(?:\+([A-Za-z0-9_.+-]*))? ([A-Za-z][A-Za-z0-9_.-]{0,30})\0")

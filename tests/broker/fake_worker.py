@@ -14,8 +14,8 @@ from socket import SHUT_RDWR, SO_SNDBUF, SOL_SOCKET, socket, socketpair
 from typing import Self
 
 from qubes_restore_svc.broker.report import Report
-from qubes_restore_svc.broker.waiting import to_the_end
 from qubes_restore_svc.errors import WorkerLost
+from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
@@ -312,6 +312,13 @@ class FakeLink:
             self._callers[argument] = theirs
             self._changed.set()
         return ours
+
+    @property
+    def storage(self) -> None:
+        """It makes the archive up."""
+
+    async def provide_archive(self) -> None:
+        """It makes the archive up."""
 
     async def wait_gone(self) -> str:
         await self._gone.wait()

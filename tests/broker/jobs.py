@@ -20,7 +20,8 @@ from unittest import mock
 
 from qubes_restore_svc.broker import client
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.job import QubeChoice, run_job
+from qubes_restore_svc.broker.job import run_job
+from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.broker.report import QubeReport, Report
 from qubes_restore_svc.host.base import Host
 from tests.broker.fake_worker import BackupQube, FakeLink, Step
@@ -87,6 +88,7 @@ def run(
     options: SessionOptions | None = None,
     names: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    choice: PlanOptions | None = None,
     stall_s: float = 20.0,
     limit_s: float = 5.0,
     heartbeat_s: float | None = None,
@@ -97,8 +99,9 @@ def run(
 ) -> Outcome:
     """Restore to the directory `target` (None: verify), and check that nothing is left.
 
-    `host` makes another host than a directory without trouble. `cancel_at`: numbers of the suspensions of the
-    job at which it is cancelled. A job that takes longer than `limit_s` seconds is an error.
+    `host` makes another host than a directory without trouble; `choice` is taken instead of `names` and
+    `exclude`. `cancel_at`: numbers of the suspensions of the job at which it is cancelled. A job that takes
+    longer than `limit_s` seconds is an error.
     """
     unseen: list[object] = []
     before = _descriptors()
@@ -114,7 +117,7 @@ def run(
             link,
             where,
             options or SessionOptions(PASSPHRASE),
-            QubeChoice(names, exclude),
+            choice or PlanOptions(names, exclude),
             observer,
             stall_s=stall_s,
         )

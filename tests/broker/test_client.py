@@ -68,6 +68,7 @@ async def test_a_session_yields_every_message_in_its_order() -> None:
     assert request.model_dump(exclude={"passphrase", "type", "protocol"}) == {
         "memory": 1 << 30,
         "jobs": 3,
+        "storage": None,
         "compression_filter": "xz",
         "ignore_size_limit": True,
         "ahead": True,

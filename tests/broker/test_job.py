@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.job import QubeChoice, read_manifest, run_job
+from qubes_restore_svc.broker.job import read_manifest, run_job
+from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.errors import RestoreError, UsageError, WorkerStalled
 from qubes_restore_svc.host.directory import DirectoryHost
@@ -151,7 +152,7 @@ def test_a_worker_that_never_answers_is_ended(target: Path) -> None:
 async def test_nothing_begins_while_somebody_else_restores_there(target: Path) -> None:
     link = FakeLink(honest())
     with DirectoryHost(target).lock():
-        choice, options = QubeChoice(), SessionOptions(PASSPHRASE)
+        choice, options = PlanOptions(), SessionOptions(PASSPHRASE)
         report = await run_job(link, DirectoryHost(target), options, choice, Recorder())
     assert report.status == 1
     assert report.error is not None
@@ -163,7 +164,7 @@ def test_a_host_that_cannot_be_locked_or_asked_is_the_end(target: Path) -> None:
     def fail() -> None:
         raise RestoreError("no such host")
 
-    for call in ("lock", "existing_names", "free_space"):
+    for call in ("lock", "view", "free_space"):
         host = TroubledHost(target, {call: fail})
         outcome = run(honest(), target, host=lambda _: host)  # noqa: B023 - it is called at once
         assert (outcome.status, outcome.error) == (1, "error: no such host")

@@ -1,11 +1,12 @@
 """What is taken, left out and refused."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 
-from qubes_restore_svc.broker.plan import Decision, Plan, make_plan
+from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
 from qubes_restore_svc.errors import BadMetadata, QubeExists, UsageError
+from qubes_restore_svc.host.base import HostView
 from qubes_restore_svc.wire.messages import ErrorInfo, Manifest, ManifestQube, RefusedQube, VolumeInfo
 
 
@@ -27,26 +28,38 @@ def backup(*names: str, refused: Sequence[str] = ()) -> Manifest:
     )
 
 
+def plan_for(
+    manifest: Manifest,
+    *,
+    names: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    existing: Iterable[str] | None = None,
+) -> Plan:
+    """The plan for a host that knows nothing but names, or (None) for no host."""
+    view = None if existing is None else HostView(frozenset(existing))
+    return make_plan(manifest, PlanOptions(names, exclude), view)
+
+
 def taken(plan: Plan) -> list[str]:
     return [planned.name for planned in plan.taken]
 
 
 def test_everything_is_taken_unless_told_otherwise() -> None:
-    plan = make_plan(backup("work", "vault"), existing=())
+    plan = plan_for(backup("work", "vault"), existing=())
     assert taken(plan) == ["work", "vault"]
     assert [planned.source.name for planned in plan.taken] == ["work", "vault"]
     assert plan.backup_id == "b"
 
 
 def test_names_select_and_excludes_leave_out_in_the_order_of_the_backup() -> None:
-    plan = make_plan(backup("a", "b", "c"), names=["c", "a", "b"], exclude=["b"], existing=())
+    plan = plan_for(backup("a", "b", "c"), names=["c", "a", "b"], exclude=["b"], existing=())
     assert taken(plan) == ["a", "c"]
     assert [(planned.decision, planned.remark) for planned in plan.qubes] == [
         (Decision.TAKE, ""),
         (Decision.LEAVE_OUT, "excluded"),
         (Decision.TAKE, ""),
     ]
-    plan = make_plan(backup("a", "b"), names=["a"], existing=())
+    plan = plan_for(backup("a", "b"), names=["a"], existing=())
     assert (plan.qubes[1].decision, plan.qubes[1].remark) == (Decision.LEAVE_OUT, "not selected")
 
 
@@ -55,26 +68,26 @@ def test_a_name_that_the_backup_does_not_hold_is_a_usage_error_that_lists_those_
     names: list[str], exclude: list[str]
 ) -> None:
     with pytest.raises(UsageError, match=r"no qube named '[xA]'") as caught:
-        make_plan(backup("b", "a", refused=["lost"]), names=names, exclude=exclude)
+        plan_for(backup("b", "a", refused=["lost"]), names=names, exclude=exclude)
     assert caught.value.advice == "It holds: a, b, lost."
 
 
 def test_a_usage_error_does_not_list_thousands() -> None:
     with pytest.raises(UsageError) as caught:
-        make_plan(backup(*(f"q{n:04}" for n in range(4000))), names=["x"])
+        plan_for(backup(*(f"q{n:04}" for n in range(4000))), names=["x"])
     assert caught.value.advice.endswith("q0048, q0049, and 3950 more.")
 
 
 def test_all_names_that_are_not_there_are_told_quoted() -> None:
     with pytest.raises(UsageError, match=r"no qube named 'x', '\\x1b\[2J'") as caught:
-        make_plan(backup(), names=["x", "\x1b[2J"])
+        plan_for(backup(), names=["x", "\x1b[2J"])
     assert caught.value.advice == "It holds: none at all."
 
 
 @pytest.mark.parametrize("there", ["work", "Work", "WORK"])
 @pytest.mark.parametrize("name", ["work", "wOrK"])
 def test_a_name_that_is_taken_in_whichever_case_is_refused(name: str, there: str) -> None:
-    plan = make_plan(backup(name, "vault"), existing=["other", there])
+    plan = plan_for(backup(name, "vault"), existing=["other", there])
     assert taken(plan) == ["vault"]
     refused = plan.qubes[0]
     assert refused.decision is Decision.REFUSE
@@ -83,27 +96,27 @@ def test_a_name_that_is_taken_in_whichever_case_is_refused(name: str, there: str
 
 
 def test_a_taken_name_is_no_conflict_for_a_qube_that_is_left_out_or_only_verified() -> None:
-    plan = make_plan(backup("work", "vault"), exclude=["work"], existing=["work"])
+    plan = plan_for(backup("work", "vault"), exclude=["work"], existing=["work"])
     assert plan.qubes[0].decision is Decision.LEAVE_OUT
-    assert taken(make_plan(backup("work"), existing=None)) == ["work"]
+    assert taken(plan_for(backup("work"), existing=None)) == ["work"]
 
 
 def test_dom0s_home_is_restored_only_by_name_and_always_verified() -> None:
-    assert taken(make_plan(backup("dom0", "work"), existing=())) == ["work"]
-    assert taken(make_plan(backup("dom0", "work"), names=["work"], existing=())) == ["work"]
-    assert taken(make_plan(backup("dom0", "work"), names=["dom0"], existing=())) == ["dom0"]
-    assert taken(make_plan(backup("dom0", "work"), existing=None)) == ["dom0", "work"]
-    assert taken(make_plan(backup("dom0", "work"), names=["dom0"], existing=["dom0"])) == []
+    assert taken(plan_for(backup("dom0", "work"), existing=())) == ["work"]
+    assert taken(plan_for(backup("dom0", "work"), names=["work"], existing=())) == ["work"]
+    assert taken(plan_for(backup("dom0", "work"), names=["dom0"], existing=())) == ["dom0"]
+    assert taken(plan_for(backup("dom0", "work"), existing=None)) == ["dom0", "work"]
+    assert taken(plan_for(backup("dom0", "work"), names=["dom0"], existing=["dom0"])) == []
 
 
 def test_a_qube_that_could_not_be_listed_is_told_if_it_was_wanted() -> None:
     def unlisted(names: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
-        plan = make_plan(backup("work", refused=["lost", "gone"]), names=names, exclude=exclude)
+        plan = plan_for(backup("work", refused=["lost", "gone"]), names=names, exclude=exclude)
         return [qube.name for qube in plan.unlisted]
 
     assert unlisted() == ["lost", "gone"]
     assert unlisted(exclude=["lost"]) == ["gone"]
     assert unlisted(names=["work"]) == []
     assert unlisted(names=["work", "gone"]) == ["gone"]
-    plan = make_plan(backup(refused=["lost"]))
+    plan = plan_for(backup(refused=["lost"]))
     assert isinstance(plan.unlisted[0].error, BadMetadata)

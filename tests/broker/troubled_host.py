@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qubes_restore_svc.host.base import NewQube, QubeTransaction, VolumeSink
+from qubes_restore_svc.host.base import Definition, HostView, NewQube, QubeTransaction, VolumeSink
 from qubes_restore_svc.host.directory import DirectoryHost
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
@@ -35,9 +35,12 @@ class TroubledHost:
             finally:
                 assert not self.begun
 
-    def existing_names(self) -> frozenset[str]:
-        self.call("existing_names")
-        return self._directory.existing_names()
+    def view(self) -> HostView:
+        self.call("view")
+        return self._directory.view()
+
+    def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
+        self.call(f"default_dispvm {qube} {default_dispvm}")
 
     def free_space(self) -> int | None:
         self.call("free_space")
@@ -66,10 +69,14 @@ class TroubledQube:
         self.host.begun.add(sink.name)
         return sink
 
-    def commit(self, settings: QubeSettings) -> None:
+    def change_template(self, template: str) -> None:
+        self.host.call(f"template {self.name} {template}")
+
+    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
         self.host.call(f"commit {self.name}")
-        self.qube.commit(settings)
+        remarks = self.qube.commit(settings, definition)
         self.host.begun.discard(self.name)
+        return remarks
 
     def rollback(self) -> None:
         self.host.begun -= {name for name in self.host.begun if name.split("/")[0] == self.name}

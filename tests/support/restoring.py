@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.job import QubeChoice, run_job
+from qubes_restore_svc.broker.job import run_job
+from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.broker.report import QubeReport, Report
 from qubes_restore_svc.host.directory import DirectoryHost
 from qubes_restore_svc.link.base import Link
@@ -43,7 +44,7 @@ def restore(
     target: Path | None,
     *,
     passphrase: str = PASSPHRASE,
-    choice: QubeChoice | None = None,
+    choice: PlanOptions | None = None,
     make_link: Callable[[int], Link] = ThreadLink,
     memory: int | None = None,
     observer: Recorder | None = None,
@@ -58,7 +59,7 @@ def restore(
                 make_link(fd),
                 None if target is None else DirectoryHost(target),
                 options,
-                choice or QubeChoice(),
+                choice or PlanOptions(),
                 observer or Recorder(),
             )
         )

@@ -13,8 +13,8 @@ from typing import Self
 
 from qubes_restore_svc.archive.kdf import KdfEngine, OpensslEngine
 from qubes_restore_svc.errors import WorkerLost
-from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor
-from qubes_restore_svc.worker.calls import READY, PassedCalls
+from qubes_restore_svc.wire.service import READY, ServiceCall, encode_descriptor
+from qubes_restore_svc.worker.calls import PassedCalls
 from qubes_restore_svc.worker.daemon import Daemon
 
 MEMORY = 256 << 20  #: bytes; the budget of a worker here, unless the session says otherwise
@@ -76,6 +76,13 @@ class ThreadLink:
                 ours.close()
                 raise WorkerLost("the worker is not running") from error
         return ours
+
+    @property
+    def storage(self) -> None:
+        """The worker has the archive from the start."""
+
+    async def provide_archive(self) -> None:
+        """The worker has the archive from the start."""
 
     async def wait_gone(self) -> str:
         """Return when the thread has ended."""

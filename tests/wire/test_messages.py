@@ -23,9 +23,15 @@ BROKER = {"open", "start", "skip_qube", "cancel"}
 ERROR: Json = {"kind": "bad-image", "reason": "r", "qube": "q", "volume": "v", "chunk": 3, "advice": "a"}
 QUBE: Json = {
     "key": "vm10", "name": "work", "klass": "AppVM", "label": "red", "template": "debian-12",
-    "netvm": "sys-firewall", "backup_size": 10, "volumes": [{"name": "private", "size": 5}],
+    "netvm": "sys-firewall", "home_user": None, "backup_size": 10,
+    "volumes": [{"name": "private", "size": 5}],
     "properties": {"memory": "400"}, "features": {"service.cups": "1"}, "tags": ["created-by-dom0"],
+    "devices": [{
+        "bus": "pci", "backend": "dom0", "port": "00_14.0", "required": True,
+        "options": {"no-strict-reset": "True"},
+    }],
 }  # fmt: skip
+STORAGE: Json = {"qube": "sys-usb", "location_id": "aB3xY7zQ"}
 RULE: Json = {
     "action": "accept", "proto": "tcp", "dsthost": "example.org", "dst4": "10.0.0.0/8", "dst6": "fe80::/10",
     "dstports": "80-443", "icmptype": "8", "specialtarget": "dns", "expire": "1700000000", "comment": "a, b",
@@ -35,7 +41,7 @@ RULE: Json = {
 FULL: dict[str, Json] = {
     "open": {
         "type": "open", "protocol": 1, "passphrase": PASSPHRASE, "memory": 1, "jobs": 2,
-        "compression_filter": "gzip", "ignore_size_limit": True, "ahead": True,
+        "compression_filter": "gzip", "ignore_size_limit": True, "storage": STORAGE, "ahead": True,
     },
     "start": {"type": "start", "mode": "verify", "keys": ["vm10", "vm11"]},
     "skip_qube": {"type": "skip_qube", "key": "vm10"},
@@ -61,16 +67,17 @@ FULL: dict[str, Json] = {
 
 #: … and the keys that may be left out, with their places.
 OPTIONAL: dict[str, set[str]] = {
-    "open": {"protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "ahead"},
+    "open": {"protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "storage", "ahead"},
     "start": set(),
     "skip_qube": set(),
     "cancel": set(),
     "manifest": {
         "refused", "refused.0.error.qube", "refused.0.error.volume", "refused.0.error.chunk",
-        "refused.0.error.advice", "qubes.0.template", "qubes.0.netvm", "qubes.0.backup_size",
-        "qubes.0.volumes", "qubes.0.volumes.0.size", "qubes.0.properties", "qubes.0.features",
-        "qubes.0.tags", "qubes.0.properties.memory",
-        "qubes.0.features.service.cups",
+        "refused.0.error.advice", "qubes.0.template", "qubes.0.netvm", "qubes.0.home_user",
+        "qubes.0.backup_size", "qubes.0.volumes", "qubes.0.volumes.0.size", "qubes.0.properties",
+        "qubes.0.features", "qubes.0.tags", "qubes.0.properties.memory",
+        "qubes.0.features.service.cups", "qubes.0.devices", "qubes.0.devices.0.required",
+        "qubes.0.devices.0.options", "qubes.0.devices.0.options.no-strict-reset",
     },
     "volume_ready": set(),
     "volume_done": {
@@ -88,9 +95,9 @@ OPTIONAL: dict[str, set[str]] = {
 
 #: The keys that may be null.
 NULLABLE = {
-    "open": {"memory", "jobs", "compression_filter"},
+    "open": {"memory", "jobs", "compression_filter", "storage"},
     "manifest": {
-        "qubes.0.template", "qubes.0.netvm", "qubes.0.volumes.0.size",
+        "qubes.0.template", "qubes.0.netvm", "qubes.0.home_user", "qubes.0.volumes.0.size",
         "refused.0.error.qube", "refused.0.error.volume", "refused.0.error.chunk",
     },
     "volume_done": {"sha256", "error.qube", "error.volume", "error.chunk"},
@@ -101,6 +108,9 @@ NULLABLE = {
     "log": {"key"},
     "failed": {"error.qube", "error.volume", "error.chunk"},
 }  # fmt: skip
+
+#: What is no model, but a mapping with the other side's own keys.
+FREE_KEYS = [("properties",), ("features",), ("options",)]
 
 EACH = pytest.mark.parametrize("kind", FULL)
 
@@ -171,7 +181,13 @@ def test_the_tests_know_every_message_and_every_field() -> None:
     assert set(FULL) == {cls.model_fields["type"].default for cls in m.Message.__subclasses__()}
     for kind, message in FULL.items():
         assert set(message) == set(type(parse(message, kind)).model_fields)
-    for cls, sample in ((m.ManifestQube, QUBE), (m.FirewallRule, RULE), (m.ErrorInfo, ERROR)):
+    for cls, sample in (
+        (m.ManifestQube, QUBE),
+        (m.DeviceInfo, QUBE["devices"][0]),
+        (m.FirewallRule, RULE),
+        (m.ErrorInfo, ERROR),
+        (m.Storage, STORAGE),
+    ):
         assert set(cls.model_fields) == set(sample)
 
 
@@ -220,7 +236,7 @@ def test_a_key_may_be_left_out_only_where_it_is_optional(kind: str, path: Path) 
 
 @EVERYWHERE
 def test_an_unknown_key_is_refused_everywhere(kind: str, path: Path) -> None:
-    if isinstance(at(FULL[kind], path[:-1]), dict) and path[-2:-1] not in [("properties",), ("features",)]:
+    if isinstance(at(FULL[kind], path[:-1]), dict) and path[-2:-1] not in FREE_KEYS:
         for name in (
             "evil",
             "Type",
@@ -303,6 +319,9 @@ LONGEST: list[tuple[str, Path, object, object]] = [
     ("open", ("jobs",), 1, 0),
     ("open", ("compression_filter",), "g" * 32, "g" * 33),
     ("start", ("keys",), [f"vm{i}" for i in range(MAX_QUBES)], [f"vm{i}" for i in range(MAX_QUBES + 1)]),
+    ("open", ("storage", "qube"), "n" * 31, "n" * 32),
+    ("open", ("storage", "location_id"), "i" * 64, "i" * 65),
+    ("open", ("storage", "location_id"), "i", ""),
     ("start", ("keys",), ["vm1"], []),
     ("start", ("keys", 0), "k" * 64, "k" * 65),
     ("skip_qube", ("key",), "k" * 64, "k" * 65),
@@ -329,6 +348,12 @@ LONGEST: list[tuple[str, Path, object, object]] = [
     ("manifest", ("qubes", 0, "features"), {"f": "v" * 16384}, {"f": "v" * 16385}),
     ("manifest", ("qubes", 0, "tags"), ["t"] * 1024, ["t"] * 1025),
     ("manifest", ("qubes", 0, "tags", 0), "t" * 128, "t" * 129),
+    ("manifest", ("qubes", 0, "devices"), QUBE["devices"] * 256, QUBE["devices"] * 257),
+    ("manifest", ("qubes", 0, "devices", 0, "bus"), "b" * 16, "b" * 17),
+    ("manifest", ("qubes", 0, "devices", 0, "backend"), "n" * 31, "n" * 32),
+    ("manifest", ("qubes", 0, "devices", 0, "port"), "p" * 128, "p" * 129),
+    ("manifest", ("qubes", 0, "devices", 0, "options"), blank("o", 16), blank("o", 17)),
+    ("manifest", ("qubes", 0, "devices", 0, "options"), {"o": "v" * 16384}, {"o": "v" * 16385}),
     ("volume_ready", ("key",), "k" * 64, "k" * 65),
     ("volume_ready", ("image_size",), 2**63 - 1, 2**63),
     ("volume_done", ("image_size",), 2**63 - 1, 2**63),
@@ -384,6 +409,30 @@ def test_settings_hold_no_more_than_qubesd_takes(path: Path, bad: str) -> None:
     refusal(changed(FULL["qube_settings"], path, bad))
 
 
+@pytest.mark.parametrize(("path", "bad"), [
+    *((("qube",), bad) for bad in ["", "-x", "@dispvm", "$default", "a b", "a+b", "a\n", "none", "1a", "é"]),
+    *((("location_id",), bad) for bad in ["", "a b", "a+b", "../x", "a\n", "a.b", "a-b", "é", "$(x)"]),
+])  # fmt: skip
+def test_a_storage_is_one_qube_and_one_argument(path: Path, bad: str) -> None:
+    refusal(changed(FULL["open"], ("storage", *path), bad))
+
+
+@pytest.mark.parametrize(("path", "bad"), [
+    *((("bus",), bad) for bad in ["", "PCI", "pci ", "1pci", "p_c", "pci\n", "*"]),
+    *((("backend",), bad) for bad in ["", "a b", "none", "*", "a:b", "1a"]),
+    *((("port",), bad) for bad in ["", "*", "a/b", "00 14", "x\n", "é", "a+b"]),
+    *((("options",), {bad: "1"}) for bad in ["", "a b", "a=b", "é"]),
+    *((("options",), {"a": bad}) for bad in ["\n", "é", "\x1b"]),
+])  # fmt: skip
+def test_a_device_is_one_port_of_one_qube(path: Path, bad: object) -> None:
+    refusal(changed(FULL["manifest"], ("qubes", 0, "devices", 0, *path), bad))
+
+
+@pytest.mark.parametrize("port", ["00_14.0", "00_1c.0-00_00.0", "1-1.2", "sda1", "0000:00:14.0", "mic"])
+def test_the_usual_ports_are_taken(port: str) -> None:
+    assert is_taken(changed(FULL["manifest"], ("qubes", 0, "devices", 0, "port"), port))
+
+
 @pytest.mark.parametrize(
     ("path", "bad"),
     [
@@ -392,6 +441,7 @@ def test_settings_hold_no_more_than_qubesd_takes(path: Path, bad: str) -> None:
         (("qubes", 0, "klass"), "AdminVM"),
         (("qubes", 0, "name"), "dom0"),
         (("qubes", 0, "volumes"), [{"name": "home"}]),
+        (("qubes", 0, "home_user"), "user"),
         (("qubes", 0, "volumes"), [{"name": "private"}, {"name": "private"}]),
         (("qubes", 0, "volumes"), [{"name": "volatile"}]),
         (
@@ -410,6 +460,9 @@ def test_a_manifest_that_contradicts_itself_is_refused(path: Path, bad: object) 
 def test_dom0_is_the_one_admin_vm_and_has_a_home() -> None:
     dom0 = {**QUBE, "name": "dom0", "klass": "AdminVM", "volumes": [{"name": "home"}]}
     assert is_taken(changed(FULL["manifest"], ("qubes", 0), dom0))
+    assert is_taken(changed(FULL["manifest"], ("qubes", 0), {**dom0, "home_user": "user"}))
+    for bad in ("", "a/b", "a b", "\u0430", 1):
+        refusal(changed(FULL["manifest"], ("qubes", 0), {**dom0, "home_user": bad}))
     refusal(changed(FULL["manifest"], ("qubes", 0), {**dom0, "volumes": []}))
     refusal(changed(FULL["manifest"], ("qubes", 0), {**dom0, "name": "dom1"}))
     refusal(changed(FULL["manifest"], ("qubes", 0), {**dom0, "klass": "AppVM", "volumes": []}))

@@ -25,6 +25,7 @@ PATTERNS: dict[str, tuple[Any, str, str, int]] = {
     "NetvmName": (names.NetvmName, "ab", WORD + "_.-", 31),
     "QubeKey": (names.QubeKey, "ab", WORD + "_-", 64),
     "LabelName": (names.LabelName, "ab", WORD + "_.-", 64),
+    "HomeUser": (names.HomeUser, "ab", WORD + "_.+@-", 255),
     "PropertyName": (names.PropertyName, "ab", string.ascii_lowercase + string.digits + "_", 64),
     "FeatureName": (names.FeatureName, "ab", WORD + "_.+:-", 255),
     "SettingValue": (names.SettingValue, "ab", PRINTABLE, 16384),

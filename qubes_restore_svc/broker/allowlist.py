@@ -1,0 +1,201 @@
+"""Which of a qube's settings may come back from a backup.
+
+Strategy: allow-lists of patterns over names, and for some settings over their values; what is on none stays
+behind and is told. A backup that was made to attack, or by somebody else, thereby cannot give a qube rights,
+devices, a kernel command line, or a place among the qubes that start with the system. What a setting can do
+is in `settings_table.py`; the lists are the person's.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from qubes_restore_svc.broker.settings_table import Kind, Rule, Standing, family_rule_for, rule_for
+from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube
+
+#: The entry of a list that stands for all settings of its kind that come back by default.
+DEFAULT = "@default"
+
+#: Most settings of one qube that are told one by one.
+MAX_LEFT_OUT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedSettings:
+    """What of a qube's settings is restored; `left_out` names the rest (`property kernelopts`)."""
+
+    properties: Mapping[str, str] = field(default_factory=dict)
+    features: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    devices: tuple[DeviceInfo, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+class AllowList(Protocol):
+    """Decides which settings of a qube are restored."""
+
+    def choose(self, qube: ManifestQube) -> AllowedSettings:
+        """What of `qube`'s properties, features, tags and devices may come back.
+
+        The references `netvm` and `default_dispvm`, and `template_for_dispvms` and `provides_network`, on
+        which other qubes of the restore may depend, are for the plan: it reads them in the manifest.
+        """
+        ...
+
+
+class AllowNothing:
+    """No setting at all: for hosts that keep what the backup says without acting on it."""
+
+    def choose(self, qube: ManifestQube) -> AllowedSettings:
+        """Nothing."""
+        return AllowedSettings()
+
+
+class SettingsPolicy:
+    """The allow-list of a Qubes system, with the person's lists; without arguments, the default one.
+
+    `properties`, `features` and `tags` are entries that `check_entry` accepts; `devices` classes of devices;
+    the switches let in what starts with the system, and what chooses the kernel and its command line.
+    """
+
+    def __init__(
+        self,
+        *,
+        properties: Iterable[str] = (DEFAULT,),
+        features: Iterable[str] = (DEFAULT,),
+        tags: Iterable[str] = (DEFAULT,),
+        devices: Iterable[str] = (),
+        autostart: bool = False,
+        kernel: bool = False,
+        kernelopts: bool = False,
+    ) -> None:
+        self._properties = _List("property", properties)
+        self._features = _List("feature", features)
+        self._tags = _List("tag", tags)
+        self._devices = frozenset(devices)
+        switches = {
+            Standing.AUTOSTART: autostart,
+            Standing.KERNEL: kernel,
+            Standing.KERNELOPTS: kernelopts,
+        }
+        self._on = frozenset(standing for standing, is_on in switches.items() if is_on)
+
+    def choose(self, qube: ManifestQube) -> AllowedSettings:
+        """What of `qube`'s settings may come back; of dom0's, none, and none is told."""
+        if qube.klass == "AdminVM":
+            return AllowedSettings()
+        told: dict[str, None] = {}
+        properties = dict(self._chosen(self._properties, qube.properties.items(), qube.klass, told))
+        features = dict(self._chosen(self._features, qube.features.items(), qube.klass, told))
+        tags = dict.fromkeys(qube.tags, "")
+        tags = dict(self._chosen(self._tags, tags.items(), qube.klass, told))
+        devices = tuple(self._chosen_devices(qube.devices, told))
+        return AllowedSettings(properties, features, tuple(tags), devices, _shortened(tuple(told)))
+
+    def _chosen(
+        self,
+        allowed: "_List",
+        untrusted_settings: Iterable[tuple[str, str]],
+        klass: str,
+        told: dict[str, None],
+    ) -> Iterator[tuple[str, str]]:
+        """Those that may come back; puts the others into `told`, but for what is not worth it."""
+        for name, untrusted_value in untrusted_settings:
+            rule = rule_for(allowed.kind, name)
+            if not self._may(allowed, rule, name, untrusted_value, klass):
+                if not rule.silent and untrusted_value not in rule.silent_values:
+                    told[f"{allowed.kind} {rule.pattern if rule.together else name}"] = None
+            elif rule.values is not None and not rule.values.allow(untrusted_value):
+                told[f"{allowed.kind} {name} (only {rule.values.text})"] = None
+            else:
+                yield name, untrusted_value
+
+    def _may(self, allowed: "_List", rule: Rule, name: str, untrusted_value: str, klass: str) -> bool:
+        if not _NAMES[allowed.kind].fullmatch(name) or (rule.only_on and klass not in rule.only_on):
+            return False
+        match rule.standing:
+            case Standing.RESTORED:
+                return allowed.default or allowed.matches(name)
+            case Standing.LISTED:
+                return allowed.matches(name)
+            case Standing.NAMED:
+                return name in allowed.names
+            case Standing.NEVER:
+                return False
+            case _:
+                return rule.standing in self._on or untrusted_value in rule.free_values
+
+    def _chosen_devices(self, devices: Iterable[DeviceInfo], told: dict[str, None]) -> Iterator[DeviceInfo]:
+        for device in devices:
+            name = f"device {device.bus} {device.backend}:{device.port}"
+            if device.bus not in self._devices:
+                told[name] = None
+                continue
+            known = _DEVICE_OPTIONS.get(device.bus, frozenset())
+            for option in device.options.keys() - known:
+                told[f"option {option} of {name}"] = None
+            options = {key: value for key, value in device.options.items() if key in known}
+            yield device.model_copy(update={"options": options})
+
+
+def check_entry(kind: Kind, entry: str) -> str:
+    """An entry of a list: a name, a pattern in which `*` is any characters and `?` one, or `@default`.
+
+    Raises ValueError, with a clause for the person, for one that is no such thing, that could match nothing,
+    or that asks for what no list can allow.
+    """
+    if entry == DEFAULT:
+        return entry
+    if not _ENTRIES[kind].fullmatch(entry):
+        raise ValueError(f"expected the name of a {kind}, a pattern with * or ?, or {DEFAULT}")
+    fixed = re.split(r"[*?]", entry, maxsplit=1)[0]
+    is_pattern = fixed != entry
+    rule = family_rule_for(kind, fixed) if is_pattern else rule_for(kind, entry)
+    match rule.standing:
+        case Standing.RESTORED | Standing.LISTED:
+            return entry
+        case Standing.NAMED if not is_pattern:
+            return entry
+        case Standing.NAMED:
+            raise ValueError(f"what {entry} stands for must be named one by one: {rule.why}")
+        case Standing.NEVER:
+            raise ValueError(f"the {kind} {entry} is never restored: {rule.why}")
+        case _:
+            switch = rule.standing.value.strip("`")
+            raise ValueError(f"on the {kind} {entry} no list decides, but {switch}: {rule.why}")
+
+
+class _List:
+    """One list of the configuration, ready to be asked."""
+
+    def __init__(self, kind: Kind, entries: Iterable[str]) -> None:
+        self.kind: Kind = kind
+        self.names = frozenset(check_entry(kind, entry) for entry in entries)
+        self.default = DEFAULT in self.names
+        patterns = [_compiled(kind, entry) for entry in sorted(self.names - {DEFAULT})]
+        self.matches: Callable[[str], bool] = lambda name: any(p.fullmatch(name) for p in patterns)
+
+
+#: Characters that qubesd accepts in a name.
+_ALPHABETS: dict[Kind, str] = {"property": "a-z0-9_", "feature": "A-Za-z0-9_.-", "tag": "A-Za-z0-9_-"}
+_NAMES = {kind: re.compile(f"[{alphabet}]+") for kind, alphabet in _ALPHABETS.items()}
+_ENTRIES = {kind: re.compile(f"[*?{alphabet}]{{1,255}}") for kind, alphabet in _ALPHABETS.items()}
+
+#: Options of an assignment that nobody's safety depends on. Others, as `permissive` of pci, stay behind.
+_DEVICE_OPTIONS = {"block": frozenset({"read-only", "frontend-dev", "devtype"})}
+
+
+def _compiled(kind: Kind, entry: str) -> re.Pattern[str]:
+    """The pattern, for fullmatch. Atomic groups keep it from trying a `*` twice: the time is linear."""
+    char = f"[{_ALPHABETS[kind]}]"
+    first, *rest = ("".join(char if c == "?" else re.escape(c) for c in part) for part in entry.split("*"))
+    if not rest:
+        return re.compile(first)
+    middle = "".join(f"(?>{char}*?{part})" for part in rest[:-1])
+    return re.compile(f"{first}{middle}{char}*{rest[-1]}")
+
+
+def _shortened(left_out: tuple[str, ...]) -> tuple[str, ...]:
+    more = len(left_out) - MAX_LEFT_OUT
+    return left_out if more <= 0 else (*left_out[:MAX_LEFT_OUT], f"{more} more settings")

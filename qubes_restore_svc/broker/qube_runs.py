@@ -1,0 +1,141 @@
+"""The qubes of a run: how far each has come, and what it needs of the others.
+
+Strategy: one small object a qube with a named stage, and a collection that answers questions about them and
+does nothing. A qube may need another one of the same restore, its template or netvm, wherever in the archive
+that stands; it is ready to be committed when it is settled and what it needs is finished. A default_dispvm is
+needed by nobody (it may be the qube itself): it is set when both are finished.
+"""
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from qubes_restore_svc.broker.plan import Plan, PlannedQube
+from qubes_restore_svc.broker.report import QubeReport, VolumeReport
+from qubes_restore_svc.host.base import Definition, QubeTransaction
+from qubes_restore_svc.wire import messages as m
+
+#: Most warnings that a report keeps for one qube, or for none.
+MAX_WARNINGS = 100
+
+
+class Stage(enum.Enum):
+    """How far a qube has come."""
+
+    WAITING = "waiting"  # nothing of it has come
+    OPEN = "open"  # its transaction has begun
+    SETTLED = "settled"  # all of it is here; it waits for what it needs
+    FINISHED = "finished"  # committed, verified or failed: its report says which
+
+
+@dataclass(slots=True, eq=False)
+class QubeRun:
+    """One qube of a run. `definition` is the planned one, with its references as they have turned out."""
+
+    planned: PlannedQube
+    report: QubeReport
+    definition: Definition | None
+    stage: Stage = Stage.WAITING
+    transaction: QubeTransaction | None = None
+    settings: m.QubeSettings | None = None
+
+    @property
+    def key(self) -> str:
+        """What the archive calls it."""
+        return self.planned.source.key
+
+    @property
+    def name(self) -> str:
+        """What it is called here."""
+        return self.planned.name
+
+    @property
+    def finished(self) -> bool:
+        """Is there nothing more to be done with it?"""
+        return self.stage is Stage.FINISHED
+
+    def volume(self, name: str) -> VolumeReport:
+        """The report of one of its volumes."""
+        return next(volume for volume in self.report.volumes if volume.name == name)
+
+    def warn(self, text: str) -> None:
+        """Keep a warning for the report, as far as there is room."""
+        if len(self.report.warnings) < MAX_WARNINGS:
+            self.report.warnings.append(text)
+
+
+class QubeRuns:
+    """All qubes that `plan` takes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._by_key = {
+            qube.source.key: QubeRun(qube, _empty_report(qube), qube.definition) for qube in plan.taken
+        }
+
+    def __iter__(self) -> Iterator[QubeRun]:
+        return iter(self._by_key.values())
+
+    def __getitem__(self, key: str) -> QubeRun:
+        return self._by_key[key]
+
+    def get(self, key: str | None) -> QubeRun | None:
+        """The qube of this key, or None if the run has none."""
+        return self._by_key.get(key or "")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Their keys, in the order of the backup."""
+        return tuple(self._by_key)
+
+    def unfinished_template_of(self, qube: QubeRun) -> QubeRun | None:
+        """The template of `qube`, if this run is still to bring it."""
+        template = self.get(qube.planned.template_key)
+        return None if template is None or template.finished else template
+
+    def dependents_of(self, template: QubeRun) -> list[QubeRun]:
+        """The unfinished qubes that are to have `template` as theirs."""
+        return [qube for qube in self if qube.planned.template_key == template.key and not qube.finished]
+
+    def next_ready(self) -> QubeRun | None:
+        """A settled qube of which all that it needs is finished."""
+        for qube in self:
+            needed = (self.get(qube.planned.template_key), self.get(qube.planned.netvm_key))
+            if qube.stage is Stage.SETTLED and all(other is None or other.finished for other in needed):
+                return qube
+        return None
+
+    def resolve_references(self, qube: QubeRun) -> Iterator[str]:
+        """Adapt the definition of a qube that is ready to what has become of the others; yields warnings."""
+        if qube.definition is None:
+            return
+        netvm = self.get(qube.planned.netvm_key)
+        if netvm is not None and not netvm.report.succeeded:
+            qube.definition = replace(qube.definition, netvm="")
+            yield f"it has no netvm now: {netvm.name} could not be restored"
+        dispvm = self.get(qube.planned.default_dispvm_key)
+        if dispvm is not None and not dispvm.report.succeeded:
+            qube.definition = replace(qube.definition, default_dispvm=None)
+            if dispvm.finished and dispvm is not qube:
+                yield without_dispvm(dispvm)
+
+    def waiting_for_dispvm(self, dispvm: QubeRun) -> list[QubeRun]:
+        """The restored qubes that are to have `dispvm`, finished just now, as their default_dispvm."""
+        return [
+            qube for qube in self if qube.planned.default_dispvm_key == dispvm.key and qube.report.succeeded
+        ]
+
+
+def without_dispvm(dispvm: QubeRun) -> str:
+    """The warning for a qube whose default_dispvm has failed."""
+    return f"its default disposable template is the system's now: {dispvm.name} could not be restored"
+
+
+def _empty_report(qube: PlannedQube) -> QubeReport:
+    return QubeReport(
+        name=qube.name,
+        name_in_backup=None if qube.name == qube.source.name else qube.source.name,
+        klass=qube.source.klass,
+        remark="; ".join(qube.notes),
+        settings_left_out=list(qube.left_out),
+        volumes=[VolumeReport(name=volume.name) for volume in qube.source.volumes],
+    )

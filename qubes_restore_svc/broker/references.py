@@ -1,0 +1,270 @@
+"""Template, netvm and default_dispvm of the qubes that are to be restored on a Qubes system.
+
+Strategy: begin with all of them and strike out each that lacks what it cannot do without; those that refer to
+it are looked at again, until nothing more falls. That ends with the same qubes whatever their order, and
+looks at each only as often as something it refers to has fallen. What a reference finds:
+
+    first    a qube of this restore, by its name in the backup, if it can serve: under its name here
+    then     a qube of the host, by the same name, if it can serve
+    else     the system's default, if that was chosen; a default_dispvm always takes it, and never blocks
+
+The stock command looks in the same places. But it decides in one pass, so that a qube can outlive its
+template, and a default's name leads it to a qube of the backup, if one has that name.
+
+A template is a TemplateVM, for a DispVM a qube that serves as one, and only an AppVM or StandaloneVM
+can; so templates alone never lead in a circle, whatever a backup says. Netvms can: see `circles`.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qubes_restore_svc.broker.allowlist import AllowedSettings
+from qubes_restore_svc.broker.circles import netvms_to_give_up
+from qubes_restore_svc.host.base import HostQube, QubesView
+from qubes_restore_svc.wire.messages import ManifestQube
+
+#: How qubesd writes a property that is set, in qubes.xml.
+_TRUE = "True"
+
+#: … and in lower case, how it writes that a property names no qube: now, and in R4.0.
+_NONE = ("", "none")
+
+_NO_DEFAULT_ADVICE = (
+    "Choose a default with qubes-prefs (default_template; for disposables default_dispvm), and restore again."
+)
+
+_MAX_SHOWN = 31  #: characters of a name in a note
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A qube that is to be restored under `name`; `allowed`: which of its settings come back.
+
+    Other qubes can depend on its serving as netvm or disposable template only if that may come back.
+    """
+
+    source: ManifestQube
+    name: str
+    allowed: AllowedSettings
+
+    def as_restored(self) -> HostQube:
+        """What it will be on the host."""
+        klass, properties = self.source.klass, self.allowed.properties
+        return HostQube(
+            self.name,
+            klass,
+            provides_network=properties.get("provides_network") == _TRUE,
+            template_for_dispvms=properties.get("template_for_dispvms") == _TRUE
+            and klass in ("AppVM", "StandaloneVM"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a reference leads to: a qube's name here, and its key if this restore brings it.
+
+    No name: the system's default (of a template: has none); "": none at all.
+    """
+
+    name: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """The references of a qube that can be restored, and notes for the person on what has changed.
+
+    `fallback_template`: what to take, if anything, should the template, of this restore, fail.
+    """
+
+    template: Target
+    netvm: Target
+    default_dispvm: Target
+    fallback_template: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What a qube lacks; `reason` is a clause that names it. `advice`, if the usual one will not do."""
+
+    what: Literal["template", "netvm"]
+    reason: str
+    advice: str | None = None
+
+
+def find_references(
+    candidates: Sequence[Candidate],
+    system: QubesView,
+    *,
+    use_defaults: bool,
+    in_backup: Collection[str],
+) -> dict[str, References | Missing]:
+    """What becomes of each candidate (none of them dom0), by its key.
+
+    `use_defaults`: a template or netvm that cannot be found is replaced by the system's default.
+    `in_backup`: all names in the backup. From qube to qube, keys of templates and netvms never lead back.
+    """
+    search = _Search(candidates, system, use_defaults, in_backup)
+    search.strike_out()
+    search.break_circles()
+    return {qube.source.key: search.result(qube) for qube in candidates}
+
+
+class _Search:
+    """The state of it. Qubes of the backup go by their names there."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        system: QubesView,
+        use_defaults: bool,
+        in_backup: Collection[str],
+    ) -> None:
+        self._system = system
+        self._use_defaults = use_defaults
+        self._in_backup = in_backup
+        self._standing = {qube.source.name: qube for qube in candidates}
+        self._restored = {qube.source.name: qube.as_restored() for qube in candidates}
+        self._without_netvm: frozenset[str] = frozenset()  # it would lead in a circle
+
+    def strike_out(self) -> None:
+        """Leave standing only those that have all that they cannot do without."""
+        referring: dict[str | None, list[Candidate]] = {}
+        for qube in self._standing.values():
+            for name in {qube.source.template, qube.source.netvm}:
+                referring.setdefault(name, []).append(qube)
+        to_look_at = list(self._standing.values())
+        while to_look_at:
+            qube = to_look_at.pop()
+            if qube.source.name in self._standing and self._lack(qube) is not None:
+                del self._standing[qube.source.name]
+                to_look_at.extend(referring.get(qube.source.name, ()))
+
+    def break_circles(self) -> None:
+        """Find out whose netvm must be given up."""
+        templates: dict[str, str] = {}
+        netvms: dict[str, str] = {}
+        for qube in self._standing.values():
+            for found, references in ((self._template(qube), templates), (self._netvm(qube), netvms)):
+                if isinstance(found, Target) and found.key is not None:
+                    references[qube.source.key] = found.key
+        self._without_netvm = netvms_to_give_up(templates, netvms)
+
+    def result(self, qube: Candidate) -> References | Missing:
+        """What has become of a candidate."""
+        template, netvm = self._template(qube), self._netvm(qube)
+        if isinstance(template, Missing):
+            return template
+        if isinstance(netvm, Missing):
+            return netvm
+        source, notes = qube.source, []
+        if template.key is None and template.name is not None and template.name != source.template:
+            notes.append(f"template change to '{template.name}'")
+        if qube.source.key in self._without_netvm:
+            notes.append(_without_netvm(qube, netvm))
+            netvm = Target("")
+        elif netvm.name is None and source.netvm is not None:
+            notes.append(f"netvm change to the system's default: {self._why(source.netvm, _NETVM)}")
+        dispvm = self._default_dispvm(qube)
+        if dispvm.name is None and (wanted := source.properties.get("default_dispvm")) is not None:
+            why = self._why(wanted, _DISPVM_TEMPLATE)
+            notes.append(f"default_dispvm change to the system's default: {why}")
+        fallback = self._default(source) if self._use_defaults and template.key is not None else None
+        return References(template, netvm, dispvm, fallback, tuple(notes))
+
+    def _lack(self, qube: Candidate) -> Missing | None:
+        for found in (self._template(qube), self._netvm(qube)):
+            if isinstance(found, Missing):
+                return found
+        return None
+
+    # --- What a reference finds --------------------------------------------------------------------
+
+    def _template(self, qube: Candidate) -> Target | Missing:
+        source = qube.source
+        if source.klass not in _TEMPLATE_ROLES:
+            return Target()
+        role = _TEMPLATE_ROLES[source.klass]
+        if source.template is not None and (found := self._find(source.template, role)) is not None:
+            return found
+        default = self._default(source)
+        if default is not None and (self._use_defaults or source.template is None):
+            return Target(default)
+        if source.template is None:
+            reason = "it is based on the system's default, and there is none here"
+            return Missing("template", reason, _NO_DEFAULT_ADVICE)
+        reason = f"its template {self._why(source.template, role)}"
+        if self._use_defaults:
+            return Missing("template", f"{reason}, and there is no default here", _NO_DEFAULT_ADVICE)
+        return Missing("template", reason)
+
+    def _netvm(self, qube: Candidate) -> Target | Missing:
+        netvm = qube.source.netvm
+        if not netvm:
+            return Target(netvm)
+        if (found := self._find(netvm, _NETVM)) is not None:
+            return found
+        if self._use_defaults:
+            return Target()
+        return Missing("netvm", f"its netvm {self._why(netvm, _NETVM)}")
+
+    def _default_dispvm(self, qube: Candidate) -> Target:
+        untrusted_dispvm = qube.source.properties.get("default_dispvm")
+        if untrusted_dispvm is None:
+            return Target()
+        if untrusted_dispvm.lower() in _NONE:
+            return Target("")
+        return self._find(untrusted_dispvm, _DISPVM_TEMPLATE) or Target()
+
+    def _find(self, name: str, role: "_Role") -> Target | None:
+        qube = self._standing.get(name)
+        if qube is not None and role.fits(self._restored[name]):
+            return Target(qube.name, qube.source.key)
+        there = self._system.qubes.get(name)
+        return Target(name) if there is not None and role.fits(there) else None
+
+    def _default(self, source: ManifestQube) -> str | None:
+        """The template that the system gives a qube that names none."""
+        is_disposable = source.klass == "DispVM"
+        name = self._system.default_dispvm if is_disposable else self._system.default_template
+        there = self._system.qubes.get(name or "")
+        return name if there is not None and _TEMPLATE_ROLES[source.klass].fits(there) else None
+
+    def _why(self, name: str, role: "_Role") -> str:
+        """Why `name`, which was not found, cannot be had: `'x' is here, but is not a template`."""
+        if name in self._standing:
+            why = f"will be restored, but not as {role.noun}"
+        elif name in self._system.qubes:
+            why = f"is here, but is not {role.noun}"
+        elif name in self._in_backup:
+            why = "is in the backup, but will not be restored"
+        else:
+            why = "is neither here nor in the backup"
+        return f"'{name[:_MAX_SHOWN]}' {why}"
+
+
+def _without_netvm(qube: Candidate, netvm: Target) -> str:
+    if netvm.key == qube.source.key:
+        return "it will have no netvm: it is its own"
+    return (
+        f"it will have no netvm, because '{netvm.name}' depends on it"
+        f" (afterwards: qvm-prefs {qube.name} netvm {netvm.name})"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Role:
+    """What a qube must be to serve as something."""
+
+    noun: str
+    fits: Callable[[HostQube], bool]
+
+
+_TEMPLATE = _Role("a template", lambda qube: qube.klass == "TemplateVM")
+_DISPVM_TEMPLATE = _Role("a disposable template", lambda qube: qube.template_for_dispvms)
+_NETVM = _Role("a netvm", lambda qube: qube.provides_network)
+
+#: The classes that have a template.
+_TEMPLATE_ROLES = {"AppVM": _TEMPLATE, "DispVM": _DISPVM_TEMPLATE}
