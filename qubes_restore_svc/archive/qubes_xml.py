@@ -18,6 +18,7 @@ from xml.etree.ElementTree import Element
 
 from pydantic import TypeAdapter, ValidationError
 
+from qubes_restore_svc.archive.devices import read_devices
 from qubes_restore_svc.archive.xml_tree import parse_xml
 from qubes_restore_svc.errors import BadMetadata, ProtocolViolation
 from qubes_restore_svc.wire.messages import (
@@ -248,6 +249,7 @@ class _Reader:
             "label": self._label(entry.untrusted_properties.get("label"), klass),
             "template": _template(entry.untrusted_properties.get("template", ""), klass, warn),
             "netvm": _netvm(entry.untrusted_properties.get("netvm"), warn),
+            "home_user": path.rpartition("/")[2] if klass == "AdminVM" else None,
             "backup_size": _size(entry.untrusted_features.get("backup-size"), "backup-size", warn) or 0,
             "volumes": _volumes(untrusted_domain, klass, warn),
             "properties": _settings(
@@ -261,6 +263,7 @@ class _Reader:
                 warn,
             ),
             "tags": _tags(untrusted_domain, warn),
+            "devices": read_devices(untrusted_domain, warn),
         }
         try:
             info = ManifestQube.model_validate(fields)

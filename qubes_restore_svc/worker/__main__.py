@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Sequence
 
 from qubes_restore_svc.archive.kdf import best_engine
+from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.system_memory import available_memory
-from qubes_restore_svc.worker.calls import PassedCalls
+from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
 from qubes_restore_svc.worker.daemon import Daemon
 
 #: Bytes that stay free for the interpreter, the decompressor and the sockets.
@@ -23,27 +24,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serve one session and leave, whatever threads still run."""
     parser = argparse.ArgumentParser(prog="qubes-restore-worker")
     parser.add_argument("--engine", action="store_true", help="only say what derives the keys")
-    parser.add_argument("--calls-fd", type=int, help="socket on which calls come")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--calls-fd", type=int, help="socket on which calls come")
+    ways.add_argument("--listen", action="store_true", help="calls come to the socket that systemd passes")
     parser.add_argument("--archive-fd", type=int, help="the backup, open for reading")
     parser.add_argument("--memory-limit", type=int, help="memory that this machine has to give, bytes")
     options = parser.parse_args(arguments)
     if options.engine:
         sys.stdout.write(f"{best_engine().name}\n")
         return
-    if options.calls_fd is None:
-        parser.error("--calls-fd is needed")
+    if not options.listen and options.calls_fd is None:
+        parser.error("--calls-fd or --listen is needed")
+    try:
+        listener = inherited_listener() if options.listen else None
+    except UsageError as error:
+        parser.error(str(error))
     _restrict_process()
     available = options.memory_limit or available_memory()
     memory = max(_LEAST_MEMORY, available - _OVERHEAD)
-    asyncio.run(_serve(options.calls_fd, options.archive_fd, memory=memory))
+    if listener is not None:
+        accept = ListeningCalls(listener).accept
+    else:
+        accept = PassedCalls(socket.socket(fileno=options.calls_fd)).accept
+    asyncio.run(_serve(accept, options.archive_fd, memory=memory))
 
 
-async def _serve(calls_fd: int, archive_fd: int | None, *, memory: int) -> None:
-    calls = PassedCalls(socket.socket(fileno=calls_fd))
+async def _serve(accept: Accept, archive_fd: int | None, *, memory: int) -> None:
     jobs = len(os.sched_getaffinity(0))
     status = 1
     try:
-        await Daemon(calls.accept, best_engine(), memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
+        await Daemon(accept, best_engine(), memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
         status = 0
     except Exception:  # noqa: BLE001 - a mistake of ours; its traceback goes to the link's log
         traceback.print_exc()

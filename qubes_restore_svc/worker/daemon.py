@@ -5,12 +5,13 @@ service. Only dom0 may call; there is one session in a worker's life, and when i
 """
 
 import asyncio
+import contextlib
 import socket
-from concurrent.futures import Future
 
 from qubes_restore_svc.archive.kdf import KdfEngine
-from qubes_restore_svc.errors import Cancelled, ProtocolViolation
+from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import service
+from qubes_restore_svc.worker.archive_access import ArchiveAccess
 from qubes_restore_svc.worker.calls import Accept
 from qubes_restore_svc.worker.fetches import Fetches
 from qubes_restore_svc.worker.session import Resources, Session
@@ -30,10 +31,8 @@ class Daemon:
     ) -> None:
         self._accept = accept
         self._fetches = Fetches()
-        self._archive: Future[int] = Future()
-        if archive_fd is not None:
-            self._archive.set_result(archive_fd)
-        self._resources = Resources(engine, memory, jobs, self._archive.result)
+        self._archive = ArchiveAccess(archive_fd)
+        self._resources = Resources(engine, memory, jobs, self._archive)
         self._session: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()
@@ -47,6 +46,7 @@ class Daemon:
         for task in ended:
             task.cancel()
         await asyncio.gather(*ended, return_exceptions=True)
+        self._archive.close()
         if self._session is not None and self._session.done():
             self._session.result()
 
@@ -71,26 +71,25 @@ class Daemon:
 
     def _dispatch(self, call: service.ServiceCall, connection: socket.socket) -> bool:
         """Hand the connection over; False if nobody takes it."""
+        if call.service == service.SESSION and call.argument == service.READY_ARGUMENT:
+            # The socket's buffer is empty, so this does not wait; who has gone meanwhile need not know.
+            with contextlib.suppress(OSError):
+                connection.send(service.READY)
+            return False
         if call.service == service.SESSION and not call.argument and self._session is None:
             self._session = asyncio.create_task(self._run_session(connection))
             self._session.add_done_callback(lambda _: self._over.set())
             return True
-        if call.service == service.ARCHIVE and not call.argument and not self._archive.done():
-            connection.setblocking(True)
-            self._archive.set_result(connection.detach())
-            return True
+        if call.service == service.ARCHIVE:
+            return self._archive.take(call.argument, connection)
         if call.service == service.VOLUME:
             connection.setblocking(True)
             return self._fetches.take(call.argument, connection)
         return False
 
     async def _run_session(self, connection: socket.socket) -> None:
-        try:
-            reader, writer = await asyncio.open_connection(sock=connection)
-            await Session(reader, writer, self._resources, self._fetches).run()
-        finally:
-            if not self._archive.done():
-                self._archive.set_exception(Cancelled("the session ended"))
+        reader, writer = await asyncio.open_connection(sock=connection)
+        await Session(reader, writer, self._resources, self._fetches).run()
 
 
 async def _read_descriptor(connection: socket.socket) -> bytes:

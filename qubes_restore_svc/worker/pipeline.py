@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from qubes_restore_svc.archive import settings_files
 from qubes_restore_svc.archive.filters import decompress
 from qubes_restore_svc.archive.inner_tar import read_image, read_small_file
+from qubes_restore_svc.archive.zero_runs import without_zeros
 from qubes_restore_svc.errors import (
     BadMetadata,
     Cancelled,
@@ -150,15 +151,16 @@ class Pipeline:
         else:
             image = read_image(blocks, file, self._max_size(info, volume))
             size = image.size
-            extents = ((extent.offset, memoryview(extent.data)) for extent in image.extents)
+            extents = ((extent.offset, extent.data) for extent in without_zeros(image.extents))
         start = self._image_bytes
 
         def check() -> None:
             self._check(place.qube)
-            self._image_bytes = start + digest.position
+            self._image_bytes = start + digest.hashed
 
         digest = ImageHash(check)
-        with self._fetched(m.VolumeReady(key=info.key, volume=volume, image_size=size)) as stream:
+        ready = m.VolumeReady(key=info.key, volume=volume, image_size=size)
+        with self._fetched(ready) as stream, digest:
             for offset, data in extents:
                 digest.write(offset, data)
                 if stream is not None:
@@ -225,7 +227,12 @@ class Pipeline:
 
     def _cut_off(self, error: RestoreError, last_file: str) -> None:
         """The archive broke off. Of the qube that was being read then, nobody knows what else there was: a
-        firewall, say, which nothing promises, and without which it would be too open."""
+        firewall, say, which nothing promises, and without which it would be too open. If nothing has come at
+        all, that holds for every qube, also for one that has no volumes."""
+        if not last_file:
+            for selected in self._selection:
+                selected.error = selected.error or _copy(error, qube=selected.info.name)
+            return
         qube = self._selection.owner(last_file)
         if qube is not None and qube.stage is Stage.WANTED:
             qube.error = qube.error or _copy(error, qube=qube.info.name)

@@ -8,18 +8,20 @@ hangs up or cancels, when everything has been said, or when one side breaks the 
 
 import asyncio
 import concurrent.futures
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from qubes_restore_svc.archive.kdf import KdfEngine
-from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
 from qubes_restore_svc.wire.session import SessionState, State
+from qubes_restore_svc.worker.archive_access import ArchiveAccess, ArchivePass
 from qubes_restore_svc.worker.budget import Budget
+from qubes_restore_svc.worker.conversation import paths_of
 from qubes_restore_svc.worker.events import event_queue
 from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.fetches import Fetches
@@ -28,7 +30,6 @@ from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import OpenBackup, open_backup
 from qubes_restore_svc.worker.outbox import Outbox
 from qubes_restore_svc.worker.pipeline import Pipeline
-from qubes_restore_svc.worker.source import ArchiveSource
 
 #: Seconds between signs of life.
 HEARTBEAT_S = 0.5
@@ -46,7 +47,7 @@ class Resources:
     engine: KdfEngine
     memory: int
     jobs: int
-    archive: Callable[[], int]  #: waits for the archive and returns its descriptor
+    archive: ArchiveAccess
 
 
 class Session:
@@ -68,8 +69,10 @@ class Session:
         self._open_request: m.Open | None = None
         self._backup: OpenBackup | None = None
         self._events = event_queue()
+        self._pass: ArchivePass | None = None  # the one that is being read
         self._intake: Intake | None = None
         self._pipeline: Pipeline | None = None
+        self._budget: Budget | None = None
         self._scheduler: KeyScheduler | None = None
 
     async def run(self) -> None:
@@ -112,7 +115,9 @@ class Session:
             engine = self._resources.engine
             # One chunk is being read, one is being unpacked, and every lane has one.
             max_chunks = jobs * engine.lanes + 2
-            budget = Budget(message.memory or self._resources.memory, engine, max_chunks)
+            if message.storage is not None:
+                self._resources.archive.fetch_from(message.storage)
+            budget = self._budget = Budget(message.memory or self._resources.memory, engine, max_chunks)
             scheduler = self._scheduler = KeyScheduler(engine, budget, jobs)
             self._open_request = message
             self._in_thread("open", lambda: self._open(message, budget, scheduler))
@@ -159,18 +164,21 @@ class Session:
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
     def _open(self, request: m.Open, budget: Budget, scheduler: KeyScheduler) -> None:
-        source = ArchiveSource(self._resources.archive())
-        intake = self._intake = Intake(source, OuterTarReader(), budget, scheduler, self._events)
-        scheduler.expect_more(request.ahead)
-        backup = open_backup(
-            intake,
-            request.passphrase.get_secret_value(),
-            request.compression_filter,
-            ahead=request.ahead,
-        )
+        first = self._pass = self._resources.archive.first_pass()
+        intake = self._intake = Intake(first.source, first.reader, budget, scheduler, self._events)
+        # What follows qubes.xml comes in this pass only if it is the whole archive.
+        ahead = request.ahead and first.whole
+        scheduler.expect_more(ahead)
+        try:
+            backup = open_backup(
+                intake, request.passphrase.get_secret_value(), request.compression_filter, ahead=ahead
+            )
+        finally:
+            if not first.whole:
+                first.close()
         self._backup = backup
         for warning in backup.content.warnings:
-            self._outbox.put(m.Log(level="warning", text=warning[:1000]))
+            self._warn(warning)
         self._outbox.put(
             m.Manifest(
                 backup_id=backup.header.backup_id,
@@ -182,20 +190,45 @@ class Session:
         )
 
     def _start(self, request: m.Start) -> None:
-        assert self._open_request is not None and self._backup is not None and self._intake is not None
-        unknown = set(request.keys) - {qube.info.key for qube in self._backup.content.qubes}
-        if unknown:
+        assert self._open_request is not None and self._backup is not None
+        if set(request.keys) - {qube.info.key for qube in self._backup.content.qubes}:
             raise ProtocolViolation("'start' names qubes that the backup does not hold")
-        self._pipeline = Pipeline(
+        reading, intake = self._main_pass(self._backup, request)
+        pipeline = self._pipeline = Pipeline(
             self._backup,
-            self._intake,
+            intake,
             self._events,
             request,
             ignore_size_limit=self._open_request.ignore_size_limit,
             emit=self._outbox.put,
             announce=self._announce,
         )
-        self._in_thread("pipeline", self._pipeline.run)
+
+        def run() -> None:
+            # It ends when the intake has ended, whatever happens: nobody reads from the archive any more.
+            with contextlib.closing(reading):
+                pipeline.run()
+
+        self._in_thread("pipeline", run)
+
+    def _main_pass(self, backup: OpenBackup, request: m.Start) -> tuple[ArchivePass, Intake]:
+        """The pass that brings the volumes: the one that goes on behind qubes.xml, or another one."""
+        assert self._pass is not None and self._intake is not None
+        assert self._budget is not None and self._scheduler is not None
+        if not self._pass.whole:
+            keys = frozenset(request.keys)
+            selected = [qube for qube in backup.content.qubes if qube.info.key in keys]
+            self._pass = self._resources.archive.second_pass(
+                paths_of(selected), position=self._intake.position, remark=self._warn
+            )
+            # The first intake has given everything back, and has put nothing into the queue.
+            self._intake = Intake(
+                self._pass.source, self._pass.reader, self._budget, self._scheduler, self._events
+            )
+        return self._pass, self._intake
+
+    def _warn(self, text: str) -> None:
+        self._outbox.put(m.Log(level="warning", text=text[:1000]))
 
     def _announce(self, ready: m.VolumeReady) -> "concurrent.futures.Future[socket.socket | None]":
         taker = self._fetches.offer(ready.key, ready.volume)

@@ -8,6 +8,7 @@ input can seek, by reading it away where it cannot.
 import contextlib
 import os
 import stat
+from collections.abc import Callable, Iterator
 
 from qubes_restore_svc.errors import ArchiveUnreadable
 
@@ -18,11 +19,11 @@ _SKIP_SIZE = 1 << 20
 class ArchiveSource:
     """Reads descriptor `fd` from where it stands; does not close it. `position` counts bytes from there."""
 
+    _seekable_end: int | None = None  #: where it ends; None if it cannot seek
+    _start = 0  #: where reading began, in a file
+
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._buffer = b""
-        self._offset = 0
-        self.position = 0
+        self._begin(fd, 0)
         try:
             status = os.fstat(fd)
             # Whoever had it before may have left it non-blocking.
@@ -30,7 +31,14 @@ class ArchiveSource:
         except OSError as error:
             raise self._unreadable(error) from error
         self._seekable_end = self._find_end(status)
-        self._start = 0 if self._seekable_end is None else os.lseek(fd, 0, os.SEEK_CUR)
+        if self._seekable_end is not None:
+            self._start = os.lseek(fd, 0, os.SEEK_CUR)
+
+    def _begin(self, fd: int, position: int) -> None:
+        self._fd = fd
+        self._buffer = b""
+        self._offset = 0
+        self.position = position
 
     @property
     def seekable(self) -> bool:
@@ -131,3 +139,45 @@ class ArchiveSource:
         reason = error.strerror or "input/output error"
         where = self.position if position is None else position
         return ArchiveUnreadable(f"reading the archive failed at byte {where}: {reason}")
+
+
+class LateSource(ArchiveSource):
+    """Reads a connection that `connect` brings, as a descriptor, when the first byte is wanted.
+
+    It cannot seek. `position` is where counting begins, bytes. `connect` may block, and raise RestoreError.
+    """
+
+    def __init__(self, connect: Callable[[], int], position: int = 0) -> None:
+        self._begin(-1, position)
+        self._connect = connect
+
+    @property
+    def surplus(self) -> int:
+        """Bytes that have come and that nobody has taken."""
+        return len(self._buffer) - self._offset
+
+    def _system_read(self, size: int) -> bytes:
+        self._be_connected()
+        with _a_reset_is_an_end():
+            return super()._system_read(size)
+        return b""
+
+    def _system_read_into(self, target: memoryview) -> int:
+        self._be_connected()
+        with _a_reset_is_an_end():
+            return super()._system_read_into(target)
+        return 0
+
+    def _be_connected(self) -> None:
+        if self._fd < 0:
+            self._fd = self._connect()
+
+
+@contextlib.contextmanager
+def _a_reset_is_an_end() -> Iterator[None]:
+    """A peer that goes before it has read all that it was sent resets the connection; no more comes of it."""
+    try:
+        yield
+    except ArchiveUnreadable as error:
+        if not isinstance(error.__cause__, ConnectionResetError):
+            raise

@@ -22,7 +22,13 @@ from qubes_restore_svc.archive.qubes_xml import (
     parse_qubes_xml,
 )
 from qubes_restore_svc.errors import BadMetadata
-from qubes_restore_svc.wire.messages import Manifest, ManifestQube, VolumeInfo, encode_message
+from qubes_restore_svc.wire.messages import (
+    DeviceInfo,
+    Manifest,
+    ManifestQube,
+    VolumeInfo,
+    encode_message,
+)
 from qubes_restore_svc.wire.names import MAX_QUBES, strip_control
 from tests.support.fixtures import expectation, shared_fixture
 
@@ -214,6 +220,7 @@ def test_qubes_are_read_as_qubesd_writes_them() -> None:
             name="dom0",
             klass="AdminVM",
             label="black",
+            home_user="user",
             backup_size=20971520,
             volumes=(VolumeInfo(name="home"),),
             properties={"default_dispvm": ""},
@@ -236,6 +243,15 @@ def test_qubes_are_read_as_qubesd_writes_them() -> None:
             properties={"kernel": "", "maxmem": "4000", "virt_mode": "hvm"},
             features={"service.cups": "", "menu-items": "firefox.desktop xterm.desktop"},
             tags=("created-by-dom0", "project-a"),
+            devices=(
+                DeviceInfo(
+                    bus="pci",
+                    backend="dom0",
+                    port="00_14.0",
+                    required=True,
+                    options={"no-strict-reset": "True"},
+                ),
+            ),
         ),
         "vm9",
     )
@@ -410,6 +426,12 @@ def test_a_label_can_be_given_by_id_by_name_or_by_reference() -> None:
 )
 def test_a_path_that_is_not_plain_is_refused(path: str | None, why: str) -> None:
     assert why in reason(domain(path=path))
+
+
+@pytest.mark.parametrize("user", ["user", "a.b-c_1@x", "u" * 245])
+def test_whose_home_it_is_stands_in_its_path(user: str) -> None:
+    qube, _ = listed(domain(None, klass="AdminVM", path=f"dom0-home/{user}/", label=None))
+    assert qube.home_user == user
 
 
 @pytest.mark.parametrize("path", ["vm0", "dom0-home", "dom0-home/user/x", "qubes.xml"])

@@ -12,7 +12,8 @@ from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
-from qubes_restore_svc.worker.calls import READY, PassedCalls
+from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.worker.calls import PassedCalls
 from qubes_restore_svc.worker.daemon import Daemon
 
 from ..support.backup_writer import PASSPHRASE
@@ -119,10 +120,15 @@ class Peer:
         self._messages: list[m.WorkerMessage] = []
 
     def open(
-        self, passphrase: str = PASSPHRASE, *, memory: int | None = None, jobs: int | None = None
+        self,
+        passphrase: str = PASSPHRASE,
+        *,
+        memory: int | None = None,
+        jobs: int | None = None,
+        storage: m.Storage | None = None,
     ) -> None:
         """Say open."""
-        self.say(m.Open(passphrase=SecretStr(passphrase), memory=memory, jobs=jobs))
+        self.say(m.Open(passphrase=SecretStr(passphrase), memory=memory, jobs=jobs, storage=storage))
 
     def say(self, message: m.Message) -> None:
         """Send a message, whether it may come now or not."""

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.service import READY
 from qubes_restore_svc.worker import daemon
 
 from ..support.damage import sample_backup
@@ -26,6 +27,9 @@ ARCHIVE = sample_backup(log_n=2).to_bytes()
         b"restore.Volume+vm10.private work\0",
         b"restore.Archive work\0",
         b"restore.Session+argument dom0\0",
+        b"restore.Session+ready work\0",
+        b"restore.Session+READY dom0\0",
+        b"restore.Session+ready+ dom0\0",
         b"restore.Session\0",
         b"restore.Nothing dom0\0",
         b"qubes.VMShell dom0\0",
@@ -52,6 +56,19 @@ async def test_dom0_gets_its_session(descriptor: bytes) -> None:
             peer = await caller.session(descriptor)
             peer.open()
             await peer.expect(m.Manifest)
+
+
+async def test_dom0_is_told_that_the_worker_is_there_and_that_is_no_session() -> None:
+    with file_with(ARCHIVE) as archive:
+        async with Caller(archive) as caller:
+            for _ in range(3):
+                connection = caller.call(b"restore.Session+ready dom0\0")
+                loop = asyncio.get_running_loop()
+                assert await loop.sock_recv(connection, 100) == READY
+                assert await hung_up(connection)
+            gone = caller.call(b"restore.Session+ready dom0\0")
+            gone.close()  # before it was answered, perhaps
+            await caller.opened()
 
 
 async def test_a_descriptor_may_come_byte_by_byte_and_what_follows_it_is_the_services() -> None:

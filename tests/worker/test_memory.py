@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
-from qubes_restore_svc.worker.calls import READY
+from qubes_restore_svc.wire.service import READY
 
 from ..support.backup_writer import PASSPHRASE, BackupWriter, QubePlan, sample_image
 from ..support.fixtures import REPOSITORY

@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+import threading
 from collections.abc import Iterable
 
 import pytest
@@ -22,23 +23,24 @@ def nothing() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=3000)), max_size=8))
 def test_the_hash_is_that_of_the_whole_image(runs: list[tuple[int, bytes]]) -> None:
-    digest, image = ImageHash(nothing), b""
-    for hole, data in runs:
-        image += bytes(hole)
-        digest.write(len(image), memoryview(data))
-        image += data
-        assert digest.position == len(image)
-    assert digest.data_bytes == sum(len(data) for _, data in runs)
-    image += bytes(5000)
-    assert digest.finish(len(image)) == hashlib.sha256(image).hexdigest()
+    image = b""
+    with ImageHash(nothing) as digest:
+        for hole, data in runs:
+            image += bytes(hole)
+            digest.write(len(image), memoryview(data))
+            image += data
+            assert digest.position == len(image)
+        assert digest.data_bytes == sum(len(data) for _, data in runs)
+        image += bytes(5000)
+        assert digest.finish(len(image)) == hashlib.sha256(image).hexdigest()
+    assert digest.hashed == len(image)
 
 
 def test_a_hole_of_many_mebibytes_is_hashed_as_zeros() -> None:
-    digest = ImageHash(nothing)
-    digest.write(3 * MIB + 1, memoryview(b"x"))
-    assert (
-        digest.finish(5 * MIB) == hashlib.sha256(bytes(3 * MIB + 1) + b"x" + bytes(2 * MIB - 2)).hexdigest()
-    )
+    with ImageHash(nothing) as digest:
+        digest.write(3 * MIB + 1, memoryview(b"x"))
+        image = bytes(3 * MIB + 1) + b"x" + bytes(2 * MIB - 2)
+        assert digest.finish(5 * MIB) == hashlib.sha256(image).hexdigest()
 
 
 @pytest.mark.parametrize("place", ["before data", "at the end"])
@@ -48,13 +50,43 @@ def test_the_hashing_of_a_hole_of_a_tebibyte_can_be_stopped(place: str) -> None:
     def check() -> None:
         nonlocal calls
         calls += 1
-        if calls == 20:
+        if calls == 5:
             raise Cancelled("enough")
 
-    digest = ImageHash(check)
-    with pytest.raises(Cancelled):
-        digest.write(1 << 40, memoryview(b"x")) if place == "before data" else digest.finish(1 << 40)
-    assert digest.position <= 20 * MIB
+    with pytest.raises(Cancelled), ImageHash(check) as digest:
+        if place == "before data":
+            digest.write(1 << 40, memoryview(b"x"))
+        digest.finish((1 << 40) + 1)
+    assert digest.hashed < 1 << 38
+    assert not [thread for thread in threading.enumerate() if thread.name == "hash"]
+
+
+def test_data_that_comes_faster_than_it_is_hashed_waits_and_can_be_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped = threading.Event()
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 200:
+            raise Cancelled("enough")
+
+    def hash_nothing(self: ImageHash) -> None:
+        stopped.wait(20)
+
+    monkeypatch.setattr(ImageHash, "_hash", hash_nothing)
+    monkeypatch.setattr("qubes_restore_svc.worker.output._PATIENCE_S", 0.001)
+    written = 0
+    with pytest.raises(Cancelled), ImageHash(check) as digest:
+        try:
+            while True:
+                digest.write(written, memoryview(b"x"))
+                written += 1
+        finally:
+            stopped.set()
+    assert written == 16
 
 
 @pytest.mark.parametrize("length", [1, 1000, MAX_RECORD, MAX_RECORD + 1, 3 * MAX_RECORD + 7])

@@ -1,6 +1,7 @@
 """The archive as a stream: files are skipped by seeking, pipes by reading, and both give the same bytes."""
 
 import os
+import socket
 from contextlib import AbstractContextManager
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_restore_svc.errors import ArchiveUnreadable
-from qubes_restore_svc.worker.source import ArchiveSource
+from qubes_restore_svc.worker.source import ArchiveSource, LateSource
 
 from .support import Hanging, file_with, in_thread, pipe_with
 
@@ -112,3 +113,53 @@ def test_a_seek_that_fails_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(os, "lseek", fail)
         with pytest.raises(ArchiveUnreadable, match="Input/output error"):
             source.skip(90_000)
+
+
+# --- A connection that comes late -------------------------------------------------------------------
+
+
+def test_a_late_source_connects_when_it_is_first_read_and_counts_from_where_it_is_told() -> None:
+    ours, theirs = socket.socketpair()
+    connected: list[int] = []
+
+    def connect() -> int:
+        connected.append(ours.fileno())
+        return ours.fileno()
+
+    with ours, theirs:
+        source = LateSource(connect, position=1000)
+        assert (source.position, source.seekable, connected) == (1000, False, [])
+        theirs.sendall(b"x" * 20_000 + b"yz")
+        theirs.shutdown(socket.SHUT_WR)
+        target = bytearray(20_000)
+        assert source.read_into(memoryview(target)) == 20_000
+        assert source.position == 21_000 and len(connected) == 1
+        assert source.read(1) == b"y" and source.surplus == 1
+        assert source.skip(5) == 1 and source.surplus == 0
+        assert source.read(1) == b""
+        assert len(connected) == 1
+
+
+def test_what_goes_wrong_with_the_connection_is_raised_to_who_reads() -> None:
+    def connect() -> int:
+        raise ArchiveUnreadable("nobody is there")
+
+    with pytest.raises(ArchiveUnreadable, match="nobody is there"):
+        LateSource(connect).read(1)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_a_peer_that_goes_without_reading_is_an_end_after_what_it_has_sent(size: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(b"a request that nobody reads")
+        theirs.sendall(b"abc")
+        theirs.close()
+        source = LateSource(ours.fileno)
+        assert source.read(3) == b"abc"
+        assert source.read(size) == b""
+
+
+def test_any_other_error_of_a_connection_is_an_error() -> None:
+    with socket.socket() as unconnected, pytest.raises(ArchiveUnreadable, match="not connected"):
+        LateSource(unconnected.fileno).read(1)

@@ -1,0 +1,164 @@
+"""How the worker comes to the archive: it has it, it is called with it, or it fetches it.
+
+Strategy: three ways, and the first that shows counts for good.
+
+    a descriptor, or `restore.Archive`     the backup as it is, read in one pass
+    `restore.Archive+qfile`, twice         a conversation with a storage service for each of two passes
+    `open` names a storage VM              the same conversations, with processes of our own
+
+The event loop puts calls in; the thread that opens the backup waits for them, and so does the one that reads
+the second pass. `close` wakes everyone who waits or reads, and leaves no process.
+"""
+
+import contextlib
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from qubes_restore_svc.archive.members import MemberReader
+from qubes_restore_svc.archive.outer_tar import OuterTarReader
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation
+from qubes_restore_svc.wire.messages import Storage
+from qubes_restore_svc.wire.service import QFILE_ARGUMENT
+from qubes_restore_svc.worker.conversation import BEGINNING, CalledPeer, Conversation, Peer
+from qubes_restore_svc.worker.restore_by_id import RestoreById
+from qubes_restore_svc.worker.source import ArchiveSource
+
+_PASSES = 2
+
+
+class ArchivePass(Protocol):
+    """What an intake reads from. `whole`: all of the archive, so that there is no second pass."""
+
+    whole: bool
+
+    @property
+    def source(self) -> ArchiveSource: ...
+
+    @property
+    def reader(self) -> MemberReader: ...
+
+    def close(self) -> None:
+        """Nobody reads from it any more; safe to repeat."""
+        ...
+
+
+class ArchiveAccess:
+    """The archive of one session. `archive_fd` is the backup, if there is one yet; it stays the caller's."""
+
+    def __init__(self, archive_fd: int | None) -> None:
+        self._changed = threading.Condition()
+        self._closed = False
+        self._passed = archive_fd
+        self._called: socket.socket | None = None
+        self._storage: Storage | None = None
+        self._waiting: deque[socket.socket] = deque()
+        self._conversations = 0
+        self._peer: Peer | None = None
+
+    # --- On the event loop -------------------------------------------------------------------------
+
+    def take(self, argument: str, connection: socket.socket) -> bool:
+        """Take the connection of a `restore.Archive` call; False if nobody waits for such a one."""
+        with self._changed:
+            if self._closed or not self._admits(argument):
+                return False
+            connection.setblocking(True)
+            if argument == QFILE_ARGUMENT:
+                self._waiting.append(connection)
+                self._conversations += 1
+            else:
+                self._called = connection
+            self._changed.notify_all()
+            return True
+
+    def fetch_from(self, storage: Storage) -> None:
+        """From now on the archive is fetched from there. Raises ProtocolViolation if there is another one."""
+        with self._changed:
+            if self._passed is not None or self._called is not None or self._conversations:
+                raise ProtocolViolation("'open' names a storage qube, but there is an archive already")
+            self._storage = storage
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No more passes: whoever waits gets Cancelled, whoever reads an end, and no process stays."""
+        with self._changed:
+            self._closed = True
+            for connection in self._waiting:
+                connection.close()
+            self._waiting.clear()
+            self._changed.notify_all()
+            peer = self._peer
+        if isinstance(peer, RestoreById):
+            peer.kill()
+        for reading in (self._called, None if peer is None else peer.connection):
+            if reading is not None:
+                # Not closed: another thread may be reading, and the number would go to someone else.
+                with contextlib.suppress(OSError):
+                    reading.shutdown(socket.SHUT_RDWR)
+
+    # --- In the threads of the session -------------------------------------------------------------
+
+    def first_pass(self) -> ArchivePass:
+        """The pass that begins with the header; waits until it is known where it comes from.
+
+        Raises Cancelled, and ArchiveUnreadable for a descriptor that is none.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._passed is not None or self._is_called())
+            self._stop_if_closed()
+            if self._passed is not None:
+                return _WholeArchive(self._passed)
+            if self._called is not None:
+                return _WholeArchive(self._called.fileno(), self._called)
+        return Conversation(self._connect, BEGINNING)
+
+    def second_pass(
+        self, paths: Iterable[str], *, position: int, remark: Callable[[str], None]
+    ) -> ArchivePass:
+        """The pass over the members at `paths`; it begins when it is first read. See Conversation."""
+        return Conversation(self._connect, paths, position=position, remark=remark)
+
+    def _connect(self) -> Peer:
+        """The other side of the next conversation; waits for a call, if it comes by one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._storage is not None or bool(self._waiting))
+            self._stop_if_closed()
+            # A process is started with the lock held, so that `close` finds it.
+            if self._storage is not None:
+                self._peer = RestoreById(self._storage)
+            else:
+                self._peer = CalledPeer(self._waiting.popleft())
+            return self._peer
+
+    def _is_called(self) -> bool:
+        return self._called is not None or self._storage is not None or bool(self._waiting)
+
+    def _admits(self, argument: str) -> bool:
+        if self._passed is not None or self._called is not None or self._storage is not None:
+            return False
+        if argument == QFILE_ARGUMENT:
+            return self._conversations < _PASSES
+        return not argument and not self._conversations
+
+    def _stop_if_closed(self) -> None:
+        if self._closed:
+            raise Cancelled("the session ended")
+
+
+class _WholeArchive:
+    """The backup as it is, read from `fd` in one pass. Owns `connection`, if `fd` is that of one."""
+
+    whole = True
+
+    def __init__(self, fd: int, connection: socket.socket | None = None) -> None:
+        self.source = ArchiveSource(fd)
+        self.reader = OuterTarReader()
+        self._connection = connection
+
+    def close(self) -> None:
+        """Let go of the connection; a descriptor stays its owner's."""
+        if self._connection is not None:
+            self._connection.close()
