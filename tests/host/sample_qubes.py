@@ -36,4 +36,4 @@ def restore(host: Host, name: str, size: int = 10) -> None:
     qube = host.begin(new_qube(name))
     sink = qube.create_volume("private", size)
     sink.finish(size)
-    qube.commit(settings())
+    qube.commit(settings(), None)

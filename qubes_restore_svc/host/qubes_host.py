@@ -1,0 +1,199 @@
+"""The host that is a Qubes system: restored qubes are created in it.
+
+Strategy: whoever has the restore lock knows that no restore is running, which is what makes it safe to remove
+what an interrupted one left. One qube is the business of `qubes_qube`, dom0's home of `dom0_home`. What is
+still unfinished when the lock is let go is removed; if this process is killed, its guard does the same.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qubes_restore_svc.errors import HostFailed, RestoreError
+from qubes_restore_svc.host.base import HostView, NewQube, QubesView, QubeTransaction
+from qubes_restore_svc.host.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
+from qubes_restore_svc.host.qubes import QubesSystem
+from qubes_restore_svc.host.qubes_leftovers import (
+    Leftovers,
+    clear_unfinished_qubes,
+    clear_untagged,
+    clear_worker,
+)
+from qubes_restore_svc.host.qubes_qube import QubesQube
+from qubes_restore_svc.host.restore_lock import RESTORE_LOCK, WORKER_LOCK, RestoreLock, try_lock, unlock
+from qubes_restore_svc.wire.names import strip_control
+
+#: Seconds that a guard tries to reach a qubesd that does not answer.
+CONNECT_TIMEOUT_S = 60.0
+
+_PAUSE_S = 0.5
+
+
+class QubesHost:
+    """A `Host` that creates qubes in `system`.
+
+    `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `connect`
+    makes the connection of the guard, which cannot use this one.
+    """
+
+    def __init__(
+        self,
+        system: QubesSystem,
+        *,
+        pool: str | None = None,
+        home: Path,
+        lock_path: Path = RESTORE_LOCK,
+        worker_lock_path: Path = WORKER_LOCK,
+        connect: Callable[[], QubesSystem] = QubesSystem.connect,
+    ) -> None:
+        self._system = system
+        self._pool = pool
+        self._home = home
+        self._lock_path = lock_path
+        self._worker_lock_path = worker_lock_path
+        self._connect = connect
+        self._mutex = threading.RLock()
+        self._is_locked = False
+        self._qubes: list[QubesQube | Dom0Home] = []
+
+    @contextmanager
+    def lock(self) -> Iterator[tuple[str, ...]]:
+        """The one-restore lock; at its end, qubes that were neither committed nor rolled back are.
+
+        Brings remarks on what an interrupted restore left. Raises RestoreInProgress when somebody else holds
+        it; HostFailed if it cannot be had, and at the end if something could not be removed. If the block
+        raises a RestoreError, that is told in its advice instead.
+        """
+        lock = RestoreLock(self._lock_path, self._clear_up_after_kill)
+        lock.take()
+        try:
+            found = self._clear_up()
+            self._system.watch(lock)
+            with self._mutex:
+                self._is_locked = True
+            try:
+                yield (*found.cleared, *found.kept)
+            except RestoreError as error:
+                if left := self._end_qubes(lock, found.kept):
+                    error.advice = f"{error.advice} Left behind: {'; '.join(left)}.".strip()
+                raise
+            except BaseException as error:
+                if left := self._end_qubes(lock, found.kept):
+                    raise _left_behind(left) from error
+                raise
+            if left := self._end_qubes(lock, found.kept):
+                raise _left_behind(left)
+        finally:
+            self._system.watch(None)
+            lock.release()
+
+    def view(self) -> HostView:
+        """The system as it is now. Raises HostFailed."""
+        qubes = {qube.name: qube for qube in self._system.qubes()}
+        system = QubesView(
+            qubes=qubes,
+            default_template=self._system.default_template(),
+            default_dispvm=self._system.default_dispvm(),
+            labels=self._system.labels(),
+            dom0_user=dom0_user(),
+        )
+        return HostView(frozenset(qubes), system)
+
+    def free_space(self) -> int | None:
+        """Bytes that are free in the storage pool, if it tells."""
+        return self._system.free_space(self._pool)
+
+    def begin(self, qube: NewQube) -> QubeTransaction:
+        """Start a qube, under the lock; raises QubeExists, NoSpace or HostFailed."""
+        with self._mutex:
+            if not self._is_locked:
+                raise HostFailed("the system is not locked for this restore", qube=qube.name)
+            transaction: QubesQube | Dom0Home
+            if qube.source.klass == "AdminVM":
+                transaction = Dom0Home(self._home, qube)
+            elif qube.definition is None:
+                raise HostFailed("nothing says how it is to be set up", qube=qube.name)
+            else:
+                transaction = QubesQube(
+                    self._system,
+                    qube,
+                    qube.definition,
+                    pool=self._pool,
+                    something_freed=self._remove_condemned,
+                )
+            self._qubes.append(transaction)
+            return transaction
+
+    def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
+        """Give a finished qube its disposable template. Raises HostFailed."""
+        self._system.set_property(qube, "default_dispvm", default_dispvm)
+
+    # --- Ending ----------------------------------------------------------------------------------
+
+    def _remove_condemned(self) -> None:
+        """Remove what was rolled back while others still referred to it, as far as that is possible now."""
+        with self._mutex:
+            for qube in reversed(self._qubes):
+                if isinstance(qube, QubesQube):
+                    with suppress(HostFailed):  # at the end it is tried again, and told
+                        qube.remove_condemned()
+
+    def _end_qubes(self, lock: RestoreLock, kept_before: Iterable[str]) -> list[str]:
+        """Remove what is unfinished; clauses on what is left, if it was not left before this restore."""
+        with self._mutex:
+            self._is_locked = False
+            qubes, self._qubes = self._qubes, []
+            left: list[str] = []
+            for qube in reversed(qubes):  # what is based on others has mostly begun after them
+                try:
+                    qube.rollback()
+                except HostFailed as error:
+                    if isinstance(qube, QubesQube) and qube.is_gone:
+                        left.append(f"{qube.name}: {error.reason}")
+        try:
+            # Whatever is still there of them, for whatever reason.
+            kept = [*clear_untagged(self._system, lock.being_created).kept, *self._clear_up().kept]
+        except HostFailed as error:
+            kept = [error.reason]
+        return [*left, *(clause for clause in kept if clause not in kept_before)]
+
+    def _clear_up(self) -> Leftovers:
+        """Clear up under the lock what no running restore can own."""
+        found = clear_unfinished_qubes(self._system)
+        cleared, kept = clear_unfinished_homes(self._home)
+        whose = f"in {strip_control(str(self._home))}, left by an interrupted restore,"
+        found.cleared += [f"{name} {whose} was removed" for name in cleared]
+        found.kept += [f"{name} {whose} cannot be removed safely" for name in kept]
+        return found
+
+    def _clear_up_after_kill(self, being_created: Iterable[str]) -> None:
+        """What the guard does once this process is gone. Everything is tried; there is nobody to tell."""
+        self._system = _connected(self._connect)
+        with suppress(OSError, RestoreError):
+            # If a verification has begun since and has the lock, it has cleared up itself.
+            if (worker_lock := try_lock(self._worker_lock_path)) is not None:
+                clear_worker(self._system)
+                unlock(worker_lock, self._worker_lock_path)
+        with suppress(RestoreError):
+            clear_untagged(self._system, being_created)
+        self._clear_up()
+
+
+def _connected(connect: Callable[[], QubesSystem]) -> QubesSystem:
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            return connect()
+        except RestoreError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_S)
+
+
+def _left_behind(left: Iterable[str]) -> HostFailed:
+    return HostFailed(
+        f"not everything could be removed again: {'; '.join(left)}",
+        advice="What is left cannot be started; remove it with `qvm-remove`.",
+    )

@@ -1,0 +1,30 @@
+"""The emulated Qubes system, for the tests that ask for it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.host.qubes import QubesSystem
+from qubes_restore_svc.host.qubes_host import QubesHost
+from tests.host.qubes_bed import emulation, new_host
+from tests.qubes.qubesd import Qubesd
+
+
+@pytest.fixture
+def qubesd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Qubesd]:
+    """The state of the system, and the place to put faults in."""
+    with emulation(tmp_path, monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+def system(qubesd: Qubesd) -> QubesSystem:
+    """The facade over it."""
+    return QubesSystem.connect()
+
+
+@pytest.fixture
+def host(tmp_path: Path, system: QubesSystem) -> QubesHost:
+    """The host over the facade."""
+    return new_host(tmp_path, system)
