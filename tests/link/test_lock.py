@@ -1,0 +1,79 @@
+"""One worker at a time."""
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.errors import HostFailed, RestoreInProgress
+from qubes_restore_svc.link.lock import worker_lock
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "worker.lock"
+
+
+def test_a_second_one_is_refused_until_the_first_has_ended(path: Path) -> None:
+    with worker_lock(path):
+        with pytest.raises(RestoreInProgress), worker_lock(path):
+            pass
+        assert path.exists()
+    with worker_lock(path):
+        pass
+
+
+def test_whoever_is_of_the_group_can_take_it_whatever_the_umask(path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with worker_lock(path):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    finally:
+        os.umask(before)
+
+
+def test_nothing_is_left_of_it(path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(KeyError), worker_lock(path):
+        raise KeyError
+    assert not path.exists()
+    with worker_lock(path), pytest.raises(RestoreInProgress), worker_lock(path):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_what_a_killed_holder_has_left_is_no_obstacle(path: Path) -> None:
+    path.write_text("")
+    with worker_lock(path):
+        pass
+    assert not path.exists()
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, attempts = fcntl.flock, 0
+
+    def flock(descriptor: int, operation: int) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:  # the holder before us removes its file between our opening and our locking
+            path.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with worker_lock(path):
+        assert attempts == 2
+        with pytest.raises(RestoreInProgress), worker_lock(path):
+            pass
+
+
+def test_a_place_where_no_lock_can_be_is_an_error_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(HostFailed, match=r"cannot be taken.*group qubes"), worker_lock(tmp_path / "no" / "x"):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(HostFailed), worker_lock(tmp_path / "link"):
+        pass
+    assert not (tmp_path / "target").exists()
