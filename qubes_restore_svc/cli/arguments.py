@@ -8,14 +8,14 @@ one of them turns the sandbox off, and that should not happen with `--no`.
 
 import argparse
 import asyncio
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
 from qubes_restore_svc import __version__
+from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, number_up_to, path
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.link.engine import worker_engine
 
@@ -25,10 +25,7 @@ exit status: 0 everything that was asked for is there and verified; 1 nothing wa
 """
 
 _MIB = 1 << 20
-_MAX_MIB = 1 << 30  #: a pebibyte
 _MAX_JOBS = 1024  #: as many as the worker accepts
-#: The compression programs that backups are made with; the worker knows what they mean.
-_FILTERS = ("gzip", "pigz", "bzip2", "pbzip2", "xz", "lzma", "zstd", "zstdmt", "none")
 
 _Command = Literal["list", "verify", "extract"]
 
@@ -115,7 +112,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     extract = _command(commands, "extract", "restore qubes as disk images and settings in a directory")
     extract.add_argument(
-        "--to", dest="target", metavar="DIR", type=_path, required=True, help="where; made if it is not there"
+        "--to", dest="target", metavar="DIR", type=path, required=True, help="where; made if it is not there"
     )
     _add_selection(extract, "restore")
     return parser, {"list": listing, "verify": verify, "extract": extract}
@@ -142,21 +139,21 @@ def _command(
     parser.add_argument(
         "--memory",
         metavar="MIB",
-        type=_number_up_to(_MAX_MIB),
+        type=number_up_to(MAX_MIB),
         help="memory that the worker may use (default: what is free)",
     )
     parser.add_argument(
         "--jobs",
         metavar="N",
-        type=_number_up_to(_MAX_JOBS),
+        type=number_up_to(_MAX_JOBS),
         help="key derivations at once (default: one a core)",
     )
     parser.add_argument(
         "-Z",
         "--compression-filter",
         metavar="FILTER",
-        choices=_FILTERS,
-        help="how it is compressed, if its header does not say or says it wrong: " + ", ".join(_FILTERS),
+        choices=FILTERS,
+        help="how it is compressed, if its header does not say or says it wrong: " + ", ".join(FILTERS),
     )
     parser.add_argument(
         "--ignore-size-limit",
@@ -181,20 +178,4 @@ def _add_selection(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "-x", "--exclude", metavar="QUBE", action="append", help="leave out this qube; may be repeated"
     )
-    parser.add_argument("--report", metavar="FILE", type=_path, help="write what happened as JSON")
-
-
-def _number_up_to(highest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not re.fullmatch(r"0*[1-9][0-9]{0,9}", text, re.ASCII) or int(text) > highest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {highest}")
-        return int(text)
-
-    return number
-
-
-def _path(text: str) -> Path:
-    # In scripts, an empty variable: it would mean the current directory.
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text)
+    parser.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")

@@ -7,27 +7,30 @@ the exit status.
 
 import json
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import Never
 
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.job import QubeChoice, read_manifest, run_job
-from qubes_restore_svc.broker.report import CANCELLED, COMPLETE, NOTHING, PARTLY, USAGE, Report
+from qubes_restore_svc.broker.job import read_manifest, run_job
+from qubes_restore_svc.broker.plan import PlanOptions
+from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY, Report
 from qubes_restore_svc.cli.arguments import Arguments, parse_arguments
 from qubes_restore_svc.cli.inputs import archive_size, check_target, open_archive, read_passphrase
 from qubes_restore_svc.cli.interruption import Interruption
+from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
-from qubes_restore_svc.cli.reports import check_report_path, write_report
-from qubes_restore_svc.cli.tables import failures, left_out, manifest_table, report_table
-from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
-from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
+from qubes_restore_svc.cli.reports import check_report_path
+from qubes_restore_svc.cli.results import keep_report, show_report
+from qubes_restore_svc.cli.tables import manifest_table
+from qubes_restore_svc.cli.terminal import print_result, say_wrapped
+from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.host.directory import DirectoryHost
 from qubes_restore_svc.link.local import LocalLink
 from qubes_restore_svc.link.sandbox import find_bubblewrap
 from qubes_restore_svc.wire.messages import Manifest
+
+_PROGRAM = "qubes-restore-svc"
 
 _NO_SANDBOX_WARNING = (
     "warning: without the sandbox, a backup that was made to attack can do whatever you can: read your files,"
@@ -35,35 +38,19 @@ _NO_SANDBOX_WARNING = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> Never:
     """The entry point of the command; exits."""
-    _open_standard_streams()
-    _forbid_core_dumps()
-    interruption = Interruption()
-    interruption.install()
-    status = run(argv, interruption)
-    interruption.finish()
-    sys.exit(status)
+    carry_out(_PROGRAM, lambda interruption: run(argv, interruption))
 
 
 def run(argv: Sequence[str] | None, interruption: Interruption) -> int:
-    """Carry out one command and return its exit status."""
+    """Carry out one command and return its exit status. Raises RestoreError."""
+    arguments = parse_arguments(argv)
+    archive_fd = open_archive(arguments.backup)
     try:
-        arguments = parse_arguments(argv)
-        archive_fd = open_archive(arguments.backup)
-        try:
-            return _run(arguments, archive_fd, interruption)
-        finally:
-            os.close(archive_fd)
-    except UsageError as error:
-        say_wrapped(f"qubes-restore-svc: {error}")
-        return USAGE
-    except Cancelled:
-        say("cancelled")
-        return CANCELLED
-    except RestoreError as error:
-        say_wrapped(f"qubes-restore-svc: {error}")
-        return NOTHING
+        return _run(arguments, archive_fd, interruption)
+    finally:
+        os.close(archive_fd)
 
 
 def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
@@ -80,19 +67,19 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         interruption.hold()
         report = Report(mode="verify" if arguments.target is None else "restore", started=started)
         report.close(datetime.now(UTC), error)
-        _write_report(arguments.report, report)
+        keep_report(_PROGRAM, arguments.report, report)
         raise
     host = None if arguments.target is None else DirectoryHost(arguments.target)
-    choice = QubeChoice(arguments.qubes, arguments.exclude)
+    choice = PlanOptions(arguments.qubes, arguments.exclude)
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=archive_size(archive_fd))
     try:
         report = interruption.run(with_clock(display, run_job(link, host, options, choice, display)))
     finally:
         display.close()
-    written = _write_report(arguments.report, report)
+    written = keep_report(_PROGRAM, arguments.report, report)
     interruption.resume()
-    _show_report(report, quiet=arguments.quiet)
+    show_report(_PROGRAM, report, quiet=arguments.quiet)
     # Whoever asked for a report relies on it.
     return report.status if written or report.status != COMPLETE else PARTLY
 
@@ -126,7 +113,7 @@ def _prepare(arguments: Arguments) -> SessionOptions:
 
 
 def _show_manifest(manifest: Manifest, *, as_json: bool) -> int:
-    shown = print_result(_manifest_json(manifest) if as_json else manifest_table(manifest))
+    shown = print_result(_PROGRAM, _manifest_json(manifest) if as_json else manifest_table(manifest))
     for refused in manifest.refused:
         say_wrapped(f"not listed: {refused.name}: {refused.error.reason}")
     return NOTHING if not shown else PARTLY if manifest.refused else COMPLETE
@@ -149,55 +136,3 @@ def _manifest_json(manifest: Manifest) -> str:
         {"name": qube.name, "kind": qube.error.kind, "reason": qube.error.reason} for qube in manifest.refused
     ]
     return json.dumps({"backup_id": manifest.backup_id, "qubes": qubes, "refused": refused}, indent=2)
-
-
-def _show_report(report: Report, *, quiet: bool) -> None:
-    table = report_table(report, width_of(sys.stdout))
-    if table and not quiet:
-        print_result(table)
-    width = width_of(sys.stderr)
-    for line in failures(report, width):
-        say(line)
-    if not quiet:
-        for line in left_out(report, width):
-            say(line)
-    wanted = [qube for qube in report.qubes if qube.outcome != "left out"]
-    if report.error is not None:
-        advice = f" {report.error.advice}" if report.error.advice else ""
-        say_wrapped(
-            "cancelled"
-            if report.status == CANCELLED
-            else f"qubes-restore-svc: {report.error.reason}.{advice}"
-        )
-    if wanted and not quiet:
-        done = sum(qube.succeeded for qube in wanted)
-        verb = "verified" if report.mode == "verify" else "restored"
-        say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}.")
-
-
-def _write_report(path: Path | None, report: Report) -> bool:
-    """False if it could not be written; that has been said, then."""
-    if path is not None:
-        try:
-            write_report(path, report)
-        except OSError as error:
-            say_wrapped(f"qubes-restore-svc: the report cannot be written: {error.strerror}")
-            return False
-    return True
-
-
-def _open_standard_streams() -> None:
-    """Started without one of them, the first file that is opened would get its number, and its output."""
-    for standard in (0, 1, 2):
-        try:
-            os.fstat(standard)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-
-
-def _forbid_core_dumps() -> None:
-    """A core dump would hold the passphrase. 1: 0 lets the kernel pipe it to a collector (core(5))."""
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-    except (OSError, ValueError):  # it is lower already
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -5,11 +5,13 @@ standard output is for results. What a display cannot say, because its terminal 
 """
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import AbstractContextManager
 from typing import Never, Protocol, TypeVar
 
 from tqdm import tqdm
@@ -40,6 +42,10 @@ class Display(Observer, Protocol):
 
     def tick(self) -> None:
         """Time has passed, nothing else."""
+        ...
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While somebody else has the screen: nothing is drawn, and the time does not count."""
         ...
 
     def close(self) -> None:
@@ -91,6 +97,11 @@ class QuietDisplay:
     def tick(self) -> None:
         """Says nothing."""
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """There is nothing to stop."""
+        yield
+
     def close(self) -> None:
         """Nothing to leave."""
 
@@ -136,6 +147,7 @@ class BarDisplay(LineDisplay):
     def __init__(self, total: int | None, *, verbose: bool) -> None:
         super().__init__(total, verbose=verbose)
         self._started = time.monotonic()
+        self._paused = False
         self._doing = "opening the backup"
         # Left to itself, tqdm makes a lock between processes, with a file in /dev/shm, and a thread.
         tqdm.set_lock(threading.RLock())
@@ -178,12 +190,27 @@ class BarDisplay(LineDisplay):
         """The clock goes on: while the first keys are derived, it is the only sign of life."""
         self._draw()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The bar is not there meanwhile, and begins anew afterwards."""
+        began = time.monotonic()
+        self._bar.clear()
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+            self._started += time.monotonic() - began
+            self._rate.forget()
+
     def close(self) -> None:
         """Remove the bar."""
         self._bar.clear()
         self._bar.close()
 
     def _draw(self) -> None:
+        if self._paused:
+            return
         elapsed = int(time.monotonic() - self._started)
         parts = [f"{elapsed // 60}:{elapsed % 60:02d}"]
         if self._rate.measured:
@@ -214,6 +241,10 @@ class Rate:
         self._samples.append((now, done))
         while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_WINDOW_S:
             self._samples.popleft()
+
+    def forget(self) -> None:
+        """Measure anew: what was added before says nothing about what comes."""
+        self._samples.clear()
 
     @property
     def per_second(self) -> float:

@@ -17,11 +17,11 @@ _ATTEMPTS = 100
 
 
 def check_report_path(
-    path: Path, archive_fd: int, passphrase_file: str | None = None, target: Path | None = None
+    path: Path, archive_fd: int | None, passphrase_file: str | None = None, target: Path | None = None
 ) -> None:
     """Hours of work should not end with a report that cannot be written, or with one over something else.
 
-    Raises UsageError.
+    `archive_fd` is None for a backup that is no file here. Raises UsageError.
     """
     if target is not None and os.path.realpath(path) == os.path.realpath(target):
         raise _refused(path, "it is the directory for the qubes")
@@ -34,7 +34,7 @@ def check_report_path(
         return
     except OSError as error:
         raise _refused(path, error.strerror) from None
-    if os.path.samestat(status, os.fstat(archive_fd)):
+    if archive_fd is not None and os.path.samestat(status, os.fstat(archive_fd)):
         raise _refused(path, "it is the backup")
     if passphrase_file not in (None, "-") and _is_file(passphrase_file, status):
         raise _refused(path, "it is the passphrase file")
@@ -46,8 +46,8 @@ def check_report_path(
         raise _refused(path, "no permission")
 
 
-def write_report(path: Path, report: Report) -> None:
-    """Write `report` as JSON; raises OSError."""
+def write_report(path: Path, report: Report, mode: int = 0o666) -> None:
+    """Write `report` as JSON; raises OSError. `mode`: permissions of a new file, less the umask."""
     content = (report.model_dump_json(indent=2) + "\n").encode()
     if path.exists() and not path.is_file():
         # A pipe without a reader would let an ordinary open wait, past every signal.
@@ -57,7 +57,7 @@ def write_report(path: Path, report: Report) -> None:
             special.write(content)
         return
     path = Path(os.path.realpath(path))
-    fd, partial = _new_file_beside(path)
+    fd, partial = _new_file_beside(path, mode)
     try:
         with open(fd, "wb") as file:
             file.write(content)
@@ -89,9 +89,9 @@ def _refused(path: Path, why: str | None) -> UsageError:
     return UsageError(f"the report cannot be written to {strip_control(str(path))}: {why}", advice="")
 
 
-def _new_file_beside(path: Path) -> tuple[int, Path]:
+def _new_file_beside(path: Path, mode: int) -> tuple[int, Path]:
     for number in range(_ATTEMPTS):
         partial = path.with_name(f".qubes-restore-svc-report-{os.getpid()}-{number}")
         with contextlib.suppress(FileExistsError):
-            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), partial
+            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), partial
     raise FileExistsError(f"{path.parent} is full of unfinished reports")

@@ -96,7 +96,7 @@ def failures(report: Report, width: int | None = None) -> list[str]:
             if not _is_same(error, report.error):
                 places.setdefault((error.reason, error.advice), []).append(place)
     return [
-        wrapped(f"{_listed(names)}: {reason}. {advice}".rstrip(), width)
+        wrapped(f"{listed(names)}: {reason}. {advice}".rstrip(), width)
         for (reason, advice), names in places.items()
     ]
 
@@ -108,9 +108,16 @@ def left_out(report: Report, width: int | None = None) -> list[str]:
         if qube.outcome == "left out":
             names.setdefault(qube.remark, []).append(qube.name)
     return [
-        wrapped(f"left out ({remark}): {_listed(those)}" if remark else f"left out: {_listed(those)}", width)
+        wrapped(f"left out ({remark}): {listed(those)}" if remark else f"left out: {listed(those)}", width)
         for remark, those in names.items()
     ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names in a line, and how many more there are."""
+    shown = "; " if any("," in name for name in names) else ", "
+    text = shown.join(names[:_MOST_NAMES])
+    return text if len(names) <= _MOST_NAMES else f"{text} and {len(names) - _MOST_NAMES} more"
 
 
 def _rows(report: Report, qube: QubeReport) -> list[tuple[str, str, str, str, str]]:
@@ -156,9 +163,3 @@ def _chunk(error: ErrorReport | None) -> str:
 
 def _is_same(one: ErrorReport, other: ErrorReport | None) -> bool:
     return other is not None and (one.kind, one.reason) == (other.kind, other.reason)
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = "; " if any("," in name for name in names) else ", "
-    text = shown.join(names[:_MOST_NAMES])
-    return text if len(names) <= _MOST_NAMES else f"{text} and {len(names) - _MOST_NAMES} more"

@@ -48,7 +48,7 @@ def say_wrapped(text: str) -> None:
     say(wrapped(text, width_of(sys.stderr)))
 
 
-def print_result(text: str) -> bool:
+def print_result(program: str, text: str) -> bool:
     """`text` on standard output; False if it could not be written, which has been said if it is a fault.
 
     A reader that has gone away, as `| head` does, is none.
@@ -60,7 +60,7 @@ def print_result(text: str) -> bool:
     except OSError as error:
         _silence(sys.stdout)
         if not isinstance(error, BrokenPipeError):
-            say(f"qubes-restore-svc: standard output cannot be written: {error.strerror}")
+            say(f"{program}: standard output cannot be written: {error.strerror}")
         return False
     return True
 

@@ -38,10 +38,21 @@ class Seen:
 
 
 def on_terminal(
-    *arguments: str | Path, types: str = "", width: int = 80, variables: Mapping[str, str] | None = None
+    *arguments: str | Path,
+    types: str = "",
+    answers: str = "",
+    width: int = 80,
+    variables: Mapping[str, str] | None = None,
+    module: str | None = None,
 ) -> Seen:
-    """Run the command to its end on a terminal with `width` columns; `types` is typed at its prompt."""
+    """Run the command to its end on a terminal with `width` columns.
+
+    `types` is typed where it asks for the passphrase, `answers` where it asks yes or no. `module`: that of
+    another command.
+    """
     words = command(*arguments)
+    if module is not None:
+        words[words.index("-m") + 1] = module
     process, terminal = pty.fork()
     if process == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
@@ -54,6 +65,9 @@ def on_terminal(
             if types and said.endswith(b": "):
                 os.write(terminal, types.encode())
                 types = ""
+            elif answers and said.endswith(b"? [y/N] "):
+                os.write(terminal, answers.encode())
+                answers = ""
     os.close(terminal)
     _, status = os.waitpid(process, 0)
     return Seen(os.waitstatus_to_exitcode(status), said.decode(), width)

@@ -165,3 +165,30 @@ def test_the_bar_has_neither_a_thread_nor_a_lock_between_processes() -> None:
     assert threading.active_count() == before
     assert isinstance(vars(tqdm)["_lock"], type(threading.RLock()))
     display.close()
+
+
+def test_while_somebody_else_has_the_screen_nothing_is_drawn_and_no_time_passes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    display = BarDisplay(CHUNK, verbose=False)
+    display.progress(CHUNK // 2, 0)
+    now += 5
+    display.progress(CHUNK // 2 + 5 * MIB, 0)
+    capsys.readouterr()
+    with display.paused():
+        cleared = capsys.readouterr().err
+        assert cleared.strip("\r ") == ""
+        now += 3600
+        display.tick()
+        display.progress(CHUNK // 2 + 5 * MIB, 0)
+        assert capsys.readouterr().err == ""
+    now += 1
+    display.tick()
+    assert " 0:06  " in capsys.readouterr().err
+    display.progress(CHUNK // 2 + 6 * MIB, 0)
+    now += 10
+    display.progress(CHUNK // 2 + 26 * MIB, 0)
+    assert "2.0 MiB/s" in capsys.readouterr().err
+    display.close()

@@ -1,0 +1,281 @@
+"""The command line of `qvm-backup-restore --mgmt-vm`.
+
+Strategy: every option of the stock command, under its names and with its meaning, and a few more; the result
+is one frozen value. What contradicts itself is a UsageError before anything happens. argparse is given the
+options only: it would not take `LOCATION -p FILE QUBE`, and what it does after `--` depends on its version.
+Long options can be abbreviated as in the stock command, because somebody's script may rely on it.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qubes_restore_svc import __version__
+from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, not_empty, number_up_to, path
+from qubes_restore_svc.errors import UsageError
+
+_MAX_VCPUS = 1024
+
+_USAGE = "qvm-backup-restore --mgmt-vm [option ...] LOCATION [QUBE ...]"
+
+_DESCRIPTION = """\
+Restore qubes from a backup, or verify it. A throw-away qube without network
+reads the backup; dom0 never does. Without --mgmt-vm, this is the stock
+qvm-backup-restore, which reads it in dom0.
+
+  LOCATION              the backup: a file in dom0; or with -d QUBE a file
+                        there, a command that is run there and writes the
+                        backup to its standard output, or, with
+                        --location-is-service, a service there
+  QUBE                  restore only these qubes (default: all of them, and
+                        not dom0's home)
+"""
+
+_EPILOG = """\
+You see the plan, and are asked before anything is created, unless you gave
+-p or --yes, or only verify.
+
+exit status: 0 everything that was asked for is there and verified; 1 nothing
+is; 2 the command cannot be carried out as given; 3 a part of it is there;
+130 cancelled, or the answer was no.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreArguments:
+    """What the person asked for.
+
+    `storage_qube` holds the backup; None: a file in dom0. `dom0_home` is None if nothing was said about it.
+    `memory` in MiB. `loudness` counts -v up and -q down; 0 is ordinary.
+    """
+
+    location: str
+    storage_qube: str | None
+    location_is_service: bool
+    qubes: tuple[str, ...]
+    exclude: tuple[str, ...]
+    verify_only: bool
+    skip_broken: bool
+    ignore_missing: bool
+    skip_conflicting: bool
+    rename_conflicting: bool
+    dom0_home: bool | None
+    ignore_username_mismatch: bool
+    ignore_size_limit: bool
+    compression_filter: str | None
+    passphrase_file: str | None
+    yes: bool
+    template: str | None
+    memory: int | None
+    vcpus: int | None
+    pool: str | None
+    report: Path | None
+    loudness: int
+
+    @property
+    def conflicts(self) -> Literal["refuse", "skip", "rename"]:
+        """What to do about names that are taken; as in the stock command, renaming goes first."""
+        return "rename" if self.rename_conflicting else "skip" if self.skip_conflicting else "refuse"
+
+    @property
+    def missing(self) -> Literal["refuse", "skip", "default"]:
+        """What to do about missing templates and netvms; here too, what restores more goes first."""
+        return "default" if self.ignore_missing else "skip" if self.skip_broken else "refuse"
+
+    @property
+    def must_ask(self) -> bool:
+        """Is somebody to be asked before qubes are created?"""
+        return not (self.verify_only or self.yes or self.passphrase_file is not None)
+
+
+def parse_restore_arguments(words: Sequence[str]) -> RestoreArguments:
+    """The arguments of the process, without its name.
+
+    Exits with 2 and a usage message where the form is wrong; raises UsageError for contradictions.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    parser = restore_parser()
+    options, rest = parser.parse_known_args(words[:end])
+    unknown = [word for word in rest if word.startswith("-") and word != "-"]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    location, *qubes = (*rest, *words[end + 1 :]) or ("",)
+    if not location:
+        parser.error("the LOCATION of the backup is missing")
+    arguments = RestoreArguments(
+        location=location,
+        storage_qube=None if options.dest_vm in (None, "dom0") else options.dest_vm,
+        location_is_service=options.location_is_service,
+        qubes=tuple(dict.fromkeys(qubes)),
+        exclude=tuple(dict.fromkeys(options.exclude)),
+        verify_only=options.verify_only,
+        skip_broken=options.skip_broken,
+        ignore_missing=options.ignore_missing,
+        skip_conflicting=options.skip_conflicting,
+        rename_conflicting=options.rename_conflicting,
+        dom0_home=options.dom0_home,
+        ignore_username_mismatch=options.ignore_username_mismatch,
+        ignore_size_limit=options.ignore_size_limit,
+        compression_filter=options.compression_filter,
+        passphrase_file=options.passphrase_file,
+        yes=options.yes,
+        template=options.mgmt_template,
+        memory=options.memory,
+        vcpus=options.vcpus,
+        pool=options.pool,
+        report=options.report,
+        loudness=options.verbose - options.quiet,
+    )
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: RestoreArguments) -> None:
+    if arguments.location_is_service and arguments.storage_qube is None:
+        raise UsageError("--location-is-service requires -d with another qube than dom0", advice="")
+    if arguments.dom0_home is False and "dom0" in arguments.qubes:
+        raise UsageError("dom0 is named, and --skip-dom0-home leaves its home out", advice="")
+    if arguments.storage_qube is None and (arguments.location, arguments.passphrase_file) == ("-", "-"):
+        raise UsageError(
+            "the backup and the passphrase cannot both come from standard input",
+            advice="Give the passphrase in a file (-p FILE), or type it.",
+        )
+
+
+def restore_parser() -> argparse.ArgumentParser:
+    """The options, and the help that explains them."""
+    parser = argparse.ArgumentParser(
+        prog="qvm-backup-restore",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    _add_what(parser.add_argument_group("what is restored"))
+    _add_misfits(parser.add_argument_group("what does not fit here"))
+    _add_backup(parser.add_argument_group("the backup"))
+    _add_worker(parser.add_argument_group("the qube that reads it"))
+    _add_rest(parser.add_argument_group("the rest"))
+    return parser
+
+
+def _add_what(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--verify-only",
+        action="store_true",
+        help="read the backup to its last byte and check it; nothing is created, and nobody is asked",
+    )
+    group.add_argument(
+        "-x",
+        "--exclude",
+        metavar="QUBE",
+        action="append",
+        default=[],
+        help="leave out this qube; may be repeated",
+    )
+    home = group.add_mutually_exclusive_group()
+    home.add_argument(
+        "--dom0-home",
+        action="store_const",
+        const=True,
+        help="restore dom0's home too, as one unopened archive in a new directory (or name dom0 as a QUBE)",
+    )
+    home.add_argument(
+        "--skip-dom0-home",
+        action="store_const",
+        dest="dom0_home",
+        const=False,
+        help="do not restore dom0's home; this is the default with --mgmt-vm",
+    )
+    group.add_argument("--pool", metavar="NAME", type=not_empty, help="storage pool for the restored qubes")
+
+
+def _add_misfits(group: "argparse._ArgumentGroup") -> None:
+    def flag(name: str, text: str) -> None:
+        group.add_argument(name, action="store_true", help=text)
+
+    flag("--skip-conflicting", "leave out qubes whose names are taken here")
+    flag(
+        "--rename-conflicting",
+        "restore qubes whose names are taken under other names, with numbers at the end",
+    )
+    flag("--skip-broken", "leave out qubes whose template or netvm is neither here nor in the backup")
+    flag("--ignore-missing", "restore them all the same, with the default template or netvm")
+    flag("--ignore-username-mismatch", "restore dom0's home even if it is that of another user name")
+    flag("--ignore-size-limit", "accept disk images that are larger than the backup's qubes.xml says")
+
+
+def _add_backup(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "-d",
+        "--dest-vm",
+        metavar="QUBE",
+        type=not_empty,
+        help="the qube that holds the backup (default: dom0)",
+    )
+    group.add_argument(
+        "--location-is-service",
+        action="store_true",
+        help="LOCATION is a qrexec service of that qube, possibly with an argument after a +",
+    )
+    group.add_argument(
+        "-p",
+        "--passphrase-file",
+        metavar="FILE",
+        help="read the passphrase from the first line of FILE, or of standard input if it is -",
+    )
+    group.add_argument(
+        "-Z",
+        "--compression-filter",
+        metavar="FILTER",
+        choices=FILTERS,
+        help="how it is compressed, if its header does not say or says it wrong: " + ", ".join(FILTERS),
+    )
+
+
+def _add_worker(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--mgmt-vm", action="store_true", help="let a throw-away qube read the backup; cannot be abbreviated"
+    )
+    group.add_argument(
+        "--mgmt-template",
+        metavar="NAME",
+        type=not_empty,
+        help="the disposable template to make it from (default: the configuration's, or management_dispvm)",
+    )
+    group.add_argument(
+        "--memory",
+        metavar="MIB",
+        type=number_up_to(MAX_MIB),
+        help="its memory; more of it derives more keys at once",
+    )
+    group.add_argument("--vcpus", metavar="N", type=number_up_to(_MAX_VCPUS), help="its virtual processors")
+
+
+def _add_rest(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--yes", action="store_true", help="create the qubes without asking")
+    group.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="say more")
+    group.add_argument(
+        "-q", "--quiet", action="count", default=0, help="say less: nothing but errors and questions"
+    )
+    group.add_argument(
+        "--paranoid-mode",
+        "--plan-b",
+        action="store_true",
+        help="accepted; --mgmt-vm isolates the restore already",
+    )
+    group.add_argument("--auto-close", action="store_true", help="accepted; there is no window to be closed")
+    group.add_argument("--force-root", action="store_true", help="accepted; root is not refused")
+    group.add_argument(
+        "--version",
+        action="version",
+        help="show what this is and leave; without --mgmt-vm, the stock version",
+        version=f"qvm-backup-restore --mgmt-vm (qubes-restore-svc {__version__})",
+    )
+    group.add_argument(
+        "-h", "--help", action="help", help="show this and leave; without --mgmt-vm, the stock help"
+    )

@@ -1,0 +1,135 @@
+"""`qvm-backup-restore --mgmt-vm`: restore or verify a backup on a Qubes system.
+
+Strategy: as the other command: whatever can be refused is refused before the passphrase is typed; then one
+asyncio task that a signal cancels, in which the plan is shown and the question asked; then the report, the
+table, the exit status. What a restore is made of comes from `qvm_parts`; a test can give it other parts.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Never
+
+from qubes_restore_svc.broker.allowlist import AllowList
+from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.job import run_job
+from qubes_restore_svc.broker.plan import PlanOptions
+from qubes_restore_svc.broker.report import COMPLETE, PARTLY, Report
+from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
+from qubes_restore_svc.cli.interruption import Interruption
+from qubes_restore_svc.cli.process import carry_out
+from qubes_restore_svc.cli.progress import make_display, with_clock
+from qubes_restore_svc.cli.question import can_ask
+from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
+from qubes_restore_svc.cli.qvm_parts import Assemble, Parts, on_qubes
+from qubes_restore_svc.cli.qvm_review import PlanReview
+from qubes_restore_svc.cli.records import LogFile, LoggedDisplay, file_report
+from qubes_restore_svc.cli.reports import check_report_path
+from qubes_restore_svc.cli.results import keep_report, show_error, show_report
+from qubes_restore_svc.errors import RestoreError, UsageError
+
+PROGRAM = "qvm-backup-restore"
+
+
+def main(words: Sequence[str], assemble: Assemble = on_qubes) -> Never:
+    """The entry point of the command, with its arguments; exits."""
+    carry_out(PROGRAM, lambda interruption: run(words, interruption, assemble))
+
+
+def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) -> int:
+    """Carry out the command and return its exit status. Raises RestoreError."""
+    arguments = parse_restore_arguments(words)
+    started = datetime.now(UTC)
+    with _archive(arguments) as archive_fd:
+        if arguments.report is not None:
+            check_report_path(arguments.report, archive_fd, arguments.passphrase_file)
+        try:
+            if arguments.must_ask and not can_ask():
+                raise UsageError(
+                    "there is no terminal to ask on whether to proceed",
+                    advice="Use --yes, or give the passphrase in a file (-p FILE).",
+                )
+            parts = assemble(arguments, archive_fd)
+            interruption.run(parts.check())
+            interruption.resume()
+            options = _session_options(arguments)
+        except RestoreError as error:
+            interruption.hold()
+            report = Report(mode="verify" if arguments.verify_only else "restore", started=started)
+            report.close(datetime.now(UTC), error)
+            keep_report(PROGRAM, arguments.report, report)
+            raise
+        total = None if archive_fd is None else archive_size(archive_fd)
+        return _run(arguments, parts, options, total, interruption)
+
+
+def _run(
+    arguments: RestoreArguments,
+    parts: Parts,
+    options: SessionOptions,
+    total: int | None,
+    interruption: Interruption,
+) -> int:
+    quiet = arguments.loudness < 0
+    display = make_display(verbose=arguments.loudness > 0, quiet=quiet, total=total)
+    log = None if parts.log_file is None else LogFile(parts.log_file)
+    if log is not None:
+        log.write(f"{'verify' if arguments.verify_only else 'restore'}: begun")
+        display = LoggedDisplay(display, log)
+    review = PlanReview(PROGRAM, arguments, display, parts.check_plan)
+    host = None if arguments.verify_only else parts.host
+    choice = _plan_options(arguments, parts.allow)
+    job = run_job(parts.link, host, options, choice, display, confirm=review)
+    try:
+        report = interruption.run(with_clock(display, job))
+    finally:
+        display.close()
+    written = keep_report(PROGRAM, arguments.report, report)
+    if parts.report_directory is not None:
+        file_report(parts.report_directory, parts.reports_kept, report)
+    if log is not None:
+        reason = "" if report.error is None else f": {report.error.reason}"
+        log.write(f"{report.mode}: ended with status {report.status}{reason}")
+    interruption.resume()
+    if review.seen and not review.accepted:
+        show_error(PROGRAM, report)  # the table has been seen, and nothing has happened since
+    else:
+        show_report(PROGRAM, report, quiet=quiet)
+    # Whoever asked for a report relies on it.
+    return report.status if written or report.status != COMPLETE else PARTLY
+
+
+@contextmanager
+def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
+    """The descriptor of a backup in dom0; None for one in another qube."""
+    if arguments.storage_qube is not None:
+        yield None
+        return
+    archive_fd = open_archive(arguments.location)
+    try:
+        yield archive_fd
+    finally:
+        os.close(archive_fd)
+
+
+def _session_options(arguments: RestoreArguments) -> SessionOptions:
+    stdin_is_backup = arguments.storage_qube is None and arguments.location == "-"
+    return SessionOptions(
+        passphrase=read_passphrase(arguments.passphrase_file, stdin_is_backup=stdin_is_backup),
+        compression_filter=arguments.compression_filter,
+        ignore_size_limit=arguments.ignore_size_limit,
+        ahead=not arguments.qubes,
+    )
+
+
+def _plan_options(arguments: RestoreArguments, allow: AllowList) -> PlanOptions:
+    return PlanOptions(
+        names=arguments.qubes,
+        exclude=arguments.exclude,
+        conflicts=arguments.conflicts,
+        missing=arguments.missing,
+        dom0_home=arguments.dom0_home is True,
+        ignore_username_mismatch=arguments.ignore_username_mismatch,
+        allow=allow,
+    )

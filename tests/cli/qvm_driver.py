@@ -1,0 +1,40 @@
+"""`python -m tests.cli.qvm_driver TARGET …`: the real command, made of other parts than on a Qubes system.
+
+Strategy: the worker is a thread of this process, and the host is the directory TARGET; the words after it are
+those of the command. A backup in a qube is a file here. `BROKEN` for the target fails as a worker that
+is not installed does.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from qubes_restore_svc.broker.allowlist import AllowNothing
+from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
+from qubes_restore_svc.cli.qvm_parts import Parts
+from qubes_restore_svc.cli.qvm_restore import main
+from qubes_restore_svc.errors import WorkerMissing
+from qubes_restore_svc.host.directory import DirectoryHost
+from tests.support.thread_link import ThreadLink
+
+BROKEN = "broken"
+
+
+def assemble(arguments: RestoreArguments, archive_fd: int | None) -> Parts:
+    """A directory and a thread."""
+    target = Path(sys.argv[1])
+    if archive_fd is None:
+        archive_fd = os.open(arguments.location, os.O_RDONLY)
+    reports = target.parent / "reports"
+    return Parts(
+        ThreadLink(archive_fd), DirectoryHost(target), AllowNothing(), _check, report_directory=reports
+    )
+
+
+async def _check() -> None:
+    if sys.argv[1].endswith(BROKEN):
+        raise WorkerMissing("the template fedora-41 has no worker", advice="Install it there.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:], assemble)

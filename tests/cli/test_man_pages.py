@@ -1,0 +1,74 @@
+"""The man pages: they format without a complaint, and tell exactly the options that the commands have."""
+
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.cli.arguments import parse_arguments
+from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
+from tests.support.fixtures import REPOSITORY
+
+PAGES = sorted((REPOSITORY / "man").glob("*.1"))
+
+#: An option in a text: not inside a word, and not the hyphens alone.
+_OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
+
+
+def described(page: str) -> set[str]:
+    """The options that have an entry of their own: those in the line after a `.TP`."""
+    lines = (REPOSITORY / "man" / page).read_text().splitlines()
+    heads = [line for before, line in itertools.pairwise(lines) if before == ".TP"]
+    return {option for head in heads for option in _OPTION.findall(head.replace("\\-", "-"))}
+
+
+def in_help(text: str) -> set[str]:
+    """The options that are listed: those at the beginning of a line, before what is said of them."""
+    heads = [re.split(r"\s{2,}", line.strip())[0] for line in text.splitlines() if line.startswith("  -")]
+    return {option for head in heads for option in _OPTION.findall(head)}
+
+
+def helped(capsys: pytest.CaptureFixture[str], *words: str) -> set[str]:
+    with pytest.raises(SystemExit):
+        parse_restore_arguments(words) if words[0] == "--mgmt-vm" else parse_arguments(words)
+    return in_help(capsys.readouterr().out)
+
+
+def test_the_page_of_qvm_backup_restore_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = helped(capsys, "--mgmt-vm", "--help")
+    assert {"-x", "--exclude", "--plan-b", "--mgmt-vm", "-h"} <= options
+    assert described("qvm-backup-restore.1") == options
+
+
+def test_the_page_of_qubes_restore_svc_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = helped(capsys, "--help")
+    for command in ("list", "verify", "extract"):
+        options |= helped(capsys, command, "--help")
+    assert {"--to", "--no-sandbox", "--json", "--version"} <= options
+    assert described("qubes-restore-svc.1") == options
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_speaks_of_no_option_that_it_does_not_describe(page: Path) -> None:
+    spoken = set(_OPTION.findall(page.read_text().replace("\\-", "-")))
+    assert spoken <= described(page.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "formatter",
+    [("groff", "-man", "-ww", "-Tutf8", "-z"), ("mandoc", "-T", "lint", "-W", "warning")],
+    ids=str,
+)
+def test_a_page_formats_without_a_complaint(formatter: tuple[str, ...], page: Path) -> None:
+    if shutil.which(formatter[0]) is None:
+        pytest.skip(f"{formatter[0]} is not installed")
+    done = subprocess.run([*formatter, page], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_there_is_a_page_for_each_command() -> None:
+    assert [page.name for page in PAGES] == ["qubes-restore-svc.1", "qvm-backup-restore.1"]

@@ -1,0 +1,163 @@
+"""From arguments and configuration to link and host: what is asked for reaches what does it."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.cli import qvm_parts
+from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
+from qubes_restore_svc.cli.qvm_parts import Parts, Places, on_qubes
+from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
+from qubes_restore_svc.host import qubes_host
+from qubes_restore_svc.link.qrexec import QrexecLink
+from qubes_restore_svc.link.storage import Dom0File, QubePath, QubeService
+from tests.host.qubes_bed import DISPOSABLES, NETVM, emulation
+from tests.qubes.qubesd import Qubesd
+
+from .plans import plan, source, taken
+
+CONFIG = """\
+worker: {template: configured-dvm, memory: 3000, vcpus: 3}
+restore: {pool: varlibqubes}
+limits: {qubes: 1}
+report: {directory: /reports, keep: 7}
+log: {file: /log}
+"""
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    config = tmp_path / "config.yaml"
+    return Places(config, tmp_path / "restore.lock", tmp_path / "worker.lock", tmp_path)
+
+
+@pytest.fixture
+def qubesd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Qubesd]:
+    with emulation(tmp_path, monkeypatch) as running:
+        yield running
+
+
+class Made:
+    """What the parts were made with; the originals are made all the same."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.link: dict[str, object] = {}
+        self.host: dict[str, object] = {}
+        link, host = QrexecLink, qubes_host.QubesHost
+
+        def make_link(system, location, **keywords):  # type: ignore[no-untyped-def]  # as it comes
+            self.link = {"location": location, **keywords}
+            return link(system, location, **keywords)
+
+        def make_host(system, **keywords):  # type: ignore[no-untyped-def]  # as it comes
+            self.host = keywords
+            return host(system, **keywords)
+
+        monkeypatch.setattr(qvm_parts, "QrexecLink", make_link)
+        monkeypatch.setattr(qubes_host, "QubesHost", make_host)
+
+
+@pytest.fixture
+def made(qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch) -> Made:
+    return Made(monkeypatch)
+
+
+def parts(places: Places, line: str, archive_fd: int | None = None) -> Parts:
+    return on_qubes(parse_restore_arguments(["--mgmt-vm", *line.split()]), archive_fd, places)
+
+
+def configure(places: Places, text: str) -> None:
+    places.config.write_text(text)
+    places.config.chmod(0o644)
+
+
+def test_without_a_configuration_there_are_defaults(places: Places, made: Made) -> None:
+    found = parts(places, "b", 5)
+    assert made.link == {
+        "location": Dom0File(5),
+        "template": None,
+        "memory": 4000,
+        "vcpus": 2,
+        "lock_path": places.worker_lock,
+    }
+    assert made.host == {
+        "pool": None,
+        "home": places.home,
+        "lock_path": places.restore_lock,
+        "worker_lock_path": places.worker_lock,
+    }
+    assert found.report_directory == Path("/var/log/qubes-restore-svc")
+    found.check_plan(plan(taken(source("a")), taken(source("b"))))
+
+
+def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
+    configure(places, CONFIG)
+    found = parts(places, "b", 5)
+    assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("configured-dvm", 3000, 3)
+    assert made.host["pool"] == "varlibqubes"
+    assert (found.report_directory, found.reports_kept, found.log_file) == (Path("/reports"), 7, Path("/log"))
+    with pytest.raises(UsageError, match="2 qubes are to be restored"):
+        found.check_plan(plan(taken(source("a")), taken(source("b"))))
+
+
+def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
+    configure(places, CONFIG)
+    parts(places, "b --mgmt-template mine --memory 9000 --vcpus 8 --pool vault", 5)
+    assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
+    assert made.host["pool"] == "vault"
+
+
+def test_every_kind_of_location(places: Places, made: Made) -> None:
+    kinds = {
+        "-d sys-usb /media/b": QubePath("sys-usb", "/media/b"),
+        "-d sys-usb --location-is-service my.Backup+x": QubeService("sys-usb", "my.Backup+x"),
+    }
+    for line, location in kinds.items():
+        parts(places, line)
+        assert made.link["location"] == location
+    for line in ("-d sys-usb --location-is-service two/parts", "-d no~name /media/b"):
+        with pytest.raises(UsageError):
+            parts(places, line)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "reason"),
+    [
+        ("b --mgmt-template nowhere", UsageError, "there is no qube nowhere"),
+        (f"b --mgmt-template {NETVM}", UsageError, f"no disposables can be made from {NETVM}"),
+        ("b --pool nowhere", HostFailed, "there is no storage pool 'nowhere'"),
+        ("-d nowhere b", UsageError, "there is no qube nowhere"),
+    ],
+)
+def test_what_is_not_here_is_found_out_early(
+    line: str, error: type[RestoreError], reason: str, places: Places, qubesd: Qubesd
+) -> None:
+    with open(os.devnull) as nothing, pytest.raises(error, match=reason):
+        asyncio.run(parts(places, line, nothing.fileno()).check())
+
+
+def test_a_template_without_the_worker_is_found_out_early(places: Places, qubesd: Qubesd) -> None:
+    qubesd.system.domains[DISPOSABLES].features["supported-rpc.qubes.VMShell"] = "1"
+    with pytest.raises(WorkerMissing, match="has no worker"):
+        asyncio.run(parts(places, "b", 5).check())
+
+
+def test_a_mistake_in_the_configuration_and_a_limit_that_an_option_would_void(places: Places) -> None:
+    configure(places, "worker: {memory: much}")
+    with pytest.raises(BadConfiguration, match="line 1"):
+        parts(places, "b", 5)
+    configure(places, "limits: {volume_size: 5}")
+    with pytest.raises(UsageError, match="--ignore-size-limit is not possible"):
+        parts(places, "b --ignore-size-limit", 5)
+
+
+def test_where_there_is_no_qubes_it_is_said(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("qubes_restore_svc.host.qubes")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "qubesadmin", None)
+    with pytest.raises(HostFailed, match="this is not the dom0 of a Qubes system"):
+        parts(places, "b", 5)

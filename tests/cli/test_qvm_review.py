@@ -1,0 +1,272 @@
+"""What is said about a plan, what is refused, and who is asked."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from qubes_restore_svc.broker.plan import Plan, Problem
+from qubes_restore_svc.cli import qvm_review
+from qubes_restore_svc.cli.progress import QuietDisplay
+from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
+from qubes_restore_svc.cli.qvm_review import PlanReview
+from qubes_restore_svc.errors import Cancelled, MissingDependency, QubeExists, RestoreError, UsageError
+
+from .plans import conflicting, lacking, not_wanted, plan, source, taken
+
+MISSING = "its template 'arch' is nowhere to be found"
+QUESTION = "Do you want to proceed?"
+
+
+class Display(QuietDisplay):
+    """Knows whether it is paused."""
+
+    pauses = 0
+    is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.pauses += 1
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+
+class Reviewing:
+    """A review of a plan under some options; the question is answered with `answer` and kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: bool = True) -> None:
+        self.questions: list[str] = []
+        self.display = Display()
+
+        async def ask(question: str) -> bool:
+            assert self.display.is_paused
+            self.questions.append(question)
+            return answer
+
+        monkeypatch.setattr(qvm_review, "ask", ask)
+
+    def __call__(self, found: Plan, options: str = "") -> PlanReview:
+        arguments = parse_restore_arguments(["--mgmt-vm", "backup", *options.split()])
+        self.review = PlanReview("program", arguments, self.display)
+        asyncio.run(self.review(found))
+        return self.review
+
+
+@pytest.fixture
+def reviewing(monkeypatch: pytest.MonkeyPatch) -> Reviewing:
+    return Reviewing(monkeypatch)
+
+
+@pytest.fixture
+def saying_no(monkeypatch: pytest.MonkeyPatch) -> Reviewing:
+    return Reviewing(monkeypatch, answer=False)
+
+
+FITTING = plan(taken(source("work")), taken(source("vault")))
+
+
+def test_the_table_is_shown_and_the_person_asked(
+    reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    review = reviewing(FITTING)
+    assert review.seen and review.accepted
+    assert reviewing.questions == [QUESTION]
+    assert reviewing.display.pauses == 1 and not reviewing.display.is_paused
+    said = capsys.readouterr()
+    assert said.out.startswith("The following qubes are in the backup:\n")
+    assert said.out.endswith("|\n\n")
+    assert (
+        said.err
+        == "The above qubes will be added to your system. No qube that is here is removed or changed.\n"
+    )
+
+
+def test_a_no_ends_the_restore(saying_no: Reviewing) -> None:
+    with pytest.raises(Cancelled, match="the answer was no"):
+        saying_no(FITTING)
+    assert saying_no.review.seen and not saying_no.review.accepted
+
+
+@pytest.mark.parametrize("options", ["--yes", "-p pw", "--verify-only"])
+def test_without_a_question_the_table_is_shown_all_the_same(
+    options: str, saying_no: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert saying_no(FITTING, options).accepted
+    assert saying_no.questions == []
+    assert "work" in capsys.readouterr().out
+
+
+def test_quiet_is_quiet_unless_somebody_is_asked(
+    reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reviewing(FITTING, "-q --yes")
+    assert capsys.readouterr() == ("", "")
+    reviewing(FITTING, "-q")
+    assert "work" in capsys.readouterr().out
+    assert reviewing.questions == [QUESTION]
+
+
+def test_a_verify_says_that_nothing_is_changed(
+    reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reviewing(plan(taken(source("dom0", "AdminVM", None))), "--verify-only")
+    assert capsys.readouterr().err == "These qubes will be verified. Nothing is created or changed.\n"
+
+
+def test_where_nothing_is_left_nobody_is_asked(
+    saying_no: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert saying_no(plan(not_wanted(source("work"), Problem.EXCLUDED))).accepted
+    assert saying_no.questions == []
+    assert "will be added" not in capsys.readouterr().err
+
+
+def test_what_will_be_is_told_with_what_stays_behind_and_where_the_home_goes(
+    reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reviewing(
+        plan(
+            taken(source("work"), "", (), "property kernelopts"),
+            taken(source("dom0", "AdminVM", None)),
+            not_wanted(source("mail"), Problem.EXCLUDED),
+        )
+    )
+    said = capsys.readouterr().err
+    assert "stay behind" in said and "  property kernelopts: work\n" in said
+    assert "NOTE: dom0's home comes as one archive file" in said and "not unpacked" in said
+    assert "1 of them will be added to your system." in said
+
+
+CONFLICT = plan(taken(source("work")), conflicting("vault"), conflicting("mail"))
+NO_TEMPLATE = plan(taken(source("work")), lacking("lab", Problem.MISSING_TEMPLATE, MISSING))
+NO_NETVM = plan(taken(source("work")), lacking("lab", Problem.MISSING_NETVM, MISSING))
+NO_USER = plan(taken(source("work")), lacking("dom0", Problem.USERNAME_MISMATCH, "it is another user's"))
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "statement", "options"),
+    [
+        (CONFLICT, QubeExists, "*** There are qubes of the same names here: vault, mail ***",
+         ["--skip-conflicting", "--rename-conflicting"]),
+        (NO_TEMPLATE, MissingDependency, "*** There is no matching template for: lab ***",
+         ["--skip-broken", "--ignore-missing"]),
+        (NO_NETVM, MissingDependency, "*** There is no matching netvm for: lab ***",
+         ["--skip-broken", "--ignore-missing"]),
+        (NO_USER, MissingDependency, "*** The user name in the backup is not the one here!",
+         ["--ignore-username-mismatch"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["", "--yes", "--yes -q"])
+def test_what_does_not_fit_ends_the_whole_restore_and_says_which_option_settles_it(
+    found: Plan,
+    kind: type[RestoreError],
+    statement: str,
+    options: list[str],
+    way: str,
+    reviewing: Reviewing,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(kind, match="nothing was restored"):
+        reviewing(found, way)
+    assert reviewing.questions == [] and not reviewing.review.accepted
+    said = capsys.readouterr().err
+    assert statement in said
+    assert all(option in said for option in options)
+
+
+def test_all_that_does_not_fit_is_told_at_once(
+    reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = plan(conflicting("vault"), lacking("lab", Problem.MISSING_TEMPLATE, MISSING))
+    with pytest.raises(QubeExists):
+        reviewing(found)
+    said = capsys.readouterr().err
+    assert "--rename-conflicting" in said and "--ignore-missing" in said
+
+
+@pytest.mark.parametrize(
+    ("found", "options"),
+    [
+        (CONFLICT, "--skip-conflicting"),
+        (CONFLICT, "--skip-conflicting --rename-conflicting"),
+        (NO_TEMPLATE, "--skip-broken"),
+        (NO_TEMPLATE, "--ignore-missing"),
+        (NO_NETVM, "--skip-broken --ignore-missing"),
+    ],
+)
+def test_with_its_option_the_others_are_restored(
+    found: Plan, options: str, reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reviewing(found, options).accepted
+    assert reviewing.questions == [QUESTION]
+    assert "will not be restored" in capsys.readouterr().err
+
+
+def test_dom0s_home_is_no_qube_that_is_added(
+    reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reviewing(plan(taken(source("dom0", "AdminVM", None)), not_wanted(source("work"), Problem.NOT_SELECTED)))
+    said = capsys.readouterr().err
+    assert "NOTE: dom0's home" in said and "will be added" not in said
+    assert reviewing.questions == [QUESTION]
+
+
+@pytest.mark.parametrize("way", ["", "-q --yes"])
+def test_where_everything_is_skipped_it_is_said_why(
+    way: str, reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RestoreError, match="nothing is left"):
+        reviewing(
+            plan(conflicting("work"), not_wanted(source("mail"), Problem.EXCLUDED)),
+            f"--skip-conflicting {way}",
+        )
+    assert "There are qubes of the same names here: work" in capsys.readouterr().err
+    assert reviewing.questions == []
+
+
+@pytest.mark.parametrize(
+    ("found", "options"),
+    [
+        (CONFLICT, "--rename-conflicting"),  # no number was free
+        (CONFLICT, "--skip-broken --ignore-missing"),
+        (NO_TEMPLATE, "--skip-conflicting"),
+        (NO_USER, "--skip-broken --skip-conflicting"),
+    ],
+)
+def test_an_option_for_something_else_settles_nothing(
+    found: Plan, options: str, reviewing: Reviewing
+) -> None:
+    with pytest.raises(RestoreError, match="does not fit"):
+        reviewing(found, options)
+
+
+def test_a_plan_past_the_limits_is_refused_before_anybody_is_asked_and_may_be_verified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Plan) -> None:
+        raise UsageError("too many")
+
+    def review(options: str) -> PlanReview:
+        arguments = parse_restore_arguments(["--mgmt-vm", "backup", *options.split()])
+        return PlanReview("program", arguments, Display(), refuse)
+
+    saying_yes = Reviewing(monkeypatch)
+    for options in ("", "-q --yes"):
+        with pytest.raises(UsageError, match="too many"):
+            asyncio.run(review(options)(FITTING))
+    asyncio.run(review("--verify-only")(FITTING))
+    assert saying_yes.questions == []
+
+
+def test_nobody_agrees_to_what_he_has_not_seen(
+    reviewing: Reviewing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(qvm_review, "print_result", lambda *_: False)
+    reviewing(FITTING, "--yes")
+    assert "The following" not in capsys.readouterr().err
+    reviewing(FITTING)
+    assert capsys.readouterr().err.startswith("The following qubes are in the backup:")
