@@ -1,0 +1,26 @@
+"""`python -m tests.qubes.restore_driver FOLDER …`: `qvm-backup-restore` as in dom0, with its files in FOLDER.
+
+The words after FOLDER are those of the command; all of it is real but the places of configuration, locks and
+dom0's home.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from qubes_restore_svc.cli.qvm_parts import Places, on_qubes
+from qubes_restore_svc.cli.qvm_restore import main
+
+
+def places(folder: Path) -> Places:
+    """Where dom0 of the emulation keeps what a restore needs."""
+    return Places(
+        config=folder / "config.yaml",
+        restore_lock=folder / "restore.lock",
+        worker_lock=folder / "worker.lock",
+        home=folder / "home",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:], partial(on_qubes, places=places(Path(sys.argv[1]))))
