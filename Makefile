@@ -7,12 +7,25 @@ STAMP := $(VENV)/.installed
 DEMO := build/demo
 PASSPHRASE := correct horse battery staple
 
-.PHONY: help demo test lint types check bench format clean system-demo system-test
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' qubes_restore_svc/__init__.py)
+RPM := build/rpm
+DEB := build/deb
+# What the packages are made of: the work tree as it is, without what was built in it.
+PACKAGED := LICENSE README.md bin debian docs/configuration.md etc man post-install.d pyproject.toml \
+    qubes_restore_svc rpc-policy setup.py systemd tmpfiles tools
+TAR_SOURCE := tar --create --exclude=__pycache__ --exclude='*.so' --owner=0 --group=0 \
+    --transform='s,^,qubes-restore-svc-$(VERSION)/,' $(PACKAGED)
+# Other systems know these packages under other names, and only inspect what is built.
+RPM_DEPENDENCIES := $(if $(wildcard /etc/fedora-release),,--nodeps)
+
+.PHONY: help demo test lint types check bench format rpm deb clean system-demo system-test
 
 help:
 	@echo "make demo    write a sample backup, restore it in the sandbox, compare"
 	@echo "make test    ruff, mypy and pytest"
-	@echo "make bench   time this project against the manual recovery procedure"
+	@echo "make bench   measure a restore beside the stock programs; BENCH_ARGS=--help for options"
+	@echo "make rpm     the packages for Fedora and dom0, in $(RPM)"
+	@echo "make deb     the packages for Debian, in $(DEB)"
 	@echo "make clean   remove what the other targets made"
 
 demo: system-demo $(STAMP)
@@ -44,7 +57,25 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: system-test $(STAMP)
-	$(BIN)/python -m tests.bench.manual_recovery
+	$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+# The packages are for the Python of the system, whatever PYTHON is.
+rpm:
+	rm -rf $(RPM) && mkdir -p $(RPM)/work/SOURCES $(RPM)/work/tmp
+	$(TAR_SOURCE) --gzip --file=$(RPM)/work/SOURCES/qubes-restore-svc-$(VERSION).tar.gz
+	sed 's/@VERSION@/$(VERSION)/' rpm_spec/qubes-restore-svc.spec.in > $(RPM)/work/qubes-restore-svc.spec
+	rpmbuild -bb --quiet $(RPM_DEPENDENCIES) --define '_topdir $(abspath $(RPM)/work)' \
+	    --define '_tmppath $(abspath $(RPM)/work/tmp)' --define '_rpmdir $(abspath $(RPM))' \
+	    --define '_build_name_fmt %%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm' \
+	    $(RPM)/work/qubes-restore-svc.spec
+	rm -rf $(RPM)/work
+
+deb:
+	rm -rf $(DEB) && mkdir -p $(DEB)/work
+	$(TAR_SOURCE) --file=$(DEB)/work/source.tar
+	tar --extract --file=$(DEB)/work/source.tar --directory=$(DEB)/work
+	cd $(DEB)/work/qubes-restore-svc-$(VERSION) && dpkg-buildpackage --build=binary --unsigned-changes
+	mv $(DEB)/work/*.deb $(DEB) && rm -rf $(DEB)/work
 
 clean:
 	rm -rf build $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

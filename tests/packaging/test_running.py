@@ -1,0 +1,134 @@
+"""The code runs from what the packages install, each side without the other's."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc import __version__
+from tests.packaging.conftest import Packages
+from tests.packaging.packages import SYSTEM_PYTHON, cannot_build, run_python, together
+from tests.support.fixtures import REPOSITORY
+
+#: What stands in for the library that dom0 has.
+STANDIN = REPOSITORY / "tests" / "qubes" / "standin"
+
+_IMPORT_ALL = """
+import importlib, json, sys
+loaded, missing = [], []
+for name in sys.argv[1:]:
+    try:
+        loaded.append(importlib.import_module(name).__file__)
+    except ModuleNotFoundError as error:
+        missing.append(error.name)
+print(json.dumps([loaded, missing]))
+"""
+
+
+def import_all(names: list[str], site: Path) -> tuple[list[str], list[str]]:
+    """The files of the modules that could be imported, and the names of those that are not there."""
+    done = run_python("-c", _IMPORT_ALL, *names, path=[site, STANDIN])
+    assert done.returncode == 0, done.stderr
+    loaded, missing = json.loads(done.stdout)
+    return loaded, missing
+
+
+def dotted(modules: set[str]) -> list[str]:
+    names = [f"qubes_restore_svc.{name.removesuffix('.py').replace('/', '.')}" for name in sorted(modules)]
+    return [name for name in names if not name.endswith(("__init__", "__main__"))]
+
+
+def test_dom0_imports_all_of_its_code_and_has_no_other(rpms: Packages, tmp_path: Path) -> None:
+    site = together([rpms["common"], rpms["dom0"]], tmp_path)
+    names = dotted(rpms["dom0"].modules | rpms["common"].modules)
+    assert "qubes_restore_svc.host.qubes" in names
+    loaded, missing = import_all(names, site)
+    assert missing == []
+    assert len(loaded) == len(names)
+    assert all(Path(file).is_relative_to(site) for file in loaded)
+    untrusted = ["qubes_restore_svc.archive", "qubes_restore_svc.worker"]
+    assert import_all(untrusted, site) == ([], untrusted)
+
+
+def test_the_command_of_dom0_runs(rpms: Packages, tmp_path: Path) -> None:
+    site = together([rpms["common"], rpms["dom0"]], tmp_path)
+    command = tmp_path / "usr/libexec/qubes-restore-svc/qvm-backup-restore"
+    assert command.read_text().splitlines()[0] == "#!/usr/bin/python3 -I"
+    done = run_python(str(command), "--mgmt-vm", "--version", path=[site])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout
+
+
+def test_the_worker_runs_with_its_extension(packages: Packages, tmp_path: Path) -> None:
+    if not _same_python():
+        pytest.skip("the system has another Python than the tests, and extensions are for one")
+    site = together([packages["common"], packages["vm"]], tmp_path)
+    done = run_python("-m", "qubes_restore_svc.worker", "--engine", path=[site])
+    assert done.stdout.startswith("native ("), done.stderr
+    trusted = ["qubes_restore_svc.broker", "qubes_restore_svc.host", "qubes_restore_svc.link"]
+    assert import_all(trusted, site) == ([], trusted)
+
+
+def test_the_command_for_any_machine_runs_and_starts_its_worker(packages: Packages, tmp_path: Path) -> None:
+    if not _same_python():
+        pytest.skip("the system has another Python than the tests, and extensions are for one")
+    site = together([packages[""]], tmp_path)
+    command = tmp_path / "usr/bin/qubes-restore-svc"
+    assert command.read_text().splitlines()[0] == "#!/usr/bin/python3 -I"
+    done = run_python(str(command), "--version", path=[site])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout and "native (" in done.stdout
+
+
+def _same_python() -> bool:
+    show = "import sys; print(sys.implementation.cache_tag)"
+    done = subprocess.run([SYSTEM_PYTHON, "-c", show], capture_output=True, text=True)
+    return done.stdout.strip() == sys.implementation.cache_tag
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """What packages are made of, to be damaged."""
+    ignored = shutil.ignore_patterns(".*", "build", "tests", "__pycache__", "*.so", "*.egg-info")
+    return Path(shutil.copytree(REPOSITORY, tmp_path / "tree", ignore=ignored))
+
+
+def run_tool(tree: Path, *command: str) -> int:
+    return subprocess.run(command, cwd=tree, capture_output=True, timeout=120).returncode
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "rpc-policy/include/qubes-restore-svc",
+        "rpc-policy/rpc-config/restore.Volume",
+        "systemd/qubes-restore-worker.service",
+        "man/qvm-backup-restore.1",
+        "etc/config.yaml",
+        "bin/qvm-backup-restore",
+    ],
+)
+def test_a_missing_file_ends_the_build(tree: Path, tmp_path: Path, missing: str) -> None:
+    def stage(root: str) -> int:
+        return run_tool(
+            tree, "tools/stage-files", str(tmp_path / root), "/site", "common", "broker", "dom0", "vm"
+        )
+
+    assert stage("whole") == 0
+    (tree / missing).unlink()
+    assert stage("damaged") != 0
+
+
+def test_an_extension_that_does_not_load_ends_the_build(tree: Path) -> None:
+    if reason := cannot_build("rpm"):
+        pytest.skip(reason)
+    (tree / "qubes_restore_svc/archive/_scrypt/romix.c").unlink()
+    assert run_tool(tree, "tools/build-extension", SYSTEM_PYTHON) != 0
+
+
+def test_a_package_is_not_made_without_its_extension(tree: Path, tmp_path: Path) -> None:
+    (tree / "build/ext/qubes_restore_svc/archive").mkdir(parents=True)
+    assert run_tool(tree, "tools/stage-files", str(tmp_path / "root"), "/site", "worker") != 0
