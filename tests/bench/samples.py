@@ -1,0 +1,118 @@
+"""The backups that are restored: written once, kept beside the results, named by what is in them.
+
+Strategy: the shared tool writes them with the programs that a Qubes system uses; where it or those programs
+are missing, the project's own writer does, with key derivations that cost what the scrypt program chose on
+one machine in one run. A backup gets its name when it is complete, so one that was broken off is written
+again.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.backup_writer import BackupWriter, Costs
+from tests.support.fixtures import REPOSITORY, Expectation, expectation
+from tests.support.plans import sample_qube
+
+MIB = 1 << 20
+
+#: The qubes of a backup of 1024 MiB: name, MiB of its volume, share of it that is data.
+QUBES = (("work", 2048, 0.5), ("vault", 1024, 0.3), ("tiny", 64, 0.05))
+_WHOLE = 1024
+
+#: log2 N of the containers in turn, where the project's own writer is to choose.
+CHOSEN_COSTS = (19, 20, 20, 21)
+
+#: The programs without which the shared tool cannot write.
+_NEEDED = ("scrypt", "tar", "gzip")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A backup and what a restore of it must give."""
+
+    backup: Path
+    expected: Expectation
+
+    @property
+    def size(self) -> int:
+        """Bytes of the archive."""
+        return self.backup.stat().st_size
+
+    def read_once(self) -> None:
+        """Bring it into the page cache, as far as it fits: no run is to pay for another one's disk."""
+        with self.backup.open("rb", buffering=0) as file:
+            while file.read(8 * MIB):
+                pass
+
+
+def existing(backup: Path) -> Sample:
+    """A backup that is there, with its JSON beside it (its name with .json added)."""
+    return Sample(backup, expectation(backup))
+
+
+def make_sample(directory: Path, size_mib: int, log_n: int | None, writer: str = "auto") -> Sample:
+    """The backup of about `size_mib` MiB in `directory`, written now if it is not there.
+
+    `log_n` is log2 of scrypt's N; None: as scrypt chooses. `writer` is `shared`, `own`, or `auto`: shared
+    where it can be had. Raises SystemExit for `shared` where it cannot.
+    """
+    tool = shared_tool()
+    if writer == "shared" and tool is None:
+        raise SystemExit("the shared tool (shared/tools/make_backup.py beside the clone) cannot be used here")
+    uses_tool = tool is not None and writer != "own"
+    costs = "chosen" if log_n is None else f"n{log_n}"
+    backup = directory / f"sample-{size_mib}-{costs}-{'shared' if uses_tool else 'own'}.qbackup"
+    if not backup.exists():
+        partial = backup.with_suffix(".partial")
+        print(f"writing {backup} …", file=sys.stderr, flush=True)
+        if tool is not None and uses_tool:
+            _write_with_tool(tool, partial, scaled(size_mib), log_n)
+        else:
+            _write_ourselves(partial, scaled(size_mib), CHOSEN_COSTS if log_n is None else log_n)
+        _json_of(partial).rename(_json_of(backup))
+        partial.rename(backup)
+    return existing(backup)
+
+
+def shared_tool(environment: Path = REPOSITORY.parent) -> Path | None:
+    """The tool `shared/tools/make_backup.py` beside the clone; None if it, or what it needs, is missing."""
+    tool = environment / "shared" / "tools" / "make_backup.py"
+    complete = tool.is_file() and all(shutil.which(program) for program in _NEEDED)
+    return tool if complete else None
+
+
+def scaled(size_mib: int) -> Mapping[str, tuple[int, float]]:
+    """By name, MiB and fill of the volumes that make a backup of about `size_mib` MiB."""
+    return {name: (max(1, round(mib * size_mib / _WHOLE)), fill) for name, mib, fill in QUBES}
+
+
+def _write_with_tool(
+    tool: Path, target: Path, qubes: Mapping[str, tuple[int, float]], log_n: int | None
+) -> None:
+    command = [sys.executable, str(tool), str(target)]
+    for name, (mib, fill) in qubes.items():
+        command += ["--vm", f"{name}:{mib}:{fill}"]
+    if log_n is not None:
+        command += ["--logN", str(log_n)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def _write_ourselves(target: Path, qubes: Mapping[str, tuple[int, float]], costs: Costs) -> None:
+    writer = BackupWriter(
+        [
+            sample_qube(name, mib * MIB, fill, seed=seed)
+            for seed, (name, (mib, fill)) in enumerate(qubes.items(), 1)
+        ],
+        log_n=costs,
+    )
+    writer.write(target)
+    _json_of(target).write_text(json.dumps(writer.expectation(), indent=1) + "\n", encoding="utf-8")
+
+
+def _json_of(backup: Path) -> Path:
+    return backup.with_name(backup.name + ".json")
