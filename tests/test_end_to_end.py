@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.job import QubeChoice
+from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY
 from qubes_restore_svc.link.local import LocalLink
 
@@ -107,7 +107,7 @@ def test_dom0s_home_is_extracted_only_when_it_is_named_and_stays_closed(tmp_path
     backup = written(BackupWriter([sample_qube("work", 1 << 16, 0.5)], dom0_home=True), tmp_path)
     assert restore(backup, tmp_path / "all").status == COMPLETE
     assert not (tmp_path / "all/dom0").exists()
-    report = restore(backup, tmp_path / "named", choice=QubeChoice(names=["dom0"]))
+    report = restore(backup, tmp_path / "named", choice=PlanOptions(names=["dom0"]))
     assert report.status == COMPLETE
     home = tmp_path / "named/dom0/home.tar"
     (volume,) = report.qubes[[qube.name for qube in report.qubes].index("dom0")].volumes
@@ -116,14 +116,14 @@ def test_dom0s_home_is_extracted_only_when_it_is_named_and_stays_closed(tmp_path
 
 def test_a_selected_qube_is_restored_and_the_others_are_not(tmp_path: Path) -> None:
     backup = written(sample_backup(), tmp_path)
-    report = restore(backup, tmp_path / "out", choice=QubeChoice(names=["vault"]))
+    report = restore(backup, tmp_path / "out", choice=PlanOptions(names=["vault"]))
     assert report.status == COMPLETE
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vault"]
 
 
 def test_a_second_restore_refuses_what_is_there_and_changes_nothing(tmp_path: Path) -> None:
     backup = written(sample_backup(), tmp_path)
-    restore(backup, tmp_path / "out", choice=QubeChoice(names=["vault"]))
+    restore(backup, tmp_path / "out", choice=PlanOptions(names=["vault"]))
     before = sha256(tmp_path / "out/vault/private.img")
     (tmp_path / "out/vault/private.img").touch()
     report = restore(backup, tmp_path / "out")

@@ -82,7 +82,9 @@ class WorkerConfig(_Section):
     vcpus: int = _number(
         2, 1, 128, "Processors of the worker: as many keys are derived at once, as far as the memory goes."
     )
-    start_timeout: int = _number(120, 1, 3600, "How long the worker may take to start and to answer.", "s")
+    start_timeout: int = _number(
+        120, 1, 3600, "How long the worker may take to answer once its qube runs.", "s"
+    )
 
 
 class RestoreConfig(_Section):

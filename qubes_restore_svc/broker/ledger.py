@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from qubes_restore_svc.errors import (
     Cancelled,
     HostFailed,
+    MissingDependency,
     ProtocolViolation,
     QubeExists,
     RestoreError,
@@ -28,6 +29,7 @@ from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE
 _NOT_THE_WORKERS_TO_SAY = (
     Cancelled,
     HostFailed,
+    MissingDependency,
     ProtocolViolation,
     QubeExists,
     RestoreInProgress,

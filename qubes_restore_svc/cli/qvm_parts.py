@@ -16,6 +16,7 @@ from qubes_restore_svc.cli.qvm_limits import check_limits, check_options
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.host.base import Host
 from qubes_restore_svc.host.restore_lock import RESTORE_LOCK, WORKER_LOCK
+from qubes_restore_svc.host.stock_lock import STOCK_LOCK
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.link.qrexec import QrexecLink
 from qubes_restore_svc.link.storage import Dom0File, Location, QubePath, QubeService
@@ -48,6 +49,7 @@ class Places:
     config: Path = CONFIG_PATH
     restore_lock: Path = RESTORE_LOCK
     worker_lock: Path = WORKER_LOCK
+    stock_lock: Path = STOCK_LOCK
     home: Path | None = None
 
 
@@ -78,6 +80,7 @@ def on_qubes(arguments: RestoreArguments, archive_fd: int | None, places: Places
         template=arguments.template or config.worker.template,
         memory=arguments.memory or config.worker.memory,
         vcpus=arguments.vcpus or config.worker.vcpus,
+        ready_timeout_s=config.worker.start_timeout,
         lock_path=places.worker_lock,
     )
     host = QubesHost(
@@ -86,6 +89,7 @@ def on_qubes(arguments: RestoreArguments, archive_fd: int | None, places: Places
         home=places.home or dom0_home(dom0_user()),
         lock_path=places.restore_lock,
         worker_lock_path=places.worker_lock,
+        stock_lock_path=places.stock_lock,
     )
 
     async def check() -> None:

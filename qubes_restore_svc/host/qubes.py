@@ -371,7 +371,12 @@ class QubesSystem:
         """
         with asking(f"calling {service}", qube=name), open(os.devnull, "wb") as nowhere:
             process = self._qube(name).run_service(
-                service, stdin=stdin, stdout=stdout, stderr=nowhere, autostart=False
+                service,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=nowhere,
+                autostart=False,
+                start_new_session=True,  # Ctrl-C is for the broker to act on
             )
             return ServiceProcess(process)
 

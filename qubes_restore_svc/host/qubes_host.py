@@ -23,6 +23,7 @@ from qubes_restore_svc.host.qubes_leftovers import (
 )
 from qubes_restore_svc.host.qubes_qube import QubesQube
 from qubes_restore_svc.host.restore_lock import RESTORE_LOCK, WORKER_LOCK, RestoreLock, try_lock, unlock
+from qubes_restore_svc.host.stock_lock import STOCK_LOCK, stock_lock
 from qubes_restore_svc.wire.names import strip_control
 
 #: Seconds that a guard tries to reach a qubesd that does not answer.
@@ -46,6 +47,7 @@ class QubesHost:
         home: Path,
         lock_path: Path = RESTORE_LOCK,
         worker_lock_path: Path = WORKER_LOCK,
+        stock_lock_path: Path = STOCK_LOCK,
         connect: Callable[[], QubesSystem] = QubesSystem.connect,
     ) -> None:
         self._system = system
@@ -53,6 +55,7 @@ class QubesHost:
         self._home = home
         self._lock_path = lock_path
         self._worker_lock_path = worker_lock_path
+        self._stock_lock_path = stock_lock_path
         self._connect = connect
         self._mutex = threading.RLock()
         self._is_locked = False
@@ -66,6 +69,10 @@ class QubesHost:
         it; HostFailed if it cannot be had, and at the end if something could not be removed. If the block
         raises a RestoreError, that is told in its advice instead.
         """
+        with stock_lock(self._stock_lock_path):
+            yield from self._locked()
+
+    def _locked(self) -> Iterator[tuple[str, ...]]:
         lock = RestoreLock(self._lock_path, self._clear_up_after_kill)
         lock.take()
         try:

@@ -65,6 +65,7 @@ class QrexecLink:
     """The link to a worker on a Qubes system; to be entered once. `memory` in MiB, all of it from the start.
 
     `location` is where the backup lies; `template` a disposable template, None for the system's own.
+    `ready_timeout_s`: seconds that the worker may take to answer once its qube has started.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class QrexecLink:
         template: str | None,
         memory: int,
         vcpus: int,
+        ready_timeout_s: float = READY_TIMEOUT_S,
         lock_path: Path = LOCK_PATH,
     ) -> None:
         self._system = system
@@ -82,6 +84,7 @@ class QrexecLink:
         self._template = template
         self._memory = memory
         self._vcpus = vcpus
+        self._ready_timeout_s = ready_timeout_s
         self._lock_path = lock_path
         self._held: contextlib.AsyncExitStack | None = None
         self._qube = ""  #: the worker's, while it may be called
@@ -226,10 +229,12 @@ class QrexecLink:
         with connection:
             connection.setblocking(False)
             try:
-                async with asyncio.timeout(READY_TIMEOUT_S):
+                async with asyncio.timeout(self._ready_timeout_s):
                     untrusted_answer = await _read(connection, len(READY))
             except TimeoutError:
-                raise WorkerLost(f"the worker was not ready after {READY_TIMEOUT_S:.0f} seconds") from None
+                raise WorkerLost(
+                    f"the worker was not ready after {self._ready_timeout_s:.0f} seconds"
+                ) from None
             if untrusted_answer == READY:
                 return
             code = await call.wait(_SHORTLY_S)

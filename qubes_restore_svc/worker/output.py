@@ -50,6 +50,8 @@ class ImageHash:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        with contextlib.suppress(queue.Full):
+            self._pieces.put_nowait(None)  # it may be waiting for something to do
         self._thread.join()
 
     def write(self, offset: int, data: memoryview) -> None:

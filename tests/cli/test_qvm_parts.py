@@ -82,6 +82,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "template": None,
         "memory": 4000,
         "vcpus": 2,
+        "ready_timeout_s": 120,
         "lock_path": places.worker_lock,
     }
     assert made.host == {
@@ -89,6 +90,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "home": places.home,
         "lock_path": places.restore_lock,
         "worker_lock_path": places.worker_lock,
+        "stock_lock_path": places.stock_lock,
     }
     assert found.report_directory == Path("/var/log/qubes-restore-svc")
     found.check_plan(plan(taken(source("a")), taken(source("b"))))

@@ -46,12 +46,14 @@ def new_host(directory: Path, system: QubesSystem | None = None, pool: str | Non
     """A host whose locks and home are below `directory`."""
     home = directory / "home"
     home.mkdir(exist_ok=True)
+    (directory / "stock.lock").touch()  # it stays where it is, whoever holds it
     return QubesHost(
         system or QubesSystem.connect(),
         pool=pool,
         home=home,
         lock_path=directory / "restore.lock",
         worker_lock_path=directory / "worker.lock",
+        stock_lock_path=directory / "stock.lock",
     )
 
 

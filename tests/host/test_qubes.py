@@ -465,6 +465,7 @@ def test_a_call_can_be_waited_for_and_killed(system: QubesSystem, qubesd: Qubesd
         process = system.run_service(NETVM, "x", stdin=nowhere.fileno(), stdout=nowhere.fileno())
     assert isinstance(process, ServiceProcess)
     assert process.pid > 1
+    assert os.getsid(process.pid) == process.pid  # Ctrl-C in our terminal does not reach it
     assert process.poll() is None
     with pytest.raises(TimeoutError):
         process.wait(0.01)

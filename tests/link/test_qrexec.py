@@ -57,9 +57,20 @@ async def archive(tmp_path: Path) -> AsyncIterator[Dom0File]:
     os.close(descriptor)
 
 
-def _link(system: FakeQubes, location: Location = PATH, template: str | None = None) -> QrexecLink:
+def _link(
+    system: FakeQubes,
+    location: Location = PATH,
+    template: str | None = None,
+    ready_timeout_s: float = PATIENCE_S,
+) -> QrexecLink:
     return QrexecLink(
-        system, location, template=template, memory=4096, vcpus=3, lock_path=system.directory / "w.lock"
+        system,
+        location,
+        template=template,
+        memory=4096,
+        vcpus=3,
+        ready_timeout_s=ready_timeout_s,
+        lock_path=system.directory / "w.lock",
     )
 
 
@@ -199,12 +210,12 @@ async def test_a_missing_worker_is_known_before_the_backup_is_touched(
     ],
 )
 async def test_a_worker_that_does_not_say_that_it_is_ready_is_lost(
-    system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+    system: FakeQubes, traces: Traces, script: str, reason: str
 ) -> None:
-    monkeypatch.setattr(qrexec, "READY_TIMEOUT_S", 0.1 if "cat" in script else PATIENCE_S)
+    timeout_s = 0.1 if "cat" in script else PATIENCE_S
     system.worker["restore.Session+ready"] = script
     with pytest.raises(WorkerLost, match=reason):
-        await _link(system).__aenter__()
+        await _link(system, ready_timeout_s=timeout_s).__aenter__()
     assert traces.left() == []
 
 

@@ -18,6 +18,7 @@ def places(folder: Path) -> Places:
         config=folder / "config.yaml",
         restore_lock=folder / "restore.lock",
         worker_lock=folder / "worker.lock",
+        stock_lock=folder / "stock.lock",
         home=folder / "home",
     )
 

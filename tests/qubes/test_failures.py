@@ -26,7 +26,7 @@ def backup(tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Failure:
-    """Something that goes wrong: `cause` makes it, `words` is said of it; `restored` is what is there then."""
+    """Something that goes wrong: `cause` makes it, `words` is said of it, `restored` is there then."""
 
     name: str
     cause: Callable[[Dom0], None]
@@ -64,7 +64,7 @@ def no_worker(dom0: Dom0) -> None:
 
 
 def full_pool(dom0: Dom0) -> None:
-    dom0.qubes.qubesd.limit_pool("vm-pool", 1 << 20)
+    dom0.qubes.qubesd.limit_pool("vm-pool", 4096)
 
 
 ONE = frozenset({"first"})
@@ -85,7 +85,7 @@ FAILURES = [
     Failure(
         "a service that sends something else",
         service("qubes.RestoreById", "echo no qfile at all, but text"),
-        "damaged",
+        "ends without its end mark",
     ),
     Failure(
         "the first qube is refused",
@@ -99,7 +99,7 @@ FAILURES = [
     ),
     Failure(
         "an import is refused",
-        admin("admin.vm.volume.ImportWithSize*", "second"),
+        admin("internal.vm.volume.ImportBegin*", "second"),
         "no such luck",
         ONE,
         status=3,
@@ -175,7 +175,7 @@ def test_a_wrong_passphrase_changes_nothing(dom0: Dom0, backup: Path, kind: Loca
 
 def test_a_command_that_fails_half_way_is_no_success(dom0: Dom0, backup: Path) -> None:
     place = dom0.qubes.put_backup(STORAGE, backup)
-    words = ["-d", STORAGE, f"sh -c 'head -c 900000 {place}; exit 7'"]
+    words = ["-d", STORAGE, f"sh -c 'head -c {backup.stat().st_size // 2} {place}; exit 7'"]
     before = dom0.qubes.snapshot()
     done = dom0.restore(words, PASSPHRASE, 1)
     assert "0 of 2 qubes restored" in done.stderr
@@ -191,9 +191,9 @@ MOMENTS = {
     "it starts": ("admin.vm.Start*", "disp-restore-*"),
     "the backup's qube is tagged": ("admin.vm.tag.Set*", STORAGE),
     "the first qube is made": ("admin.vm.Create.AppVM*", "*"),
-    "the first volume is written": ("admin.vm.volume.ImportWithSize*", "first"),
+    "the first volume is written": ("internal.vm.volume.ImportBegin*", "first"),
     "the second qube is tagged": ("admin.vm.tag.Set*", "second"),
-    "the second volume is written": ("admin.vm.volume.ImportWithSize*", "second"),
+    "the second volume is written": ("internal.vm.volume.ImportBegin*", "second"),
 }
 
 
@@ -229,7 +229,7 @@ def test_a_worker_whose_qube_dies_costs_what_was_not_restored(dom0: Dom0, backup
     words = dom0.location(backup, "path")
     before = dom0.qubes.snapshot()
     process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
-    while not dom0.qubes.qubesd.calls_of("admin.vm.volume.ImportWithSize*", "second"):
+    while not dom0.qubes.qubesd.calls_of("internal.vm.volume.ImportBegin*", "second"):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     for name in new_qubes(dom0, before):

@@ -1,0 +1,220 @@
+"""The policy evaluator decides as qrexec does: order, tokens, redirection, and what is no valid policy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from .policy import DOM0_UUID, Decision, Policy, Qube
+from .policy_files import PolicyError
+
+QUBES: Mapping[str, Qube] = {
+    "dom0": Qube("AdminVM", uuid=DOM0_UUID),
+    "work": Qube(tags={"red"}, default_dispvm="dvm", uuid="11111111-1111-1111-1111-111111111111"),
+    "vault": Qube(tags={"blue"}, uuid="22222222-2222-2222-2222-222222222222"),
+    "asleep": Qube(tags={"blue"}, running=False),
+    "dvm": Qube(tags={"green"}, template_for_dispvms=True, uuid="33333333-3333-3333-3333-333333333333"),
+    "other-dvm": Qube(template_for_dispvms=True),
+    "disp1": Qube("DispVM", default_dispvm="other-dvm"),
+}
+#: All that a caller can name.
+TARGETS = (
+    "vault", "asleep", "dvm", "dom0", "@adminvm", "@default", "", "@dispvm", "@dispvm:dvm",
+    "@dispvm:other-dvm", "no-such-qube", "uuid:22222222-2222-2222-2222-222222222222",
+    f"uuid:{DOM0_UUID}",
+)  # fmt: skip
+DOM0 = {"dom0", "@adminvm", f"uuid:{DOM0_UUID}"}
+
+
+def policy_of(folder: Path, text: str, **includes: str) -> Policy:
+    """The policy with one file, and files beside it that it may include."""
+    (folder / "include").mkdir(exist_ok=True)
+    (folder / "50-test.policy").write_text(text)
+    for name, included in includes.items():
+        (folder / "include" / name).write_text(included)
+    return Policy.load(folder)
+
+
+def judge(
+    folder: Path, text: str, source: str = "work", target: str = "vault", call: str = "a.Service+arg"
+) -> Decision:
+    service, _, argument = call.partition("+")
+    return policy_of(folder, text).judge(source, target, service, argument, QUBES)
+
+
+def test_the_first_rule_that_matches_decides_and_none_denies(tmp_path: Path) -> None:
+    rules = "a.Service * work vault deny\na.Service * work @anyvm ask\n* * work dvm allow\n"
+    assert judge(tmp_path, rules).action == "deny"
+    assert judge(tmp_path, rules, target="asleep").action == "ask"
+    assert judge(tmp_path, rules, target="dvm").action == "ask"
+    assert judge(tmp_path, rules, target="dvm", call="b.Service").action == "allow"
+    assert judge(tmp_path, rules, source="vault", target="dvm").action == "deny"
+
+
+def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, action in (("9-z", "deny"), ("31-b", "ask"), ("30-a", "allow")):
+        (tmp_path / f"{name}.policy").write_text(f"# as a comment\n\n  * * work vault {action}\n")
+    (tmp_path / "10-not-read.policy.bak").write_text("* * @anyvm @anyvm deny")
+    (tmp_path / ".hidden.policy").write_text("nonsense")
+    decision = Policy.load(tmp_path).judge("work", "vault", "any", "", QUBES)
+    assert (decision.action, decision.rule and decision.rule.place) == ("allow", "30-a.policy:3")
+
+
+@pytest.mark.parametrize(
+    ("argument", "calls"),
+    [
+        ("*", {"a.Service", "a.Service+", "a.Service+arg", "a.Service+arg+b"}),
+        ("+arg", {"a.Service+arg"}),
+        ("+", {"a.Service", "a.Service+"}),
+    ],
+)
+def test_an_argument_matches_as_a_whole(tmp_path: Path, argument: str, calls: set[str]) -> None:
+    rule = f"a.Service {argument} work vault allow"
+    tried = ("a.Service", "a.Service+", "a.Service+arg", "a.Service+arg+b", "b.Service+arg")
+    assert {call for call in tried if judge(tmp_path, rule, call=call).action == "allow"} == calls
+
+
+@pytest.mark.parametrize(
+    ("token", "matched"),
+    [
+        ("*", set(TARGETS)),
+        ("@anyvm", set(TARGETS) - DOM0),
+        ("@adminvm", DOM0),
+        ("dom0", DOM0),
+        ("@default", {"@default", "", "no-such-qube"}),
+        ("vault", {"vault", "uuid:22222222-2222-2222-2222-222222222222"}),
+        ("uuid:22222222-2222-2222-2222-222222222222", {"vault", "uuid:22222222-2222-2222-2222-222222222222"}),
+        ("@tag:blue", {"vault", "asleep", "uuid:22222222-2222-2222-2222-222222222222"}),
+        ("@tag:none", set()),
+        ("@type:AdminVM", {"dom0", f"uuid:{DOM0_UUID}"}),
+        ("@dispvm", {"@dispvm"}),
+        ("@dispvm:dvm", {"@dispvm", "@dispvm:dvm"}),
+        ("@dispvm:@tag:green", {"@dispvm", "@dispvm:dvm"}),
+        ("@dispvm:@tag:blue", set()),
+    ],
+)
+def test_what_a_token_matches_as_a_target(tmp_path: Path, token: str, matched: set[str]) -> None:
+    rule = f"* * work {token} ask"
+    assert {target for target in TARGETS if judge(tmp_path, rule, target=target).action == "ask"} == matched
+
+
+@pytest.mark.parametrize(
+    ("token", "matched"),
+    [
+        ("*", set(QUBES)),
+        ("@anyvm", set(QUBES) - {"dom0"}),
+        ("@type:DispVM", {"disp1"}),
+        ("@tag:red", {"work"}),
+        ("vault", {"vault"}),
+        ("@dispvm:dvm", set()),
+    ],
+)
+def test_what_a_token_matches_as_a_source(tmp_path: Path, token: str, matched: set[str]) -> None:
+    rule = f"* * {token} @default ask"
+    asked = {source for source in QUBES if judge(tmp_path, rule, source, "@default").action == "ask"}
+    assert asked == matched
+
+
+@pytest.mark.parametrize(
+    "target", ["@anyvm", "*", "@tag:blue", "@type:AppVM", "@dispvm:", "@dispvm:vault", "@x"]
+)
+def test_what_a_caller_may_not_name_is_denied_whatever_is_allowed(tmp_path: Path, target: str) -> None:
+    decision = judge(tmp_path, "* * * * allow target=vault", target=target)
+    assert (decision.action, decision.rule) == ("deny", None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "target", "connected"),
+    [
+        ("* * work vault allow", "vault", "vault"),
+        ("* * work vault allow", "uuid:22222222-2222-2222-2222-222222222222", "vault"),
+        ("* * work @anyvm allow target=dom0", "vault", "dom0"),
+        ("* * work dom0 allow", "@adminvm", "dom0"),
+        ("* * work @default allow target=vault", "", "vault"),
+        ("* * work @dispvm allow", "@dispvm", "@dispvm:dvm"),
+        ("* * work @anyvm allow target=@dispvm:other-dvm", "vault", "@dispvm:other-dvm"),
+        ("* * work @anyvm allow autostart=no", "vault", "vault"),
+        ("* * work @anyvm allow autostart=yes user=root notify=yes", "asleep", "asleep"),
+    ],
+)
+def test_where_an_allowed_call_goes(tmp_path: Path, rule: str, target: str, connected: str) -> None:
+    assert judge(tmp_path, rule, target=target).target == connected
+
+
+@pytest.mark.parametrize(
+    ("rule", "source", "target"),
+    [
+        ("* * work @anyvm allow", "work", "@default"),  # nobody says where to
+        ("* * work @anyvm allow", "work", "no-such-qube"),
+        ("* * work @anyvm allow target=no-such-qube", "work", "vault"),
+        ("* * work @anyvm allow target=@dispvm:vault", "work", "vault"),
+        ("* * work @anyvm allow", "work", "work"),  # no call comes back to its caller
+        ("* * vault @dispvm allow", "vault", "@dispvm"),  # which has no template for it
+        ("* * work @anyvm allow autostart=no", "work", "asleep"),
+        ("* * work @anyvm allow autostart=no", "work", "@dispvm"),
+    ],
+)
+def test_what_is_denied_although_a_rule_allows_it(
+    tmp_path: Path, rule: str, source: str, target: str
+) -> None:
+    decision = judge(tmp_path, rule, source, target)
+    assert decision.action == "deny" and decision.rule is not None
+
+
+def test_includes_stand_where_they_are_written(tmp_path: Path) -> None:
+    text = "!include include/first\n* * work vault deny\n!include include/late\n"
+    late = {"late": "* * work dvm allow\n"}
+    assert (
+        policy_of(tmp_path, text, first="# nothing\n", **late).judge("work", "vault", "s", "", QUBES).action
+        == "deny"
+    )
+    granted = policy_of(tmp_path, text, first="* * work vault allow\n", **late)
+    assert granted.judge("work", "vault", "s", "", QUBES).action == "allow"
+    assert granted.judge("work", "dvm", "s", "", QUBES).action == "allow"
+
+
+def test_a_file_for_one_service_is_in_the_older_form(tmp_path: Path) -> None:
+    older = "$anyvm $default allow,target=vault\n# comment\n!include include/more\n"
+    policy = policy_of(
+        tmp_path, "!include-service a.Service +x include/old\n", old=older, more="@anyvm dvm ask\n"
+    )
+    assert policy.judge("work", "", "a.Service", "x", QUBES).target == "vault"
+    assert policy.judge("work", "dvm", "a.Service", "x", QUBES).action == "ask"
+    assert policy.judge("work", "", "a.Service", "y", QUBES).action == "deny"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.Service * work vault",  # wrong number of fields
+        "a.Service * work vault permit",
+        "a.Ser/vice * work vault allow",
+        "a.Service+x * work vault allow",
+        "a.Service arg work vault allow",  # no plus
+        "* +arg work vault allow",
+        "* * @default vault allow",  # no source
+        "* * @dispvm vault allow",
+        "* * work @any allow",
+        "* * work @tag: allow",
+        "* * work @default allow",  # to whom?
+        "* * work vault allow target=@anyvm",
+        "* * work vault allow target=",
+        "* * work vault deny target=dom0",
+        "* * work vault allow default_target=dom0",
+        "* * work vault allow notify=maybe",
+        "* * work vault allow user=a user=b",
+        "* * work vault allow root",
+        "!include include/not-there",
+        "!include",
+        "!else",
+    ],
+)
+def test_what_is_no_valid_policy_is_refused_as_a_whole(tmp_path: Path, line: str) -> None:
+    with pytest.raises(PolicyError, match=r"^50-test\.policy:2: "):
+        policy_of(tmp_path, f"* * work vault allow\n{line}\n")
+
+
+def test_a_file_whose_name_qrexec_does_not_take_spoils_the_policy(tmp_path: Path) -> None:
+    (tmp_path / "30-User.policy").write_text("")
+    with pytest.raises(PolicyError, match="30-User"):
+        Policy.load(tmp_path)
