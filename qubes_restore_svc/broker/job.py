@@ -94,7 +94,7 @@ async def _run(
             )
             report.qubes = _in_order(plan, run.reports)
             if confirm is not None:
-                await confirm(plan)
+                await _confirmed(plan, run, confirm)
             if not plan.taken:
                 if not any(qube.decision is Decision.REFUSE for qube in plan.qubes) and not plan.unlisted:
                     raise UsageError("no qube is selected", advice="")
@@ -104,6 +104,15 @@ async def _run(
             except asyncio.CancelledError:
                 client.cancel()
                 raise
+
+
+async def _confirmed(plan: Plan, run: RestoreRun, confirm: Confirm) -> None:
+    try:
+        await confirm(plan)
+    except RestoreError as error:
+        for report in run.reports:  # nothing is wrong with them; this is why they have not come
+            report.error = ErrorReport.of(error)
+        raise
 
 
 async def _opened(

@@ -1,8 +1,8 @@
 """The lock of the stock restore in a disposable, held for as long as a restore of ours lasts.
 
 That restore takes the tag `backup-restore-in-progress` from every qube when it begins and when it ends
-(`qubesadmin.backup.dispvm`), ours included, which could then be started half restored. The two must not run at
-the same time.
+(`qubesadmin.backup.dispvm`), ours included, which could then be started half restored. The two must not run
+at the same time.
 """
 
 import fcntl

@@ -11,7 +11,7 @@ import pytest
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
-from qubes_restore_svc.broker.plan import PlanOptions
+from qubes_restore_svc.broker.plan import Plan, PlanOptions
 from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.errors import RestoreError, UsageError, WorkerStalled
 from qubes_restore_svc.host.directory import DirectoryHost
@@ -315,3 +315,17 @@ async def test_a_list_that_fails_destroys_the_worker(step: Raw, error: type[Rest
     assert link.left
     with pytest.raises(UsageError):
         await read_manifest(FakeLink(honest()), SessionOptions(PASSPHRASE, jobs=0), Recorder())
+
+
+async def test_a_plan_that_is_refused_says_so_of_every_qube_that_it_took(tmp_path: Path) -> None:
+    async def refuse(plan: Plan) -> None:
+        raise UsageError("not like this")
+
+    link = FakeLink(honest((WORK, VAULT)))
+    host = TroubledHost(tmp_path / "restored", {})
+    options = SessionOptions(PASSPHRASE)
+    report = await run_job(link, host, options, PlanOptions(), Recorder(), confirm=refuse)
+    assert report.error is not None and report.error.reason == "not like this"
+    reasons = {qube.name: qube.error and qube.error.reason for qube in report.qubes}
+    assert reasons == {"work": "not like this", "vault": "not like this"}
+    assert not [call for call in host.calls if call.startswith("begin")]

@@ -32,7 +32,9 @@ log: {file: /log}
 @pytest.fixture
 def places(tmp_path: Path) -> Places:
     config = tmp_path / "config.yaml"
-    return Places(config, tmp_path / "restore.lock", tmp_path / "worker.lock", tmp_path)
+    return Places(
+        config, tmp_path / "restore.lock", tmp_path / "worker.lock", tmp_path / "stock.lock", tmp_path
+    )
 
 
 @pytest.fixture
