@@ -69,32 +69,32 @@ class QubesHost:
         it; HostFailed if it cannot be had, and at the end if something could not be removed. If the block
         raises a RestoreError, that is told in its advice instead.
         """
-        with stock_lock(self._stock_lock_path):
-            yield from self._locked()
-
-    def _locked(self) -> Iterator[tuple[str, ...]]:
         lock = RestoreLock(self._lock_path, self._clear_up_after_kill)
         lock.take()
         try:
-            found = self._clear_up()
-            self._system.watch(lock)
-            with self._mutex:
-                self._is_locked = True
-            try:
-                yield (*found.cleared, *found.kept)
-            except RestoreError as error:
-                if left := self._end_qubes(lock, found.kept):
-                    error.advice = f"{error.advice} Left behind: {'; '.join(left)}.".strip()
-                raise
-            except BaseException as error:
-                if left := self._end_qubes(lock, found.kept):
-                    raise _left_behind(left) from error
-                raise
-            if left := self._end_qubes(lock, found.kept):
-                raise _left_behind(left)
+            with stock_lock(self._stock_lock_path):
+                yield from self._locked(lock)
         finally:
             self._system.watch(None)
             lock.release()
+
+    def _locked(self, lock: RestoreLock) -> Iterator[tuple[str, ...]]:
+        found = self._clear_up()
+        self._system.watch(lock)
+        with self._mutex:
+            self._is_locked = True
+        try:
+            yield (*found.cleared, *found.kept)
+        except RestoreError as error:
+            if left := self._end_qubes(lock, found.kept):
+                error.advice = f"{error.advice} Left behind: {'; '.join(left)}.".strip()
+            raise
+        except BaseException as error:
+            if left := self._end_qubes(lock, found.kept):
+                raise _left_behind(left) from error
+            raise
+        if left := self._end_qubes(lock, found.kept):
+            raise _left_behind(left)
 
     def view(self) -> HostView:
         """The system as it is now. Raises HostFailed."""

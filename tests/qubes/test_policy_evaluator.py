@@ -51,8 +51,17 @@ def test_the_first_rule_that_matches_decides_and_none_denies(tmp_path: Path) -> 
     assert judge(tmp_path, rules, source="vault", target="dvm").action == "deny"
 
 
+def test_the_default_disposable_counts_for_its_tag_only_if_it_is_a_template(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path, "* * @anyvm @dispvm:@tag:blue ask")
+    for is_template, action in ((True, "ask"), (False, "deny")):
+        dvm = Qube(tags={"blue"}, template_for_dispvms=is_template)
+        qubes = {"work": Qube(default_dispvm="dvm"), "dvm": dvm}
+        assert policy.judge("work", "@dispvm", "any", "", qubes).action == action
+
+
 def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for name, action in (("9-z", "deny"), ("31-b", "ask"), ("30-a", "allow")):
+    later = [(f"{number}-x", "deny") for number in (90, 40, 85, 35, 60, 50, 99)]
+    for name, action in (("9-z", "deny"), ("31-b", "ask"), *later, ("30-a", "allow")):
         (tmp_path / f"{name}.policy").write_text(f"# as a comment\n\n  * * work vault {action}\n")
     (tmp_path / "10-not-read.policy.bak").write_text("* * @anyvm @anyvm deny")
     (tmp_path / ".hidden.policy").write_text("nonsense")

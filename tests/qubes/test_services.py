@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from .bench import Bench, alive, open_bench, wait_until
+from .domain import Domain
 
 ECHO = "cat"
 SAY_ALL = 'echo "$1|$QREXEC_SERVICE_ARGUMENT|$QREXEC_SERVICE_FULL_NAME|$QREXEC_REMOTE_DOMAIN|$#"'
@@ -174,3 +175,10 @@ def test_a_daemon_ends_with_its_domain(bench: Bench) -> None:
     assert alive(pid)
     bench.switchboard.stop_domain("vault")
     assert not alive(pid)
+
+
+def test_nothing_starts_in_a_domain_that_was_stopped(tmp_path: Path) -> None:
+    domain = Domain(tmp_path / "vault")
+    domain.stop()
+    with pytest.raises(ProcessLookupError):
+        domain.start(["true"], environment={}, stdin=0, stdout=1, stderr=2)

@@ -254,6 +254,13 @@ def test_an_early_end_kills_the_command_and_that_is_the_exit_code(bench: Bench, 
     assert (code, stream) == (128 + signal.SIGPIPE, members("backup-header", "backup-header.hmac"))
 
 
+def test_a_wrong_answer_shows_before_what_becomes_of_the_command(bench: Bench, tmp_path: Path) -> None:
+    big = RawMember("vm10/root.img.000.enc", os.urandom(4 << 20))
+    (tmp_path / "big").write_bytes(join_members([*MEMBERS[:3], big]))
+    with Registration(bench, f"cat {shlex.quote(str(tmp_path / 'big'))}") as identifier:
+        assert fetch(bench, identifier, b"backup-header", spoil=1)[0] == 1
+
+
 def test_what_is_no_archive_gives_an_empty_stream(bench: Bench, tmp_path: Path) -> None:
     for data in (b"", b"nonsense " * 1000, join_members(MEMBERS)[512:]):
         (tmp_path / "no archive").write_bytes(data)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from .bench import Bench, alive, open_bench, wait_until
-from .process_io import VANISHED, printable
+from .process_io import DATA_EXIT_CODE, DATA_STDIN, DATA_STDOUT, FRAME, printable
 from .switchboard import CallRecord
+from .trigger import Kind, request
 
 ECHO = "cat"
 
@@ -210,7 +211,7 @@ def test_a_caller_whose_target_was_stopped_exits_255_and_nothing_of_it_is_left(b
         assert client.stdout is not None
         pids += [int(client.stdout.readline()), int(client.stdout.readline())]
     bench.switchboard.stop_domain("vault")
-    assert [client.wait(20) for client in clients] == [VANISHED, VANISHED]
+    assert [client.wait(20) for client in clients] == [255, 255]
     assert not [pid for pid in pids if alive(pid)]
     for client in clients:
         client.communicate()
@@ -235,4 +236,29 @@ def test_a_caller_in_a_domain_that_is_stopped_breaks_the_call(bench: Bench) -> N
             assert connection.recv(100) == b"test.Socket+ work\0"
             bench.switchboard.stop_domain("work")
             assert connection.recv(100) == b""
-        assert client.wait(20) == VANISHED
+        assert client.wait(20) == 255
+
+
+def test_a_frame_carries_64_kib_at_most(bench: Bench) -> None:
+    bench.service("vault", "test.Much", "head -c 1000000 /dev/zero")
+    with request(bench.root / "work" / "qrexec.sock", Kind.FROM_VM, "vault", "test.Much") as channel:
+        stream = channel.makefile("rb")
+        sizes = []
+        while header := stream.read(FRAME.size):
+            kind, size = FRAME.unpack(header)
+            assert len(stream.read(size)) == size
+            sizes += [size] if kind == DATA_STDOUT else []
+        assert kind == DATA_EXIT_CODE
+    assert sum(sizes) == 1_000_000 and max(sizes) <= 65536 and sizes[-1] == 0
+
+
+def test_a_client_that_sends_a_larger_frame_is_a_vanished_peer(bench: Bench) -> None:
+    switchboard = bench.root / "work" / "qrexec.sock"
+    with (
+        bench.socket_service("vault", "test.Socket") as listener,
+        request(switchboard, Kind.FROM_VM, "vault", "test.Socket") as channel,
+    ):
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as stream:
+            channel.sendall(FRAME.pack(DATA_STDIN, 3) + b"abc" + FRAME.pack(DATA_STDIN, 65537))
+            assert stream.read() == b"test.Socket+ work\0abc"
