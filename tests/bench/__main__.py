@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], Options]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", choices=[*SCENARIOS, []])
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO")
     parser.add_argument("--backup", type=Path, help="this backup, with its JSON beside it, not a sample")
     parser.add_argument("--size", type=int, help="MiB of archive of the sample (default: 1024)")
     parser.add_argument("--log-n", type=int, help="log2 of N in the sample (default: as scrypt chooses)")
@@ -94,6 +94,8 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], Options]:
     chosen = given.pop("scenarios")
     defaults = _QUICK if given.pop("quick") else Options(Path())
     manual = not given.pop("no_manual")
+    if unheard := [name for name in chosen if name not in SCENARIOS]:
+        parser.error(f"{', '.join(unheard)}: no such scenario; there are {', '.join(SCENARIOS)}")
     changes = {name: value for name, value in given.items() if value is not None}
     unknown = set(changes.get("modes", ())) - {"extract", "verify"}
     if unknown:

@@ -192,6 +192,7 @@ def tables(rows: Sequence[Row], manual_s: float | None, archive_size: int) -> li
                 "crossing: the streams of all volumes, framing included; the session's messages, a few KiB,"
                 " are not.",
                 "written: to files, by all processes of the run. on disk: what the result takes in the end.",
+                "by the worker: a few KiB are the file system's own, such as times of access.",
             ],
         ),
     ]

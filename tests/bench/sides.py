@@ -8,7 +8,7 @@ on the disk that all of them use, and are removed.
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,10 @@ class Outcome:
     measured: Measured
     data: int = 0
     on_disk: int = 0
+
+
+#: One run of a way to restore, with files in a directory that is there.
+Side = Callable[[Sample, Path], Outcome]
 
 
 def extract(sample: Sample, memory_mib: int, directory: Path) -> Outcome:
