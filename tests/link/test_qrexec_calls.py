@@ -21,6 +21,7 @@ def system(tmp_path: Path) -> FakeQubes:
     system.qubes[STORAGE].services |= {
         "x.Echo": "exec cat",
         "x.Fail": "exit 3",
+        "x.FailWhenTold": "read line; exit 3",
         "x.Well": "exit 0",
         "x.Killed": "kill -9 $$",
         "x.Deaf": "trap '' TERM INT HUP PIPE; while :; do sleep 1000; done",
@@ -64,8 +65,9 @@ async def test_the_end_of_the_process_is_the_end_of_the_socket_and_is_told(syste
 
 async def test_the_exit_code_is_known_at_once_even_if_the_loop_has_not_seen_it(system: FakeQubes) -> None:
     async with QrexecCalls(system) as calls:
-        connection, call = await calls.converse(STORAGE, "x.Fail")
+        connection, call = await calls.converse(STORAGE, "x.FailWhenTold")
         with connection:
+            connection.sendall(b"\n")  # from here on this test holds the loop, which cannot reap it
             while connection.recv(1):
                 pass
             os.waitid(os.P_PID, system.processes[0].pid, os.WEXITED | os.WNOWAIT)
