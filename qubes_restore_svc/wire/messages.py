@@ -1,37 +1,23 @@
-"""The messages of a `restore.Session`, as strict and frozen models.
+"""The messages of a `restore.Session`, between broker and worker.
 
-Strategy: one class a message, told apart by `type`; a field is a type of `names.py`, a bounded
-list of such, or another model. Unknown keys are refused, nothing is coerced, and a validation error never
-quotes what it refused (it may be a passphrase, or meant for a terminal).
+Strategy: see `models.py`. First the parts that several messages have, then what the broker says, then what
+the worker says.
 """
 
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    TypeAdapter,
-    ValidationError,
-    field_serializer,
-    model_validator,
-)
+from pydantic import Field, SecretStr, TypeAdapter, field_serializer, model_validator
 
-from qubes_restore_svc.errors import ERROR_KINDS, ProtocolViolation, RestoreError
-from qubes_restore_svc.wire.framing import check_json
+from qubes_restore_svc.wire.models import EXACT, Model, Passphrase, parse_message
+from qubes_restore_svc.wire.models import ErrorInfo as ErrorInfo
+from qubes_restore_svc.wire.models import Message as Message
+from qubes_restore_svc.wire.models import encode_message as encode_message
 from qubes_restore_svc.wire.names import (
-    MAX_COUNT,
-    MAX_PASSPHRASE,
     MAX_QUBES,
     AppmenuName,
     BackupId,
-    Count,
     DeviceClass,
     DevicePort,
-    ErrorKind,
     FeatureName,
     FilterName,
     FreeText,
@@ -50,71 +36,12 @@ from qubes_restore_svc.wire.names import (
     TagName,
     VmClass,
     VolumeName,
-    strip_control,
 )
 
 PROTOCOL_VERSION: Literal[1] = 1
 
 
-class Model(BaseModel):
-    """What all models share: strict, frozen, closed, and silent about the values they refuse."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False
-    )
-
-
-def _only_int(untrusted_value: object) -> object:
-    if type(untrusted_value) is not int:
-        raise ValueError("not an integer")
-    return untrusted_value
-
-
-#: For a `Literal` of a number, which pydantic, strict or not, lets `true` and `1.0` match.
-_EXACT = BeforeValidator(_only_int)
-
-
-def _encodable(passphrase: SecretStr) -> SecretStr:
-    try:
-        passphrase.get_secret_value().encode()
-    except UnicodeEncodeError:
-        raise ValueError("not a text that UTF-8 can carry") from None
-    return passphrase
-
-
 # --- Parts ---------------------------------------------------------------------------------------
-
-
-class ErrorInfo(Model):
-    """An error of the worker. Only `kind` is a promise; the rest is for people."""
-
-    kind: ErrorKind
-    reason: FreeText
-    qube: FreeText | None = None
-    volume: FreeText | None = None
-    chunk: Count | None = None
-    advice: FreeText = ""
-
-    @classmethod
-    def of(cls, error: RestoreError) -> "ErrorInfo":
-        """The message form of `error`; over-long texts are cut."""
-
-        def cut(text: str) -> str:
-            return strip_control(text[:1000])
-
-        return cls(
-            kind=error.kind,
-            reason=cut(error.reason),
-            qube=None if error.qube is None else cut(error.qube),
-            volume=None if error.volume is None else cut(error.volume),
-            chunk=error.chunk if error.chunk is None or 0 <= error.chunk <= MAX_COUNT else None,
-            advice=cut(error.advice),
-        )
-
-    def to_error(self) -> RestoreError:
-        """The error again, in the class of its kind (`RestoreError` itself for a kind not known here)."""
-        cls = ERROR_KINDS.get(self.kind, RestoreError)
-        return cls(self.reason, qube=self.qube, volume=self.volume, chunk=self.chunk, advice=self.advice)
 
 
 class VolumeInfo(Model):
@@ -131,7 +58,7 @@ class DeviceInfo(Model):
     backend: QubeName
     port: DevicePort
     required: bool = False  #: without it the qube does not start
-    options: Annotated[dict[FeatureName, SettingValue], Field(max_length=16)] = {}
+    options: Annotated[dict[FeatureName, SettingValue], Field(max_length=16)] = Field(default_factory=dict)
 
 
 class ManifestQube(Model):
@@ -146,8 +73,10 @@ class ManifestQube(Model):
     home_user: HomeUser | None = None  #: dom0: whose home its home is
     backup_size: Size = 0  #: disk space it took when it was backed up, bytes
     volumes: Annotated[tuple[VolumeInfo, ...], Field(fail_fast=True, max_length=3)] = ()
-    properties: Annotated[dict[PropertyName, SettingValue], Field(max_length=512)] = {}
-    features: Annotated[dict[FeatureName, SettingValue], Field(max_length=4096)] = {}
+    properties: Annotated[dict[PropertyName, SettingValue], Field(max_length=512)] = Field(
+        default_factory=dict
+    )
+    features: Annotated[dict[FeatureName, SettingValue], Field(max_length=4096)] = Field(default_factory=dict)
     tags: Annotated[tuple[TagName, ...], Field(fail_fast=True, max_length=1024)] = ()
     devices: Annotated[tuple[DeviceInfo, ...], Field(fail_fast=True, max_length=256)] = ()
 
@@ -193,12 +122,6 @@ class FirewallRule(Model):
 # --- Broker to worker ----------------------------------------------------------------------------
 
 
-class Message(Model):
-    """Base of the messages; `max_size` is the largest frame such a message may take, in bytes."""
-
-    max_size: ClassVar[int] = 64 << 10
-
-
 class Storage(Model):
     """Where the worker fetches the archive: with `qubes.RestoreById+LOCATION_ID` from the qube `qube`."""
 
@@ -210,8 +133,8 @@ class Open(Message):
     """Read the header and qubes.xml, and answer with the manifest."""
 
     type: Literal["open"] = "open"
-    protocol: Annotated[Literal[1], _EXACT] = PROTOCOL_VERSION
-    passphrase: Annotated[SecretStr, Field(max_length=MAX_PASSPHRASE), AfterValidator(_encodable)]
+    protocol: Annotated[Literal[1], EXACT] = PROTOCOL_VERSION
+    passphrase: Passphrase
     memory: Size | None = None  #: budget in bytes; None: what the worker's machine has
     jobs: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None  #: derivations at once
     compression_filter: FilterName | None = None  #: instead of the header's
@@ -254,7 +177,7 @@ class Manifest(Message):
 
     type: Literal["manifest"] = "manifest"
     backup_id: BackupId
-    format: Annotated[Literal[4], _EXACT]
+    format: Annotated[Literal[4], EXACT]
     compression_filter: FilterName
     qubes: Annotated[tuple[ManifestQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
     refused: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
@@ -351,49 +274,13 @@ WorkerMessage = Manifest | VolumeReady | VolumeDone | QubeSettings | Progress | 
 
 _BROKER: TypeAdapter[BrokerMessage] = TypeAdapter(Annotated[BrokerMessage, Field(discriminator="type")])
 _WORKER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="type")])
-_M = TypeVar("_M", bound=Message)
-_KNOWN_WORDS = frozenset(
-    word
-    for model in (*Model.__subclasses__(), *Message.__subclasses__())
-    for word in (*model.model_fields, getattr(model.model_fields.get("type"), "default", "type"))
-)
 
 
 def parse_broker_message(untrusted_payload: bytes) -> BrokerMessage:
     """The message in a frame that the broker sent; raises ProtocolViolation."""
-    return _parse(_BROKER, untrusted_payload)
+    return parse_message(_BROKER, untrusted_payload)
 
 
 def parse_worker_message(untrusted_payload: bytes) -> WorkerMessage:
     """The message in a frame that the worker sent; raises ProtocolViolation."""
-    return _parse(_WORKER, untrusted_payload)
-
-
-def encode_message(message: Message) -> bytes:
-    """The payload of the frame for `message`; raises ProtocolViolation if it is too large for its kind."""
-    payload = message.model_dump_json().encode()
-    _check_size(message, len(payload))
-    return payload
-
-
-def _parse(adapter: TypeAdapter[_M], untrusted_payload: bytes) -> _M:
-    check_json(untrusted_payload)
-    try:
-        message = adapter.validate_json(untrusted_payload)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # A location can hold a key that the other side made up, which is as untrusted as any value.
-        where = ".".join(
-            str(part) if isinstance(part, int) or part in _KNOWN_WORDS else "?" for part in first["loc"]
-        )
-        what = "unknown type" if first["type"] == "union_tag_invalid" else strip_control(first["msg"][:200])
-        raise ProtocolViolation(f"a message that does not validate ({where or 'it'}: {what})") from None
-    _check_size(message, len(untrusted_payload))
-    return message
-
-
-def _check_size(message: Message, size: int) -> None:
-    if size > message.max_size:
-        raise ProtocolViolation(
-            f"a message of {size} bytes, more than the {message.max_size} that one of its kind may have"
-        )
+    return parse_message(_WORKER, untrusted_payload)

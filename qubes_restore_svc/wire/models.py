@@ -1,0 +1,141 @@
+"""What every message of ours is made of: strict and frozen models, and their way into and out of a frame.
+
+Strategy: one class a message, told apart by `type`; a field is a type of `names.py`, a bounded list of such,
+or another model. Unknown keys are refused, nothing is coerced, and a validation error never quotes what it
+refused (it may be a passphrase, or meant for a terminal).
+"""
+
+from typing import Annotated, ClassVar, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
+
+from qubes_restore_svc.errors import ERROR_KINDS, ProtocolViolation, RestoreError
+from qubes_restore_svc.wire.framing import check_json
+from qubes_restore_svc.wire.names import (
+    MAX_COUNT,
+    MAX_PASSPHRASE,
+    Count,
+    ErrorKind,
+    FreeText,
+    strip_control,
+)
+
+
+class Model(BaseModel):
+    """What all models share: strict, frozen, closed, and silent about the values they refuse."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False
+    )
+
+
+class Message(Model):
+    """Base of the messages; `max_size` is the largest frame such a message may take, in bytes."""
+
+    max_size: ClassVar[int] = 64 << 10
+
+
+def _only_int(untrusted_value: object) -> object:
+    if type(untrusted_value) is not int:
+        raise ValueError("not an integer")
+    return untrusted_value
+
+
+#: For a `Literal` of a number, which pydantic, strict or not, lets `true` and `1.0` match.
+EXACT = BeforeValidator(_only_int)
+
+
+def _encodable(passphrase: SecretStr) -> SecretStr:
+    try:
+        passphrase.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("not a text that UTF-8 can carry") from None
+    return passphrase
+
+
+#: A passphrase; a model that has one reveals it when it becomes JSON, and nowhere else.
+Passphrase = Annotated[SecretStr, Field(max_length=MAX_PASSPHRASE), AfterValidator(_encodable)]
+
+
+class ErrorInfo(Model):
+    """An error of the other side. Only `kind` is a promise; the rest is for people."""
+
+    kind: ErrorKind
+    reason: FreeText
+    qube: FreeText | None = None
+    volume: FreeText | None = None
+    chunk: Count | None = None
+    advice: FreeText = ""
+
+    @classmethod
+    def of(cls, error: RestoreError) -> "ErrorInfo":
+        """The message form of `error`; over-long texts are cut."""
+
+        def cut(text: str) -> str:
+            return strip_control(text[:1000])
+
+        return cls(
+            kind=error.kind,
+            reason=cut(error.reason),
+            qube=None if error.qube is None else cut(error.qube),
+            volume=None if error.volume is None else cut(error.volume),
+            chunk=error.chunk if error.chunk is None or 0 <= error.chunk <= MAX_COUNT else None,
+            advice=cut(error.advice),
+        )
+
+    def to_error(self) -> RestoreError:
+        """The error again, in the class of its kind (`RestoreError` itself for a kind not known here)."""
+        cls = ERROR_KINDS.get(self.kind, RestoreError)
+        return cls(self.reason, qube=self.qube, volume=self.volume, chunk=self.chunk, advice=self.advice)
+
+
+_M = TypeVar("_M", bound=Message)
+
+
+def encode_message(message: Message) -> bytes:
+    """The payload of the frame for `message`; raises ProtocolViolation if it is too large for its kind."""
+    payload = message.model_dump_json().encode()
+    _check_size(message, len(payload))
+    return payload
+
+
+def parse_message(adapter: TypeAdapter[_M], untrusted_payload: bytes) -> _M:
+    """The message in a frame, one of those that `adapter` knows; raises ProtocolViolation."""
+    check_json(untrusted_payload)
+    try:
+        message = adapter.validate_json(untrusted_payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # A location can hold a key that the other side made up, which is as untrusted as any value.
+        where = ".".join(
+            str(part) if isinstance(part, int) or part in _known_words() else "?" for part in first["loc"]
+        )
+        what = "unknown type" if first["type"] == "union_tag_invalid" else strip_control(first["msg"][:200])
+        raise ProtocolViolation(f"a message that does not validate ({where or 'it'}: {what})") from None
+    _check_size(message, len(untrusted_payload))
+    return message
+
+
+def _known_words() -> frozenset[str]:
+    """Names of fields and types of messages: what an error may repeat."""
+    return frozenset(
+        word
+        for model in (*Model.__subclasses__(), *Message.__subclasses__())
+        for word in (*model.model_fields, getattr(model.model_fields.get("type"), "default", "type"))
+    )
+
+
+def _check_size(message: Message, size: int) -> None:
+    if size > message.max_size:
+        raise ProtocolViolation(
+            f"a message of {size} bytes, more than the {message.max_size} that one of its kind may have"
+        )
