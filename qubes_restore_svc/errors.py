@@ -286,6 +286,12 @@ class RestoreInProgress(RestoreError):
 # --- The person ----------------------------------------------------------------------------------
 
 
+class NotGranted(RestoreError):
+    """The caller has not been given the right to do this, by dom0's policy or by its configuration."""
+
+    kind = "not-granted"
+
+
 class UsageError(RestoreError):
     """The command cannot be carried out as it was given."""
 

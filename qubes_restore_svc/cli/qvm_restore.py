@@ -2,7 +2,7 @@
 
 Strategy: as the other command: whatever can be refused is refused before the passphrase is typed; then one
 asyncio task that a signal cancels, in which the plan is shown and the question asked; then the report, the
-table, the exit status. What a restore is made of comes from `qvm_parts`; a test can give it other parts.
+table, the exit status. Who carries it out comes from `qvm_parts`; a test can give it somebody else.
 """
 
 import os
@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Never
 
-from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.broker.report import COMPLETE, PARTLY, Report
 from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
@@ -22,9 +20,8 @@ from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
 from qubes_restore_svc.cli.question import can_ask
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_parts import Assemble, Parts, on_qubes
+from qubes_restore_svc.cli.qvm_parts import Assemble, Restorer, on_qubes
 from qubes_restore_svc.cli.qvm_review import PlanReview
-from qubes_restore_svc.cli.records import LogFile, LoggedDisplay, file_report
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_error, show_report
 from qubes_restore_svc.errors import RestoreError, UsageError
@@ -50,8 +47,8 @@ def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) ->
                     "there is no terminal to ask on whether to proceed",
                     advice="Use --yes, or give the passphrase in a file (-p FILE).",
                 )
-            parts = assemble(arguments, archive_fd)
-            interruption.run(parts.check())
+            restorer = assemble(arguments, archive_fd)
+            interruption.run(restorer.check())
             interruption.resume()
             options = _session_options(arguments)
         except RestoreError as error:
@@ -61,36 +58,26 @@ def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) ->
             keep_report(PROGRAM, arguments.report, report)
             raise
         total = None if archive_fd is None else archive_size(archive_fd)
-        return _run(arguments, parts, options, total, interruption)
+        return _run(arguments, restorer, options, total, interruption)
 
 
 def _run(
     arguments: RestoreArguments,
-    parts: Parts,
+    restorer: Restorer,
     options: SessionOptions,
     total: int | None,
     interruption: Interruption,
 ) -> int:
     quiet = arguments.loudness < 0
     display = make_display(verbose=arguments.loudness > 0, quiet=quiet, total=total)
-    log = None if parts.log_file is None else LogFile(parts.log_file)
-    if log is not None:
-        log.write(f"{'verify' if arguments.verify_only else 'restore'}: begun")
-        display = LoggedDisplay(display, log)
-    review = PlanReview(PROGRAM, arguments, display, parts.check_plan)
-    host = None if arguments.verify_only else parts.host
-    choice = _plan_options(arguments, parts.allow)
-    job = run_job(parts.link, host, options, choice, display, confirm=review)
+    review = PlanReview(PROGRAM, arguments, display, restorer.check_plan)
+    choice = _plan_options(arguments)
+    job = restorer.run(options, choice, display, review, verify_only=arguments.verify_only)
     try:
         report = interruption.run(with_clock(display, job))
     finally:
         display.close()
     written = keep_report(PROGRAM, arguments.report, report)
-    if parts.report_directory is not None:
-        file_report(parts.report_directory, parts.reports_kept, report)
-    if log is not None:
-        reason = "" if report.error is None else f": {report.error.reason}"
-        log.write(f"{report.mode}: ended with status {report.status}{reason}")
     interruption.resume()
     if review.seen and not review.accepted:
         show_error(PROGRAM, report)  # the table has been seen, and nothing has happened since
@@ -123,7 +110,7 @@ def _session_options(arguments: RestoreArguments) -> SessionOptions:
     )
 
 
-def _plan_options(arguments: RestoreArguments, allow: AllowList) -> PlanOptions:
+def _plan_options(arguments: RestoreArguments) -> PlanOptions:
     return PlanOptions(
         names=arguments.qubes,
         exclude=arguments.exclude,
@@ -131,5 +118,4 @@ def _plan_options(arguments: RestoreArguments, allow: AllowList) -> PlanOptions:
         missing=arguments.missing,
         dom0_home=arguments.dom0_home is True,
         ignore_username_mismatch=arguments.ignore_username_mismatch,
-        allow=allow,
     )

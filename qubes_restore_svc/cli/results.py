@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from qubes_restore_svc.broker.report import CANCELLED, Report
-from qubes_restore_svc.cli.reports import write_report
+from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli.tables import failures, left_out, report_table
 from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
 

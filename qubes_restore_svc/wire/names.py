@@ -50,6 +50,10 @@ DevicePort = Annotated[str, _pattern(r"^[a-zA-Z0-9_.:-]+$", 128)]
 BackupId = Annotated[str, _pattern(r"^[A-Za-z0-9-]+$", 128)]
 FilterName = Annotated[str, _pattern(r"^[a-z0-9-]+$", 32)]
 ErrorKind = Annotated[str, _pattern(r"^[a-z-]+$", 64)]
+#: A storage pool, as qubesd names them.
+PoolName = Annotated[str, _pattern(r"^[A-Za-z0-9_.-]+$", 64)]
+#: A moment, in UTC: `2026-11-23T14:05:59Z` (RFC 3339).
+Timestamp = Annotated[str, _pattern(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$", 20)]
 Sha256 = Annotated[str, _pattern(r"^[0-9a-f]{64}$", 64)]
 #: A menu entry: the name of a .desktop file.
 AppmenuName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+@ -]+$", 255)]
@@ -92,6 +96,18 @@ def _fits_qubesd(notes: str) -> str:
     return notes
 
 
+def _one_line(untrusted_text: str) -> str:
+    if (
+        any(unicodedata.category(char) in ("Cc", "Cs") for char in untrusted_text)
+        or not untrusted_text.strip()
+    ):
+        raise ValueError("empty, or with a character that is none")
+    return untrusted_text
+
+
+#: A path or a command: what the person wrote, on one line; it must not be changed, so it is refused if it
+#: holds control characters or what UTF-8 cannot carry. At most as many characters as a path has bytes.
+LocationText = Annotated[str, _text(4096), AfterValidator(_one_line)]
 #: One line that people read.
 FreeText = Annotated[str, _text(1000), AfterValidator(strip_control)]
 #: A qube's notes (qubesd allows 256,000 bytes of UTF-8).

@@ -13,6 +13,11 @@ SESSION = "restore.Session"
 VOLUME = "restore.Volume"
 ARCHIVE = "restore.Archive"
 
+#: The services of dom0's broker: whoever may call one can restore, verify, or only look.
+START = "restore.Start"
+VERIFY = "restore.Verify"
+LIST = "restore.List"
+
 #: What a worker says when it can take calls: a local one once, on its calls socket; one behind qrexec to
 #: whoever calls `restore.Session+ready`, which is no session, and then it hangs up.
 READY = b"ready"

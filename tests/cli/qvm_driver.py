@@ -9,10 +9,11 @@ import os
 import sys
 from pathlib import Path
 
-from qubes_restore_svc.broker.allowlist import AllowNothing
+from qubes_restore_svc.broker.config import Config, ReportConfig
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
-from qubes_restore_svc.cli.qvm_parts import Parts
+from qubes_restore_svc.cli.qvm_parts import Restorer
 from qubes_restore_svc.cli.qvm_restore import main
+from qubes_restore_svc.dom0 import Dom0Restore
 from qubes_restore_svc.errors import WorkerMissing
 from qubes_restore_svc.host.directory import DirectoryHost
 from tests.support.thread_link import ThreadLink
@@ -20,20 +21,19 @@ from tests.support.thread_link import ThreadLink
 BROKEN = "broken"
 
 
-def assemble(arguments: RestoreArguments, archive_fd: int | None) -> Parts:
+class _Link(ThreadLink):
+    async def check(self) -> None:
+        if sys.argv[1].endswith(BROKEN):
+            raise WorkerMissing("the template fedora-41 has no worker", advice="Install it there.")
+
+
+def assemble(arguments: RestoreArguments, archive_fd: int | None) -> Restorer:
     """A directory and a thread."""
     target = Path(sys.argv[1])
     if archive_fd is None:
         archive_fd = os.open(arguments.location, os.O_RDONLY)
-    reports = target.parent / "reports"
-    return Parts(
-        ThreadLink(archive_fd), DirectoryHost(target), AllowNothing(), _check, report_directory=reports
-    )
-
-
-async def _check() -> None:
-    if sys.argv[1].endswith(BROKEN):
-        raise WorkerMissing("the template fedora-41 has no worker", advice="Install it there.")
+    config = Config(report=ReportConfig(directory=target.parent / "reports"))
+    return Dom0Restore(_Link(archive_fd), DirectoryHost(target), config)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.report import PARTLY, Report
+from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli.interruption import Interruption
-from qubes_restore_svc.cli.reports import check_report_path, write_report
+from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.errors import Cancelled, UsageError
 from tests.support.backup_writer import PASSPHRASE
 from tests.system.support import command, small_backup

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.cli import qvm_parts
+from qubes_restore_svc import dom0
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
-from qubes_restore_svc.cli.qvm_parts import Parts, Places, on_qubes
+from qubes_restore_svc.cli.qvm_parts import on_qubes
+from qubes_restore_svc.dom0 import Dom0Restore, Places
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
 from qubes_restore_svc.host import qubes_host
 from qubes_restore_svc.link.qrexec import QrexecLink
@@ -59,7 +60,7 @@ class Made:
             self.host = keywords
             return host(system, **keywords)
 
-        monkeypatch.setattr(qvm_parts, "QrexecLink", make_link)
+        monkeypatch.setattr(dom0, "QrexecLink", make_link)
         monkeypatch.setattr(qubes_host, "QubesHost", make_host)
 
 
@@ -68,8 +69,10 @@ def made(qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch) -> Made:
     return Made(monkeypatch)
 
 
-def parts(places: Places, line: str, archive_fd: int | None = None) -> Parts:
-    return on_qubes(parse_restore_arguments(["--mgmt-vm", *line.split()]), archive_fd, places)
+def parts(places: Places, line: str, archive_fd: int | None = None) -> Dom0Restore:
+    made = on_qubes(parse_restore_arguments(["--mgmt-vm", *line.split()]), archive_fd, places)
+    assert isinstance(made, Dom0Restore)
+    return made
 
 
 def configure(places: Places, text: str) -> None:
@@ -94,7 +97,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "worker_lock_path": places.worker_lock,
         "stock_lock_path": places.stock_lock,
     }
-    assert found.report_directory == Path("/var/log/qubes-restore-svc")
+    assert found.config.report.directory == Path("/var/log/qubes-restore-svc")
     found.check_plan(plan(taken(source("a")), taken(source("b"))))
 
 
@@ -103,7 +106,8 @@ def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
     found = parts(places, "b", 5)
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("configured-dvm", 3000, 3)
     assert made.host["pool"] == "varlibqubes"
-    assert (found.report_directory, found.reports_kept, found.log_file) == (Path("/reports"), 7, Path("/log"))
+    assert (found.config.report.directory, found.config.report.keep) == (Path("/reports"), 7)
+    assert found.config.log.file == Path("/log")
     with pytest.raises(UsageError, match="2 qubes are to be restored"):
         found.check_plan(plan(taken(source("a")), taken(source("b"))))
 

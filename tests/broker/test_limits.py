@@ -3,13 +3,12 @@
 import pytest
 
 from qubes_restore_svc.broker.config import LimitsConfig
+from qubes_restore_svc.broker.limits import check_limits, check_options
 from qubes_restore_svc.broker.plan import Plan, Problem
-from qubes_restore_svc.cli.qvm_limits import check_limits, check_options
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.wire.messages import ManifestQube, VolumeInfo
 from qubes_restore_svc.wire.names import VolumeName
-
-from .plans import not_wanted, plan, source, taken
+from tests.cli.plans import not_wanted, plan, source, taken
 
 GIB = 1 << 30
 

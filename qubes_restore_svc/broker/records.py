@@ -1,25 +1,25 @@
 """What is kept of every restore on this machine: its report, and a log of what was said.
 
 Strategy: a service to whoever looks for them later, so nothing here can fail the restore; what cannot be
-written is said once. Both may tell names of qubes, and are for their owner and group only.
+written is said once, to the `warn` of whoever asked. Both may tell names of qubes, and are for their owner
+and group only.
 """
 
 import os
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from qubes_restore_svc.broker.report import QubeReport, Report
-from qubes_restore_svc.cli.progress import Display
-from qubes_restore_svc.cli.reports import write_report
-from qubes_restore_svc.cli.terminal import say_wrapped
+from qubes_restore_svc.broker.report_file import write_report
+from qubes_restore_svc.broker.restore import Observer
 
 _MODE = 0o640
 _REPORT_NAME = re.compile(r"(?:restore|verify)-([0-9]{8}T[0-9]{6}Z-[0-9]+)\.json")
 
 
-def file_report(directory: Path, keep: int, report: Report) -> None:
+def file_report(directory: Path, keep: int, report: Report, warn: Callable[[str], None]) -> None:
     """Put the report into the directory, and delete the oldest of those that are there beyond `keep`."""
     name = f"{report.mode}-{report.started:%Y%m%dT%H%M%SZ}-{os.getpid()}.json"
     try:
@@ -30,14 +30,15 @@ def file_report(directory: Path, keep: int, report: Report) -> None:
         for _, entry in found[: max(0, len(found) - keep)]:
             (directory / entry).unlink(missing_ok=True)
     except OSError as error:
-        say_wrapped(f"warning: the report cannot be kept in {directory}: {error.strerror}")
+        warn(f"the report cannot be kept in {directory}: {error.strerror}")
 
 
 class LogFile:
     """A file to which lines are appended, with the time; the first that cannot be written is the last."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path
+        self._warn = warn
         self._works = True
 
     def write(self, text: str) -> None:
@@ -51,44 +52,32 @@ class LogFile:
                 file.write(line.encode("utf-8", "replace"))
         except OSError as error:
             self._works = False
-            say_wrapped(f"warning: the log cannot be written to {self._path}: {error.strerror}")
+            self._warn(f"the log cannot be written to {self._path}: {error.strerror}")
 
 
-class LoggedDisplay:
-    """A display whose words, but not its progress, go to a log as well; all of them, however quiet it is."""
+class LoggedObserver:
+    """An observer whose words, but not its progress, go to a log as well."""
 
-    def __init__(self, display: Display, log: LogFile) -> None:
-        self._display = display
+    def __init__(self, observer: Observer, log: LogFile) -> None:
+        self._observer = observer
         self._log = log
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        """On the display only."""
-        self._display.progress(archive_bytes, image_bytes)
+        """Passed on only."""
+        self._observer.progress(archive_bytes, image_bytes)
 
     def log(self, level: str, text: str) -> None:
         """Both."""
-        self._display.log(level, text)
+        self._observer.log(level, text)
         self._log.write(f"{level}: {text}")
 
     def volume_started(self, qube: str, volume: str, image_size: int) -> None:
         """Both."""
-        self._display.volume_started(qube, volume, image_size)
+        self._observer.volume_started(qube, volume, image_size)
         self._log.write(f"{qube}/{volume}: begun")
 
     def qube_finished(self, report: QubeReport) -> None:
         """Both."""
-        self._display.qube_finished(report)
+        self._observer.qube_finished(report)
         reason = "" if report.error is None else f": {report.error.reason}"
         self._log.write(f"{report.name}: {report.outcome}{reason}")
-
-    def tick(self) -> None:
-        """On the display only."""
-        self._display.tick()
-
-    def paused(self) -> AbstractContextManager[None]:
-        """The display is."""
-        return self._display.paused()
-
-    def close(self) -> None:
-        """The display is."""
-        self._display.close()

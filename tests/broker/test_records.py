@@ -7,11 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import pytest
-
+from qubes_restore_svc.broker.records import LogFile, LoggedObserver, file_report
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
-from qubes_restore_svc.cli.progress import QuietDisplay
-from qubes_restore_svc.cli.records import LogFile, LoggedDisplay, file_report
+from tests.support.restoring import Recorder
 
 
 def report(minute: int, mode: Literal["restore", "verify"] = "restore") -> Report:
@@ -25,36 +23,30 @@ def test_the_newest_reports_are_kept_and_nothing_else_is_touched(tmp_path: Path)
     for stranger in strangers:
         (tmp_path / stranger).touch()
     for minute, mode in [(3, "restore"), (1, "verify"), (4, "verify"), (2, "restore")]:
-        file_report(tmp_path, 2, report(minute, "verify" if mode == "verify" else "restore"))
-    file_report(tmp_path, 3, report(3))
+        file_report(tmp_path, 2, report(minute, "verify" if mode == "verify" else "restore"), print)
+    file_report(tmp_path, 3, report(3), print)
     kept = [f"restore-20261120T200300Z-{os.getpid()}.json", f"verify-20261120T200400Z-{os.getpid()}.json"]
     assert sorted(os.listdir(tmp_path)) == sorted([*strangers, *kept])
     assert Report.model_validate_json((tmp_path / kept[0]).read_text()) == report(3)
     assert stat.S_IMODE((tmp_path / kept[0]).stat().st_mode) & 0o007 == 0
 
 
-def test_a_directory_that_is_not_there_is_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file_report(tmp_path / "nowhere", 2, report(1))
-    assert "cannot be kept in" in capsys.readouterr().err
+def test_a_directory_that_is_not_there_is_a_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    file_report(tmp_path / "nowhere", 2, report(1), warnings.append)
+    assert [text.split(" in ")[0] for text in warnings] == ["the report cannot be kept"]
 
 
-def test_the_log_has_what_was_said_even_if_nobody_heard_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_log_has_what_was_said_and_the_observer_hears_it_too(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("before\n")
-    display = LoggedDisplay(QuietDisplay(), LogFile(path))
+    heard = Recorder()
+    display = LoggedObserver(heard, LogFile(path, print))
     display.log("info", "é it goes on")
     display.volume_started("work", "private", 10)
     display.progress(1, 1)
-    display.tick()
     error = ErrorReport(kind="error", reason="no room", advice="")
     display.qube_finished(QubeReport(name="work", klass="AppVM", error=error))
-    with display.paused():
-        pass
-    display.close()
     first, *lines = path.read_text().splitlines()
     assert first == "before"
     assert all(
@@ -65,17 +57,16 @@ def test_the_log_has_what_was_said_even_if_nobody_heard_it(
         "work/private: begun",
         "work: failed: no room",
     ]
-    assert capsys.readouterr() == ("", "")
+    assert heard.lines == ["info: é it goes on"]
 
 
-def test_a_log_that_cannot_be_written_is_said_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(tmp_path / "pipe")
     for name in (".", "missing/log", "link", "pipe"):
-        log = LogFile(tmp_path / name)
+        warnings: list[str] = []
+        log = LogFile(tmp_path / name, warnings.append)
         log.write("one")
         log.write("two")
-        assert capsys.readouterr().err.count("warning: the log cannot be written to") == 1
+        assert [text.split(" to ")[0] for text in warnings] == ["the log cannot be written"]
     assert not (tmp_path / "elsewhere").exists()

@@ -1,0 +1,45 @@
+"""The report as a file, which is there in one piece or not at all.
+
+Strategy: an ordinary file is replaced by a new one that is complete; what is none (`/dev/stdout`, a pipe, a
+device) is written to where it is, never replaced.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from qubes_restore_svc.broker.report import Report
+
+_ATTEMPTS = 100
+
+
+def write_report(path: Path, report: Report, mode: int = 0o666) -> None:
+    """Write `report` as JSON; raises OSError. `mode`: permissions of a new file, less the umask."""
+    content = (report.model_dump_json(indent=2) + "\n").encode()
+    if path.exists() and not path.is_file():
+        # A pipe without a reader would let an ordinary open wait, past every signal.
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        os.set_blocking(fd, True)
+        with open(fd, "wb") as special:
+            special.write(content)
+        return
+    path = Path(os.path.realpath(path))
+    fd, partial = _new_file_beside(path, mode)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            with contextlib.suppress(OSError):  # not every file system can
+                os.fsync(fd)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _new_file_beside(path: Path, mode: int) -> tuple[int, Path]:
+    for number in range(_ATTEMPTS):
+        partial = path.with_name(f".qubes-restore-svc-report-{os.getpid()}-{number}")
+        with contextlib.suppress(FileExistsError):
+            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), partial
+    raise FileExistsError(f"{path.parent} is full of unfinished reports")

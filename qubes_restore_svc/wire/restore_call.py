@@ -1,0 +1,337 @@
+"""The messages of `restore.Start`, `restore.Verify` and `restore.List`: between a client and dom0's broker.
+
+Strategy: the client opens, is told the plan, may choose otherwise and is told the new plan, and confirms the
+plan it was told last, by its number: what was shown is what is done. From then on the broker tells how it
+goes, and at the end what came of it. All of it is bounded and closed, as in `models.py`: dom0 answers whoever
+the policy lets call, and that may be a qube that has been taken over. What may come when is a table; messages
+of the two sides can cross on the way, so after a `cancel` the broker may still say anything.
+
+    IDLE      --open-->     PLANNING
+    PLANNING  --plan-->     PLANNED    (CLOSED, if it was only to be listed)
+    PLANNED   --choose-->   PLANNING
+    PLANNED   --confirm-->  RUNNING
+    RUNNING   --volume_started, qube_finished--> RUNNING
+    from PLANNING on, log and progress; report and refused, to CLOSED; cancel, to ENDING
+    ENDING    --everything the broker says--> ENDING, until report or refused
+"""
+
+import enum
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, SecretStr, TypeAdapter, field_serializer, model_validator
+
+from qubes_restore_svc.errors import ProtocolViolation
+from qubes_restore_svc.wire.framing import MAX_FRAME
+from qubes_restore_svc.wire.messages import Cancel, Log, Progress, RefusedQube, VolumeInfo
+from qubes_restore_svc.wire.models import EXACT, ErrorInfo, Message, Model, Passphrase, parse_message
+from qubes_restore_svc.wire.names import (
+    MAX_QUBES,
+    BackupId,
+    Count,
+    FilterName,
+    FreeText,
+    HomeUser,
+    LabelName,
+    LocationText,
+    NetvmName,
+    PoolName,
+    QubeKey,
+    QubeName,
+    Sha256,
+    Size,
+    Timestamp,
+    VmClass,
+    VolumeName,
+)
+
+PROTOCOL_VERSION: Literal[1] = 1
+
+#: What a call is for. Each of the three services does what its name says, and less.
+Mode = Literal["list", "verify", "restore"]
+
+#: Most remarks on one qube, or on the whole.
+MAX_REMARKS = 1024
+
+_Remarks = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_REMARKS)]
+_Names = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
+
+
+# --- Client to broker ----------------------------------------------------------------------------
+
+
+class BackupLocation(Model):
+    """Where the backup lies: `text` is a path in the qube `qube`, or a command that writes the backup.
+
+    With `service`, it is the name of a qrexec service of that qube, possibly with an argument after a +.
+    """
+
+    qube: QubeName | None = None  #: None: the qube that calls; `dom0`: a file in dom0
+    text: LocationText
+    service: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.service and self.qube == "dom0":
+            raise ValueError("dom0 has no service that brings a backup")
+        return self
+
+
+class Choice(Model):
+    """What the person selected, and how what does not fit is to be settled."""
+
+    names: _Names = ()  #: as they are called in the backup; none: all, and dom0's home if `dom0_home` says so
+    exclude: _Names = ()  #: leave these out
+    conflicts: Literal["refuse", "skip", "rename"] = "refuse"  #: a name that is taken
+    missing: Literal["refuse", "skip", "default"] = "refuse"  #: a template or netvm that is nowhere
+    dom0_home: bool = False  #: restore dom0's home, even if it is not named
+    ignore_username_mismatch: bool = False  #: …, even if it is that of another user name
+
+
+class WorkerWishes(Model):
+    """How the disposable that reads the backup is to be; None: as the configuration says."""
+
+    template: QubeName | None = None  #: a disposable template
+    memory: Annotated[int, Field(strict=True, ge=1, le=1 << 24)] | None = None  #: MiB
+    vcpus: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
+
+
+class OpenBackup(Message):
+    """Open a backup, and answer with a plan."""
+
+    type: Literal["open"] = "open"
+    protocol: Annotated[Literal[1], EXACT] = PROTOCOL_VERSION
+    mode: Mode  #: `restore.Start` takes all three, `restore.Verify` not `restore`, `restore.List` only `list`
+    location: BackupLocation
+    passphrase: Passphrase
+    choice: Choice = Choice()
+    compression_filter: FilterName | None = None  #: instead of the header's
+    ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
+    pool: PoolName | None = None  #: of the restored qubes; None: as the configuration says
+    worker: WorkerWishes = WorkerWishes()
+    max_size: ClassVar[int] = 1 << 20
+
+    @field_serializer("passphrase", when_used="json")
+    def _reveal(self, passphrase: SecretStr) -> str:
+        return passphrase.get_secret_value()
+
+
+class Choose(Message):
+    """Make another plan, from this choice alone."""
+
+    type: Literal["choose"] = "choose"
+    choice: Choice
+    max_size: ClassVar[int] = 1 << 20
+
+
+class Confirm(Message):
+    """Carry out the plan of this number, which must be the last one."""
+
+    type: Literal["confirm"] = "confirm"
+    plan: Count
+
+
+# --- Broker to client ----------------------------------------------------------------------------
+
+
+Decision = Literal["take", "leave-out", "refuse"]
+Problem = Literal[
+    "excluded",
+    "not-selected",
+    "already-exists",
+    "missing-template",
+    "missing-netvm",
+    "username-mismatch",
+    "home-not-asked-for",
+]
+
+
+class PlanQube(Model):
+    """One qube of the backup, as it is there, and what will become of it here."""
+
+    key: QubeKey
+    name: QubeName
+    klass: VmClass
+    label: LabelName
+    template: QubeName | None = None  #: None: has none
+    netvm: NetvmName | None = None  #: None: the default; "": no netvm
+    home_user: HomeUser | None = None  #: dom0: whose home its home is
+    backup_size: Size = 0  #: disk space it took when it was backed up, bytes
+    volumes: Annotated[tuple[VolumeInfo, ...], Field(fail_fast=True, max_length=3)] = ()
+    decision: Decision
+    new_name: QubeName  #: the name that it will get
+    new_template: QubeName | None = None  #: the template that it will get, if it is taken and has one
+    new_netvm: NetvmName | None = None  #: the same of its netvm; None: the default; "": no netvm
+    problem: Problem | None = None  #: why it is not taken
+    remark: FreeText = ""  #: the same, for people
+    error: ErrorInfo | None = None  #: the same, if it was wanted: what is wrong, and what to do
+    notes: _Remarks = ()  #: what to know of it: renamed, another template
+    settings_left_out: _Remarks = ()  #: settings that do not come back
+
+
+class Plan(Message):
+    """What will be done, qube by qube, in the order of the backup."""
+
+    type: Literal["plan"] = "plan"
+    number: Count  #: rises from plan to plan of a call
+    mode: Mode
+    backup_id: BackupId
+    archive_size: Size | None = None  #: bytes, if it is known in advance
+    qubes: Annotated[tuple[PlanQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
+    unlisted: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    max_size: ClassVar[int] = MAX_FRAME
+
+    @property
+    def taken(self) -> tuple[PlanQube, ...]:
+        """Those that will be restored or verified."""
+        return tuple(qube for qube in self.qubes if qube.decision == "take")
+
+
+class VolumeStarted(Message):
+    """A volume begins."""
+
+    type: Literal["volume_started"] = "volume_started"
+    qube: QubeName
+    volume: VolumeName
+    image_size: Size  #: bytes; for `home`, which has no size in advance, a ceiling
+
+
+class VolumeResult(Model):
+    """What came of a volume. `sha256` is over the whole image, holes as zeros."""
+
+    name: VolumeName
+    outcome: Literal["ok", "failed", "skipped", "not reached"]
+    size: Size | None = None  #: bytes
+    data_bytes: Size | None = None  #: bytes of it that travelled
+    sha256: Sha256 | None = None
+    error: ErrorInfo | None = None
+
+
+class QubeResult(Model):
+    """What came of a qube; `name` is the name it got."""
+
+    name: FreeText
+    name_in_backup: FreeText | None = None  #: if it is another one
+    klass: VmClass | Literal["?"]  #: ?: the qube could not even be listed
+    outcome: Literal["restored", "verified", "failed", "refused", "left out"]
+    remark: FreeText = ""
+    error: ErrorInfo | None = None
+    warnings: _Remarks = ()
+    settings_left_out: _Remarks = ()
+    volumes: Annotated[tuple[VolumeResult, ...], Field(fail_fast=True, max_length=3)] = ()
+
+    @property
+    def succeeded(self) -> bool:
+        """Is it there, or verified, to its last byte?"""
+        return self.outcome in ("restored", "verified")
+
+
+class QubeFinished(Message):
+    """A qube is through, one way or the other."""
+
+    type: Literal["qube_finished"] = "qube_finished"
+    qube: QubeResult
+    max_size: ClassVar[int] = MAX_FRAME
+
+
+class RestoreReport(Message):
+    """The end: what came of everything."""
+
+    type: Literal["report"] = "report"
+    mode: Literal["verify", "restore"]
+    version: FreeText  #: of the broker
+    backup_id: BackupId | None = None
+    started: Timestamp
+    finished: Timestamp
+    status: Annotated[int, Field(strict=True, ge=0, le=255)]  #: exit status of the command in dom0
+    error: ErrorInfo | None = None  #: what ended the whole early
+    warnings: _Remarks = ()
+    qubes: Annotated[tuple[QubeResult, ...], Field(fail_fast=True, max_length=2 * MAX_QUBES)] = ()
+    max_size: ClassVar[int] = MAX_FRAME
+
+
+class Refused(Message):
+    """The end: nothing was done, and this is why."""
+
+    type: Literal["refused"] = "refused"
+    error: ErrorInfo
+
+
+# --- Who may say what, and when --------------------------------------------------------------------
+
+
+ClientMessage = OpenBackup | Choose | Confirm | Cancel
+BrokerAnswer = Log | Progress | Plan | VolumeStarted | QubeFinished | RestoreReport | Refused
+
+_CLIENT: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
+_ANSWER: TypeAdapter[BrokerAnswer] = TypeAdapter(Annotated[BrokerAnswer, Field(discriminator="type")])
+
+
+def parse_client_message(untrusted_payload: bytes) -> ClientMessage:
+    """The message in a frame that a client sent; raises ProtocolViolation."""
+    return parse_message(_CLIENT, untrusted_payload)
+
+
+def parse_broker_answer(untrusted_payload: bytes) -> BrokerAnswer:
+    """The message in a frame that the broker sent; raises ProtocolViolation."""
+    return parse_message(_ANSWER, untrusted_payload)
+
+
+class CallPhase(enum.Enum):
+    """The states of a call."""
+
+    IDLE = "idle"
+    PLANNING = "planning"
+    PLANNED = "planned"
+    RUNNING = "running"
+    ENDING = "ending"
+    CLOSED = "closed"
+
+
+TRANSITIONS: dict[tuple[CallPhase, type[Message]], CallPhase] = {
+    (CallPhase.IDLE, OpenBackup): CallPhase.PLANNING,
+    (CallPhase.PLANNING, Plan): CallPhase.PLANNED,
+    (CallPhase.PLANNED, Choose): CallPhase.PLANNING,
+    (CallPhase.PLANNED, Confirm): CallPhase.RUNNING,
+}
+for _phase in (CallPhase.PLANNING, CallPhase.PLANNED, CallPhase.RUNNING, CallPhase.ENDING):
+    TRANSITIONS[_phase, Log] = _phase
+    TRANSITIONS[_phase, Progress] = _phase
+    TRANSITIONS[_phase, RestoreReport] = CallPhase.CLOSED
+    TRANSITIONS[_phase, Refused] = CallPhase.CLOSED
+for _phase in (CallPhase.PLANNING, CallPhase.PLANNED, CallPhase.RUNNING):
+    TRANSITIONS[_phase, Cancel] = CallPhase.ENDING
+for _phase in (CallPhase.RUNNING, CallPhase.ENDING):
+    TRANSITIONS[_phase, VolumeStarted] = _phase
+    TRANSITIONS[_phase, QubeFinished] = _phase
+TRANSITIONS[CallPhase.ENDING, Plan] = CallPhase.ENDING
+
+
+class CallState:
+    """One side's view of a call. `phase` is what `advance` has led to."""
+
+    def __init__(self) -> None:
+        self.phase = CallPhase.IDLE
+        self._mode: Mode | None = None
+        self._last_plan: int | None = None
+
+    def advance(self, message: Message) -> None:
+        """Take note of `message`, sent or received; raises ProtocolViolation if it may not come now."""
+        following = TRANSITIONS.get((self.phase, type(message)))
+        if following is None:
+            word = type(message).model_fields["type"].default
+            raise ProtocolViolation(f"'{word}' while the call is {self.phase.value}")
+        if isinstance(message, OpenBackup):
+            self._mode = message.mode
+        elif isinstance(message, Plan):
+            following = self._planned(message, following)
+        elif isinstance(message, Confirm) and message.plan != self._last_plan:
+            raise ProtocolViolation(
+                f"'confirm' of plan {message.plan}, and the last one is {self._last_plan}"
+            )
+        self.phase = following
+
+    def _planned(self, plan: Plan, following: CallPhase) -> CallPhase:
+        if plan.mode != self._mode or plan.number <= (self._last_plan or 0):
+            raise ProtocolViolation("'plan' of another mode, or one that has been before")
+        self._last_plan = plan.number
+        return CallPhase.CLOSED if plan.mode == "list" else following
