@@ -8,8 +8,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from qubes_restore_svc.cli.qvm_parts import Places, on_qubes
+from qubes_restore_svc.cli.qvm_parts import on_qubes
 from qubes_restore_svc.cli.qvm_restore import main
+from qubes_restore_svc.dom0 import Places
 
 
 def places(folder: Path) -> Places:

@@ -4,8 +4,7 @@ import copy
 import json
 import traceback
 import tracemalloc
-from collections.abc import Iterator
-from typing import Any
+from typing import get_args
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -15,10 +14,10 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import MAX_MEMBERS
 from qubes_restore_svc.wire.names import MAX_QUBES
 
-Json = dict[str, Any]
-Path = tuple[str | int, ...]
+from .alterations import Json, Path, at, changed, dotted, places
 
 PASSPHRASE = "hunter2 hunter2"
+OURS: tuple[type[m.Message], ...] = (*get_args(m.BrokerMessage), *get_args(m.WorkerMessage))
 BROKER = {"open", "start", "skip_qube", "cancel"}
 ERROR: Json = {"kind": "bad-image", "reason": "r", "qube": "q", "volume": "v", "chunk": 3, "advice": "a"}
 QUBE: Json = {
@@ -138,36 +137,6 @@ def is_taken(payload: Json) -> bool:
     return True
 
 
-def places(value: object, path: Path = ()) -> Iterator[Path]:
-    """Where in a message something stands: every key and every index."""
-    members: Any = ()
-    if isinstance(value, dict):
-        members = value.items()
-    elif isinstance(value, list):
-        members = enumerate(value)
-    for key, inner in members:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def at(message: Json, path: Path) -> Any:
-    value: Any = message
-    for key in path:
-        value = value[key]
-    return value
-
-
-def changed(message: Json, path: Path, value: object) -> Json:
-    """A copy of `message` with `value` at `path`."""
-    result = copy.deepcopy(message)
-    at(result, path[:-1])[path[-1]] = value
-    return result
-
-
-def dotted(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
 EVERY_PLACE = [
     pytest.param(kind, path, id=f"{kind}:{dotted(path)}") for kind in FULL for path in places(FULL[kind])
 ]
@@ -178,7 +147,7 @@ EVERYWHERE = pytest.mark.parametrize(("kind", "path"), EVERY_PLACE)
 
 
 def test_the_tests_know_every_message_and_every_field() -> None:
-    assert set(FULL) == {cls.model_fields["type"].default for cls in m.Message.__subclasses__()}
+    assert set(FULL) == {cls.model_fields["type"].default for cls in OURS}
     for kind, message in FULL.items():
         assert set(message) == set(type(parse(message, kind)).model_fields)
     for cls, sample in (
