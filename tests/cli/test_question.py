@@ -49,6 +49,7 @@ class Terminal:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=REPOSITORY,
+            bufsize=0,  # what is read ahead here would be missed by communicate()
         )
         assert process.stderr is not None
         said = b""

@@ -9,6 +9,7 @@ import pytest
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.link import dom0_file
 from qubes_restore_svc.link.dom0_file import FileReader
+from tests.support.descriptors import open_descriptors
 
 
 def children() -> list[str]:
@@ -58,8 +59,8 @@ async def test_nothing_begun_is_nothing_to_end() -> None:
 
 async def test_a_system_without_the_program_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dom0_file, "_PROGRAM", "/nonexistent/cat")
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     async with FileReader(0) as reader:
         with pytest.raises(HostFailed, match="the backup cannot be read: /nonexistent/cat"):
             await reader.open()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert not open_descriptors() - before
