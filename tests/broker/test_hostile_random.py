@@ -92,7 +92,8 @@ def _edit(draw: st.DrawFn, steps: list[Step]) -> None:
         key = draw(st.sampled_from(keys))
         inner = place[key]
         if not isinstance(inner, dict | list) or not inner or draw(st.booleans()):
-            place[key] = draw(st.sampled_from(VALUES))
+            # A value of its own: the next change may go inside it.
+            place[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
             return
         place = inner
 
