@@ -1,6 +1,8 @@
 # The front door: every habit of the project is a target. `make demo` and `make test` do all the set-up.
 
 PYTHON ?= python3
+# How many files of tests run at a time; each process takes up to 2 GiB.
+PROCESSES := 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,8 +13,8 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' qubes_restore_svc/_
 RPM := build/rpm
 DEB := build/deb
 # What the packages are made of: the work tree as it is, without what was built in it.
-PACKAGED := LICENSE README.md bin debian docs/configuration.md etc man post-install.d pyproject.toml \
-    qubes_restore_svc rpc-policy setup.py systemd tmpfiles tools
+PACKAGED := LICENSE README.md bin debian desktop docs/administration.md docs/configuration.md etc man \
+    post-install.d pyproject.toml qubes-rpc qubes_restore_svc rpc-policy setup.py systemd tmpfiles tools
 TAR_SOURCE := tar --create --exclude=__pycache__ --exclude='*.so' --owner=0 --group=0 \
     --transform='s,^,qubes-restore-svc-$(VERSION)/,' $(PACKAGED)
 # Other systems know these packages under other names, and only inspect what is built.
@@ -43,7 +45,7 @@ demo: system-demo $(STAMP)
 	@$(BIN)/python -m tests.support.compare $(DEMO)/sample.json $(DEMO)/restored
 
 test: system-test $(STAMP) lint types
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
