@@ -4,8 +4,6 @@ Strategy: a command is a function that returns its status or raises. What it rai
 for all commands, and only here the process ends.
 """
 
-import os
-import resource
 import sys
 from collections.abc import Callable
 from typing import Never
@@ -14,12 +12,13 @@ from qubes_restore_svc.broker.report import CANCELLED, NOTHING, USAGE
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.terminal import say, say_wrapped
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
+from qubes_restore_svc.hardening import forbid_core_dumps, open_standard_streams
 
 
 def carry_out(program: str, work: Callable[[Interruption], int]) -> Never:
     """Do `work` and exit with its status. `program` is what its messages begin with."""
-    _open_standard_streams()
-    _forbid_core_dumps()
+    open_standard_streams()
+    forbid_core_dumps()
     interruption = Interruption()
     interruption.install()
     status = _status(program, work, interruption)
@@ -39,20 +38,3 @@ def _status(program: str, work: Callable[[Interruption], int], interruption: Int
     except RestoreError as error:
         say_wrapped(f"{program}: {error}")
         return NOTHING
-
-
-def _open_standard_streams() -> None:
-    """Started without one of them, the first file that is opened would get its number, and its output."""
-    for standard in (0, 1, 2):
-        try:
-            os.fstat(standard)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-
-
-def _forbid_core_dumps() -> None:
-    """A core dump would hold the passphrase. 1: 0 lets the kernel pipe it to a collector (core(5))."""
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-    except (OSError, ValueError):  # it is lower already
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

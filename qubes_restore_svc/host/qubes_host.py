@@ -36,7 +36,7 @@ class QubesHost:
     """A `Host` that creates qubes in `system`.
 
     `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `connect`
-    makes the connection of the guard, which cannot use this one.
+    makes the connection of the guard, which cannot use this one. `client` is the domain that restores.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class QubesHost:
         worker_lock_path: Path = WORKER_LOCK,
         stock_lock_path: Path = STOCK_LOCK,
         connect: Callable[[], QubesSystem] = QubesSystem.connect,
+        client: str = "dom0",
     ) -> None:
         self._system = system
         self._pool = pool
@@ -57,6 +58,7 @@ class QubesHost:
         self._worker_lock_path = worker_lock_path
         self._stock_lock_path = stock_lock_path
         self._connect = connect
+        self._client = client
         self._mutex = threading.RLock()
         self._is_locked = False
         self._qubes: list[QubesQube | Dom0Home] = []
@@ -69,7 +71,7 @@ class QubesHost:
         it; HostFailed if it cannot be had, and at the end if something could not be removed. If the block
         raises a RestoreError, that is told in its advice instead.
         """
-        lock = RestoreLock(self._lock_path, self._clear_up_after_kill)
+        lock = RestoreLock(self._lock_path, self._clear_up_after_kill, self._client)
         lock.take()
         try:
             with stock_lock(self._stock_lock_path):

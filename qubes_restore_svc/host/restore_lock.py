@@ -9,16 +9,14 @@ clears up before it lets go of the lock. Whoever finds the lock held by a proces
 import fcntl
 import gc
 import os
-import pwd
-import re
 import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
+from qubes_restore_svc.holders import read_holder, write_holder
 from qubes_restore_svc.host.filesystem import reporting
 
 #: Below /run/qubes, which the group `qubes` may write to, and which a reboot empties.
@@ -34,19 +32,19 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal
 
 _PAUSE_S = 0.1
 _MODE = 0o660
-_HOLDER = re.compile(rb"([0-9]{1,10}) ([0-9]{1,20}) ([0-9]{1,12}) ([a-zA-Z0-9_.-]{1,64})\n")
-_STARTED_FIELD = 22 - 3  # of /proc/PID/stat (proc(5)), counted from the state, which is the third
 
 
 class RestoreLock:
     """The lock file at `path`, and the guard. `clear_up` gets the names of qubes that were being created.
 
+    `client` is the domain that the restore is for: whoever comes meanwhile is told.
     `clear_up` runs in a process of its own without standard streams, and in no other; it must make its own
     connections, and may take its time.
     """
 
-    def __init__(self, path: Path, clear_up: Callable[[Iterable[str]], None]) -> None:
+    def __init__(self, path: Path, clear_up: Callable[[Iterable[str]], None], client: str = "dom0") -> None:
         self._path = path
+        self._client = client
         self._clear_up = clear_up
         self._file: int | None = None
         self._pipe: int | None = None
@@ -63,8 +61,7 @@ class RestoreLock:
         file = self._locked()
         try:
             with reporting(f"writing {self._path}"):
-                os.ftruncate(file, 0)
-                os.pwrite(file, _holder_line(), 0)
+                write_holder(file, self._client, "restoring")
             with reporting("starting the process that clears up if this one is killed"):
                 self._start_guard(file)
         except BaseException:
@@ -113,7 +110,7 @@ class RestoreLock:
                 raise
             if file is not None:
                 return file
-            holder = _read_holder(self._path)
+            holder = read_holder(self._path)
             if holder is None and not self._path.exists():  # it has been let go of this very moment
                 continue
             if holder is None or holder.is_alive():
@@ -165,52 +162,6 @@ def try_lock(path: Path) -> int | None:
             os.close(file)
             raise
         os.close(file)
-
-
-class _Holder:
-    """Who has written itself into the lock file."""
-
-    def __init__(self, pid: int, started: int, since: int, user: str) -> None:
-        self._pid = pid
-        self._started = started
-        self._since = since
-        self._user = user
-
-    def is_alive(self) -> bool:
-        """Does that very process still run?"""
-        return _start_time(self._pid) == self._started
-
-    def describe(self) -> str:
-        since = datetime.fromtimestamp(self._since).astimezone()
-        return f"{self._user} has been restoring since {since:%H:%M on %Y-%m-%d} (process {self._pid})"
-
-
-def _read_holder(path: Path) -> _Holder | None:
-    try:
-        with open(path, "rb") as file:
-            match = _HOLDER.fullmatch(file.read(1000))
-    except OSError:
-        return None
-    return None if match is None else _Holder(int(match[1]), int(match[2]), int(match[3]), match[4].decode())
-
-
-def _holder_line() -> bytes:
-    pid = os.getpid()
-    user = str(os.getuid())
-    with suppress(KeyError):
-        user = pwd.getpwuid(os.getuid()).pw_name
-    name = re.sub(r"[^a-zA-Z0-9_.-]", "-", user)[:64] or "-"
-    return f"{pid} {_start_time(pid) or 0} {int(time.time())} {name}\n".encode()
-
-
-def _start_time(pid: int) -> int | None:
-    """When the process started, in the kernel's ticks; None if it has ended."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[_STARTED_FIELD])
 
 
 def unlock(file: int, path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
+from qubes_restore_svc.holders import Activity, read_holder, write_holder
 
 #: Writable for the group qubes in dom0, and gone after a reboot.
 LOCK_PATH = Path("/run/qubes/restore-svc-worker.lock")
@@ -19,12 +20,22 @@ _MODE = 0o660
 
 
 @contextlib.contextmanager
-def worker_lock(path: Path = LOCK_PATH) -> Iterator[None]:
-    """Hold the lock. Raises RestoreInProgress if somebody else does, HostFailed if nobody can."""
+def worker_lock(
+    path: Path = LOCK_PATH, client: str = "dom0", activity: Activity = "restoring"
+) -> Iterator[None]:
+    """Hold the lock, for `client` and that `activity`: whoever comes meanwhile is told.
+
+    Raises RestoreInProgress if somebody else has it, HostFailed if nobody can.
+    """
     try:
         descriptor = _locked(path)
+        try:
+            write_holder(descriptor, client, activity)
+        except BaseException:
+            _unlock(descriptor, path)
+            raise
     except BlockingIOError:
-        raise RestoreInProgress("another restore or verification has a worker running") from None
+        raise RestoreInProgress(_who(path)) from None
     except OSError as error:
         raise HostFailed(
             f"the lock {path} cannot be taken: {error.strerror}",
@@ -33,9 +44,20 @@ def worker_lock(path: Path = LOCK_PATH) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
+        _unlock(descriptor, path)
+
+
+def _who(path: Path) -> str:
+    holder = read_holder(path)
+    if holder is None or not holder.is_alive():  # it has not written itself down yet
+        return "another restore or verification has a worker running"
+    return holder.describe()
+
+
+def _unlock(descriptor: int, path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+    os.close(descriptor)
 
 
 def _locked(path: Path) -> int:

@@ -26,6 +26,7 @@ from qubes_restore_svc.errors import (
     UsageError,
     WorkerLost,
 )
+from qubes_restore_svc.holders import Activity
 from qubes_restore_svc.link.dom0_file import FileReader
 from qubes_restore_svc.link.lock import LOCK_PATH, worker_lock
 from qubes_restore_svc.link.qrexec_calls import BROKEN, NOT_FOUND, QrexecCall, QrexecCalls
@@ -65,7 +66,8 @@ class QrexecLink:
     """The link to a worker on a Qubes system; to be entered once. `memory` in MiB, all of it from the start.
 
     `location` is where the backup lies; `template` a disposable template, None for the system's own.
-    `ready_timeout_s`: seconds that the worker may take to answer once its qube has started.
+    `ready_timeout_s`: seconds that the worker may take to answer once its qube has started. `client` is the
+    domain that it is for, and `activity` what it is for: who wants a worker meanwhile is told.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class QrexecLink:
         vcpus: int,
         ready_timeout_s: float = READY_TIMEOUT_S,
         lock_path: Path = LOCK_PATH,
+        client: str = "dom0",
+        activity: Activity = "restoring",
     ) -> None:
         self._system = system
         self._location = location
@@ -86,6 +90,8 @@ class QrexecLink:
         self._vcpus = vcpus
         self._ready_timeout_s = ready_timeout_s
         self._lock_path = lock_path
+        self._client = client
+        self._activity: Activity = activity
         self._held: contextlib.AsyncExitStack | None = None
         self._qube = ""  #: the worker's, while it may be called
         self._calls: QrexecCalls
@@ -117,7 +123,7 @@ class QrexecLink:
         has no worker that answers; ArchiveUnreadable if the backup's qube does not play its part.
         """
         async with contextlib.AsyncExitStack() as held:
-            held.enter_context(worker_lock(self._lock_path))
+            held.enter_context(worker_lock(self._lock_path, self._client, self._activity))
             template = await self.check()
             await clear_leftovers(self._system)
             if not isinstance(self._location, Dom0File):

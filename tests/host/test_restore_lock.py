@@ -80,11 +80,24 @@ def end(child: int) -> None:
 def test_the_lock_is_held_once_and_leaves_no_file(tmp_path: Path, lock: RestoreLock, noting: Noting) -> None:
     for _ in range(2):
         lock.take()
-        with pytest.raises(RestoreInProgress, match=rf"\(process {os.getpid()}\)"):
+        with pytest.raises(RestoreInProgress, match=rf"\(process {os.getpid()} of "):
             RestoreLock(tmp_path / "lock", noting).take()
         lock.release()
         lock.release()
         assert os.listdir(tmp_path) == []
+
+
+def test_whoever_comes_is_told_who_restores(tmp_path: Path, noting: Noting) -> None:
+    lock = RestoreLock(tmp_path / "lock", noting, "sys-gui")
+    lock.take()
+    with pytest.raises(RestoreInProgress, match=r"^sys-gui has been restoring since \d\d:\d\d on "):
+        RestoreLock(tmp_path / "lock", noting, "other").take()
+    lock.release()
+    lock = RestoreLock(tmp_path / "lock", noting)
+    lock.take()
+    with pytest.raises(RestoreInProgress, match=r"^dom0 has been restoring since "):
+        RestoreLock(tmp_path / "lock", noting).take()
+    lock.release()
 
 
 def test_a_restore_that_ends_by_itself_needs_no_guard(tmp_path: Path, lock: RestoreLock) -> None:
@@ -177,13 +190,15 @@ def test_nobody_waits_for_ever_for_a_guard(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_lock_file_that_nobody_holds_is_no_lock(tmp_path: Path, lock: RestoreLock) -> None:
-    (tmp_path / "lock").write_text("1 1 1 root\n")
+    (tmp_path / "lock").write_text("1 1 1 root dom0 restore\n")
     lock.take()
     lock.release()
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x1b[2J 1 2 3\n", b"9" * 5000, b"1 2 3 a b\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", b"\x1b[2J 1 2 3\n", b"9" * 5000, b"1 2 3 a b\n", b"1 2 3 a b c\n"]
+)
 def test_what_stands_in_a_lock_file_is_not_believed(
     tmp_path: Path, lock: RestoreLock, content: bytes
 ) -> None:

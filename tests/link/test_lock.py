@@ -4,11 +4,14 @@ import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
+from qubes_restore_svc.holders import Activity
 from qubes_restore_svc.link.lock import worker_lock
+from tests.support.descriptors import open_descriptors
 
 
 @pytest.fixture
@@ -25,6 +28,24 @@ def test_a_second_one_is_refused_until_the_first_has_ended(path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("activity", get_args(Activity))
+def test_whoever_comes_is_told_who_has_a_worker_and_what_for(path: Path, activity: Activity) -> None:
+    with (
+        worker_lock(path, "sys-gui", activity),
+        pytest.raises(RestoreInProgress, match=rf"^sys-gui has been {activity} since \d\d:\d\d on "),
+        worker_lock(path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "1 1 1 root sys-gui restore\n"])
+def test_who_has_not_written_himself_down_has_it_all_the_same(path: Path, content: str) -> None:
+    with worker_lock(path):
+        path.write_text(content)
+        with pytest.raises(RestoreInProgress, match="another restore or verification"), worker_lock(path):
+            pass
+
+
 def test_whoever_is_of_the_group_can_take_it_whatever_the_umask(path: Path) -> None:
     before = os.umask(0o077)
     try:
@@ -35,13 +56,13 @@ def test_whoever_is_of_the_group_can_take_it_whatever_the_umask(path: Path) -> N
 
 
 def test_nothing_is_left_of_it(path: Path) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with pytest.raises(KeyError), worker_lock(path):
         raise KeyError
     assert not path.exists()
     with worker_lock(path), pytest.raises(RestoreInProgress), worker_lock(path):
         pass
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert not open_descriptors() - before
 
 
 def test_what_a_killed_holder_has_left_is_no_obstacle(path: Path) -> None:
