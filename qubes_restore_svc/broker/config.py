@@ -5,11 +5,20 @@ are in it; docs/configuration.md and the sample file are made from it. A mistake
 line, key and what is expected.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from qubes_restore_svc.broker.allowlist import DEFAULT, SettingsPolicy, check_entry
 from qubes_restore_svc.broker.config_keys import first_mistake, for_people, place_text
@@ -43,6 +52,37 @@ _FeatureEntry = Annotated[str, AfterValidator(partial(check_entry, "feature"))]
 _TagEntry = Annotated[str, AfterValidator(partial(check_entry, "tag"))]
 _PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)]
 _Bus = Literal["block", "mic", "pci", "usb", "webcam"]
+
+#: Whose rights are those of every caller that has none of its own.
+ANY_CALLER = "default"
+_QUBE: TypeAdapter[str] = TypeAdapter(QubeName)
+_CALLER_EXPECTED = f"the name of a qube, or `{ANY_CALLER}`"
+
+
+def _caller(name: str) -> str:
+    if name == "dom0":
+        raise ValueError("dom0 needs no grant, and none narrows what it may do")
+    try:
+        return name if name == ANY_CALLER else _QUBE.validate_python(name)
+    except ValidationError:
+        raise ValueError(f"expected {_CALLER_EXPECTED.replace('`', '')}") from None
+
+
+def _pattern(alphabet: str, what: str) -> AfterValidator:
+    allowed = re.compile(f"[*?{alphabet}]{{1,255}}")
+
+    def check(entry: str) -> str:
+        if not allowed.fullmatch(entry):
+            raise ValueError(f"expected the name of {what}, or a pattern with * or ?")
+        return entry
+
+    return AfterValidator(check)
+
+
+_Caller = Annotated[str, AfterValidator(_caller)]
+_QubePattern = Annotated[str, _pattern("a-zA-Z0-9_.-", "a qube")]
+_PoolPattern = Annotated[str, _pattern("a-zA-Z0-9_.-", "a storage pool")]
+_ServicePattern = Annotated[str, _pattern("a-zA-Z0-9_.+-", "a service")]
 
 
 # pydantic's own `Field` gives Any, too: a class body assigns it to fields of every type.
@@ -165,6 +205,47 @@ class LogConfig(_Section):
     file: _Path | None = _key(None, _PATH_OR_NULL, "The file that the log is appended to. null: none.")
 
 
+class GrantConfig(_Section):
+    """What a qube that dom0's policy lets call `restore.Start`, `.Verify` or `.List` may do with it."""
+
+    verify_only: bool = _key(False, _SWITCH, "Whether it may list and verify backups, but restore none.")
+    storage: tuple[_QubePattern, ...] = _key(
+        (),
+        _LIST,
+        "Qubes that its backups may lie in, beside itself. It can run commands in each of them: a location"
+        " that names no file is a command that writes the backup.",
+    )
+    services: tuple[_ServicePattern, ...] = _key(
+        (),
+        _LIST,
+        "Services, `NAME` or `NAME+ARGUMENT`, that may bring its backups. dom0 calls them, in these qubes or"
+        " in itself.",
+    )
+    dom0_directories: tuple[_Path, ...] = _key(
+        (), "a list of absolute paths", "Directories of dom0; its backups may be files below them."
+    )
+    pools: tuple[_PoolPattern, ...] = _key(
+        (), _LIST, "Storage pools that it may choose for what it restores, beside `restore.pool`."
+    )
+    templates: tuple[_QubePattern, ...] = _key(
+        (), _LIST, "Disposable templates that it may choose for the worker, beside `worker.template`."
+    )
+    max_memory: int | None = _number(
+        None,
+        256,
+        1 << 20,
+        "Most memory that it may ask for for the worker. null: no more than `worker.memory`.",
+        "MiB",
+    )
+    max_vcpus: int | None = _number(
+        None, 1, 128, "Most processors that it may ask for for the worker. null: no more than `worker.vcpus`."
+    )
+
+
+def _grants() -> dict[str, GrantConfig]:
+    return {ANY_CALLER: GrantConfig()}
+
+
 class Config(_Section):
     """The whole file. Any section and any key may be missing."""
 
@@ -173,6 +254,13 @@ class Config(_Section):
     limits: LimitsConfig = LimitsConfig()
     report: ReportConfig = ReportConfig()
     log: LogConfig = LogConfig()
+    grants: dict[_Caller, GrantConfig] = Field(
+        default_factory=_grants, json_schema_extra=for_people(_CALLER_EXPECTED)
+    )
+
+    def grant(self, caller: str) -> GrantConfig:
+        """What the qube `caller` may do: as its own section says, else that of all others."""
+        return self.grants.get(caller) or self.grants.get(ANY_CALLER) or GrantConfig()
 
 
 def load_config(path: Path = CONFIG_PATH) -> Config:
@@ -190,12 +278,18 @@ def parse_config(text: str, path: Path = CONFIG_PATH) -> Config:
     value = {} if document.value is None else document.value
     if not isinstance(value, dict):
         raise _bad(path, document.line(()), (), f"expected sections: {', '.join(Config.model_fields)}")
-    # A section whose keys are all comments is null.
-    sections = {name: {} if section is None else section for name, section in value.items()}
+    sections = _sections(value)
+    if isinstance(grants := sections.get("grants"), dict):
+        sections["grants"] = _sections(grants)
     try:
         return Config.model_validate(sections)
     except ValidationError as error:
         raise _bad(path, *first_mistake(Config, error, document)) from None
+
+
+def _sections(value: dict[str, object]) -> dict[str, object]:
+    """A section whose keys are all comments is null."""
+    return {name: {} if section is None else section for name, section in value.items()}
 
 
 def _bad(path: Path, line: int, place: Place, reason: str) -> BadConfiguration:

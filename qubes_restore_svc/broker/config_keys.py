@@ -1,14 +1,16 @@
 """The keys of a configuration, as people are told of them: in its reference, and when one is wrong.
 
 Strategy: both are taken from the models, so they cannot say different things. A configuration is a model
-whose fields are sections, and a section a model whose fields are keys; what people are told of a key beyond
-its description stands in its `json_schema_extra`, as `for_people` makes it.
+whose fields are sections, and a section a model whose fields are keys, or names with such a model each;
+what people are told of a key beyond its description stands in its `json_schema_extra`, as `for_people` makes
+it, and so does what the names of a mapping may be.
 """
 
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.config import JsonDict
@@ -17,13 +19,19 @@ from pydantic.fields import FieldInfo
 from qubes_restore_svc.broker.yaml_positions import Document, Place
 from qubes_restore_svc.wire.names import strip_control
 
+#: What pydantic appends to the way to a key that is wrong itself.
+_KEY_ITSELF = "[key]"
+
 #: Most characters of a value or a key that an error shows.
 _MAX_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key: `expected` is what may stand there, as a noun phrase; `default` is YAML."""
+    """One key: `expected` is what may stand there, as a noun phrase; `default` is YAML.
+
+    `name` is the way to it, with dots; where a name stands that people choose, it has `NAME`.
+    """
 
     name: str
     meaning: str
@@ -37,19 +45,28 @@ def for_people(expected: str, unit: str = "") -> JsonDict:
 
 
 def sections_of(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The sections of a configuration by their names, in order."""
-    return {
-        name: field.annotation
-        for name, field in model.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
+    """The sections of a configuration by their names, in order; of one with names in it, what each has."""
+    found = {}
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        of_each = get_args(annotation)[1] if get_origin(annotation) is dict else annotation
+        if isinstance(of_each, type) and issubclass(of_each, BaseModel):
+            found[name] = of_each
+    return found
+
+
+def has_names(model: type[BaseModel], section: str) -> bool:
+    """Do names stand in that section, each with keys of its own below it?"""
+    field = model.model_fields.get(section)
+    return field is not None and get_origin(field.annotation) is dict
 
 
 def keys_of(model: type[BaseModel]) -> Iterator[Key]:
-    """Every key of a configuration, in order; its name is `SECTION.KEY`."""
+    """Every key of a configuration, in order; its name is `SECTION.KEY`, or `SECTION.NAME.KEY`."""
     for name, section in sections_of(model).items():
+        way = f"{name}.NAME" if has_names(model, name) else name
         for key, field in section.model_fields.items():
-            yield Key(f"{name}.{key}", field.description or "", _hints(field)[0], _as_yaml(field.default))
+            yield Key(f"{way}.{key}", field.description or "", _hints(field)[0], _as_yaml(field.default))
 
 
 def first_mistake(
@@ -59,6 +76,8 @@ def first_mistake(
     mistakes = error.errors(include_url=False)
     first = min(mistakes, key=lambda item: document.line(item["loc"]))
     place = first["loc"]
+    if place[-1] == _KEY_ITSELF and first["type"] == "value_error":
+        place = place[:-1]
     reason = _reason(model, place, first["type"], first["input"], first.get("ctx", {}))
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     return document.line(place), place, reason + more
@@ -91,8 +110,12 @@ def _reason(
             return f"{value} is more than {context['le']}{of_unit}"
         case "literal_error":
             expected = str(context["expected"])
+        case _ if field is None and len(place) == 1 and has_names(model, str(place[0])):
+            names = model.model_fields[str(place[0])]
+            expected = f"names, each with keys below it: {_hints(names)[0].replace('`', '')}"
         case _ if field is None:
-            expected = "keys, each on a line of its own below the section's name"
+            whose = "the section's" if len(place) == 1 else "that"
+            expected = f"keys, each on a line of its own below {whose} name"
         case _ if isinstance(place[-1], int):
             expected = "a text"
     return f"expected {expected}, found {_shown(value)}"
@@ -104,7 +127,7 @@ def _unknown(model: type[BaseModel], place: Place) -> str:
     key = str(place[-1])
     siblings = list(sections) if len(place) == 1 else list(sections[str(place[0])].model_fields)
     near = difflib.get_close_matches(key, siblings, 1)
-    elsewhere = [f"{name}.{key}" for name, section in sections.items() if key in section.model_fields]
+    elsewhere = [found.name for found in keys_of(model) if found.name.rpartition(".")[2] == key]
     what = "section" if len(place) == 1 else "key"
     if near or elsewhere:
         return f"there is no such {what}; did you mean {(near or elsewhere)[0]}?"
@@ -113,10 +136,11 @@ def _unknown(model: type[BaseModel], place: Place) -> str:
 
 def _field(model: type[BaseModel], place: Place) -> FieldInfo | None:
     """The key that a mistake is in, if it is in one that exists."""
-    if len(place) < 2:
+    depth = 2 if has_names(model, str(place[0])) else 1
+    if len(place) <= depth:
         return None
     section = sections_of(model).get(str(place[0]))
-    return None if section is None else section.model_fields.get(str(place[1]))
+    return None if section is None else section.model_fields.get(str(place[depth]))
 
 
 def _hints(field: FieldInfo) -> tuple[str, str]:

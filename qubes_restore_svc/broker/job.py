@@ -7,6 +7,7 @@ session. Whatever ends the job, a wrong passphrase or a cancel, becomes the repo
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
@@ -19,8 +20,9 @@ from qubes_restore_svc.host.base import Host
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.wire import messages as m
 
-#: Shows the plan to the person before anything is created; raises RestoreError to end the job.
-Confirm = Callable[[Plan], Awaitable[None]]
+#: Shows the plan to the person before anything is created. None: it is to be carried out. Options: it is not,
+#: another plan is to be made of these, and shown. Raises RestoreError to end the job.
+Confirm = Callable[[Plan], Awaitable[PlanOptions | None]]
 
 
 async def read_manifest(
@@ -48,7 +50,8 @@ async def run_job(
 ) -> Report:
     """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
 
-    `confirm` is awaited with the plan; the worker waits meanwhile. Without it nobody is asked.
+    `confirm` is awaited with the plan, and with every other one that it asks for; the worker waits meanwhile.
+    Which settings may come back (`allow`) stays as `choice` says. Without `confirm` nobody is asked.
     `stall_s`: seconds of silence after which the worker, or a volume's stream, counts as stalled.
     """
     report = Report(mode="verify" if host is None else "restore", started=_now())
@@ -80,21 +83,8 @@ async def _run(
         async with link, SessionClient(link, stall_s) as client:
             manifest = await _opened(client, options, observer, report.warnings)
             report.backup_id = manifest.backup_id
-            plan = make_plan(manifest, choice, None if host is None else host.view())
-            _warn_of_space(plan, host, observer, report.warnings)
-            run = RestoreRun(
-                link,
-                client,
-                plan,
-                host,
-                observer,
-                ignore_size_limit=options.ignore_size_limit,
-                tail_timeout_s=stall_s,
-                warnings=report.warnings,
-            )
-            report.qubes = _in_order(plan, run.reports)
-            if confirm is not None:
-                await _confirmed(plan, run, confirm)
+            agreed = _Agreement(report, link, client, host, options, observer, stall_s)
+            plan, run = await agreed.reach(manifest, choice, confirm)
             if not plan.taken:
                 if not any(qube.decision is Decision.REFUSE for qube in plan.qubes) and not plan.unlisted:
                     raise UsageError("no qube is selected", advice="")
@@ -106,9 +96,48 @@ async def _run(
                 raise
 
 
-async def _confirmed(plan: Plan, run: RestoreRun, confirm: Confirm) -> None:
+@dataclass(frozen=True, slots=True)
+class _Agreement:
+    """The way from the manifest to a plan that is to be carried out, and to the run that does it."""
+
+    report: Report
+    link: Link
+    client: SessionClient
+    host: Host | None
+    options: SessionOptions
+    observer: Observer
+    stall_s: float
+
+    async def reach(
+        self, manifest: m.Manifest, choice: PlanOptions, confirm: Confirm | None
+    ) -> tuple[Plan, RestoreRun]:
+        """Plan until nothing else is wanted. The report tells of the last plan, whatever comes of it."""
+        while True:
+            plan = make_plan(manifest, choice, None if self.host is None else self.host.view())
+            _warn_of_space(plan, self.host, self.observer, self.report.warnings)
+            run = self._run_of(plan)
+            self.report.qubes = _in_order(plan, run.reports)
+            other = None if confirm is None else await _confirmed(plan, run, confirm)
+            if other is None:
+                return plan, run
+            choice = replace(other, allow=choice.allow)
+
+    def _run_of(self, plan: Plan) -> RestoreRun:
+        return RestoreRun(
+            self.link,
+            self.client,
+            plan,
+            self.host,
+            self.observer,
+            ignore_size_limit=self.options.ignore_size_limit,
+            tail_timeout_s=self.stall_s,
+            warnings=self.report.warnings,
+        )
+
+
+async def _confirmed(plan: Plan, run: RestoreRun, confirm: Confirm) -> PlanOptions | None:
     try:
-        await confirm(plan)
+        return await confirm(plan)
     except RestoreError as error:
         for report in run.reports:  # nothing is wrong with them; this is why they have not come
             report.error = ErrorReport.of(error)
@@ -158,12 +187,11 @@ def _warn_of_space(plan: Plan, host: Host | None, observer: Observer, warnings: 
     """Say so early when the qubes took more room than there is; their holes may still make them fit."""
     free = None if host is None else host.free_space()
     needed = sum(qube.source.backup_size for qube in plan.taken)
-    if free is not None and needed > free:
-        _warn(
-            f"the qubes took {needed >> 20} MiB when they were backed up, and only {free >> 20} MiB are free",
-            observer,
-            warnings,
-        )
+    if free is None or needed <= free:
+        return
+    text = f"the qubes took {needed >> 20} MiB when they were backed up, and only {free >> 20} MiB are free"
+    if text not in warnings:  # it may be said of another plan already
+        _warn(text, observer, warnings)
 
 
 def _warn(text: str, observer: Observer, warnings: list[str]) -> None:

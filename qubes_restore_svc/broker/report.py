@@ -67,11 +67,15 @@ class QubeReport(_Model):
 
 
 class Report(_Model):
-    """A whole run. `status` is the exit status; `error` is what ended it early, if something did."""
+    """A whole run. `status` is the exit status; `error` is what ended it early, if something did.
+
+    `asked_by` is the domain that asked dom0 for it, if it was another than the one that keeps the report.
+    """
 
     tool: str = "qubes-restore-svc"
     version: str = __version__
     mode: Literal["restore", "verify"]
+    asked_by: str | None = None
     backup_id: str | None = None
     started: datetime
     finished: datetime | None = None

@@ -15,7 +15,7 @@ import yaml
 #: The way to a value: keys, and positions in lists counted from 0.
 Place = tuple[str | int, ...]
 
-#: Deepest nesting that is read; a configuration has three levels.
+#: Deepest nesting that is read; a configuration has four levels.
 MAX_DEPTH = 16
 
 

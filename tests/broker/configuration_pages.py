@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from qubes_restore_svc.broker.config import CONFIG_PATH, Config
-from qubes_restore_svc.broker.config_keys import Key, keys_of, sections_of
+from qubes_restore_svc.broker.config import ANY_CALLER, CONFIG_PATH, Config
+from qubes_restore_svc.broker.config_keys import Key, has_names, keys_of, sections_of
 from qubes_restore_svc.broker.settings_table import TABLES, Kind, Rule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +16,10 @@ SAMPLE = ROOT / "etc" / "config.yaml"
 PAGE = ROOT / "docs" / "configuration.md"
 
 _WIDTH = 100
+_NAMES = (
+    f"The name of the qube that calls, or `{ANY_CALLER}` for all that are not named. A qube that is named has"
+    " the rights below its name, and none of the others."
+)
 
 
 def sample() -> str:
@@ -31,9 +35,14 @@ def sample() -> str:
         by_section[key.name.partition(".")[0]].append(key)
     for name, keys in by_section.items():
         lines += ["", *_comment(f"{sections[name].__doc__}"), f"#{name}:"]
+        indent = "  "
+        if has_names(Config, name):
+            lines += _comment(_NAMES, indent)
+            lines.append(f"#{indent}{ANY_CALLER}:")
+            indent *= 2
         for key in keys:
-            lines += _comment(f"{key.meaning} ({key.expected})", indent="  ")
-            lines.append(f"#  {key.name.partition('.')[2]}: {key.default}")
+            lines += _comment(f"{key.meaning} ({key.expected})", indent)
+            lines.append(f"#{indent}{key.name.rpartition('.')[2]}: {key.default}")
     return "\n".join(lines) + "\n"
 
 

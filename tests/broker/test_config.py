@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.config import CONFIG_PATH, MAX_SIZE, Config, load_config, parse_config
-from qubes_restore_svc.broker.config_keys import keys_of, sections_of
+from qubes_restore_svc.broker.config import (
+    CONFIG_PATH,
+    MAX_SIZE,
+    Config,
+    GrantConfig,
+    load_config,
+    parse_config,
+)
+from qubes_restore_svc.broker.config_keys import has_names, keys_of, sections_of
 from qubes_restore_svc.broker.private_file import writers_besides
 from qubes_restore_svc.errors import BadConfiguration, UsageError
 from qubes_restore_svc.wire.messages import ManifestQube
@@ -69,6 +76,16 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
         limits: {qubes: 20, volume_size: 500, total_size: 2000}
         report: {directory: /srv/reports, keep: 5}
         log: {file: /var/log/restore.log}
+        grants:
+          default: {verify_only: true}
+          sys-gui:
+            storage: [sys-usb, "nas-*"]
+            services: ["my.Backup+*"]
+            dom0_directories: [/srv/backups]
+            pools: ["*"]
+            templates: [dvm]
+            max_memory: 8192
+            max_vcpus: 4
         """,
     )
     assert config.worker.model_dump() == {
@@ -94,10 +111,34 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
     )
     assert (config.report.directory, config.report.keep) == (Path("/srv/reports"), 5)
     assert config.log.file == Path("/var/log/restore.log")
+    assert config.grant("anybody") == GrantConfig(verify_only=True)
+    assert config.grant("sys-gui").model_dump() == {
+        "verify_only": False,
+        "storage": ("sys-usb", "nas-*"),
+        "services": ("my.Backup+*",),
+        "dom0_directories": (Path("/srv/backups"),),
+        "pools": ("*",),
+        "templates": ("dvm",),
+        "max_memory": 8192,
+        "max_vcpus": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["", "grants:", "grants: {}", "grants:\n  default:", "grants:\n  sys-gui:\n  other: {}"]
+)
+def test_a_caller_without_a_section_has_that_of_all_others_and_without_that_the_defaults(text: str) -> None:
+    for caller in ("sys-gui", "default", "other", "nobody"):
+        assert parse_config(text).grant(caller) == GrantConfig()
+    with_default = parse_config("grants: {default: {max_vcpus: 9}, sys-gui: }")
+    assert with_default.grant("sys-gui").max_vcpus is None
+    assert with_default.grant("other").max_vcpus == 9
 
 
 def test_the_defaults_are_the_safe_ones() -> None:
     config = Config()
+    grant = config.grant("sys-gui")
+    assert (grant.storage, grant.services, grant.dom0_directories, grant.pools) == ((),) * 4
     assert config.worker.template is None
     assert (config.restore.autostart, config.restore.kernel, config.restore.kernelopts) == (False,) * 3
     assert config.restore.devices == ()
@@ -187,8 +228,28 @@ def test_each_key_of_the_restore_section_reaches_the_allow_list() -> None:
          "line 1, worker: expected keys, each on a line of its own below the section's name, found 5"),
         ("worker:\n- memory: 5",
          "line 1, worker: expected keys, each on a line of its own below the section's name, found a list"),
-        ("- worker", "line 1: expected sections: worker, restore, limits, report, log"),
-        ("5", "line 1: expected sections: worker, restore, limits, report, log"),
+        ("- worker", "line 1: expected sections: worker, restore, limits, report, log, grants"),
+        ("5", "line 1: expected sections: worker, restore, limits, report, log, grants"),
+        ("grants:\n  sys-gui:\n    storage: sys-usb",
+         "line 3, grants.sys-gui.storage: expected a list of names and patterns, found 'sys-usb'"),
+        ("grants:\n  sys-gui:\n    storage:\n    - sys-usb\n    - 'a b'",
+         "line 5, grants.sys-gui.storage, entry 2: expected the name of a qube, or a pattern with * or ?"),
+        ("grants:\n  sys-gui:\n    storage:\n    - 5",
+         "line 4, grants.sys-gui.storage, entry 1: expected a text, found 5"),
+        ("grants: {gui: {services: ['a/b']}}",
+         "line 1, grants.gui.services, entry 1: expected the name of a service, or a pattern with * or ?"),
+        ("grants: {sys-gui: {dom0_directories: [/a, b]}}",
+         "line 1, grants.sys-gui.dom0_directories, entry 2: expected an absolute path without .., found 'b'"),
+        ("grants:\n  default:\n    max_memory: 5",
+         "line 3, grants.default.max_memory: 5 is less than 256 (MiB)"),
+        ("grants:\n  default: {}\n  my gui: {}",
+         "line 3, grants.my gui: expected the name of a qube, or default"),
+        ("grants:\n  dom0: {}", "line 2, grants.dom0: dom0 needs no grant, and none narrows what it may do"),
+        ("grants: [a]",
+         "line 1, grants: expected names, each with keys below it: the name of a qube, or default,"
+         " found a list"),
+        ("grants:\n  sys-gui: true", "line 2, grants.sys-gui: expected keys, each on a line of its own below"
+         " that name, found true"),
         ("worker: {vcpus: 0}\nlimits:\n  qubes: 0\nreport: {keep: 0}",
          "line 1, worker.vcpus: 0 is less than 1 (and 2 more)"),
         ("report:\n  keep: 0\nworker:\n  vcpus: 0", "line 2, report.keep: 0 is less than 1 (and 1 more)"),
@@ -205,8 +266,23 @@ def test_a_wrong_value_is_told_with_line_key_and_what_is_expected(text: str, exp
         ("wroker:\n  memory: 5", "line 1, wroker: there is no such section; did you mean worker?"),
         ("memory: 5", "line 1, memory: there is no such section; did you mean worker.memory?"),
         ("restore: {memory: 5}", "line 1, restore.memory: there is no such key; did you mean worker.memory?"),
+        (
+            "grants:\n  sys-gui:\n    storge: 5",
+            "line 3, grants.sys-gui.storge: there is no such key; did you mean storage?",
+        ),
+        (
+            "grants: {sys-gui: {memory: 5}}",
+            "line 1, grants.sys-gui.memory: there is no such key; did you mean max_memory?",
+        ),
+        (
+            "restore: {storage: 5}",
+            "line 1, restore.storage: there is no such key; did you mean grants.NAME.storage?",
+        ),
         ("log:\n  zzz: 5", "line 2, log.zzz: there is no such key; there are file"),
-        ("zzz: 5", "line 1, zzz: there is no such section; there are worker, restore, limits, report, log"),
+        (
+            "zzz: 5",
+            "line 1, zzz: there is no such section; there are worker, restore, limits, report, log, grants",
+        ),
     ],
 )
 def test_an_unknown_key_is_told_with_the_nearest(text: str, expected: str) -> None:
@@ -424,12 +500,13 @@ def test_the_reference_is_up_to_date() -> None:
 def test_the_sample_file_changes_nothing_and_shows_every_default(file: Path) -> None:
     text = pages.SAMPLE.read_text()
     assert load(file, text) == Config()
-    keys = [line[1:] for line in text.splitlines() if re.match(r"#(  )?[a-z_]+:", line)]
+    keys = [line[1:] for line in text.splitlines() if re.match(r"#(  ){0,2}[a-z0-9_]+:", line)]
     config = parse_config("\n".join(keys))
     assert config == Config()
     assert config.model_fields_set == Config.model_fields.keys()
     for name, section in sections_of(Config).items():
-        assert getattr(config, name).model_fields_set == section.model_fields.keys()
+        found = config.grant("any") if has_names(Config, name) else getattr(config, name)
+        assert found.model_fields_set == section.model_fields.keys()
 
 
 def test_every_key_is_explained() -> None:
@@ -437,7 +514,7 @@ def test_every_key_is_explained() -> None:
     for section in sections_of(Config).values():
         assert (section.__doc__ or "").endswith(".")
     keys = list(keys_of(Config))
-    assert len(keys) == len({key.name for key in keys}) == 18
+    assert len(keys) == len({key.name for key in keys}) == 26
     for key in keys:
         assert key.meaning.endswith("."), key
         assert key.expected, key

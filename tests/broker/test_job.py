@@ -6,14 +6,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from qubes_restore_svc.broker import job
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
-from qubes_restore_svc.broker.plan import Plan, PlanOptions
+from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.errors import RestoreError, UsageError, WorkerStalled
+from qubes_restore_svc.host.base import HostView
 from qubes_restore_svc.host.directory import DirectoryHost
 from qubes_restore_svc.wire import messages as m
 from tests.broker.fake_worker import (
@@ -35,6 +38,7 @@ from tests.broker.fake_worker import (
     renamed,
 )
 from tests.broker.jobs import PASSPHRASE, Outcome, Recorder, check_restored, listing, run
+from tests.broker.planning import AllowAll
 from tests.broker.troubled_host import TroubledHost
 
 QUBES = (WORK, VAULT, EMPTY)
@@ -329,3 +333,67 @@ async def test_a_plan_that_is_refused_says_so_of_every_qube_that_it_took(tmp_pat
     reasons = {qube.name: qube.error and qube.error.reason for qube in report.qubes}
     assert reasons == {"work": "not like this", "vault": "not like this"}
     assert not [call for call in host.calls if call.startswith("begin")]
+
+
+class Choosing:
+    """Confirms the plan after asking for others."""
+
+    def __init__(self, *others: PlanOptions) -> None:
+        self.others = list(others)
+        self.taken: list[list[str]] = []
+
+    async def __call__(self, plan: Plan) -> PlanOptions | None:
+        self.taken.append([qube.name for qube in plan.taken])
+        return self.others.pop(0) if self.others else None
+
+
+async def test_another_plan_is_made_for_whoever_wants_one(target: Path) -> None:
+    link = FakeLink(honest((WORK, VAULT, EMPTY), taken=["vault"]))
+    choosing = Choosing(PlanOptions(names=["work"]), PlanOptions(exclude=["work", "empty"]))
+    host, options, observer = TroubledHost(target, {}), SessionOptions(PASSPHRASE), Recorder()
+    report = await run_job(link, host, options, PlanOptions(), observer, confirm=choosing)
+    assert choosing.taken == [["work", "vault", "empty"], ["work"], ["vault"]]
+    outcomes = {qube.name: qube.outcome for qube in report.qubes}
+    assert outcomes == {"work": "left out", "vault": "restored", "empty": "left out"}
+    check_restored(target, VAULT)
+    assert [call for call in host.calls if call.startswith("view")] == ["view"] * 3
+
+
+async def test_what_settings_may_come_back_is_not_chosen_anew(target: Path) -> None:
+    link = FakeLink(honest((WORK,)))
+    allowed = AllowAll()
+    seen: list[object] = []
+
+    def planned(manifest: m.Manifest, options: PlanOptions, view: HostView | None) -> Plan:
+        seen.append(options.allow)
+        return make_plan(manifest, options, view)
+
+    with mock.patch.object(job, "make_plan", planned):
+        await run_job(
+            link,
+            TroubledHost(target, {}),
+            SessionOptions(PASSPHRASE),
+            PlanOptions(allow=allowed),
+            Recorder(),
+            confirm=Choosing(PlanOptions(names=["work"])),
+        )
+    assert seen == [allowed, allowed]
+
+
+async def test_too_little_room_is_told_once_for_all_plans(target: Path) -> None:
+    link = FakeLink(honest((renamed(WORK, backup_size=1 << 60),)))
+    options, observer = SessionOptions(PASSPHRASE), Recorder()
+    choosing = Choosing(PlanOptions(), PlanOptions())
+    report = await run_job(link, TroubledHost(target, {}), options, PlanOptions(), observer, confirm=choosing)
+    assert len(report.warnings) == len(observer.lines) == 1
+
+
+async def test_another_choice_that_cannot_be_ends_the_job(target: Path) -> None:
+    link = FakeLink(honest((WORK,)))
+    choosing = Choosing(PlanOptions(names=["wrok"]))
+    options = SessionOptions(PASSPHRASE)
+    report = await run_job(
+        link, TroubledHost(target, {}), options, PlanOptions(), Recorder(), confirm=choosing
+    )
+    assert report.status == 2
+    assert not target.exists()
