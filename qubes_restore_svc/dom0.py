@@ -18,6 +18,7 @@ from qubes_restore_svc.broker.records import LogFile, LoggedObserver, file_repor
 from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.holders import Activity
 from qubes_restore_svc.host.base import Host
 from qubes_restore_svc.host.restore_lock import RESTORE_LOCK, WORKER_LOCK
 from qubes_restore_svc.host.stock_lock import STOCK_LOCK
@@ -107,6 +108,8 @@ class Dom0Restore:
             watched,
             confirm=confirm,
         )
+        if self.client != "dom0":
+            report.asked_by = self.client
         if self.config.report.directory is not None:
             file_report(self.config.report.directory, self.config.report.keep, report, warn)
         if log is not None:
@@ -116,11 +119,18 @@ class Dom0Restore:
 
 
 def dom0_restore(
-    location: Location, wishes: Wishes, places: Places = PLACES, config: Config | None = None
+    location: Location,
+    wishes: Wishes,
+    places: Places = PLACES,
+    config: Config | None = None,
+    *,
+    client: str = "dom0",
+    activity: Activity = "restoring",
 ) -> Dom0Restore:
     """The restore from `location` on the Qubes system whose dom0 this is.
 
-    `config` None: as it stands in its file. Raises RestoreError, BadConfiguration among them.
+    `config` None: as it stands in its file. `client` is the domain that asks, `activity` what for: both are
+    told to whoever comes meanwhile. Raises RestoreError, BadConfiguration among them.
     """
     config = load_config(places.config) if config is None else config
     check_options(config.limits, ignore_size_limit=wishes.ignore_size_limit)
@@ -144,6 +154,8 @@ def dom0_restore(
         vcpus=wishes.vcpus or config.worker.vcpus,
         ready_timeout_s=config.worker.start_timeout,
         lock_path=places.worker_lock,
+        client=client,
+        activity=activity,
     )
     host = QubesHost(
         system,
@@ -152,5 +164,6 @@ def dom0_restore(
         lock_path=places.restore_lock,
         worker_lock_path=places.worker_lock,
         stock_lock_path=places.stock_lock,
+        client=client,
     )
-    return Dom0Restore(link, host, config)
+    return Dom0Restore(link, host, config, client)

@@ -1,0 +1,257 @@
+"""One call of `restore.Start`, `restore.Verify` or `restore.List`, from its first message to its last.
+
+Strategy: the client is judged by its rights before anything of this system is looked at. Then it is a restore
+like any other; the client is who is shown the plan, who confirms it, and who watches. The work is one task:
+whatever ends the call (a cancel, a client that is gone, nonsense, a signal) cancels it, once, and then it
+undoes what it did. What comes of it is the last message: `refused` as long as nothing was confirmed, the
+report afterwards.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from qubes_restore_svc.broker.call_messages import plan_message, report_message
+from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.config import Config, load_config
+from qubes_restore_svc.broker.grants import DOM0, Rights
+from qubes_restore_svc.broker.job import read_manifest
+from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
+from qubes_restore_svc.broker.report import CANCELLED
+from qubes_restore_svc.dom0 import PLACES, Dom0Restore, Places, Wishes, dom0_restore
+from qubes_restore_svc.errors import BadConfiguration, Cancelled, RestoreError, UsageError
+from qubes_restore_svc.holders import Activity
+from qubes_restore_svc.link.storage import Dom0File, Location, QubePath, QubeService
+from qubes_restore_svc.service.conversation import Conversation, Final
+from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
+from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.models import ErrorInfo
+
+_ACTIVITIES: dict[c.Mode, Activity] = {
+    "restore": "restoring",
+    "verify": "verifying",
+    "list": "listing a backup",
+}
+
+
+class Assemble(Protocol):
+    """Makes the restore from its parts, as `dom0_restore` does; a test has others."""
+
+    def __call__(
+        self,
+        location: Location,
+        wishes: Wishes,
+        places: Places,
+        config: Config,
+        /,
+        *,
+        client: str,
+        activity: Activity,
+    ) -> Dom0Restore:
+        """Raises RestoreError."""
+        ...
+
+
+class Call:
+    """A call of `service` by the domain `caller`; `dom0` has all rights. `note` logs a line in dom0."""
+
+    def __init__(
+        self,
+        service: str,
+        caller: str,
+        note: Callable[[str], None],
+        places: Places = PLACES,
+        assemble: Assemble = dom0_restore,
+    ) -> None:
+        self._service = service
+        self._caller = caller
+        self._note = note
+        self._places = places
+        self._assemble = assemble
+        self._work: asyncio.Task[Final] | None = None
+        self._conversation: Conversation | None = None
+        self._running = False
+
+    async def serve(self, read_fd: int, write_fd: int) -> bool:
+        """Carry the call out over these descriptors; True if the client has taken the last message.
+
+        Raises HostFailed if they are neither pipes nor sockets.
+        """
+        with Conversation(read_fd, write_fd, self._cancel_work) as self._conversation:
+            self._work = asyncio.ensure_future(self._answer(self._conversation))
+            try:
+                final = await self._work
+            except RestoreError as error:
+                final = self._refused(error)
+            except asyncio.CancelledError:
+                final = self._refused(Cancelled("it was cancelled", advice=""))
+            self._note(f"ended: {_outcome(final)}")
+            return await self._conversation.finish(final)
+
+    def cancel(self) -> None:
+        """End the call, and undo what it did: for signals."""
+        if self._conversation is not None:
+            self._conversation.end(Cancelled("dom0 ended it", advice=""))
+
+    def _cancel_work(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+
+    # --- The work --------------------------------------------------------------------------------
+
+    async def _answer(self, conversation: Conversation) -> Final:
+        request = await conversation.opened()
+        config = self._config()
+        rights = Rights(self._caller, config, self._places.config)
+        rights.check_request(self._service, request)
+        with self._located(request.location, rights) as location:
+            self._note(f"{request.mode} of a backup in {request.location.qube or self._caller}")
+            restore = self._assemble(
+                location,
+                _wishes(request),
+                self._places,
+                config,
+                client=self._caller,
+                activity=_ACTIVITIES[request.mode],
+            )
+            await restore.check()
+            size = size_of(location.fd) if isinstance(location, Dom0File) else None
+            if request.mode == "list":
+                return await _listed(restore, request, conversation, size)
+            return await self._restored(restore, request, conversation, rights, size)
+
+    async def _restored(
+        self,
+        restore: Dom0Restore,
+        request: c.OpenBackup,
+        conversation: Conversation,
+        rights: Rights,
+        archive_size: int | None,
+    ) -> Final:
+        verify_only = request.mode == "verify"
+        number = 0
+
+        async def confirm(plan: Plan) -> PlanOptions | None:
+            nonlocal number
+            number += 1
+            rights.check_plan(request.mode, plan)
+            excess = None if verify_only else _excess(restore, plan)
+            if excess is not None:  # another choice may be within them
+                conversation.log("warning", str(excess))
+            answer = await conversation.ask(plan_message(plan, number, request.mode, archive_size))
+            if isinstance(answer, c.Choose):
+                rights.check_choice(request.mode, answer.choice)
+                return _plan_options(answer.choice)
+            if excess is not None:
+                raise excess
+            self._running = True
+            return None
+
+        report = await restore.run(
+            _session_options(request),
+            _plan_options(request.choice),
+            conversation,
+            confirm,
+            verify_only=verify_only,
+        )
+        message = report_message(report)
+        if not self._running:
+            assert message.error is not None, "it has ended before it was confirmed"
+            return self._refused(message.error.to_error())
+        if report.status == CANCELLED and conversation.ended is not None:
+            return message.model_copy(update={"error": ErrorInfo.of(conversation.ended)})
+        return message
+
+    def _refused(self, error: RestoreError) -> c.Refused:
+        """What ended the call early, if something has, is the reason of whatever came of that."""
+        ended = None if self._conversation is None else self._conversation.ended
+        return c.Refused(error=ErrorInfo.of(ended if ended is not None else error))
+
+    def _config(self) -> Config:
+        try:
+            return load_config(self._places.config)
+        except BadConfiguration as error:
+            if self._caller == DOM0:
+                raise
+            self._note(str(error))
+            raise BadConfiguration(
+                "the configuration of restores in dom0 has a mistake in it",
+                advice=f"An administrator finds it in dom0, in /var/log/qubes/qrexec.{self._caller}.log.",
+            ) from None
+
+    @contextlib.contextmanager
+    def _located(self, location: c.BackupLocation, rights: Rights) -> Iterator[Location]:
+        qube = location.qube or self._caller
+        if qube == DOM0 and location.service:
+            raise UsageError("dom0 has no service that brings a backup", advice="Name a qube, or a file.")
+        if qube != DOM0:
+            kind = QubeService if location.service else QubePath
+            yield kind(qube, location.text)
+            return
+        found = (
+            any_file(location.text)
+            if rights.unlimited
+            else granted_file(location.text, rights.dom0_directories)
+        )
+        with found as fd:
+            yield Dom0File(fd)
+
+
+async def _listed(
+    restore: Dom0Restore, request: c.OpenBackup, conversation: Conversation, archive_size: int | None
+) -> c.Plan:
+    manifest = await read_manifest(restore.link, _session_options(request), conversation)
+    plan = make_plan(manifest, _plan_options(request.choice), None)
+    return plan_message(plan, 1, "list", archive_size)
+
+
+def _excess(restore: Dom0Restore, plan: Plan) -> RestoreError | None:
+    """How the plan is beyond the administrator's limits, if it is."""
+    try:
+        restore.check_plan(plan)
+    except RestoreError as error:
+        return error
+    return None
+
+
+# --- What was asked for, as the broker has it ---------------------------------------------------------
+
+
+def _wishes(request: c.OpenBackup) -> Wishes:
+    return Wishes(
+        template=request.worker.template,
+        memory=request.worker.memory,
+        vcpus=request.worker.vcpus,
+        pool=request.pool,
+        ignore_size_limit=request.ignore_size_limit,
+    )
+
+
+def _session_options(request: c.OpenBackup) -> SessionOptions:
+    return SessionOptions(
+        passphrase=request.passphrase.get_secret_value(),
+        compression_filter=request.compression_filter,
+        ignore_size_limit=request.ignore_size_limit,
+        ahead=request.mode != "list" and not request.choice.names,
+    )
+
+
+def _plan_options(choice: c.Choice) -> PlanOptions:
+    return PlanOptions(
+        names=choice.names,
+        exclude=choice.exclude,
+        conflicts=choice.conflicts,
+        missing=choice.missing,
+        dom0_home=choice.dom0_home,
+        ignore_username_mismatch=choice.ignore_username_mismatch,
+    )
+
+
+def _outcome(final: Final) -> str:
+    """For dom0's log: nothing in it comes from the client or the backup."""
+    if isinstance(final, c.Plan):
+        return "listed"
+    if isinstance(final, c.Refused):
+        return f"refused ({final.error.kind})"
+    return f"status {final.status}" + ("" if final.error is None else f" ({final.error.kind})")

@@ -1,0 +1,164 @@
+"""The conversation with a client: its messages in their order, within their time.
+
+Strategy: one `CallState` sees everything that either side says. What the client asks is handed to whoever
+waits for it; that it wants no more (a `cancel`, the end of the call, nonsense) is told once, by a callback,
+whatever is going on. Only the first such end counts.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal, Self
+
+from qubes_restore_svc.broker.call_messages import qube_result
+from qubes_restore_svc.broker.report import QubeReport
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError
+from qubes_restore_svc.service.channel import MAX_WAITING, Channel
+from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.messages import Cancel, Log, Progress
+from qubes_restore_svc.wire.models import Message
+from qubes_restore_svc.wire.names import strip_control
+
+#: Seconds within which the client has to say what it wants, …
+OPEN_TIMEOUT_S = 60.0
+#: … has to answer a plan, …
+PLAN_TIMEOUT_S = 3600.0
+#: … and has to read the last message.
+LAST_WORD_TIMEOUT_S = 10.0
+
+Final = c.Plan | c.RestoreReport | c.Refused
+
+_VIOLATION_ADVICE = "The call was ended. Use a client of the same version as dom0's package."
+
+
+class Conversation:
+    """One call over two descriptors, which stay the caller's. A context manager, and an `Observer`.
+
+    `when_ended` is called once, when the client wants no more.
+    """
+
+    def __init__(self, read_fd: int, write_fd: int, when_ended: Callable[[], object]) -> None:
+        self.ended: RestoreError | None = None  #: why the client, or a signal, ended it
+        self._when_ended = when_ended
+        self._state = c.CallState()
+        self._channel = Channel(read_fd, write_fd, self)
+        self._answer: asyncio.Future[c.OpenBackup | c.Choose | c.Confirm] | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to listen. Raises HostFailed if there is no such call."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._channel.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._channel.__exit__(exc_type, exc, traceback)
+
+    # --- What is asked -----------------------------------------------------------------------------
+
+    async def opened(self) -> c.OpenBackup:
+        """What the client wants. Raises Cancelled if it does not say so in time."""
+        request = await self._answered(OPEN_TIMEOUT_S, "nobody said which backup to open")
+        assert isinstance(request, c.OpenBackup), "the table lets nothing else come first"
+        return request
+
+    async def ask(self, plan: c.Plan) -> c.Choose | c.Confirm:
+        """Tell the plan; what the client makes of it. Raises Cancelled if it does not say so in time."""
+        if self._channel.waiting + plan.max_size > 2 * MAX_WAITING:
+            raise ProtocolViolation("the client asks for plans and reads none", advice=_VIOLATION_ADVICE)
+        self._state.advance(plan)
+        self._answer = asyncio.get_running_loop().create_future()
+        self._channel.send(plan)
+        answer = await self._answered(PLAN_TIMEOUT_S, "nobody said what is to become of the plan")
+        assert not isinstance(answer, c.OpenBackup), "the table lets it come once"
+        return answer
+
+    async def finish(self, final: Final) -> bool:
+        """The last message; False if the client did not take it."""
+        self._state.phase = c.CallPhase.CLOSED
+        return await self._channel.finish(final, LAST_WORD_TIMEOUT_S)
+
+    async def _answered(self, timeout_s: float, otherwise: str) -> c.OpenBackup | c.Choose | c.Confirm:
+        assert self._answer is not None, "it was entered"
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._answer
+        except TimeoutError:
+            raise Cancelled(f"{otherwise} for {timeout_s:.0f} seconds", advice="") from None
+
+    # --- What is told: an Observer ---------------------------------------------------------------------
+
+    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+        """How far it is, if the client still listens."""
+        message = Progress(archive_bytes=archive_bytes, image_bytes=image_bytes)
+        if self._may_say(message):
+            self._channel.send_progress(message)
+
+    def log(self, level: str, text: str) -> None:
+        """A line, if the client reads."""
+        known: Literal["info", "warning"] = "warning" if level == "warning" else "info"
+        self._tell(Log(level=known, text=strip_control(text[:1000])))
+
+    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
+        """A volume begins."""
+        fields = {"qube": qube, "volume": volume, "image_size": image_size}
+        self._tell(c.VolumeStarted.model_validate(fields))
+
+    def qube_finished(self, report: QubeReport) -> None:
+        """A qube is through."""
+        result = qube_result(report)
+        try:
+            self._tell(c.QubeFinished(qube=result))
+        except ProtocolViolation:  # too much to say of it; the report in dom0 has it all
+            short = {"warnings": result.warnings[:1], "settings_left_out": ()}
+            self._tell(c.QubeFinished(qube=result.model_copy(update=short)))
+
+    def _tell(self, message: Message) -> None:
+        if self._may_say(message):
+            self._channel.send(message, spare=True)
+
+    def _may_say(self, message: Message) -> bool:
+        return (self._state.phase, type(message)) in c.TRANSITIONS
+
+    # --- What comes in: a Listener ---------------------------------------------------------------------
+
+    @property
+    def frame_limit(self) -> int:
+        """Only what may come now may be large."""
+        return max(
+            (kind.max_size for phase, kind in c.TRANSITIONS if phase is self._state.phase and kind in _ASKED),
+            default=Cancel.max_size,
+        )
+
+    def received(self, untrusted_payload: bytes) -> None:
+        """A frame; raises ProtocolViolation if it may not come, or not now."""
+        message = c.parse_client_message(untrusted_payload)
+        self._state.advance(message)
+        if isinstance(message, Cancel):
+            self.end(Cancelled("it was cancelled", advice=""))
+        elif self._answer is not None and not self._answer.done():
+            self._answer.set_result(message)
+
+    def broken(self, violation: ProtocolViolation) -> None:
+        """The client sent what no client of ours sends."""
+        self.end(ProtocolViolation(violation.reason, advice=_VIOLATION_ADVICE))
+
+    def closed(self) -> None:
+        """The client has closed the call, or is gone."""
+        self.end(Cancelled("the call was closed", advice=""))
+
+    def end(self, reason: RestoreError) -> None:
+        """The client wants no more, or is to get no more, for this reason; the first one counts."""
+        if self.ended is None and self._state.phase is not c.CallPhase.CLOSED:
+            self.ended = reason
+            with contextlib.suppress(ProtocolViolation):  # nobody has said anything yet, or it was a `cancel`
+                self._state.advance(Cancel())
+            self._when_ended()
+
+
+_ASKED = (c.OpenBackup, c.Choose, c.Confirm, Cancel)

@@ -1,0 +1,75 @@
+"""The process around a call: its standard streams, signals, and the lines that are logged of it.
+
+Strategy: standard input and output are the call and nothing else. They are moved to other numbers at once,
+and what is left at 0 and 1 leads nowhere and to standard error: no library, and no program that is started,
+can say a word in the call. qrexec appends standard error to dom0's log of the calling qube
+(`/var/log/qubes/qrexec.QUBE.log`), and the caller never sees it; whether it can be written is nothing to wait for.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Never
+
+from qubes_restore_svc.broker.grants import MODES
+from qubes_restore_svc.dom0 import PLACES, Places, dom0_restore
+from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.hardening import forbid_core_dumps, open_standard_streams
+from qubes_restore_svc.service.call import Assemble, Call
+from qubes_restore_svc.wire.names import strip_control
+
+DELIVERED, FAILED, USAGE = 0, 1, 2  #: exit statuses
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+def service_of(words: Sequence[str]) -> str:
+    """The service that the arguments name; exits with an explanation if they name none."""
+    if len(words) != 1 or words[0] not in MODES:
+        note(f"expected one of {', '.join(MODES)}")
+        sys.exit(USAGE)
+    return words[0]
+
+
+def carry_out(service: str, caller: str, places: Places = PLACES, assemble: Assemble = dom0_restore) -> Never:
+    """Serve the call on standard input and output, and exit: with 0 if it was told how it ended."""
+    open_standard_streams()
+    forbid_core_dumps()
+
+    def say(text: str) -> None:
+        note(f"{service} for {caller}: {text}")
+
+    read_fd, write_fd = _take_standard_streams()
+    call = Call(service, caller, say, places, assemble)
+    try:
+        delivered = asyncio.run(_served(call, read_fd, write_fd))
+    except RestoreError as error:
+        say(error.reason)
+        sys.exit(FAILED)
+    sys.exit(DELIVERED if delivered else FAILED)
+
+
+def note(text: str) -> None:
+    """A line for dom0's log of the calls, if it can be written."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{strip_control(text)}\n".encode("utf-8", "replace"))
+
+
+async def _served(call: Call, read_fd: int, write_fd: int) -> bool:
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, call.cancel)
+    return await call.serve(read_fd, write_fd)
+
+
+def _take_standard_streams() -> tuple[int, int]:
+    read_fd, write_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1))
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(nowhere, 0)
+    os.dup2(2, 1)
+    os.close(nowhere)
+    return read_fd, write_fd

@@ -1,0 +1,25 @@
+"""`python -m tests.service.driver FOLDER remote|local SERVICE`: the service, with its files in FOLDER.
+
+All of it is real but the places of configuration, locks and dom0's home. With `threads` after FOLDER, the
+worker is a thread and the host a directory (see `parts`).
+"""
+
+import sys
+from pathlib import Path
+
+from qubes_restore_svc.broker.grants import DOM0
+from qubes_restore_svc.dom0 import dom0_restore
+from qubes_restore_svc.service.call import Assemble
+from qubes_restore_svc.service.program import carry_out, service_of
+from qubes_restore_svc.service.remote import main
+
+from .parts import Parts, places
+
+if __name__ == "__main__":
+    folder, *words = sys.argv[1:]
+    assemble: Assemble = dom0_restore
+    if words[0] == "threads":
+        assemble, words = Parts(Path(folder)), words[1:]
+    if words[0] == "local":
+        carry_out(service_of(words[1:]), DOM0, places(Path(folder)), assemble)
+    main(words[1:], places(Path(folder)), assemble)
