@@ -1,0 +1,274 @@
+"""A call of dom0's restore service, for asyncio.
+
+Strategy: one task listens for as long as the call is open. It parses, holds the table of `restore_call`
+against every message, tells the observer, and ends with the call: with the report, or with the error that
+ended it. Whatever the caller awaits (a plan, the report) it awaits together with that task, so nothing is
+waited for that cannot come any more. Nothing here waits until dom0 has read something: what is said is
+little, and the end of the call is noticed by listening.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from types import TracebackType
+from typing import Self
+
+from qubes_restore_svc.client.observer import CallObserver, NullObserver
+from qubes_restore_svc.client.transports import Connection, Transport
+from qubes_restore_svc.errors import HostFailed, ProtocolViolation, RestoreError, UsageError
+from qubes_restore_svc.waiting import to_the_end
+from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
+from qubes_restore_svc.wire.messages import Cancel, Log, Progress
+from qubes_restore_svc.wire.models import encode_message
+
+#: Seconds that dom0 may take to say what came of a restore that was cancelled; then the call is closed.
+CANCEL_TIMEOUT_S = 60.0
+#: The same before anything was confirmed.
+EARLY_CANCEL_TIMEOUT_S = 15.0
+
+_SERVICES: dict[c.Mode, str] = {"list": service.LIST, "verify": service.VERIFY, "restore": service.START}
+_READ_SIZE = 64 << 10
+_VERSIONS = "dom0 and this qube may have different versions of qubes-restore-svc: update both."
+_WHERE_TO_LOOK = "What came of it stands in dom0, in the newest report below /var/log/qubes-restore-svc."
+
+
+async def list_backup(transport: Transport, request: c.OpenBackup) -> c.Plan:
+    """What is in the backup: a plan, of which nothing is done. Raises RestoreError."""
+    async with RestoreCall(transport, request.model_copy(update={"mode": "list"})) as call:
+        return call.plan
+
+
+class RestoreCall:
+    """One call, an async context manager: entering it opens the backup, leaving it closes the call.
+
+    What is under way when the call is closed is cancelled by dom0, and undone. All errors that the outside
+    can cause are RestoreErrors; one that dom0 told is of the class of its kind. Not for several tasks at
+    once, but for `cancel`. `report` is set as soon as dom0 has sent it, however `confirm` ended.
+    """
+
+    def __init__(
+        self, transport: Transport, request: c.OpenBackup, observer: CallObserver | None = None
+    ) -> None:
+        self.report: c.RestoreReport | None = None
+        self._transport = transport
+        self._request = request
+        self._observer: CallObserver = NullObserver() if observer is None else observer
+        self._state = c.CallState()
+        self._plan: c.Plan | None = None
+        self._planned = asyncio.Event()
+        self._connection: Connection | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._cancel_wanted = False
+        self._impatience: asyncio.TimerHandle | None = None
+        self._gave_up = False
+
+    @property
+    def plan(self) -> c.Plan:
+        """The plan that was told last; there is one as soon as the call was entered."""
+        assert self._plan is not None, "the call has not been entered"
+        return self._plan
+
+    async def __aenter__(self) -> Self:
+        """Connect, open the backup and wait for the plan. Raises RestoreError.
+
+        That takes as long as dom0 needs to start a worker and to derive the first keys, or a person in dom0
+        to be asked whether the call is allowed.
+        """
+        opening = _frame(self._request)
+        try:
+            self._connection = await self._transport.connect(_SERVICES[self._request.mode])
+            self._state.advance(self._request)
+            self._connection.writer.write(opening)
+            self._listening = asyncio.create_task(self._listen(self._connection))
+            if self._cancel_wanted:
+                self.request_cancel()
+            await self._next_plan()
+        except BaseException:
+            await to_the_end(self._close())
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await to_the_end(self._close())
+
+    async def choose(self, choice: c.Choice) -> c.Plan:
+        """Have another plan made, from this choice alone. Raises RestoreError; the call is over then."""
+        if self._is_over:
+            raise self._why_over()
+        self._send(c.Choose(choice=choice))
+        self._planned.clear()
+        return await self._next_plan()
+
+    async def confirm(self) -> c.RestoreReport:
+        """Carry out the plan that was told last, and return what came of it. Raises RestoreError.
+
+        A task that is cancelled while it waits here cancels the restore, waits until dom0 says what came of
+        it (`report`), CANCEL_TIMEOUT_S seconds at the most, and ends as cancelled.
+        """
+        if self._state.phase is not c.CallPhase.ENDING and not self._is_over:
+            self._send(c.Confirm(plan=self.plan.number))
+        try:
+            return await self._end()
+        except asyncio.CancelledError:
+            self.request_cancel()
+            with contextlib.suppress(RestoreError):
+                await to_the_end(self._end())
+            raise
+
+    async def cancel(self) -> None:
+        """Cancel: whoever awaits a plan gets an error, whoever awaits the report that of a cancelled restore.
+
+        Returns at once. If dom0 does not answer in time, the call is closed. Safe to repeat.
+        """
+        self.request_cancel()
+
+    def request_cancel(self) -> None:
+        """The same, for who is in the event loop's thread and cannot await."""
+        self._cancel_wanted = True
+        phase = self._state.phase
+        if phase not in (c.CallPhase.PLANNING, c.CallPhase.PLANNED, c.CallPhase.RUNNING) or self._is_over:
+            return
+        timeout_s = CANCEL_TIMEOUT_S if phase is c.CallPhase.RUNNING else EARLY_CANCEL_TIMEOUT_S
+        self._send(Cancel())
+        self._impatience = asyncio.get_running_loop().call_later(timeout_s, self._give_up)
+
+    async def wait_ended(self) -> None:
+        """Return when dom0 has ended the call, or has been lost; `confirm` would tell at once why."""
+        await asyncio.wait([self._listener])
+
+    # --- Listening -------------------------------------------------------------------------------
+
+    async def _listen(self, connection: Connection) -> None:
+        """Returns when all is said that was to be said; raises the error that ended the call."""
+        async with contextlib.aclosing(self._messages(connection)) as messages:
+            async for message in messages:
+                match message:
+                    case Log():
+                        self._observer.log(message.level, message.text)
+                    case Progress():
+                        self._observer.progress(message.archive_bytes, message.image_bytes)
+                    case c.VolumeStarted():
+                        self._observer.volume_started(message.qube, message.volume, message.image_size)
+                    case c.QubeFinished():
+                        self._observer.qube_finished(message.qube)
+                    case c.Refused():
+                        raise message.error.to_error()
+                    case c.RestoreReport():
+                        self.report = message
+                        return
+                    case c.Plan() if self._state.phase is not c.CallPhase.ENDING:
+                        self._plan = message
+                        self._planned.set()
+                        if self._state.phase is c.CallPhase.CLOSED:
+                            return
+        raise await self._lost(connection)
+
+    async def _messages(self, connection: Connection) -> AsyncGenerator[c.BrokerAnswer, None]:
+        """What dom0 says, as far as it may be said now, until there is no more. Raises ProtocolViolation."""
+        decoder = FrameDecoder(MAX_FRAME)
+        while True:
+            try:
+                untrusted_data = await connection.reader.read(_READ_SIZE)
+            except OSError:
+                return
+            if not untrusted_data:
+                return
+            payloads = decoder.feed(untrusted_data)
+            while (message := self._next_message(payloads)) is not None:
+                yield message
+
+    def _next_message(self, untrusted_payloads: Iterator[bytes]) -> c.BrokerAnswer | None:
+        try:
+            untrusted_payload = next(untrusted_payloads, None)
+            if untrusted_payload is None:
+                return None
+            message = c.parse_broker_answer(untrusted_payload)
+            self._state.advance(message)
+            if isinstance(message, c.RestoreReport) and message.mode != self._request.mode:
+                raise ProtocolViolation("'report' of another mode")
+        except ProtocolViolation as error:
+            raise ProtocolViolation(f"dom0 sent {error.reason}", advice=_VERSIONS) from error
+        return message
+
+    async def _lost(self, connection: Connection) -> RestoreError:
+        if self._gave_up:
+            return HostFailed("it was cancelled, and dom0 did not say what came of it", advice=_WHERE_TO_LOOK)
+        fault = await connection.fault()
+        return fault or HostFailed("the call to dom0 ended without an answer", advice=_WHERE_TO_LOOK)
+
+    def _give_up(self) -> None:
+        if self._connection is not None and not self._is_over:
+            self._gave_up = True
+            self._connection.writer.transport.abort()
+
+    # --- Waiting and saying ----------------------------------------------------------------------
+
+    @property
+    def _listener(self) -> asyncio.Task[None]:
+        assert self._listening is not None, "the call has not been entered"
+        return self._listening
+
+    @property
+    def _is_over(self) -> bool:
+        return self._listening is None or self._listening.done()
+
+    def _send(self, message: c.ClientMessage) -> None:
+        """Raises UsageError for what cannot be said now. If nobody reads it, the listener notices."""
+        frame = _frame(message)
+        try:
+            self._state.advance(message)
+        except ProtocolViolation as error:
+            raise UsageError(f"dom0 cannot be told {error.reason}", advice="") from error
+        assert self._connection is not None
+        self._connection.writer.write(frame)
+
+    async def _next_plan(self) -> c.Plan:
+        arrived = asyncio.ensure_future(self._planned.wait())
+        try:
+            await asyncio.wait([arrived, self._listener], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            arrived.cancel()
+        if self._planned.is_set():
+            return self.plan
+        raise self._why_over()
+
+    async def _end(self) -> c.RestoreReport:
+        await asyncio.wait([self._listener])
+        if self._listener.cancelled() or self._listener.exception() or self.report is None:
+            raise self._why_over()
+        return self.report
+
+    def _why_over(self) -> BaseException:
+        """Why nothing more comes."""
+        if self._listener.cancelled():
+            return HostFailed("the call has been closed here", advice="")
+        if error := self._listener.exception():
+            return error
+        if self.report is not None and self.report.error is not None:
+            return self.report.error.to_error()
+        return HostFailed("dom0 has ended the call", advice="Open the backup again.")
+
+    async def _close(self) -> None:
+        if self._impatience is not None:
+            self._impatience.cancel()
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+        if self._connection is not None:
+            await self._connection.close()
+
+
+def _frame(message: c.ClientMessage) -> bytes:
+    try:
+        return encode_frame(encode_message(message))
+    except ProtocolViolation as error:
+        raise UsageError(
+            f"too much was asked for at once: {error.reason}", advice="Name fewer qubes."
+        ) from error
