@@ -23,9 +23,10 @@ _USAGE = "qvm-backup-restore --mgmt-vm [option ...] LOCATION [QUBE ...]"
 _DESCRIPTION = """\
 Restore qubes from a backup, or verify it. A throw-away qube without network
 reads the backup; dom0 never does. Without --mgmt-vm, this is the stock
-qvm-backup-restore, which reads it in dom0.
+qvm-backup-restore, which reads it in dom0. In a qube, dom0 is asked to do it,
+and its policy and configuration say what this qube may ask for.
 
-  LOCATION              the backup: a file in dom0; or with -d QUBE a file
+  LOCATION              the backup: a file here; or with -d QUBE a file
                         there, a command that is run there and writes the
                         backup to its standard output, or, with
                         --location-is-service, a service there
@@ -47,7 +48,8 @@ is; 2 the command cannot be carried out as given; 3 a part of it is there;
 class RestoreArguments:
     """What the person asked for.
 
-    `storage_qube` holds the backup; None: a file in dom0. `dom0_home` is None if nothing was said about it.
+    `storage_qube` holds the backup; None: it is a file here, or in dom0 if `in_dom0`, which is the same in
+    dom0. `dom0_home` is None if nothing was said about it.
     `memory` in MiB. `loudness` counts -v up and -q down; 0 is ordinary.
     """
 
@@ -73,6 +75,7 @@ class RestoreArguments:
     pool: str | None
     report: Path | None
     loudness: int
+    in_dom0: bool = False
 
     @property
     def conflicts(self) -> Literal["refuse", "skip", "rename"]:
@@ -127,6 +130,7 @@ def parse_restore_arguments(words: Sequence[str]) -> RestoreArguments:
         pool=options.pool,
         report=options.report,
         loudness=options.verbose - options.quiet,
+        in_dom0=options.dest_vm == "dom0",
     )
     _check(arguments)
     return arguments
@@ -214,7 +218,7 @@ def _add_backup(group: "argparse._ArgumentGroup") -> None:
         "--dest-vm",
         metavar="QUBE",
         type=not_empty,
-        help="the qube that holds the backup (default: dom0)",
+        help="the qube that holds the backup (default: the one you are in, or dom0 if you are there)",
     )
     group.add_argument(
         "--location-is-service",

@@ -1,9 +1,11 @@
-"""Who carries out what `qvm-backup-restore --mgmt-vm` was asked for: dom0 itself, if this is dom0.
+"""Who carries out what `qvm-backup-restore --mgmt-vm` was asked for: dom0 itself, or dom0 when it is asked.
 
-Strategy: the command speaks to a `Restorer`, and shows whatever it says in the same way.
+Strategy: the command speaks to a `Restorer`, and shows whatever it says in the same way. In dom0 it is the
+broker; in a qube, a call of dom0's restore service.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from qubes_restore_svc.broker.client import SessionOptions
@@ -12,6 +14,8 @@ from qubes_restore_svc.broker.plan import Plan, PlanOptions
 from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
+from qubes_restore_svc.cli.qvm_remote import remote_restorer
+from qubes_restore_svc.client import transports
 from qubes_restore_svc.dom0 import PLACES, Places, Wishes, dom0_restore
 from qubes_restore_svc.link.storage import Dom0File, Location, QubePath, QubeService
 
@@ -43,9 +47,31 @@ class Restorer(Protocol):
 #: Makes the restorer from the arguments and the descriptor of a backup here; raises RestoreError.
 Assemble = Callable[[RestoreArguments, int | None], Restorer]
 
+#: There in dom0 only, and there in every qube.
+QUBESD_SOCKET = transports.QUBESD_SOCKET
+QREXEC_CLIENT = Path(transports.QREXEC_PROGRAM)
+
+
+def in_a_qube() -> bool:
+    """Is this a qube, from which dom0 can be asked?"""
+    return not QUBESD_SOCKET.exists() and QREXEC_CLIENT.exists()
+
+
+def is_file_here(arguments: RestoreArguments) -> bool:
+    """Is the backup a file of the domain that the command runs in?"""
+    return arguments.storage_qube is None and not (arguments.in_dom0 and in_a_qube())
+
 
 def on_qubes(arguments: RestoreArguments, archive_fd: int | None, places: Places = PLACES) -> Restorer:
-    """The restorer on the Qubes system whose dom0 this is. Raises RestoreError."""
+    """The restorer for the domain that the command runs in. Raises RestoreError."""
+    if in_a_qube():
+        transport = transports.QrexecTransport(program=str(QREXEC_CLIENT))
+        return remote_restorer(arguments, archive_fd, transport)
+    return in_dom0(arguments, archive_fd, places)
+
+
+def in_dom0(arguments: RestoreArguments, archive_fd: int | None, places: Places = PLACES) -> Restorer:
+    """The restorer of the dom0 that the command runs in. Raises RestoreError."""
     wishes = Wishes(
         template=arguments.template,
         memory=arguments.memory,
@@ -53,7 +79,12 @@ def on_qubes(arguments: RestoreArguments, archive_fd: int | None, places: Places
         pool=arguments.pool,
         ignore_size_limit=arguments.ignore_size_limit,
     )
-    return dom0_restore(_location(arguments, archive_fd), wishes, places)
+    return dom0_restore(
+        _location(arguments, archive_fd),
+        wishes,
+        places,
+        activity="verifying" if arguments.verify_only else "restoring",
+    )
 
 
 def _location(arguments: RestoreArguments, archive_fd: int | None) -> Location:

@@ -20,7 +20,7 @@ from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
 from qubes_restore_svc.cli.question import can_ask
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_parts import Assemble, Restorer, on_qubes
+from qubes_restore_svc.cli.qvm_parts import Assemble, Restorer, is_file_here, on_qubes
 from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_error, show_report
@@ -89,8 +89,8 @@ def _run(
 
 @contextmanager
 def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
-    """The descriptor of a backup in dom0; None for one in another qube."""
-    if arguments.storage_qube is not None:
+    """The descriptor of a backup that is a file here; None for one in another domain."""
+    if not is_file_here(arguments):
         yield None
         return
     archive_fd = open_archive(arguments.location)
@@ -101,7 +101,7 @@ def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
 
 
 def _session_options(arguments: RestoreArguments) -> SessionOptions:
-    stdin_is_backup = arguments.storage_qube is None and arguments.location == "-"
+    stdin_is_backup = is_file_here(arguments) and arguments.location == "-"
     return SessionOptions(
         passphrase=read_passphrase(arguments.passphrase_file, stdin_is_backup=stdin_is_backup),
         compression_filter=arguments.compression_filter,

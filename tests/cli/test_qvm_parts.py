@@ -10,7 +10,7 @@ import pytest
 
 from qubes_restore_svc import dom0
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
-from qubes_restore_svc.cli.qvm_parts import on_qubes
+from qubes_restore_svc.cli.qvm_parts import in_dom0
 from qubes_restore_svc.dom0 import Dom0Restore, Places
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
 from qubes_restore_svc.host import qubes_host
@@ -70,7 +70,7 @@ def made(qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch) -> Made:
 
 
 def parts(places: Places, line: str, archive_fd: int | None = None) -> Dom0Restore:
-    made = on_qubes(parse_restore_arguments(["--mgmt-vm", *line.split()]), archive_fd, places)
+    made = in_dom0(parse_restore_arguments(["--mgmt-vm", *line.split()]), archive_fd, places)
     assert isinstance(made, Dom0Restore)
     return made
 
@@ -89,6 +89,8 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "vcpus": 2,
         "ready_timeout_s": 120,
         "lock_path": places.worker_lock,
+        "client": "dom0",
+        "activity": "restoring",
     }
     assert made.host == {
         "pool": None,
@@ -96,6 +98,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "lock_path": places.restore_lock,
         "worker_lock_path": places.worker_lock,
         "stock_lock_path": places.stock_lock,
+        "client": "dom0",
     }
     assert found.config.report.directory == Path("/var/log/qubes-restore-svc")
     found.check_plan(plan(taken(source("a")), taken(source("b"))))
@@ -117,6 +120,11 @@ def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
     parts(places, "b --mgmt-template mine --memory 9000 --vcpus 8 --pool vault", 5)
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
     assert made.host["pool"] == "vault"
+
+
+def test_what_it_is_for_is_told_to_whoever_comes_meanwhile(places: Places, made: Made) -> None:
+    parts(places, "b --verify-only", 5)
+    assert made.link["activity"] == "verifying"
 
 
 def test_every_kind_of_location(places: Places, made: Made) -> None:

@@ -1,0 +1,299 @@
+"""What the command makes of a dom0 that ends, changes its mind, or says nothing more."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.plan import Plan, PlanOptions
+from qubes_restore_svc.broker.report import QubeReport, Report
+from qubes_restore_svc.cli import qvm_parts
+from qubes_restore_svc.cli.progress import QuietDisplay
+from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
+from qubes_restore_svc.cli.qvm_remote import RemoteRestorer, remote_restorer
+from qubes_restore_svc.client.transports import QrexecTransport
+from qubes_restore_svc.errors import Cancelled, HostFailed, NotGranted, QubeExists, UsageError
+from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.messages import Cancel, Log
+from tests.client.fakes import (
+    OTHER,
+    PASSPHRASE,
+    QUBE,
+    RESULT,
+    FakeTransport,
+    Peer,
+    Script,
+    plan,
+    refused,
+    report,
+)
+
+SECOND = QUBE.model_copy(update={"key": "vm3", "name": "mail", "new_name": "mail-1", "notes": ("renamed",)})
+STARTED = c.VolumeStarted(qube="work", volume="private", image_size=5)
+
+
+class Seeing(QuietDisplay):
+    """Knows what was finished."""
+
+    def __init__(self) -> None:
+        self.finished: list[str] = []
+
+    def qube_finished(self, report: QubeReport) -> None:
+        self.finished.append(f"{report.name} {report.outcome}")
+
+
+class Restoring:
+    """A restore that a script answers; `plans` are those that were shown."""
+
+    def __init__(
+        self, script: Script, *answers: PlanOptions | Exception | None, line: str = "-d nas b"
+    ) -> None:
+        self.transport = FakeTransport(script, HostFailed("the connection to dom0 broke off", advice="Look."))
+        self.display = Seeing()
+        self.plans: list[Plan] = []
+        self._answers = list(answers or [None])
+        self._arguments = arguments(line)
+
+    async def run(self, archive_fd: int | None = None) -> Report:
+        restorer = remote_restorer(self._arguments, archive_fd, self.transport)
+        await restorer.check()
+        report = await restorer.run(
+            SessionOptions(passphrase=PASSPHRASE, compression_filter="zstd"),
+            PlanOptions(names=("work",), exclude=("vault",), conflicts="rename"),
+            self.display,
+            self._confirm,
+            verify_only=self._arguments.verify_only,
+        )
+        await self.transport.check()  # also what the script expected
+        return report
+
+    async def _confirm(self, found: Plan) -> PlanOptions | None:
+        self.plans.append(found)
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def arguments(line: str) -> RestoreArguments:
+    return parse_restore_arguments(["--mgmt-vm", *line.split()])
+
+
+async def planned(peer: Peer) -> None:
+    await peer.hear(c.OpenBackup)
+    await peer.say(Log(level="warning", text="little room"), plan(1, "restore", QUBE, SECOND, OTHER))
+
+
+async def running(peer: Peer) -> None:
+    await planned(peer)
+    await peer.hear(c.Confirm)
+    await peer.say(STARTED, c.QubeFinished(qube=RESULT))
+
+
+def test_everything_that_was_asked_for_reaches_dom0() -> None:
+    async def dom0(peer: Peer) -> None:
+        asked = await peer.hear(c.OpenBackup)
+        assert isinstance(asked, c.OpenBackup)
+        assert asked.location == c.BackupLocation(qube="sys-usb", text="/media/bc")
+        assert asked.choice == c.Choice(names=("work",), exclude=("vault",), conflicts="rename")
+        assert asked.passphrase.get_secret_value() == PASSPHRASE
+        assert (asked.mode, asked.compression_filter, asked.ignore_size_limit) == ("restore", "zstd", False)
+        assert (asked.pool, asked.worker) == ("p", c.WorkerWishes(template="dvm", memory=9, vcpus=3))
+        await peer.say(refused(NotGranted("no", advice="ask")))
+
+    line = "-d sys-usb --pool p --mgmt-template dvm --memory 9 --vcpus 3 /media/bc"
+    restoring = Restoring(dom0, line=line)
+    found = asyncio.run(restoring.run())
+    assert found.error is not None
+    assert (found.error.kind, found.error.advice, found.status, found.qubes) == ("not-granted", "ask", 1, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "location"),
+    [
+        ("-d dom0 /b", c.BackupLocation(qube="dom0", text="/b")),
+        ("-d nas --location-is-service my.Backup+x",
+         c.BackupLocation(qube="nas", text="my.Backup+x", service=True)),
+    ],
+)  # fmt: skip
+def test_every_other_location(line: str, location: c.BackupLocation) -> None:
+    async def dom0(peer: Peer) -> None:
+        asked = await peer.hear(c.OpenBackup)
+        assert isinstance(asked, c.OpenBackup) and asked.location == location
+        await peer.say(refused(NotGranted("no")))
+
+    restoring = Restoring(dom0, line=line)
+    asyncio.run(restoring.run())
+
+
+def test_a_file_here_is_named_by_its_whole_path_and_for_no_qube(tmp_path: Path) -> None:
+    async def dom0(peer: Peer) -> None:
+        asked = await peer.hear(c.OpenBackup)
+        assert isinstance(asked, c.OpenBackup)
+        assert asked.location == c.BackupLocation(text=str(backup))
+        await peer.say(refused(NotGranted("no")))
+
+    backup = tmp_path / "b"
+    backup.write_bytes(b"x")
+    (tmp_path / "link").symlink_to(backup)
+    with backup.open("rb") as file:
+        asyncio.run(Restoring(dom0, line=f"{tmp_path}/link").run(file.fileno()))
+
+
+def test_another_choice_brings_another_plan() -> None:
+    async def dom0(peer: Peer) -> None:
+        await planned(peer)
+        chosen = await peer.hear(c.Choose)
+        assert isinstance(chosen, c.Choose) and chosen.choice.names == ("vault",)
+        await peer.say(plan(2))
+        await peer.hear(c.Confirm)
+        await peer.say(report())
+
+    restoring = Restoring(dom0, PlanOptions(names=("vault",)), None)
+    assert asyncio.run(restoring.run()).status == 0
+    assert [len(found.qubes) for found in restoring.plans] == [3, 2]
+
+
+def test_a_plan_that_is_refused_here_cancels_the_call_and_is_told_of_every_qube() -> None:
+    async def dom0(peer: Peer) -> None:
+        await planned(peer)
+        await peer.hear(Cancel)
+        await peer.say(refused(Cancelled("it was cancelled")))
+        await peer.hear_end()
+
+    found = asyncio.run(Restoring(dom0, QubeExists("the backup does not fit")).run())
+    assert found.error is not None and found.error.kind == "qube-exists"
+    assert (found.status, found.backup_id, found.warnings) == (1, "backup-1", ["little room"])
+    told = [(qube.name, qube.outcome, qube.error and qube.error.kind) for qube in found.qubes]
+    assert told == [
+        ("work", "failed", "qube-exists"),
+        ("mail-1", "failed", "qube-exists"),
+        ("vault", "left out", None),
+    ]
+    assert (found.qubes[1].name_in_backup, found.qubes[1].remark) == ("mail", "renamed")
+
+
+def test_a_connection_that_breaks_in_the_middle_leaves_what_is_known() -> None:
+    restoring = Restoring(running)
+    found = asyncio.run(restoring.run())
+    assert restoring.display.finished == ["work restored"]
+    assert found.error is not None
+    assert (found.status, found.error.reason) == (3, "the connection to dom0 broke off")
+    told = [(qube.name, qube.outcome, qube.error and qube.error.kind) for qube in found.qubes]
+    assert told == [
+        ("work", "restored", None),
+        ("mail-1", "failed", "host-failed"),
+        ("vault", "left out", None),
+    ]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_cancelled_task_comes_back_with_a_report(answered: bool) -> None:
+    begun = asyncio.Event()
+
+    async def dom0(peer: Peer) -> None:
+        await running(peer)
+        begun.set()
+        await peer.hear(Cancel)
+        if answered:
+            await peer.say(report(status=130, error=Cancelled("it was cancelled")))
+
+    async def whole() -> Report:
+        task = asyncio.create_task(restoring.run())
+        await begun.wait()
+        while not restoring.display.finished:
+            await asyncio.sleep(0)
+        task.cancel()
+        return await task
+
+    restoring = Restoring(dom0)
+    found = asyncio.run(whole())
+    assert (found.status, found.version) == (130, "1" if answered else found.version)
+    assert found.error is not None and found.error.kind == "cancelled"
+    assert [qube.outcome for qube in found.qubes][:1] == ["restored"]
+
+
+def test_cancelled_while_it_opens() -> None:
+    opened = asyncio.Event()
+
+    async def dom0(peer: Peer) -> None:
+        await peer.hear(c.OpenBackup)
+        opened.set()
+        await peer.hear_end()
+
+    async def whole() -> Report:
+        restoring = Restoring(dom0)
+        task = asyncio.create_task(restoring.run())
+        await opened.wait()
+        task.cancel()
+        return await task
+
+    found = asyncio.run(whole())
+    assert (found.status, found.qubes) == (130, [])
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [({"pool": "a b"}, "pool"), ({"compression": "GZIP!"}, "compression_filter")],
+)
+def test_what_fits_into_no_message_is_told_without_its_value(bad: dict[str, str], reason: str) -> None:
+    async def run() -> Report:
+        restorer = RemoteRestorer(
+            FakeTransport(planned), c.BackupLocation(text="/b"), c.WorkerWishes(), bad.get("pool")
+        )
+        options = SessionOptions(passphrase=PASSPHRASE, compression_filter=bad.get("compression"))
+        return await restorer.run(options, PlanOptions(), Seeing(), None, verify_only=False)
+
+    found = asyncio.run(run())
+    assert found.error is not None and found.status == 2
+    assert reason in found.error.reason and not any(value in found.error.reason for value in bad.values())
+
+
+# --- Which way -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    found = (tmp_path / "qubesd.sock", tmp_path / "qrexec-client-vm")
+    monkeypatch.setattr(qvm_parts, "QUBESD_SOCKET", found[0])
+    monkeypatch.setattr(qvm_parts, "QREXEC_CLIENT", found[1])
+    return found
+
+
+def test_a_qube_asks_dom0_and_dom0_does_it_itself(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(qvm_parts, "dom0_restore", lambda *words, **named: made.append(words))
+    qubesd, qrexec = places
+    words = arguments("-d sys-usb b")
+    qvm_parts.on_qubes(words, None)
+    assert len(made) == 1  # neither: it says that this is no Qubes system
+    qrexec.touch()
+    assert isinstance(qvm_parts.on_qubes(words, None), RemoteRestorer)
+    qubesd.touch()
+    qvm_parts.on_qubes(words, None)
+    assert len(made) == 2
+
+
+def test_a_file_of_dom0_is_one_here_only_in_dom0(places: tuple[Path, Path]) -> None:
+    qubesd, qrexec = places
+    there, here = arguments("-d dom0 b"), arguments("b")
+    assert qvm_parts.is_file_here(there) and qvm_parts.is_file_here(here)
+    qrexec.touch()
+    assert not qvm_parts.is_file_here(there) and qvm_parts.is_file_here(here)
+    qubesd.touch()
+    assert qvm_parts.is_file_here(there)
+    assert not qvm_parts.is_file_here(arguments("-d sys-usb b"))
+
+
+def test_without_the_program_it_is_said_before_the_passphrase(tmp_path: Path) -> None:
+    restorer = remote_restorer(arguments("-d nas b"), None, QrexecTransport(program=str(tmp_path / "no")))
+    with pytest.raises(HostFailed, match=r"there is no .*/no"):
+        asyncio.run(restorer.check())
+
+
+def test_a_wish_that_cannot_be_is_refused_before_the_passphrase() -> None:
+    with pytest.raises(UsageError, match=r"cannot be as it was asked for \(template"):
+        remote_restorer(arguments("-d nas --mgmt-template a~b b"), None)
