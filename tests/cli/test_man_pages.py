@@ -10,6 +10,7 @@ import pytest
 
 from qubes_restore_svc.cli.arguments import parse_arguments
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
+from qubes_restore_svc.manager import launcher
 from tests.support.fixtures import REPOSITORY
 
 PAGES = sorted((REPOSITORY / "man").glob("*.1"))
@@ -51,6 +52,14 @@ def test_the_page_of_qubes_restore_svc_tells_its_options(capsys: pytest.CaptureF
     assert described("qubes-restore-svc.1") == options
 
 
+def test_the_page_of_qubes_restore_manager_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launcher.main(["--help"])
+    options = in_help(capsys.readouterr().out)
+    assert "--log" in options
+    assert described("qubes-restore-manager.1") == options
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_speaks_of_no_option_that_it_does_not_describe(page: Path) -> None:
     spoken = set(_OPTION.findall(page.read_text().replace("\\-", "-")))
@@ -71,4 +80,6 @@ def test_a_page_formats_without_a_complaint(formatter: tuple[str, ...], page: Pa
 
 
 def test_there_is_a_page_for_each_command() -> None:
-    assert [page.name for page in PAGES] == ["qubes-restore-svc.1", "qvm-backup-restore.1"]
+    commands = sorted(path.name for path in (REPOSITORY / "bin").iterdir())
+    assert commands == ["qubes-restore-manager", "qubes-restore-svc", "qvm-backup-restore"]
+    assert [page.stem for page in PAGES] == commands

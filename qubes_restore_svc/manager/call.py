@@ -1,0 +1,213 @@
+"""The one call to dom0's broker that a restore dialog has open, and who may do what with it when.
+
+Strategy: the call is opened by the first plan that is asked for and stays open until the end, so that the
+worker's qube is started once. It is opened anew if the backup, or anything that only an opening can say, is
+another one. One thread at a time works with it; any other may cancel or close, which never waits: whoever
+works is told, and closes behind himself; a call that rests is closed in the background, and the next one is
+opened when that is through. After an error, or a report, the call is over.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Protocol, Self
+
+from qubes_restore_svc.client.observer import CallObserver
+from qubes_restore_svc.client.sync import BlockingRestoreCall
+from qubes_restore_svc.client.transports import system_transport
+from qubes_restore_svc.errors import Cancelled, RestoreError
+from qubes_restore_svc.wire import restore_call as c
+
+
+class RestoreCall(Protocol):
+    """A call, not open before it is entered: `client.sync.BlockingRestoreCall`."""
+
+    @property
+    def plan(self) -> c.Plan:
+        """The last plan."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Connect, open, wait for the plan."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the call, whatever state it is in."""
+        ...
+
+    def choose(self, choice: c.Choice) -> c.Plan:
+        """Another plan."""
+        ...
+
+    def confirm(self) -> c.RestoreReport:
+        """Carry out the last plan."""
+        ...
+
+    def cancel(self) -> None:
+        """Stop, in any state, from any thread, also before it is entered; returns at once."""
+        ...
+
+
+OpenCall = Callable[[c.OpenBackup, CallObserver], RestoreCall]
+
+
+def call_dom0(request: c.OpenBackup, observer: CallObserver) -> RestoreCall:
+    """A call to the broker of this system, over qrexec or, in dom0, with a child process."""
+    return BlockingRestoreCall(system_transport(), request, observer)
+
+
+#: Calls of this process that are being closed. dom0 has one restore at a time: the next waits for these.
+_closings: set[threading.Thread] = set()
+
+
+class KeptCall:
+    """A call that is kept open between the steps of a dialog. Owns it: `close` it."""
+
+    def __init__(self, open_call: OpenCall, observer: CallObserver) -> None:
+        self._open_call = open_call
+        self._observer = observer
+        self._lock = threading.Lock()  # of the three that follow; held for moments only
+        self._call: RestoreCall | None = None
+        self._working = False
+        self._cancelled = False
+        self._opened: c.OpenBackup | None = None  # what the call was opened with, but for the choice
+        self._choice: c.Choice | None = None  # what the last plan was made from
+
+    @property
+    def cancelled(self) -> bool:
+        """Has it been cancelled, and not been set free since?"""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Stop what is being done, and do nothing from now on. From any thread; returns at once."""
+        self._stop(cancelled=True)
+
+    def set_free(self) -> None:
+        """What was cancelled may be begun again."""
+        self._cancelled = False
+
+    def close(self) -> None:
+        """End the call, if there is one. From any thread; returns at once if another one works with it."""
+        self._stop(cancelled=False)
+
+    def plan(self, request: c.OpenBackup) -> c.Plan:
+        """The plan as of now. Raises RestoreError, Cancelled among them."""
+        with self._work():
+            if not self._is_open_for(request):
+                return self._open(request)
+            assert self._call is not None
+            self._choice = None
+            plan = self._call.choose(request.choice)
+            self._check_cancelled()
+            self._choice = request.choice
+            return plan
+
+    def last_plan(self, request: c.OpenBackup) -> c.Plan:
+        """The plan that was made last if it was made from this request, otherwise a new one."""
+        with self._lock:
+            call = self._call
+        if call is not None and self._is_open_for(request) and self._choice == request.choice:
+            return call.plan
+        return self.plan(request)
+
+    def confirm(self) -> c.RestoreReport:
+        """Carry out the plan that was made last; the call is over then. Raises RestoreError."""
+        with self._work():
+            if self._call is None:
+                raise RestoreError("the backup is not open any more", advice="Begin again.")
+            try:
+                return self._call.confirm()
+            finally:
+                self._end()
+
+    def _is_open_for(self, request: c.OpenBackup) -> bool:
+        return self._call is not None and self._opened == _without_choice(request)
+
+    def _open(self, request: c.OpenBackup) -> c.Plan:
+        self._end()
+        for closing in tuple(_closings):
+            closing.join()
+        call = self._open_call(request, self._observer)
+        with self._lock:
+            self._check_cancelled()
+            self._call = call
+        try:
+            call.__enter__()
+        except BaseException:
+            self._detach()  # it has closed itself
+            raise
+        self._check_cancelled()
+        self._opened, self._choice = _without_choice(request), request.choice
+        return call.plan
+
+    def _end(self) -> None:
+        call = self._detach()
+        if call is not None:
+            _close(call)
+
+    def _detach(self) -> RestoreCall | None:
+        with self._lock:
+            call, self._call = self._call, None
+        self._opened = self._choice = None
+        return call
+
+    @contextlib.contextmanager
+    def _work(self) -> Iterator[None]:
+        """The one thread that works with the call; an error ends it."""
+        with self._lock:
+            if self._working:
+                raise RestoreError("this restore is being worked on already", advice="")
+            self._working = True
+        try:
+            self._check_cancelled()
+            yield
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            with self._lock:
+                self._working = False
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise Cancelled("the restore was cancelled", advice="")
+
+    def _stop(self, *, cancelled: bool) -> None:
+        with self._lock:
+            call, working = self._call, self._working
+            self._cancelled = self._cancelled or cancelled or working
+            if not working:
+                self._call = None
+        if call is None:
+            return
+        if working:
+            call.cancel()
+        else:
+            _close_in_background(call)
+
+
+def _close(call: RestoreCall) -> None:
+    call.__exit__(None, None, None)
+
+
+def _close_in_background(call: RestoreCall) -> None:
+    if not threading.main_thread().is_alive():  # no thread outlives it, so at the very end it is done here
+        _close(call)
+        return
+
+    def run() -> None:
+        try:
+            _close(call)
+        finally:
+            _closings.discard(threading.current_thread())
+
+    thread = threading.Thread(target=run, name="closing-restore-call")
+    _closings.add(thread)
+    thread.start()
+
+
+def _without_choice(request: c.OpenBackup) -> c.OpenBackup:
+    return request.model_copy(update={"choice": c.Choice()})

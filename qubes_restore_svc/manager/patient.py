@@ -1,0 +1,94 @@
+"""The adapter for a dialog that calls it in its own thread: a backup that is being opened can be waited for.
+
+Strategy: opening a backup starts a disposable qube and derives keys, which takes from seconds to minutes. The
+dialog asks for it as if it took no time. So the question is put in another thread, and a small window with a
+Cancel button stands before the dialog meanwhile. The module has the names that the dialog takes from
+`qubesadmin.backup.restore`.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from PyQt6 import sip
+from PyQt6.QtCore import QCoreApplication, QEventLoop, QObject, Qt, QThread, pyqtSignal
+from PyQt6.QtWidgets import QApplication, QProgressDialog, QWidget
+
+from qubes_restore_svc.manager import restore
+from qubes_restore_svc.manager.entries import VMToRestore
+from qubes_restore_svc.manager.restore import BackupCanceledError, BackupRestoreOptions
+
+__all__ = ["BackupCanceledError", "BackupRestore", "BackupRestoreOptions"]
+
+_T = TypeVar("_T")
+
+#: Milliseconds before the window shows: most answers of an open backup come sooner.
+_SHOWN_AFTER_MS = 400
+
+
+class BackupRestore(restore.BackupRestore):
+    """The same, for the thread of the windows."""
+
+    def get_restore_info(self) -> dict[str, VMToRestore]:
+        """As in the base; the windows stay alive meanwhile, and the person may cancel."""
+        return self._patiently(super().get_restore_info)
+
+    def restore_info_verify(self, restore_info: dict[str, VMToRestore]) -> dict[str, VMToRestore]:
+        """As in the base; the same."""
+        verify = super().restore_info_verify
+        return self._patiently(lambda: verify(restore_info))
+
+    def _patiently(self, ask: Callable[[], _T]) -> _T:
+        application = QCoreApplication.instance()
+        if application is None or QThread.currentThread() is not application.thread():
+            return ask()
+        return _wait_for(ask, self._cancel)
+
+    def _cancel(self) -> None:
+        self.canceled = True
+
+
+class _Answered(QObject):
+    signal = pyqtSignal()
+
+
+def _wait_for(ask: Callable[[], _T], cancel: Callable[[], None]) -> _T:
+    """What `ask` returns or raises, asked in another thread while events go on here."""
+    answered, loop = _Answered(), QEventLoop()
+    answered.signal.connect(loop.quit)
+
+    window = _waiting_window(QApplication.activeWindow())
+    window.canceled.connect(lambda: _say_cancelling(window, cancel))
+
+    def run() -> _T:
+        try:
+            return ask()
+        finally:
+            answered.signal.emit()  # from another thread than the loop's, so that it is queued there
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening-backup") as pool:
+        answer = pool.submit(run)
+        loop.exec()
+    if not sip.isdeleted(window):  # with its parent, if that was closed meanwhile
+        window.canceled.disconnect()
+        window.close()
+        window.deleteLater()
+    return answer.result()
+
+
+def _waiting_window(parent: QWidget | None) -> QProgressDialog:
+    window = QProgressDialog(
+        "Opening the backup in a disposable qube.\nThis can take a minute.", "Cancel", 0, 0, parent
+    )
+    window.setWindowTitle("Restore Backup (isolated)")
+    window.setWindowModality(Qt.WindowModality.ApplicationModal)
+    window.setAutoReset(False)
+    window.setMinimumDuration(_SHOWN_AFTER_MS)
+    return window
+
+
+def _say_cancelling(window: QProgressDialog, cancel: Callable[[], None]) -> None:
+    cancel()
+    window.setLabelText("Cancelling: the disposable qube is being removed.")
+    window.setCancelButton(None)
+    window.show()  # its Cancel has hidden it

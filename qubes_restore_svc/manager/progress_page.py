@@ -1,0 +1,287 @@
+"""The page that shows a restore while it runs, and what came of it when it is over.
+
+Strategy: a widget of its own, which needs neither the wizard nor Qubes Manager. It is fed by the signals of a
+`ProgressFeed`, which may be told things in any thread: Qt queues the signals to the thread of the page. The
+page keeps no state but what it shows and the arithmetic of `progress.py`. All texts are plain text.
+"""
+
+import enum
+import time
+
+from PyQt6.QtCore import QEvent, QObject, Qt, QTimer, pyqtSignal
+from PyQt6.QtGui import QFont, QGuiApplication, QPalette
+from PyQt6.QtWidgets import QHBoxLayout, QLabel, QProgressBar, QPushButton, QSizePolicy, QVBoxLayout, QWidget
+
+from qubes_restore_svc.cli.tables import duration_text
+from qubes_restore_svc.errors import Cancelled, RestoreError
+from qubes_restore_svc.manager import wording
+from qubes_restore_svc.manager.colours import text_colours
+from qubes_restore_svc.manager.progress import Progress
+from qubes_restore_svc.manager.qube_table import QubeTable
+from qubes_restore_svc.wire import restore_call as c
+
+_STEPS = 1000  # of the bar
+
+
+class ProgressFeed(QObject):
+    """A RestoreListener that turns what it is told into signals, from whatever thread it is told."""
+
+    begun = pyqtSignal(object)
+    moved = pyqtSignal(object, object)  # not int: a Qt int ends at 2 GiB
+    volume_begun = pyqtSignal(str, str)
+    qube_through = pyqtSignal(object)
+    undoing = pyqtSignal()
+    over = pyqtSignal(object, object)
+
+    def started(self, plan: c.Plan) -> None:
+        """Emits `begun`."""
+        self.begun.emit(plan)
+
+    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+        """Emits `moved`."""
+        self.moved.emit(archive_bytes, image_bytes)
+
+    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
+        """Emits `volume_begun`."""
+        self.volume_begun.emit(qube, volume)
+
+    def qube_finished(self, result: c.QubeResult) -> None:
+        """Emits `qube_through`."""
+        self.qube_through.emit(result)
+
+    def cancelling(self) -> None:
+        """Emits `undoing`."""
+        self.undoing.emit()
+
+    def ended(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:
+        """Emits `over`."""
+        self.over.emit(report, error)
+
+
+class _State(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    CANCELLING = enum.auto()
+    OVER = enum.auto()
+
+
+class ProgressPage(QWidget):
+    """Shows what its `feed` is told. `finished` is emitted when the result stands."""
+
+    finished = pyqtSignal()
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self.feed = ProgressFeed(self)
+        self._state = _State.WAITING
+        self._succeeded = self._cancelled = False
+        self._mode = "restore"
+        self._progress = Progress(None)
+        self._began = time.monotonic()
+        self._set_up()
+        self._clock = QTimer(self)
+        self._clock.setInterval(1000)
+        self._clock.timeout.connect(self._show_elapsed)
+        self.feed.begun.connect(self._on_begun)
+        self.feed.moved.connect(self._on_moved)
+        self.feed.volume_begun.connect(self._on_volume)
+        self.feed.qube_through.connect(self._on_qube)
+        self.feed.undoing.connect(self._on_cancelling)
+        self.feed.over.connect(self._on_over)
+
+    @property
+    def is_over(self) -> bool:
+        """Does the result stand?"""
+        return self._state is _State.OVER
+
+    # --- What is told ---
+
+    def _on_begun(self, plan: c.Plan) -> None:
+        self._mode, self._progress, self._began = plan.mode, Progress(plan), time.monotonic()
+        self.table.begin(plan)
+        if self._state is _State.CANCELLING:  # the person was faster
+            self._show_cancelling()
+            return
+        count = len(plan.taken)
+        verb = "Verifying" if plan.mode == "verify" else "Restoring"
+        self.headline.setText(f"{verb} {count} {'qube' if count == 1 else 'qubes'}")
+        self.doing.setText("Starting…")
+        self.bar.setRange(0, 0 if self._progress.total is None else _STEPS)
+        self._state = _State.RUNNING
+        self._clock.start()
+        self._show_elapsed()
+
+    def _on_moved(self, archive_bytes: int, image_bytes: int) -> None:
+        self._progress.add(archive_bytes, image_bytes)
+        if self._state is not _State.RUNNING:
+            return
+        if self._progress.fraction is not None:
+            self.bar.setValue(int(self._progress.fraction * _STEPS))
+        self.amount.setText(self._progress.amount_text)
+        self._show_elapsed()
+
+    def _on_volume(self, qube: str, volume: str) -> None:
+        if self._state is _State.RUNNING:
+            self.doing.setText(f"Now: {qube}, {wording.volume_text(volume)}")
+            self.table.set_running(qube, volume)
+
+    def _on_qube(self, result: c.QubeResult) -> None:
+        if result.outcome != "left out":
+            self.table.set_outcome(result.name, wording.outcome(result, self._mode))
+
+    def _on_cancelling(self) -> None:
+        if self._state in (_State.CANCELLING, _State.OVER):
+            return
+        self._state = _State.CANCELLING
+        self._show_cancelling()
+
+    def _show_cancelling(self) -> None:
+        self.headline.setText("Cancelling…")
+        verified = self._mode == "verify"
+        self.doing.setText(
+            "The verification is being stopped."
+            if verified
+            else "The qube that was under way is being removed. Qubes that are complete stay."
+        )
+        self.amount.setText("")
+        self.left.setText("")
+        self.table.set_undoing()
+        self.bar.setRange(0, 0)  # how long the undoing takes is not known
+
+    def _on_over(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:
+        self._state = _State.OVER
+        self._clock.stop()
+        if report is not None:
+            self._show_report(report)
+        elif error is not None:
+            self._show_error(error)
+        self.amount.hide()
+        self.left.hide()
+        self._set_bar_at_the_end()
+        self._paint_headline()
+        self.copy_button.setVisible(self.table.rowCount() > 0)
+        self.table.show_first_failure()
+        self.finished.emit()
+
+    # --- The end ---
+
+    def _show_report(self, report: c.RestoreReport) -> None:
+        cancelled = self._cancelled = wording.is_cancelled(report)
+        for result in report.qubes:
+            self._on_qube(result)
+        found = wording.outcomes(report)
+        self._succeeded = not cancelled and report.status == 0 and all(one.succeeded for one in found)
+        summary = wording.headline(report.mode, found)
+        self.headline.setText(f"Cancelled. {summary}" if cancelled else summary)
+        if report.error is not None and not cancelled:
+            self.doing.setText(wording.error_text(report.error.to_error()))
+        elif cancelled and report.mode == "restore":
+            self.doing.setText("What was not complete has been removed again.")
+        elif self._succeeded:
+            elapsed = duration_text(time.monotonic() - self._began)
+            self.doing.setText(f"{_WHAT_NEXT[report.mode]} It took {elapsed}.")
+        else:
+            self.doing.setText(_WHAT_FAILED if not cancelled else "")
+        verb = "failed" if report.mode == "verify" else "not restored"
+        self.table.set_rest(verb, "")
+
+    def _show_error(self, error: RestoreError) -> None:
+        if isinstance(error, Cancelled):
+            self._cancelled = True
+            self.headline.setText("Cancelled")
+            self.doing.setText("Nothing was restored.")
+            self.table.set_rest("not begun", "")
+            return
+        self.headline.setText(
+            "The restore did not finish" if self.table.rowCount() else "Nothing was restored"
+        )
+        self.doing.setText(wording.error_text(error))
+        self.table.set_rest("not known", "What came of it stands in dom0's report.")
+
+    def _set_bar_at_the_end(self) -> None:
+        self.bar.setRange(0, _STEPS)
+        if self._succeeded:
+            self.bar.setValue(_STEPS)
+        else:
+            self.bar.hide()  # a bar that has stopped somewhere says nothing
+
+    # --- The look ---
+
+    def _set_up(self) -> None:
+        self.headline = _label(larger=True)
+        self.headline.setText("Starting…")
+        self.doing = _label()
+        self.bar = QProgressBar()
+        self.bar.setRange(0, 0)
+        self.bar.setTextVisible(True)
+        self.bar.setFormat("%p %")
+        self.bar.setAccessibleName("Progress of the restore")
+        self.amount = _label()
+        self.left = _label()
+        self.left.setAlignment(Qt.AlignmentFlag.AlignRight)
+        self.table = QubeTable()
+        self.copy_button = QPushButton("&Copy as text")
+        self.copy_button.clicked.connect(self._copy)
+        self.copy_button.hide()
+        figures = QHBoxLayout()
+        figures.addWidget(self.amount, 1)
+        figures.addWidget(self.left, 1)
+        bottom = QHBoxLayout()
+        bottom.addStretch(1)
+        bottom.addWidget(self.copy_button)
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.headline)
+        layout.addWidget(self.doing)
+        layout.addSpacing(4)
+        layout.addWidget(self.bar)
+        layout.addLayout(figures)
+        layout.addSpacing(8)
+        layout.addWidget(self.table, 1)
+        layout.addLayout(bottom)
+
+    def changeEvent(self, event: QEvent | None) -> None:
+        """Another palette has other colours."""
+        super().changeEvent(event)
+        if event is not None and event.type() is QEvent.Type.PaletteChange and hasattr(self, "headline"):
+            self._paint_headline()
+
+    def _paint_headline(self) -> None:
+        palette = QPalette(self.palette())
+        if self._state is _State.OVER and not self._cancelled:
+            colours = text_colours(self.palette())
+            colour = colours.good if self._succeeded else colours.bad
+            palette.setColor(QPalette.ColorRole.WindowText, colour)
+        self.headline.setPalette(palette)
+
+    def _show_elapsed(self) -> None:
+        if self._state is _State.RUNNING:
+            elapsed = f"{duration_text(time.monotonic() - self._began)} so far"
+            parts = [elapsed, self._progress.left_text]
+            self.left.setText(", ".join(part for part in parts if part))
+
+    def _copy(self) -> None:
+        clipboard = QGuiApplication.clipboard()
+        if clipboard is not None:
+            clipboard.setText("\n".join((self.headline.text(), self.doing.text(), self.table.as_text())))
+
+
+_WHAT_FAILED = "The table says what is wrong with the others, and what to do."
+_WHAT_NEXT = {
+    "restore": "Install updates in restored templates before you use them.",
+    "verify": "All that was selected is in the backup, unchanged. Nothing was restored.",
+}
+
+
+def _label(*, larger: bool = False) -> QLabel:
+    label = QLabel()
+    label.setTextFormat(Qt.TextFormat.PlainText)
+    label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+    label.setWordWrap(True)
+    label.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Minimum)
+    if larger:
+        font = QFont(label.font())
+        font.setBold(True)
+        font.setPointSizeF(font.pointSizeF() * 1.25)
+        label.setFont(font)
+    return label

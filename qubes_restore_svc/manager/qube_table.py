@@ -1,0 +1,191 @@
+"""The qubes of a restore with what has become of each: waiting, under way, restored, or not and why.
+
+Strategy: one row a qube from the beginning, so that the person sees what is still to come and where it
+stands, and the same table is the result at the end. All cells are plain text.
+"""
+
+import enum
+
+from PyQt6.QtCore import QEvent, QModelIndex, QSize, Qt
+from PyQt6.QtGui import QPainter, QResizeEvent
+from PyQt6.QtWidgets import (
+    QAbstractItemView,
+    QHeaderView,
+    QStyle,
+    QStyledItemDelegate,
+    QStyleOptionViewItem,
+    QTableWidget,
+    QTableWidgetItem,
+    QWidget,
+)
+
+from qubes_restore_svc.manager.colours import text_colours
+from qubes_restore_svc.manager.wording import Outcome, volume_text
+from qubes_restore_svc.wire import restore_call as c
+
+_HEADINGS = ("Qube", "State", "What happened, and what to do")
+
+
+class _Tone(enum.Enum):
+    QUIET = enum.auto()
+    PLAIN = enum.auto()
+    GOOD = enum.auto()
+    BAD = enum.auto()
+
+
+class QubeTable(QTableWidget):
+    """The table. `begin` fills it; a row is known by the name that the qube gets."""
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        super().__init__(0, len(_HEADINGS), parent)
+        self.setHorizontalHeaderLabels(_HEADINGS)
+        self.setAccessibleName("Qubes of this restore")
+        self.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
+        self.setSelectionMode(QAbstractItemView.SelectionMode.NoSelection)
+        self.setFocusPolicy(Qt.FocusPolicy.TabFocus)
+        self.setVerticalScrollMode(QAbstractItemView.ScrollMode.ScrollPerPixel)
+        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.setShowGrid(False)
+        self.setAlternatingRowColors(True)
+        self.setWordWrap(True)
+        self.setItemDelegate(_Roomy(self))
+        if (rows := self.verticalHeader()) is not None:
+            rows.hide()
+            rows.setSectionResizeMode(QHeaderView.ResizeMode.ResizeToContents)
+        if (columns := self.horizontalHeader()) is not None:
+            columns.setDefaultAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter)
+            columns.setHighlightSections(False)
+            columns.setSectionResizeMode(0, QHeaderView.ResizeMode.ResizeToContents)
+            columns.setSectionResizeMode(1, QHeaderView.ResizeMode.ResizeToContents)
+            columns.setSectionResizeMode(2, QHeaderView.ResizeMode.Stretch)
+        self._tones: dict[int, _Tone] = {}
+        self._rows: dict[str, int] = {}
+        self._settled: set[int] = set()
+
+    def begin(self, plan: c.Plan) -> None:
+        """All qubes that will be restored or verified, waiting."""
+        self.setRowCount(0)
+        self._rows.clear()
+        self._tones.clear()
+        self._settled.clear()
+        for qube in plan.taken:
+            renamed = qube.new_name != qube.name
+            name = f"{qube.new_name} (was {qube.name})" if renamed else qube.name
+            self._set(self._row(qube.new_name), name, "waiting", "", _Tone.QUIET)
+
+    def set_running(self, qube: str, volume: str) -> None:
+        """It is this qube's turn."""
+        self._set(self._row(qube), None, "▸ in progress", volume_text(volume), _Tone.PLAIN)
+
+    def set_undoing(self) -> None:
+        """What is under way is being undone, and what waits will not come."""
+        for row in range(self.rowCount()):
+            if self._tones[row] is _Tone.PLAIN:
+                self._set(row, None, "▸ stopping", "", _Tone.PLAIN)
+            elif row not in self._settled:
+                self._set(row, None, "– not begun", "", _Tone.QUIET)
+
+    def set_outcome(self, qube: str, outcome: Outcome) -> None:
+        """What came of it. `qube`: the name that it got, `outcome.name` the one to show."""
+        mark, tone = ("✓", _Tone.GOOD) if outcome.succeeded else ("✗", _Tone.BAD)
+        if outcome.cancelled:
+            mark, tone = "–", _Tone.QUIET
+        row = self._row(qube)
+        self._settled.add(row)
+        self._set(row, outcome.name, f"{mark} {outcome.word}", outcome.explanation, tone)
+
+    def set_rest(self, word: str, explanation: str) -> None:
+        """The same for all of which nothing is known."""
+        for row in range(self.rowCount()):
+            if row not in self._settled:
+                self._set(row, None, f"✗ {word}", explanation, _Tone.BAD)
+
+    def show_first_failure(self) -> None:
+        """Scroll to it."""
+        for row in range(self.rowCount()):
+            if self._tones[row] is _Tone.BAD and (item := self.item(row, 0)) is not None:
+                self.scrollToItem(item, QAbstractItemView.ScrollHint.PositionAtTop)
+                return
+
+    def as_text(self) -> str:
+        """All of it, a line for a qube."""
+        lines = []
+        for row in range(self.rowCount()):
+            cells = [item.text() for column in range(3) if (item := self.item(row, column)) is not None]
+            lines.append("\t".join(cell for cell in cells if cell))
+        return "\n".join(lines)
+
+    def sizeHint(self) -> QSize:
+        """Room for some rows; more is scrolled to."""
+        return QSize(560, 180)
+
+    def changeEvent(self, event: QEvent | None) -> None:
+        """Another palette has other colours."""
+        super().changeEvent(event)
+        if event is not None and event.type() in (QEvent.Type.PaletteChange, QEvent.Type.StyleChange):
+            for row, tone in self._tones.items():
+                self._paint(row, tone)
+
+    def resizeEvent(self, event: QResizeEvent | None) -> None:
+        """Text that wraps elsewhere needs other heights."""
+        super().resizeEvent(event)
+        self.resizeRowsToContents()
+
+    def _row(self, qube: str) -> int:
+        """The qube's row; one is added for a qube that the plan did not hold."""
+        if qube not in self._rows:
+            self._rows[qube] = self.rowCount()
+            self.insertRow(self._rows[qube])
+            for column in range(len(_HEADINGS)):
+                self.setItem(self._rows[qube], column, _cell())
+            self._set(self._rows[qube], qube, "", "", _Tone.QUIET)
+        return self._rows[qube]
+
+    def _set(self, row: int, name: str | None, state: str, text: str, tone: _Tone) -> None:
+        for column, cell in enumerate((name, state, text)):
+            item = self.item(row, column)
+            if item is not None and cell is not None and item.text() != cell:
+                item.setText(cell)
+        self._tones[row] = tone
+        self._paint(row, tone)
+
+    def _paint(self, row: int, tone: _Tone) -> None:
+        colours = text_colours(self.palette())
+        item = self.item(row, 1)
+        if item is not None:
+            item.setForeground(
+                {
+                    _Tone.QUIET: colours.quiet,
+                    _Tone.PLAIN: self.palette().text().color(),
+                    _Tone.GOOD: colours.good,
+                    _Tone.BAD: colours.bad,
+                }[tone]
+            )
+
+
+class _Roomy(QStyledItemDelegate):
+    """Cells with air around their text, and without the marks of a selection, which there is none."""
+
+    _BESIDE, _ABOVE = 12, 4  # pixels; on the left, texts stand below their heading
+
+    def paint(self, painter: QPainter | None, option: QStyleOptionViewItem, index: QModelIndex) -> None:
+        inner = self._inner(option)
+        marks = QStyle.StateFlag.State_HasFocus | QStyle.StateFlag.State_MouseOver
+        inner.state &= ~(marks | QStyle.StateFlag.State_Selected)
+        super().paint(painter, inner, index)
+
+    def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex) -> QSize:
+        size = super().sizeHint(self._inner(option), index)
+        return QSize(size.width() + self._BESIDE, size.height() + 2 * self._ABOVE)
+
+    def _inner(self, option: QStyleOptionViewItem) -> QStyleOptionViewItem:
+        inner = QStyleOptionViewItem(option)
+        inner.rect = option.rect.adjusted(0, self._ABOVE, -self._BESIDE, -self._ABOVE)
+        return inner
+
+
+def _cell() -> QTableWidgetItem:
+    item = QTableWidgetItem()
+    item.setTextAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignTop)
+    item.setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable)
+    return item

@@ -1,0 +1,76 @@
+import pytest
+
+from qubes_restore_svc.errors import ERROR_KINDS, AuthenticationFailed, BudgetTooSmall, RestoreError
+from qubes_restore_svc.manager import wording
+from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.models import ErrorInfo
+from tests.manager.script import result
+
+
+def test_no_advice_names_an_option_that_the_dialog_does_not_have() -> None:
+    for kind, error in ERROR_KINDS.items():
+        told = wording.advice(kind, error.default_advice)
+        assert "--" not in told.replace("qvm-backup-restore --mgmt-vm --", "")
+        assert bool(told) == bool(error.default_advice)
+
+
+def test_an_error_says_where_why_and_what_to_do() -> None:
+    assert wording.error_text(BudgetTooSmall("one key needs 4 GiB", qube="work")) == (
+        "work: one key needs 4 GiB. Give the worker more memory: worker.memory in"
+        " /etc/qubes-restore-svc/config.yaml in dom0."
+    )
+
+
+@pytest.mark.parametrize("text", ["<b>bold</b>", "<img src='file:///etc/passwd'>", "a < b > c"])
+def test_nothing_that_is_quoted_can_be_taken_for_html(text: str) -> None:
+    error = RestoreError(text, advice=text)
+    told = [
+        wording.error_text(error),
+        wording.outcome(result("work", error)).explanation,
+        wording.outcome(result(text, error)).name,
+        wording.report_text(_report(result(text, error))),
+    ]
+    assert not any("<" in one or ">" in one for one in told)
+
+
+def test_the_report_names_the_volume_and_the_place_in_it() -> None:
+    error = AuthenticationFailed("the MAC does not match", chunk=3, advice="")
+    failed = result("work").model_copy(
+        update={
+            "outcome": "failed",
+            "volumes": (c.VolumeResult(name="private", outcome="failed", error=ErrorInfo.of(error)),),
+        }
+    )
+    assert wording.outcome(failed).explanation == "Private volume, chunk 3: the MAC does not match."
+
+
+def test_what_was_not_wanted_is_not_told() -> None:
+    unwanted = result("mail").model_copy(update={"outcome": "left out"})
+    report = _report(result("work"), unwanted)
+    assert [one.name for one in wording.outcomes(report)] == ["work"]
+
+
+def test_a_renamed_qube_is_told_with_its_old_name() -> None:
+    renamed = result("work-1").model_copy(update={"name_in_backup": "work"})
+    assert wording.outcome(renamed).name == "work-1 (was work)"
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "expected"),
+    [(1, 0, "The qube was restored"), (3, 0, "All 3 qubes were restored"), (1, 2, "1 of 3 qubes restored"),
+     (0, 2, "No qube was restored"), (0, 0, "Nothing was restored")],
+)  # fmt: skip
+def test_the_headline_sums_it_up(good: int, bad: int, expected: str) -> None:
+    found = [result("a")] * good + [result("b", RestoreError("no"))] * bad
+    assert wording.headline("restore", [wording.outcome(one) for one in found]) == expected
+
+
+def _report(*qubes: c.QubeResult) -> c.RestoreReport:
+    return c.RestoreReport(
+        mode="restore",
+        version="1",
+        started="2026-11-23T14:05:59Z",
+        finished="2026-11-23T14:06:59Z",
+        status=3,
+        qubes=qubes,
+    )
