@@ -1,6 +1,7 @@
 """What is in the packages: exactly this, with these rights, and for each side nothing of the other's."""
 
 import gzip
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -10,24 +11,34 @@ from qubes_restore_svc.wire import service
 from tests.packaging.conftest import Packages
 from tests.packaging.packages import Package
 from tests.support.fixtures import REPOSITORY
-from tests.test_boundaries import LIBRARIES, OURS, UNTRUSTED
+from tests.test_boundaries import LIBRARIES, UNTRUSTED
 
 CODE = REPOSITORY / "qubes_restore_svc"
-FOLDERS = {part for part in OURS if (CODE / part).is_dir()}
+FOLDERS = {path.parent.name for path in CODE.glob("*/__init__.py")}
 SERVICES = (service.SESSION, service.VOLUME, service.ARCHIVE)
+DOM0_SERVICES = (service.START, service.VERIFY, service.LIST)
 LISTENS_AT = "/run/qubes-restore-worker/calls.sock"
 
 #: All that the packages install beside Python code. A key is the end of a package's name.
 OTHERS = {
     "common": set[str](),
+    "tools": {
+        "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
+        "/usr/share/qubes-restore-svc/man/man1/qvm-backup-restore.1.gz",
+    },
+    "manager": {
+        "/usr/bin/qubes-restore-manager",
+        "/usr/share/applications/qubes-restore-manager.desktop",
+        "/usr/share/man/man1/qubes-restore-manager.1.gz",
+    },
     "dom0": {
+        *(f"/etc/qubes-rpc/{name}" for name in DOM0_SERVICES),
         "/etc/qubes-restore-svc/config.yaml",
         "/etc/qubes/policy.d/31-qubes-restore-svc.policy",
         "/etc/qubes/policy.d/include/qubes-restore-svc",
         "/usr/lib/tmpfiles.d/qubes-restore-svc-dom0.conf",
-        "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
+        "/usr/share/doc/qubes-restore-svc-dom0/administration.md",
         "/usr/share/doc/qubes-restore-svc-dom0/configuration.md",
-        "/usr/share/qubes-restore-svc/man/man1/qvm-backup-restore.1.gz",
     },
     "vm": {
         *(f"/etc/qubes-rpc/{name}" for name in SERVICES),
@@ -41,7 +52,9 @@ OTHERS = {
 }
 
 PROGRAMS = {
+    *(f"/etc/qubes-rpc/{name}" for name in DOM0_SERVICES),
     "/etc/qubes/post-install.d/20-qubes-restore-svc.sh",
+    "/usr/bin/qubes-restore-manager",
     "/usr/bin/qubes-restore-svc",
     "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
 }
@@ -62,11 +75,15 @@ def code(*folders: str) -> set[str]:
 
 #: ... and the code.
 MODULES = {
-    "common": code("", "wire"),
-    "dom0": code("broker", "cli", "host", "link"),
+    "common": code("", "client", "wire") - {"dom0.py"},
+    "tools": code("broker", "cli", "host", "link") | {"dom0.py"},
+    "manager": code("manager"),
+    "dom0": code("service"),
     "vm": code("archive", "worker"),
-    "": code("", *FOLDERS) | {"__main__.py"},
+    "": code("", *(FOLDERS - {"manager", "service"})) | {"__main__.py"},
 }
+#: Those that are installed in dom0; a GUI domain has no "dom0".
+FOR_DOM0 = ("common", "tools", "manager", "dom0")
 
 
 def compiled(package: Package) -> set[str]:
@@ -81,8 +98,8 @@ def names_in(dependencies: frozenset[str]) -> set[str]:
 
 
 def test_these_packages_are_made(rpms: Packages, debs: Packages) -> None:
-    assert set(rpms) == {"", "common", "dom0", "vm"}
-    assert set(debs) == {"", "common", "vm"}
+    assert set(rpms) == {"", "common", "tools", "manager", "dom0", "vm"}
+    assert set(debs) == {"", "common", "tools", "manager", "vm"}
 
 
 def test_a_package_installs_exactly_these_files(packages: Packages) -> None:
@@ -94,9 +111,13 @@ def test_a_package_installs_exactly_these_files(packages: Packages) -> None:
 
 def test_every_part_of_the_code_is_on_one_side_of_the_boundary() -> None:
     assert MODULES["vm"] == code(*UNTRUSTED)
-    assert MODULES["dom0"] | MODULES["common"] == code("", *(FOLDERS - UNTRUSTED))
-    for one, other in (("common", "dom0"), ("common", "vm"), ("dom0", "vm")):
-        assert not MODULES[one] & MODULES[other]
+    assert set().union(*(MODULES[name] for name in FOR_DOM0)) == code("", *(FOLDERS - UNTRUSTED))
+
+
+def test_no_file_is_in_two_packages(packages: Packages) -> None:
+    """But those of the one for any machine, which none of the others is installed beside."""
+    for one, other in combinations(sorted(set(packages) - {""}), 2):
+        assert not packages[one].files & packages[other].files, (one, other)
 
 
 def test_what_is_packaged_is_what_was_tested(packages: Packages) -> None:
@@ -124,8 +145,8 @@ def test_an_rpm_owns_the_directories_that_nobody_else_has(rpms: Packages) -> Non
               "/etc/qubes/policy.d/include", "/etc/qubes/post-install.d", "/etc/qubes/rpc-config", "/usr",
               "/usr/bin", "/usr/lib", "/usr/lib/systemd", "/usr/lib/systemd/system",
               "/usr/lib/systemd/system-preset", "/usr/lib/tmpfiles.d", "/usr/libexec", "/usr/share",
-              "/usr/share/doc", "/usr/share/licenses", "/usr/share/man", "/usr/share/man/man1", "/var",
-              "/var/log"}  # fmt: skip
+              "/usr/share/applications", "/usr/share/doc", "/usr/share/licenses", "/usr/share/man",
+              "/usr/share/man/man1", "/var", "/var/log"}  # fmt: skip
     common = {name for name, entry in rpms["common"].entries.items() if entry.is_directory}
     for package in rpms.values():
         owned = {name for name, entry in package.entries.items() if entry.is_directory} | common
@@ -145,14 +166,12 @@ def test_a_debian_package_brings_no_byte_code(debs: Packages) -> None:
 
 
 def test_what_dom0_installs_holds_no_parser(rpms: Packages) -> None:
-    for name in ("common", "dom0"):
+    for name in FOR_DOM0:
         package = rpms[name]
         folders = {module.split("/")[0] for module in package.modules}
         assert folders and not folders & UNTRUSTED
         assert not [file for file in package.entries if file.endswith(".so")]
-        needed = names_in(package.requires)
-        assert "python3-pydantic" in needed or name == "dom0"
-        assert not needed & (PARSERS | {"qubes-restore-svc", "qubes-restore-svc-vm"})
+        assert not names_in(package.requires) & (PARSERS | {"qubes-restore-svc", "qubes-restore-svc-vm"})
 
 
 def test_the_packages_with_parsers_cannot_be_installed_beside_dom0s(rpms: Packages) -> None:
@@ -161,8 +180,15 @@ def test_the_packages_with_parsers_cannot_be_installed_beside_dom0s(rpms: Packag
 
 
 def test_packages_that_hold_the_same_files_exclude_each_other_on_debian(debs: Packages) -> None:
-    assert names_in(debs[""].conflicts) == {"qubes-restore-svc-common", "qubes-restore-svc-vm"}
-    assert names_in(debs["vm"].conflicts) == names_in(debs["common"].conflicts) == {"qubes-restore-svc"}
+    sharing = {name for name, package in debs.items() if name and package.modules & debs[""].modules}
+    assert names_in(debs[""].conflicts) == {f"qubes-restore-svc-{name}" for name in sharing}
+    for name in sharing:
+        assert names_in(debs[name].conflicts) == {"qubes-restore-svc"}
+
+
+def test_a_gui_domain_can_share_its_template_with_the_worker(packages: Packages) -> None:
+    for name in ("common", "tools", "manager"):
+        assert not names_in(packages[name].conflicts) & {"qubes-restore-svc-vm", "qubes-restore-svc-dom0"}
 
 
 # --- What they say of themselves -----------------------------------------------------------------
@@ -172,9 +198,25 @@ def test_a_package_has_the_version_of_the_code(packages: Packages) -> None:
     assert {package.version for package in packages.values()} == {__version__}
 
 
-def test_the_sides_come_with_exactly_their_common_part(rpms: Packages, debs: Packages) -> None:
-    assert f"qubes-restore-svc-common = {__version__}-1" in rpms["dom0"].requires & rpms["vm"].requires
-    assert f"qubes-restore-svc-common (= {__version__}-1)" in debs["vm"].requires
+def test_the_packages_need_each_other_in_exactly_their_version(rpms: Packages, debs: Packages) -> None:
+    for name in ("tools", "manager", "vm"):
+        assert f"qubes-restore-svc-common = {__version__}-1" in rpms[name].requires
+        assert f"qubes-restore-svc-common (= {__version__}-1)" in debs[name].requires
+    for name in ("manager", "dom0"):
+        assert f"qubes-restore-svc-tools = {__version__}-1" in rpms[name].requires
+    assert f"qubes-restore-svc-common = {__version__}-1" in rpms["dom0"].requires
+    assert f"qubes-restore-svc-tools (= {__version__}-1)" in debs["manager"].requires
+
+
+def test_dom0_needs_no_dialog_and_a_gui_domain_no_dom0(packages: Packages) -> None:
+    ours = {
+        name: {need.removeprefix("qubes-restore-svc-") for need in names_in(package.requires)}
+        & {"common", "tools", "manager", "dom0", "vm"}
+        for name, package in packages.items()
+    }
+    wanted = {"": set[str](), "common": set[str](), "tools": {"common"}, "manager": {"common", "tools"},
+              "dom0": {"common", "tools"}, "vm": {"common"}}  # fmt: skip
+    assert ours == {name: wanted[name] for name in packages}
 
 
 @pytest.mark.parametrize("name", ["vm", ""])
@@ -183,8 +225,20 @@ def test_what_reads_backups_needs_the_libraries_that_the_code_imports(packages: 
 
 
 def test_dom0_needs_the_libraries_that_the_code_imports(rpms: Packages) -> None:
-    assert names_in(rpms["dom0"].requires) >= {"python3-pyyaml", "python3-tqdm", "qubes-core-admin-client"}
+    assert "qubes-core-admin-client" in names_in(rpms["dom0"].requires)
+
+
+def test_the_common_parts_need_the_libraries_that_the_code_imports(rpms: Packages, debs: Packages) -> None:
     assert "python3-pydantic >= 2.8" in rpms["common"].requires
+    assert "python3-pydantic (>= 2.8)" in debs["common"].requires
+    assert names_in(rpms["tools"].requires) >= {"python3-pyyaml", "python3-tqdm"}
+    assert names_in(debs["tools"].requires) >= {"python3-yaml", "python3-tqdm"}
+
+
+def test_nothing_but_the_dialog_needs_a_graphical_library(packages: Packages) -> None:
+    graphical = {"qubes-manager", "python3-pyqt6"}
+    for name, package in packages.items():
+        assert names_in(package.requires) & graphical == (graphical if name == "manager" else set()), name
 
 
 def test_the_worker_needs_the_agent(packages: Packages) -> None:
@@ -231,6 +285,23 @@ def test_a_service_is_a_link_to_the_workers_socket(packages: Packages) -> None:
         assert config.config and config.noreplace
     socket = packages["vm"].root / "usr/lib/systemd/system/qubes-restore-worker.socket"
     assert f"ListenStream={LISTENS_AT}" in socket.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", DOM0_SERVICES)
+def test_a_service_of_dom0_runs_its_program_and_passes_nothing_of_the_callers(
+    rpms: Packages, name: str
+) -> None:
+    path = f"/etc/qubes-rpc/{name}"
+    assert not rpms["dom0"].entries[path].config  # an update replaces it
+    first, *lines = (rpms["dom0"].root / path.lstrip("/")).read_text().splitlines()
+    assert first == "#!/bin/sh"
+    commands = [line for line in lines if not line.startswith("#")]
+    assert commands == [f"exec /usr/bin/python3 -I -m qubes_restore_svc.service {name}"]
+
+
+def test_the_services_of_dom0_run_as_whom_qrexec_runs_them(rpms: Packages) -> None:
+    """A configuration with `force-user` would be of no use there, and ends calls of dom0 to itself."""
+    assert not [name for name in rpms["dom0"].entries if "rpc-config" in name]
 
 
 def test_all_else_belongs_to_root_who_alone_may_write(packages: Packages) -> None:

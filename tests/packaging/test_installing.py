@@ -6,6 +6,7 @@ import pytest
 
 from qubes_restore_svc.wire import service
 from tests.packaging.conftest import Packages
+from tests.packaging.packages import Package
 from tests.packaging.scratch_system import ScratchSystem, cannot_become_root
 
 LINKS = {
@@ -25,10 +26,11 @@ ANNOUNCED = [
 def system(tmp_path: Path) -> ScratchSystem:
     if cannot_become_root():
         pytest.skip("neither root nor a namespace in which to be root")
-    system = ScratchSystem(tmp_path / "system", recorded=("systemctl", "qvm-features-request"))
+    system = ScratchSystem(tmp_path / "system", recorded=("systemctl", "qvm-features-request", "python3"))
     for folder in ("etc/qubes/policy.d/include", "etc/qubes/rpc-config", "etc/qubes/post-install.d",
                    "etc/qubes-rpc", "usr/lib/systemd/system", "usr/lib/systemd/system-preset",
-                   "usr/lib/tmpfiles.d", "usr/libexec", "usr/share/doc", "usr/share/licenses",
+                   "usr/lib/tmpfiles.d", "usr/libexec", "usr/share/applications", "usr/share/doc",
+                   "usr/share/licenses", "usr/share/man/man1",
                    "usr/lib/python3.11/site-packages", "usr/lib/python3/dist-packages",
                    "usr/local/bin", "usr/local/share/man/man1"):  # fmt: skip
         (system.root / folder).mkdir(parents=True, exist_ok=True)
@@ -38,26 +40,21 @@ def system(tmp_path: Path) -> ScratchSystem:
 # --- dom0 ----------------------------------------------------------------------------------------
 
 
-def test_installing_in_dom0_puts_the_command_and_its_page_before_the_stock_ones(
-    system: ScratchSystem, rpms: Packages
-) -> None:
-    said = system.install(rpms["common"], rpms["dom0"])
-    assert "stays" not in said
-    for link, target in LINKS.items():
-        assert str((system.root / link).readlink()) == target
-        assert (system.root / target.lstrip("/")).is_file()
+def in_dom0(packages: Packages) -> list[Package]:
+    """What dom0 gets, in an order in which it can be installed."""
+    return [packages[name] for name in ("common", "tools", "manager", "dom0")]
 
 
 def test_removing_from_dom0_leaves_nothing(system: ScratchSystem, rpms: Packages) -> None:
     before = system.files()
-    system.install(rpms["common"], rpms["dom0"])
+    system.install(*in_dom0(rpms))
     assert system.files() > before
-    system.remove(rpms["dom0"], rpms["common"])
+    system.remove(*reversed(in_dom0(rpms)))
     assert system.files() == before
 
 
 def test_an_upgrade_keeps_link_and_configuration(system: ScratchSystem, rpms: Packages) -> None:
-    system.install(rpms["common"], rpms["dom0"])
+    system.install(*in_dom0(rpms))
     kept = {
         "etc/qubes-restore-svc/config.yaml": "mine",
         "etc/qubes/policy.d/include/qubes-restore-svc": "my rule",
@@ -65,7 +62,7 @@ def test_an_upgrade_keeps_link_and_configuration(system: ScratchSystem, rpms: Pa
     for name, text in kept.items():
         (system.root / name).write_text(text)
     before = system.files()
-    system.reinstall(rpms["dom0"])
+    system.reinstall(rpms["dom0"], rpms["tools"])
     assert system.files() == before
     assert {name: (system.root / name).read_text() for name in kept} == kept
     assert str((system.root / COMMAND).readlink()) == LINKS[COMMAND]
@@ -74,27 +71,58 @@ def test_an_upgrade_keeps_link_and_configuration(system: ScratchSystem, rpms: Pa
 def test_what_the_administrator_wrote_and_the_reports_survive_a_removal(
     system: ScratchSystem, rpms: Packages
 ) -> None:
-    system.install(rpms["common"], rpms["dom0"])
+    system.install(*in_dom0(rpms))
     report = system.root / "var/log/qubes-restore-svc/restore-20261120T201530Z-1.json"
     report.write_text("{}")
     config = system.root / "etc/qubes-restore-svc/config.yaml"
     config.write_text("mine")
-    system.remove(rpms["dom0"], rpms["common"])
+    system.remove(*reversed(in_dom0(rpms)))
     assert report.read_text() == "{}"
     assert config.with_name("config.yaml.rpmsave").read_text() == "mine"
     assert not config.exists()
 
 
+@pytest.mark.parametrize("name", [service.START, service.VERIFY, service.LIST])
+@pytest.mark.parametrize("arguments", [(), ("argument",), ("-c", "import os"), ("", "restore.Start")])
+def test_what_a_caller_says_does_not_reach_the_command_line_of_a_service(
+    system: ScratchSystem, rpms: Packages, name: str, arguments: tuple[str, ...]
+) -> None:
+    system.install(rpms["common"], rpms["dom0"])
+    system.run(f"/etc/qubes-rpc/{name}", *arguments)
+    assert system.calls() == [f"python3 -I -m qubes_restore_svc.service {name}"]
+
+
+# --- dom0 and GUI domains ------------------------------------------------------------------------
+
+
+def test_installing_the_tools_puts_the_command_and_its_page_before_the_stock_ones(
+    system: ScratchSystem, packages: Packages
+) -> None:
+    said = system.install(packages["common"], packages["tools"])
+    assert "stays" not in said
+    for link, target in LINKS.items():
+        assert str((system.root / link).readlink()) == target
+        assert (system.root / target.lstrip("/")).is_file()
+
+
+def test_removing_from_a_gui_domain_leaves_nothing(system: ScratchSystem, packages: Packages) -> None:
+    before = system.files()
+    system.install(packages["common"], packages["tools"], packages["manager"])
+    system.remove(packages["manager"], packages["tools"], packages["common"])
+    # dpkg removes directories that no package owns any more, of which this test has made some.
+    assert system.files() <= before
+
+
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_command_of_the_administrators_own_is_left_alone(
-    system: ScratchSystem, rpms: Packages, dangling: bool
+    system: ScratchSystem, packages: Packages, dangling: bool
 ) -> None:
     own = system.root / COMMAND
     own.symlink_to("/opt/own") if dangling else own.write_text("own")
-    said = system.install(rpms["common"], rpms["dom0"])
+    said = system.install(packages["common"], packages["tools"])
     assert f"/{COMMAND} is there already and stays: the command is {LINKS[COMMAND]}" in said
-    system.reinstall(rpms["dom0"])
-    system.remove(rpms["dom0"], rpms["common"])
+    system.reinstall(packages["tools"])
+    system.remove(packages["tools"], packages["common"])
     assert str(own.readlink()) == "/opt/own" if dangling else own.read_text() == "own"
 
 

@@ -4,13 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from qubes_restore_svc import __version__
+from qubes_restore_svc.wire import service
 from tests.packaging.conftest import Packages
-from tests.packaging.packages import SYSTEM_PYTHON, cannot_build, run_python, together
+from tests.packaging.packages import SYSTEM_PYTHON, Package, cannot_build, run_python, together
 from tests.support.fixtures import REPOSITORY
 
 #: What stands in for the library that dom0 has.
@@ -41,25 +43,70 @@ def dotted(modules: set[str]) -> list[str]:
     return [name for name in names if not name.endswith(("__init__", "__main__"))]
 
 
-def test_dom0_imports_all_of_its_code_and_has_no_other(rpms: Packages, tmp_path: Path) -> None:
-    site = together([rpms["common"], rpms["dom0"]], tmp_path)
-    names = dotted(rpms["dom0"].modules | rpms["common"].modules)
-    assert "qubes_restore_svc.host.qubes" in names
+def imported_from(packages: Sequence[Package], root: Path) -> list[str]:
+    """Import all the code of these packages, from these alone; the libraries that were missing."""
+    site = together(packages, root)
+    names = dotted(set[str]().union(*(package.modules for package in packages)))
     loaded, missing = import_all(names, site)
-    assert missing == []
-    assert len(loaded) == len(names)
+    assert len(loaded) + len(missing) == len(names)
     assert all(Path(file).is_relative_to(site) for file in loaded)
     untrusted = ["qubes_restore_svc.archive", "qubes_restore_svc.worker"]
     assert import_all(untrusted, site) == ([], untrusted)
+    return missing
 
 
-def test_the_command_of_dom0_runs(rpms: Packages, tmp_path: Path) -> None:
-    site = together([rpms["common"], rpms["dom0"]], tmp_path)
+def test_dom0_imports_all_of_its_code_and_has_no_other(rpms: Packages, tmp_path: Path) -> None:
+    assert imported_from([rpms["common"], rpms["tools"], rpms["dom0"]], tmp_path) == []
+
+
+def test_a_program_needs_the_common_part_only_to_be_a_client(packages: Packages, tmp_path: Path) -> None:
+    assert imported_from([packages["common"]], tmp_path) == []
+
+
+def test_a_gui_domain_imports_all_of_its_code(packages: Packages, tmp_path: Path) -> None:
+    assert imported_from([packages["common"], packages["tools"]], tmp_path) == []
+
+
+def test_the_dialog_needs_nothing_else_of_ours(packages: Packages, tmp_path: Path) -> None:
+    missing = imported_from([packages["common"], packages["tools"], packages["manager"]], tmp_path)
+    assert set(missing) <= {"PyQt6", "qubesmanager"}  # which its package needs; they may not be here
+
+
+def test_the_command_runs_without_dom0s_package_and_without_qubesadmin(
+    packages: Packages, tmp_path: Path
+) -> None:
+    site = together([packages["common"], packages["tools"]], tmp_path)
     command = tmp_path / "usr/libexec/qubes-restore-svc/qvm-backup-restore"
     assert command.read_text().splitlines()[0] == "#!/usr/bin/python3 -I"
     done = run_python(str(command), "--mgmt-vm", "--version", path=[site])
     assert (done.returncode, done.stderr) == (0, "")
     assert __version__ in done.stdout
+
+
+def test_the_dialogs_command_runs_without_dom0s_package(packages: Packages, tmp_path: Path) -> None:
+    site = together([packages["common"], packages["tools"], packages["manager"]], tmp_path)
+    done = run_python(str(tmp_path / "usr/bin/qubes-restore-manager"), "--version", path=[site, STANDIN])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout
+
+
+@pytest.mark.parametrize("name", [service.START, service.VERIFY, service.LIST])
+def test_a_service_that_is_not_called_by_qrexec_does_nothing(
+    rpms: Packages, tmp_path: Path, name: str
+) -> None:
+    site = together([rpms["common"], rpms["tools"], rpms["dom0"]], tmp_path)
+    done = run_python("-m", "qubes_restore_svc.service", name, path=[site, STANDIN])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_dialog_is_in_the_menu_as_a_program_that_is_there(packages: Packages) -> None:
+    package = packages["manager"]
+    lines = (package.root / "usr/share/applications/qubes-restore-manager.desktop").read_text().splitlines()
+    [program] = [line.partition("=")[2].split()[0] for line in lines if line.startswith("Exec=")]
+    [found] = [name for name in package.files if name.endswith(f"bin/{Path(program).name}")]
+    assert program in (found, Path(found).name)
+    assert (package.root / found.lstrip("/")).read_text().splitlines()[0] == "#!/usr/bin/python3 -I"
 
 
 def test_the_worker_runs_with_its_extension(packages: Packages, tmp_path: Path) -> None:
@@ -109,13 +156,18 @@ def run_tool(tree: Path, *command: str) -> int:
         "man/qvm-backup-restore.1",
         "etc/config.yaml",
         "bin/qvm-backup-restore",
+        "bin/qubes-restore-manager",
+        "desktop/qubes-restore-manager.desktop",
+        "docs/administration.md",
+        "qubes-rpc/restore.Start",
+        "qubes_restore_svc/dom0.py",
     ],
 )
 def test_a_missing_file_ends_the_build(tree: Path, tmp_path: Path, missing: str) -> None:
+    parts = ("common", "broker", "tools", "manager", "dom0", "vm")
+
     def stage(root: str) -> int:
-        return run_tool(
-            tree, "tools/stage-files", str(tmp_path / root), "/site", "common", "broker", "dom0", "vm"
-        )
+        return run_tool(tree, "tools/stage-files", str(tmp_path / root), "/site", *parts)
 
     assert stage("whole") == 0
     (tree / missing).unlink()
