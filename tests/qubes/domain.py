@@ -1,12 +1,14 @@
 """One emulated domain: its directories, its environment, and the processes that run in it.
 
-Strategy: every process is started in a session of its own that the domain remembers; to stop the domain is to
-kill all of these sessions, whatever their processes have started in the meantime.
+Strategy: every process is started in a session of its own that the domain remembers; a program that a test
+runs in the domain is known by its environment, which names the domain. To stop the domain is to kill all of
+these, whatever they have started in the meantime.
 """
 
 import os
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+#: The environment variable that names the directory of the domain in which a program runs.
+VARIABLE = "EMULATED_DOMAIN"
 
 #: Run by the interpreter with the repository, a module and its arguments: nothing of the environment counts.
 _LAUNCH = (
@@ -38,6 +42,7 @@ class Domain:
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
+        self._folder = folder
         self.services = folder / "qubes-rpc"
         self.config = folder / "rpc-config"
         self.run = folder / "run"  #: XDG_RUNTIME_DIR
@@ -62,6 +67,7 @@ class Domain:
             "TMPDIR": str(self.tmp),
             "LANG": "C.UTF-8",
             "USER": "user",
+            VARIABLE: str(self._folder),
         }
 
     def start(
@@ -95,19 +101,35 @@ class Domain:
         """Do this, too, when the domain is stopped. It may raise OSError."""
         self._at_stop.append(action)
 
+    def processes(self) -> set[int]:
+        """All processes that run in the domain now."""
+        sessions = {process.pid for process in self._processes}
+        return set(_members(sessions, f"{VARIABLE}={self._folder}".encode()))
+
+    def freeze(self) -> None:
+        """Let no process of the domain do anything more, and no new one start."""
+        with self._lock:
+            self._stopped = True
+        frozen: set[int] = set()
+        while new := self.processes() - frozen:
+            for pid in new:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            frozen |= new
+
     def stop(self) -> None:
-        """Kill every process of the domain, and let no new one start."""
+        """Kill every process of the domain, and let no new one start. What is in `run` is gone then."""
         with self._lock:
             self._stopped = True
         for action in self._at_stop:
             with suppress(OSError):
                 action()
-        sessions = {process.pid for process in self._processes}
-        while members := list(_members(sessions)):
+        while members := self.processes():
             for pid in members:
                 _kill(pid)
         for process in self._processes:
             process.wait()
+        shutil.rmtree(self.run, ignore_errors=True)
 
     def log(self, data: bytes) -> None:
         """Append to the domain's journal."""
@@ -115,14 +137,17 @@ class Domain:
             journal.write(data)
 
 
-def _members(sessions: set[int]) -> Iterator[int]:
-    """The processes that live in one of these sessions."""
+def _members(sessions: set[int], variable: bytes) -> Iterator[int]:
+    """The processes that live in one of these sessions, or have that variable; not this one."""
     for entry in os.listdir("/proc"):
-        if not entry.isdigit():
+        if not entry.isdigit() or int(entry) == os.getpid():
             continue
         with suppress(OSError):
             state = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            if int(state[3]) in sessions and state[0] not in "ZX":
+            if state[0] in "ZX":
+                continue
+            environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            if int(state[3]) in sessions or variable in environment:
                 yield int(entry)
 
 

@@ -1,17 +1,17 @@
 """A whole emulated Qubes system: qubesd's state, qrexec between its domains, and dom0 to run commands in.
 
 Strategy: `Qubesd` keeps the qubes and tells the switchboard when one starts or stops; the switchboard asks
-`Qubesd` who carries which tag. Both are given real programs: `dom0_environment` is for the project's own
-commands, run as subprocesses, which find the stand-in for `qubesadmin` there; in the disposable the real
-worker is started by the first call, as systemd would. Below the directory: `domains/NAME/` for each domain
-that runs, `policy.d/`, and `dom0/` for what is qubesd's.
+`Qubesd` who carries which tag. Both are given real programs: `dom0_environment` and `domain_environment` are
+for the project's own commands, run as subprocesses, which find the stand-in for `qubesadmin` there; in the
+disposable the real worker is started by the first call, as systemd would. Below the directory:
+`domains/NAME/` for each domain that runs, `policy.d/`, and `dom0/` for what is qubesd's.
 """
 
 import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,14 @@ from types import TracebackType
 import qubesadmin
 import qubesadmin.config
 
-from tests.qubes import storage_services
+from tests.qubes import dom0_services, storage_services
 from tests.qubes.daemon import properties
 from tests.qubes.daemon.lifecycle import Machines
+from tests.qubes.policy_files import Action
 from tests.qubes.qubesd import Qubesd
 from tests.qubes.snapshot import Snapshot, take_snapshot
 from tests.qubes.stock_policy import STOCK_POLICY
-from tests.qubes.switchboard import Switchboard
+from tests.qubes.switchboard import Question, Switchboard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STANDIN = REPOSITORY / "tests" / "qubes" / "standin"
@@ -115,14 +116,68 @@ class EmulatedQubes(AbstractContextManager["EmulatedQubes"]):
 
     def dom0_environment(self) -> dict[str, str]:
         """The environment for commands in dom0: they see this system, and no setting of the machine."""
-        environment = self.switchboard.environment("dom0")
-        folders = [str(self.root / "dom0" / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
-        return environment | {
+        return self.domain_environment("dom0") | {qubesadmin.config.VARIABLE: str(self._dom0)}
+
+    def domain_environment(self, name: str) -> dict[str, str]:
+        """The environment for commands in a domain that runs; they are killed with it.
+
+        `qrexec-client-vm` is on the PATH; `qubesadmin.Qubes()` calls the Admin API as a qube does.
+        """
+        folders = [str(self.root / name / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        return self.switchboard.environment(name) | {
             "PATH": os.pathsep.join(folders),
             "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(STANDIN))),
             "PYTHONDONTWRITEBYTECODE": "1",
-            qubesadmin.config.VARIABLE: str(self._dom0),
         }
+
+    def client_program(self, name: str) -> Path:
+        """The `qrexec-client-vm` of a domain that runs."""
+        return self.root / name / "bin" / "qrexec-client-vm"
+
+    def start_domain(self, name: str) -> None:
+        """Start a qube and those it needs, leaving no call in the record; nothing if it runs."""
+        self.qubesd.start(name)
+
+    def kill_domain(self, name: str) -> None:
+        """Stop a qube at once, leaving no call in the record: its processes die, then its calls break."""
+        self.qubesd.lifecycle.kill(name)
+
+    def add_gui_domain(self, name: str = "sys-gui") -> None:
+        """Add a GUI domain and start it: an AppVM without network that may read all of the Admin API."""
+        self.add("AppVM", name, label="black", netvm=None, guivm="dom0")
+        self.qubesd.system.domains[name].features["service.guivm-gui-agent"] = "1"
+        dom0_services.install_admin_api(self.root / "dom0" / "qubes-rpc", self._dom0 / "qubesd.sock")
+        (self.policy / f"50-gui-{name}.policy").write_text(dom0_services.gui_domain_policy(name))
+        self.start_domain(name)
+
+    def install_dom0_service(
+        self,
+        name: str,
+        argv: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        arguments: bool = False,
+    ) -> Path:
+        """Make a command a service of dom0: `NAME` or `NAME+ARG`; brings its file.
+
+        It runs in `dom0_environment`, with `environment` added. The call's argument is in its environment
+        and, if `arguments` is true, its last word.
+        """
+        path = self.root / "dom0" / "qubes-rpc" / name
+        whole = self.dom0_environment() | dict(environment or {})
+        dom0_services.install_program(path, argv, whole, arguments=arguments)
+        return path
+
+    def grant(self, service: str, source: str, action: Action = "allow", extra: str = "") -> None:
+        """Add a rule to what the administrator granted: may `source` call that service of dom0?
+
+        It goes to dom0 (as the target, or the preselected one) unless `extra`, the parameters, name another.
+        """
+        dom0_services.add_grant(self.policy, service, source, action, extra)
+
+    def when_asked(self, answer: Callable[[Question], str | None]) -> None:
+        """From now on this answers what a policy asks, with a target or None; see `say_yes`, `say_no`."""
+        self.switchboard.person = answer
 
     def app(self) -> qubesadmin.Qubes:
         """A connection to it from this process."""
@@ -130,7 +185,7 @@ class EmulatedQubes(AbstractContextManager["EmulatedQubes"]):
 
     def snapshot(self, ignored_files: Collection[str] = ()) -> Snapshot:
         """The complete state, to be compared; `ignored_files` are patterns like `dom0/home/*.log`."""
-        return take_snapshot(self.qubesd, self.root, ignored_files)
+        return take_snapshot(self.qubesd, self.root, ignored_files, self.switchboard.processes())
 
     def settled(self, before: Snapshot, ignored_files: Collection[str] = (), limit_s: float = 15) -> Snapshot:
         """The state as soon as it equals `before`, or as it is in the end if it does not.

@@ -1,11 +1,12 @@
 """An evaluator of qrexec policies: may this qube call that service there?
 
 Strategy: the first rule that matches decides; where none does, the call is denied. The semantics are those of
-qubes-core-qrexec (`qrexec/policy/parser.py`), which the real dom0 runs. Not here: RemoteVMs, and which qubes
-an `ask` would offer (`ask` is a decision of its own; nobody is there to answer).
+qubes-core-qrexec (`qrexec/policy/parser.py`), which the real dom0 runs. `ask` is a decision of its own: it
+comes with what a person could choose from, and `answer` says what comes of a choice. Not here: RemoteVMs, and
+that an `ask` offers no qube with the feature `internal`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +32,15 @@ class Qube:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """`target`: the qube (or `dom0`, `@dispvm:NAME`) to connect to, if the action is `allow`. `rule`: the one
-    that decided; None if none matched, or the call itself was not valid."""
+    that decided; None if none matched, or the call itself was not valid. If the action is `ask`: `choices`
+    are the targets to choose from (with none, nobody is asked); `preselected` is one of them, or None."""
 
     action: Action
     target: str | None
     rule: Rule | None
     reason: str
+    choices: frozenset[str] = frozenset()
+    preselected: str | None = None
 
 
 class Policy:
@@ -58,15 +62,42 @@ class Policy:
             intended = _intended(target, qubes)
         except ValueError as error:
             return Decision("deny", None, None, str(error))
-        for rule in self.rules:
-            if (
-                rule.service in (None, service)
-                and rule.argument in (None, "+" + argument)
-                and _matches(rule.source, source, None, qubes)
-                and _matches(rule.target, intended, source, qubes)
-            ):
+        rules = self._rules_for(source, service, argument, qubes)
+        for rule in rules:
+            if _matches(rule.target, intended, source, qubes):
+                if rule.action == "ask":
+                    return _ask(rule, rules, source, qubes)
                 return _decide(rule, source, intended, qubes)
         return Decision("deny", None, None, "no matching rule found")
+
+    def _rules_for(
+        self, source: str, service: str, argument: str, qubes: Mapping[str, Qube]
+    ) -> tuple[Rule, ...]:
+        """The rules that could match, whatever the target."""
+        return tuple(
+            rule
+            for rule in self.rules
+            if rule.service in (None, service)
+            and rule.argument in (None, "+" + argument)
+            and _matches(rule.source, source, None, qubes)
+        )
+
+
+def answer(question: Decision, chosen: str | None) -> Decision:
+    """What comes of an `ask` if a person chooses this target; None stands for no."""
+    place = question.rule.place if question.rule else ""
+    if chosen is None:
+        return Decision("deny", None, question.rule, f"denied by the user ({place})")
+    if chosen not in question.choices:
+        return Decision("deny", None, question.rule, f"not a valid choice: {chosen} ({place})")
+    return Decision("allow", chosen, question.rule, place)
+
+
+def requested_target(target: str, qubes: Mapping[str, Qube]) -> tuple[str, str]:
+    """What a service of dom0 is told of the target that its caller named: ("name", "dom0") or ("keyword",
+    "adminvm"); a qube that is not there is the keyword `default`. Raises ValueError as `judge` would deny."""
+    known = target if _intended(target, qubes) != "@default" else "@default"
+    return ("keyword", known[1:]) if known.startswith("@") else ("name", known)
 
 
 # --- Deciding --------------------------------------------------------------------------------------
@@ -134,8 +165,6 @@ def _decide(rule: Rule, source: str, intended: str, qubes: Mapping[str, Qube]) -
 
     if rule.action == "deny":
         return denied("denied by policy")
-    if rule.action == "ask":
-        return Decision("ask", None, rule, f"nobody can be asked ({rule.place})")
     try:
         target = _intended(rule.parameters.get("target", intended), qubes)
     except ValueError as error:
@@ -154,6 +183,57 @@ def _decide(rule: Rule, source: str, intended: str, qubes: Mapping[str, Qube]) -
     if target == source:
         return denied("loopback qrexec connection not supported")
     return Decision("allow", target, rule, rule.place)
+
+
+# --- Asking ----------------------------------------------------------------------------------------
+
+
+def _ask(rule: Rule, rules: Collection[Rule], source: str, qubes: Mapping[str, Qube]) -> Decision:
+    """The question that a rule asks; `rules` are all that could match, whatever the target."""
+    redirect, default = rule.parameters.get("target"), rule.parameters.get("default_target")
+    if redirect is not None:
+        choices = {"dom0" if redirect in DOM0_NAMES else redirect}
+    else:
+        choices = _offered(rules, source, qubes)
+    if rule.parameters.get("autostart") == "no":
+        choices = {name for name in choices if name == "dom0" or (name in qubes and qubes[name].running)}
+    if default == "@dispvm":
+        template = _disposable("@dispvm", source, qubes)
+        default = template and f"@dispvm:{template}"
+    elif default in DOM0_NAMES:
+        default = "dom0"
+    preselected = default if default in choices else None
+    return Decision("ask", None, rule, f"to be asked ({rule.place})", frozenset(choices), preselected)
+
+
+def _offered(rules: Collection[Rule], source: str, qubes: Mapping[str, Qube]) -> set[str]:
+    """Every target that the rules leave, the last rule first, so that an earlier one has the last word."""
+    offered: set[str] = set()
+    for rule in reversed([*rules]):
+        expansion = set(_expand(rule.parameters.get("target", rule.target), qubes))
+        offered = offered - expansion if rule.action == "deny" else offered | expansion
+    if "@dispvm" in offered and (template := _disposable("@dispvm", source, qubes)):
+        offered.add(f"@dispvm:{template}")
+    if "@adminvm" in offered:
+        offered.add("dom0")
+    return offered - {"@dispvm", "@adminvm", source}
+
+
+def _expand(token: str, qubes: Mapping[str, Qube]) -> Iterator[str]:
+    """All targets that the token of a rule stands for."""
+    if token in ("*", "@anyvm"):
+        yield from (name for name in qubes if token == "*" or name not in DOM0_NAMES)
+        yield from (f"@dispvm:{name}" for name, qube in qubes.items() if qube.template_for_dispvms)
+        yield "@dispvm"
+    elif token in ("@adminvm", "@dispvm"):
+        yield token
+    elif token.startswith(("@type:", "@tag:")):
+        yield from (name for name in qubes if _matches(token, name, None, qubes))
+    elif token.startswith("@dispvm:"):
+        templates = (f"@dispvm:{name}" for name, qube in qubes.items() if qube.template_for_dispvms)
+        yield from (target for target in templates if _matches_disposable(token, target, "", qubes))
+    elif name := _by_name(token, qubes):
+        yield name
 
 
 def _by_name(name_or_uuid: str, qubes: Mapping[str, Qube]) -> str | None:

@@ -58,7 +58,11 @@ def serve(channel: socket.socket, ends: Ends, *, exit_on_client_eof: bool, exit_
 
 
 def connect(channel: socket.socket, ends: Ends) -> int:
-    """The client's part: returns the exit code, VANISHED if there is none. Descriptors below 3 are closed."""
+    """The client's part: returns the exit code, VANISHED if there is none. Descriptors below 3 are closed.
+
+    With a process of its own, the call is over when that has ended, too; its exit code counts if that of the
+    service is 0.
+    """
     return _Client(channel, ends).run()
 
 
@@ -107,7 +111,8 @@ class _End:
         raise NotImplementedError
 
     def process_ended(self) -> None:
-        """The process of the call has ended."""
+        """The process that was started for the call has ended."""
+        self.close_stdin()
 
     def loop(self) -> None:
         """Move data until all is done; raises Vanished."""
@@ -265,9 +270,6 @@ class _Agent(_End):
         if self.exit_on_service_eof:
             self.stdin = _CLOSED
 
-    def process_ended(self) -> None:
-        self.close_stdin()
-
 
 class _Client(_End):
     is_agent = False
@@ -276,7 +278,10 @@ class _Client(_End):
     def run(self) -> int:
         with contextlib.suppress(Vanished):
             self.loop()
-        return VANISHED if self.status is None else self.status & 0xFF
+        self.close_stdin()
+        self.close_stdout()
+        status = self.ends.reap()
+        return VANISHED if self.status is None else self.status & 0xFF or status
 
     def done(self) -> bool:
         return self.all_closed and self.status is not None

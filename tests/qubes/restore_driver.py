@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from qubes_restore_svc.cli.qvm_parts import on_qubes
+from qubes_restore_svc.cli.qvm_parts import in_dom0
 from qubes_restore_svc.cli.qvm_restore import main
 from qubes_restore_svc.dom0 import Places
 
@@ -25,4 +25,4 @@ def places(folder: Path) -> Places:
 
 
 if __name__ == "__main__":
-    main(sys.argv[2:], partial(on_qubes, places=places(Path(sys.argv[1]))))
+    main(sys.argv[2:], partial(in_dom0, places=places(Path(sys.argv[1]))))

@@ -2,7 +2,7 @@
 
 Strategy: as the agent does it (qubes-core-qrexec, `libqrexec/exec.c`): look the file up, read its
 configuration, then start it with a socket pair each for stdin and stdout, or connect to it and send the
-descriptor first.
+descriptor first. In dom0 qrexec-daemon does the same, but keeps stderr: the caller never sees it.
 """
 
 import contextlib
@@ -131,12 +131,16 @@ def socket_activated(
 def _run_executable(domain: Domain, call: Call, path: Path, channel: socket.socket) -> None:
     stdin, their_stdin = socket.socketpair()
     stdout, their_stdout = socket.socketpair()
-    stderr, their_stderr = os.pipe()
     with contextlib.ExitStack() as ours:
         ours.enter_context(stdin)
         ours.enter_context(stdout)
-        ours.callback(os.close, stderr)
-        with their_stdin, their_stdout, open(their_stderr, "wb", buffering=0):
+        with their_stdin, their_stdout, contextlib.ExitStack() as theirs:
+            if domain.name == "dom0":
+                stderr, their_stderr = -1, theirs.enter_context(domain.journal.open("ab")).fileno()
+            else:
+                stderr, their_stderr = os.pipe()
+                ours.callback(os.close, stderr)
+                theirs.callback(os.close, their_stderr)
             process = _start(domain, call, path, their_stdin.fileno(), their_stdout.fileno(), their_stderr)
         process_fd = os.pidfd_open(process.pid)
         ours.callback(os.close, process_fd)

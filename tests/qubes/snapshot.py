@@ -2,7 +2,8 @@
 
 A snapshot holds the qubes with all that was set for them and the hashes of their volumes, the system's
 properties, the files in the domains' directories and in the pools, and the processes that belong to the
-emulation: those that have its directory in their environment or on their command line.
+emulation: those that run in its domains, and those that have its directory in their environment or on their
+command line.
 """
 
 import fnmatch
@@ -22,8 +23,13 @@ _BLOCK = 64 * 1024
 _OWN_FILES = ("*/journal", "*/qrexec.sock", "*/bin/qrexec-client*")
 
 
-def take_snapshot(qubesd: Qubesd, root: Path, ignored_files: Collection[str]) -> Snapshot:
-    """The state now, without files of the domains whose path below `root` matches one of the patterns."""
+def take_snapshot(
+    qubesd: Qubesd, root: Path, ignored_files: Collection[str], processes: Collection[int]
+) -> Snapshot:
+    """The state now, without files of the domains whose path below `root` matches one of the patterns.
+
+    `processes` are those that are known to run in the domains.
+    """
     with qubesd.lifecycle.lock:
         system = qubesd.system
         return {
@@ -31,7 +37,7 @@ def take_snapshot(qubesd: Qubesd, root: Path, ignored_files: Collection[str]) ->
             "properties": dict(system.properties),
             "files": _files(root, (*_OWN_FILES, *ignored_files)),
             "pools": _files(qubesd.directory / "volumes", ()),
-            "processes": _processes(str(root.parent)),
+            "processes": _processes(str(root.parent), processes),
         }
 
 
@@ -84,8 +90,8 @@ def _files(folder: Path, ignored: Collection[str]) -> list[str]:
     return sorted(path for path in found if not any(fnmatch.fnmatchcase(path, glob) for glob in ignored))
 
 
-def _processes(marker: str) -> list[str]:
-    """The command lines of the processes that belong to the emulation in that directory."""
+def _processes(marker: str, known: Collection[int]) -> list[str]:
+    """The command lines of the processes that belong to the emulation in that directory, or are known to."""
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
@@ -93,6 +99,7 @@ def _processes(marker: str) -> list[str]:
         with suppress(OSError):  # it has gone meanwhile
             command = Path(f"/proc/{entry}/cmdline").read_bytes()
             environment = Path(f"/proc/{entry}/environ").read_bytes()
-            if marker.encode() in command + b"\0" + environment and command:
+            belongs = int(entry) in known or marker.encode() in command + b"\0" + environment
+            if belongs and command:
                 found.append(command.replace(b"\0", b" ").decode(errors="replace").strip())
     return sorted(found)

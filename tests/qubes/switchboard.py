@@ -3,7 +3,8 @@
 Strategy: each domain has a socket to the switchboard, so who calls is known without being told. A thread per
 call reads the request, judges it by the policy folder as it is at that moment (calls from dom0 are not
 judged), starts the target if it is halted, and is then the agent that runs the service there. To stop a
-domain breaks its calls first and then kills its processes: what the other side sees is a peer that vanished.
+domain freezes its processes, breaks its calls, and kills: what the other side sees is a peer that vanished,
+and nobody in the domain sees anything.
 """
 
 import re
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import Literal, Protocol, Self, runtime_checkable
 
 from .domain import Domain, write_program
-from .policy import DOM0_NAMES, DOM0_UUID, Decision, Policy, Qube
+from .policy import DOM0_NAMES, DOM0_UUID, Decision, Policy, Qube, answer, requested_target
 from .policy_files import PolicyError
 from .process_io import fail
 from .services import Call, run_service, socket_activated
@@ -67,11 +68,40 @@ class CallRecord:
     decision: Literal["allow", "deny", "ask", "dom0"]
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A call that a person has to allow: `target` is what the caller named, `choices` are where it could go,
+    of which one may be preselected."""
+
+    source: str
+    target: str
+    service: str
+    argument: str
+    choices: frozenset[str]
+    preselected: str | None
+
+
+def say_yes(question: Question) -> str | None:
+    """Answer as who presses Enter: the target that is preselected, or the only one there is."""
+    only = next(iter(question.choices)) if len(question.choices) == 1 else None
+    return question.preselected or only
+
+
+def say_no(question: Question) -> str | None:
+    """Answer as who presses Escape, or is not there."""
+    return None
+
+
 class Switchboard:
-    """qrexec for the domains in `root`, with the policy in the folder `policy`. `calls`: what was called."""
+    """qrexec for the domains in `root`, with the policy in the folder `policy`. `calls`: what was called.
+
+    `person` answers what a policy asks: with the target, or None to refuse. It is called in the call's own
+    thread, which waits for it; nobody is there at first.
+    """
 
     def __init__(self, root: Path, policy: Path, system: System) -> None:
         self.calls: list[CallRecord] = []
+        self.person: Callable[[Question], str | None] = say_no
         self._root = root
         self._policy = policy
         self._system = system
@@ -121,6 +151,7 @@ class Switchboard:
             broken = [channel for channel, domains in self._channels.items() if name in domains]
         if domain is None or listener is None:
             return
+        domain.freeze()
         with suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
         domain.socket.unlink(missing_ok=True)
@@ -132,6 +163,12 @@ class Switchboard:
     def environment(self, name: str) -> dict[str, str]:
         """The environment of a started domain's programs."""
         return self._domains[name].environment()
+
+    def processes(self) -> set[int]:
+        """All processes that run in the domains now."""
+        with self._lock:
+            domains = [*self._domains.values()]
+        return {pid for domain in domains for pid in domain.processes()}
 
     def socket_activated(
         self,
@@ -160,7 +197,7 @@ class Switchboard:
             except Refused as refused:
                 refuse(channel, refused.code)
                 return
-            accept(channel)
+            accept(channel)  # which fails if the caller was stopped, perhaps while somebody was asked
             try:
                 run_service(domain, call, channel)
             except Refused as refused:
@@ -179,22 +216,26 @@ class Switchboard:
         if caller == "dom0" or kind is not Kind.FROM_VM or not name:
             raise Refused(REQUEST_REFUSED)
         requested = _NOT_IN_TARGET.sub("_", target)[:63]
-        decision = self._judge(caller, requested, name, argument)
+        qubes = self._qubes()
+        decision = self._judge(caller, requested, name, argument, qubes)
         self.calls.append(CallRecord(caller, requested, name, argument, decision.action))
+        if decision.choices:
+            choices, preselected = decision.choices, decision.preselected
+            question = Question(caller, requested, name, argument, choices, preselected)
+            decision = answer(decision, self.person(question))
         if decision.target is None:
             raise Refused(REQUEST_REFUSED)
-        to_dom0 = None
-        if decision.target == "dom0":
-            keyword = requested.removeprefix("@")
-            to_dom0 = ("name", requested) if keyword == requested else ("keyword", keyword)
+        to_dom0 = requested_target(requested, qubes) if decision.target == "dom0" else None
         return decision.target, Call(name, argument, caller, to_dom0)
 
-    def _judge(self, source: str, target: str, service: str, argument: str) -> Decision:
+    def _judge(
+        self, source: str, target: str, service: str, argument: str, qubes: Mapping[str, Qube]
+    ) -> Decision:
         try:
             policy = Policy.load(self._policy)
         except PolicyError as error:
             return Decision("deny", None, None, str(error))
-        return policy.judge(source, target, service, argument, self._qubes())
+        return policy.judge(source, target, service, argument, qubes)
 
     def _qubes(self) -> dict[str, Qube]:
         qubes = {"dom0": Qube("AdminVM", uuid=DOM0_UUID)}

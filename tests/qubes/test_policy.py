@@ -212,17 +212,38 @@ def test_what_an_administrator_grants_counts_and_nothing_beside_it(
     assert action(policy, "during", WORKER, "dom0", "restore.Verify") == "deny"
 
 
-def test_the_examples_in_the_include_file_are_rules_that_work(
-    tmp_path: Path,
-) -> None:
-    install_policy(tmp_path / "policy.d")
-    include = tmp_path / "policy.d" / "include" / "qubes-restore-svc"
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    """The policy with every example of the include file as a rule."""
+    folder = tmp_path_factory.mktemp("examples")
+    install_policy(folder / "policy.d")
+    include = folder / "policy.d" / "include" / "qubes-restore-svc"
     lines = include.read_text().splitlines()
     include.write_text("\n".join(line[2:] if line.startswith("# restore") else line for line in lines) + "\n")
-    policy = Policy.load(tmp_path / "policy.d")
-    assert action(policy, "before", "sys-gui", "dom0", "restore.List") == "allow"
-    assert action(policy, "before", "sys-gui", "dom0", "restore.Start") == "ask"
-    assert action(policy, "before", OTHER, "dom0", "restore.Start") == "deny"
+    return Policy.load(folder / "policy.d")
+
+
+@pytest.mark.parametrize(
+    ("source", "tags", "wanted"),
+    [
+        ("sys-gui", (), ("allow", "allow", "ask")),
+        ("my-admin", (), ("allow", "allow", "allow")),
+        (OTHER, ("may-verify",), ("allow", "allow", "deny")),
+        (OTHER, (), ("deny", "deny", "deny")),
+        (WORKER, ("restore-svc-worker", "may-verify"), ("deny", "deny", "deny")),
+    ],
+)
+def test_the_examples_in_the_include_file_grant_what_they_say(
+    examples: Policy, source: str, tags: tuple[str, ...], wanted: tuple[str, ...]
+) -> None:
+    qubes = {**QUBES, "my-admin": Qube("AppVM")}
+    qubes[source] = replace(qubes[source], tags=tags)
+    for service, action in zip(("restore.List", "restore.Verify", "restore.Start"), wanted, strict=True):
+        decision = examples.judge(source, "dom0", service, "", qubes)
+        assert (decision.action, service) == (action, service)
+        assert decision.target == ("dom0" if action == "allow" else None)
+        assert decision.choices == ({"dom0"} if action == "ask" else frozenset())
+        assert examples.judge(source, STORAGE, service, "", qubes).action == "deny"
 
 
 def test_other_qubes_keep_what_the_stock_rules_give_them(policy: Policy) -> None:

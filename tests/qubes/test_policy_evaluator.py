@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .policy import DOM0_UUID, Decision, Policy, Qube
+from .policy import DOM0_UUID, Decision, Policy, Qube, answer, requested_target
 from .policy_files import PolicyError
 
 QUBES: Mapping[str, Qube] = {
@@ -227,3 +227,70 @@ def test_a_file_whose_name_qrexec_does_not_take_spoils_the_policy(tmp_path: Path
     (tmp_path / "30-User.policy").write_text("")
     with pytest.raises(PolicyError, match="30-User"):
         Policy.load(tmp_path)
+
+
+# --- Asking --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "choices"),
+    [
+        ("* * work @adminvm ask", {"dom0"}),
+        ("* * work dom0 ask\n* * work @adminvm deny", {"dom0"}),
+        ("* * work vault deny\n* * work dom0 ask\n* * work @tag:blue ask", {"dom0", "asleep"}),
+        (
+            "* * work dom0 ask\n* * work vault ask\n* * work @adminvm allow target=asleep",
+            {"dom0", "vault", "asleep"},
+        ),
+        ("* * work dom0 ask target=vault\n* * work asleep allow", {"vault"}),
+        ("* * work dom0 ask target=@adminvm", {"dom0"}),
+        ("* * work dom0 ask autostart=no\n* * work @tag:blue ask", {"dom0", "vault"}),
+        ("* * work dom0 ask\nb.Other * work vault ask\n* * disp1 vault ask", {"dom0"}),
+        ("* * work dom0 ask\n* * work @type:DispVM ask", {"dom0", "disp1"}),
+        ("* * work dom0 ask\n* * work @dispvm ask", {"dom0", "@dispvm:dvm"}),
+        ("* * work dom0 ask\n* * work @dispvm:@tag:green ask", {"dom0", "@dispvm:dvm"}),
+        ("* * work dom0 ask\n* * work @dispvm:other-dvm ask", {"dom0", "@dispvm:other-dvm"}),
+        ("* * work dom0 ask\n* * work @dispvm:vault ask", {"dom0"}),
+        ("* * work dom0 ask\n* * work no-such-qube ask", {"dom0"}),
+        (
+            "* * work * ask",
+            {*QUBES, "@dispvm:dvm", "@dispvm:other-dvm"} - {"work"},
+        ),
+        (
+            "* * work dom0 ask\n* * work dom0 deny\n* * work @anyvm ask",
+            {*QUBES, "@dispvm:dvm", "@dispvm:other-dvm"} - {"work"},
+        ),
+    ],
+)  # fmt: skip
+def test_a_question_offers_what_the_rules_leave(tmp_path: Path, rules: str, choices: set[str]) -> None:
+    decision = judge(tmp_path, rules, target="dom0")
+    assert decision.action == "ask"
+    assert decision.choices == choices
+
+
+def test_what_is_preselected_must_be_a_choice(tmp_path: Path) -> None:
+    preselected = {
+        target: judge(tmp_path, f"* * work * ask default_target={target}").preselected
+        for target in ("vault", "@adminvm", "@dispvm", "@dispvm:other-dvm", "work", "no-such-qube")
+    }
+    assert preselected == {
+        "vault": "vault", "@adminvm": "dom0", "@dispvm": "@dispvm:dvm",
+        "@dispvm:other-dvm": "@dispvm:other-dvm", "work": None, "no-such-qube": None,
+    }  # fmt: skip
+
+
+def test_an_answer_is_one_of_the_choices_or_the_call_is_denied(tmp_path: Path) -> None:
+    question = judge(tmp_path, "* * work @tag:blue ask")
+    assert answer(question, "asleep") == Decision("allow", "asleep", question.rule, "50-test.policy:1")
+    for chosen in (None, "dom0", "@dispvm", ""):
+        denied = answer(question, chosen)
+        assert (denied.action, denied.target, denied.rule) == ("deny", None, question.rule)
+
+
+def test_a_service_of_dom0_is_told_the_target_as_it_was_named() -> None:
+    told = {target: requested_target(target, QUBES) for target in ("dom0", "vault", f"uuid:{DOM0_UUID}")}
+    assert told == {target: ("name", target) for target in told}
+    for target in ("@adminvm", "@dispvm", "@dispvm:dvm"):
+        assert requested_target(target, QUBES) == ("keyword", target[1:])
+    for target in ("", "@default", "no-such-qube"):
+        assert requested_target(target, QUBES) == ("keyword", "default")

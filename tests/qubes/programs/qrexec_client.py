@@ -6,10 +6,11 @@ such service.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from tests.qubes.programs.qrexec_client_vm import run
+from tests.qubes.process_io import Ends, connect
 from tests.qubes.trigger import PROBLEM, Kind, Refused, request
 
 
@@ -35,5 +36,12 @@ def main() -> int:
     except OSError as error:
         print(f"connect: {error.strerror}", file=sys.stderr)
         return PROBLEM
-    code = run(channel, arguments)
+    ends = Ends(
+        stdin=0 if arguments.use_stdin_socket else 1,
+        stdout=0,
+        prefix=os.fsencode(arguments.prefix_data),
+        sanitize=(arguments.filter_stdout, arguments.filter_stderr),
+    )
+    with channel:
+        code = connect(channel, ends)
     return 0 if arguments.no_exit_code else code

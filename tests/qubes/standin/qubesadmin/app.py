@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, TypedDict, TypeVar, Unpack
 
 import qubesadmin.base
@@ -207,7 +207,7 @@ class QubesLocal(QubesBase):
         """One call. With `payload_stream`, a program of dom0 does it, and the stream gets closed."""
         target = dest or "dom0"
         if payload_stream is not None:
-            return _answer(_call_program(target, method, arg, payload, payload_stream))
+            return read_answer(_call_program(target, method, arg, payload, payload_stream))
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             try:
                 _connect(connection, qubesadmin.config.qubesd_socket())
@@ -220,7 +220,7 @@ class QubesLocal(QubesBase):
             connection.sendall(payload or b"")
             connection.shutdown(socket.SHUT_WR)
             with connection.makefile("rb") as answer:
-                return _answer(answer.read())
+                return read_answer(answer.read())
 
     def run_service(
         self, dest: str, service: str, **kwargs: Unpack[ServiceOptions]
@@ -261,6 +261,38 @@ class QubesLocal(QubesBase):
         )
 
 
+def read_answer(response: bytes) -> bytes:
+    """What qubesd says, or the exception that it says instead."""
+    if not response:
+        raise qubesadmin.exc.QubesDaemonAccessError("Got empty response from qubesd.")
+    if response.startswith(b"0\0"):
+        return response[2:]
+    if not response.startswith(b"2\0"):
+        raise qubesadmin.exc.QubesDaemonCommunicationError("Invalid response format")
+    _, kind, _, text, arguments = response.split(b"\0", 4)
+    name = kind.decode("ascii")
+    error = getattr(qubesadmin.exc, name, None) or _builtin(name)
+    raise error(text.decode(), *(argument.decode() for argument in arguments.split(b"\0")[:-1]))
+
+
+def feed(command: Sequence[str], payload: bytes | None, stream: IO[bytes]) -> tuple[int, bytes, bytes]:
+    """Run a program on `payload` and then `stream`, which gets closed: exit code, output, errors."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE if payload else stream,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        if payload:
+            assert process.stdin is not None
+            process.stdin.write(payload)
+            with contextlib.suppress(BrokenPipeError):  # it has said no already, and its answer tells why
+                shutil.copyfileobj(stream, process.stdin)
+        stream.close()
+        output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
 def _connect(connection: socket.socket, path: str) -> None:
     """Connect to a path of any length; an address can only hold 108 bytes."""
     place = os.open(path, os.O_PATH)
@@ -292,34 +324,8 @@ def _call_program(dest: str, method: str, arg: str | None, payload: bytes | None
     if not os.path.exists(program):
         raise qubesadmin.exc.QubesDaemonCommunicationError(f"{program} not found")
     command = ["env", "QREXEC_REMOTE_DOMAIN=dom0", f"QREXEC_REQUESTED_TARGET={dest}", program]
-    with subprocess.Popen(
-        command + ([arg] if arg is not None else []),
-        stdin=subprocess.PIPE if payload else stream,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        if payload:
-            assert process.stdin is not None
-            process.stdin.write(payload)
-            with contextlib.suppress(BrokenPipeError):  # it has said no already, and its answer tells why
-                shutil.copyfileobj(stream, process.stdin)
-        stream.close()
-        output, _ = process.communicate()
+    _, output, _ = feed(command + ([arg] if arg is not None else []), payload, stream)
     return output
-
-
-def _answer(response: bytes) -> bytes:
-    """What qubesd says, or the exception that it says instead."""
-    if not response:
-        raise qubesadmin.exc.QubesDaemonAccessError("Got empty response from qubesd.")
-    if response.startswith(b"0\0"):
-        return response[2:]
-    if not response.startswith(b"2\0"):
-        raise qubesadmin.exc.QubesDaemonCommunicationError("Invalid response format")
-    _, kind, _, text, arguments = response.split(b"\0", 4)
-    name = kind.decode("ascii")
-    error = getattr(qubesadmin.exc, name, None) or _builtin(name)
-    raise error(text.decode(), *(argument.decode() for argument in arguments.split(b"\0")[:-1]))
 
 
 def _builtin(name: str) -> type[Exception]:

@@ -6,8 +6,10 @@ emulation in the same process has another directory.
 
 import os
 
-#: The environment variable that names the directory of the emulation.
+#: The environment variable that names the directory of the emulation, in dom0 only.
 VARIABLE = "QUBES_EMULATION"
+#: … and the one that every domain has.
+DOMAIN_VARIABLE = "EMULATED_DOMAIN"
 
 
 def _place(name: str) -> str:
@@ -27,3 +29,13 @@ def services_directory() -> str:
 def qrexec_client() -> str:
     """For /usr/lib/qubes/qrexec-client."""
     return _place("qrexec-client")
+
+
+def qrexec_client_vm() -> str:
+    """For /usr/bin/qrexec-client-vm, which every domain has on its PATH."""
+    return "qrexec-client-vm"
+
+
+def in_dom0() -> bool:
+    """Whether this is dom0 (or a test), and not a qube."""
+    return VARIABLE in os.environ or DOMAIN_VARIABLE not in os.environ
