@@ -3,7 +3,8 @@
 Strategy: standard input and output are the call and nothing else. They are moved to other numbers at once,
 and what is left at 0 and 1 leads nowhere and to standard error: no library, and no program that is started,
 can say a word in the call. qrexec appends standard error to dom0's log of the calling qube
-(`/var/log/qubes/qrexec.QUBE.log`), and the caller never sees it; whether it can be written is nothing to wait for.
+(`/var/log/qubes/qrexec.QUBE.log`), and the caller never sees it; whether it can be written is nothing to
+wait for.
 """
 
 import asyncio
