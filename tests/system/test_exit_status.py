@@ -48,8 +48,10 @@ def test_0_and_a_full_report_when_everything_is_restored(
     assert outcome.report is not None
     facts = outcome.report
     assert set(facts) == {
-        "tool", "version", "mode", "backup_id", "started", "finished", "status", "error", "warnings", "qubes",
+        "tool", "version", "mode", "asked_by", "backup_id", "started", "finished", "status", "error",
+        "warnings", "qubes",
     }  # fmt: skip
+    assert facts["asked_by"] is None
     assert (facts["tool"], facts["version"]) == ("qubes-restore-svc", "0.1.0")
     assert (facts["mode"], facts["backup_id"], facts["status"]) == ("restore", "20260101T010203-1234", 0)
     began, ended = (datetime.fromisoformat(str(facts[key])) for key in ("started", "finished"))
