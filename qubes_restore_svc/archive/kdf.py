@@ -86,6 +86,13 @@ class KdfLanes(Protocol):
         """
         ...
 
+    def take_over(self, other: Self, ticket: int) -> int:
+        """Go on with a derivation that `other`, of the same engine, has begun; returns its ticket here.
+
+        A lane has to be free, and nobody may be advancing either of them.
+        """
+        ...
+
     def advance(self) -> list[tuple[int, bytes]]:
         """Compute for a while, without the interpreter lock; ticket and key of what is finished."""
         ...
@@ -111,6 +118,11 @@ class KdfEngine(Protocol):
         ...
 
     @property
+    def lanes_for_one(self) -> int:
+        """How many lanes take hardly longer than one does."""
+        ...
+
+    @property
     def strides(self) -> Sequence[int]:
         """The strides that there are, rising from 1: with the stride s, every s-th block is stored."""
         ...
@@ -123,6 +135,11 @@ class KdfEngine(Protocol):
     @property
     def memory_idle(self) -> int:
         """Bytes of `memory_held` that no derivation uses."""
+        ...
+
+    @property
+    def largest_idle(self) -> int:
+        """Bytes of the largest arena that no derivation uses."""
         ...
 
     def memory(self, parameters: KdfParameters, stride: int = 1) -> int:
@@ -177,6 +194,10 @@ class OpensslEngine:
         return 1
 
     @property
+    def lanes_for_one(self) -> int:
+        return 1
+
+    @property
     def strides(self) -> Sequence[int]:
         return (1,)
 
@@ -186,6 +207,10 @@ class OpensslEngine:
 
     @property
     def memory_idle(self) -> int:
+        return 0
+
+    @property
+    def largest_idle(self) -> int:
         return 0
 
     def memory(self, parameters: KdfParameters, stride: int = 1) -> int:
@@ -232,6 +257,13 @@ class OpensslLane:
         if not self._engine.count(request.parameters.memory, limit):
             return None
         self._request = request
+        self._ticket += 1
+        return self._ticket
+
+    def take_over(self, other: Self, ticket: int) -> int:
+        """See KdfLanes."""
+        assert other._request is not None and self._request is None, "it has begun there, and none here"
+        self._request, other._request = other._request, None
         self._ticket += 1
         return self._ticket
 

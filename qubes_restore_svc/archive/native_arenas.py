@@ -31,6 +31,12 @@ class ArenaPool:
         with self._lock:
             return sum(arena.size for arena in self._idle)
 
+    @property
+    def largest_idle(self) -> int:
+        """Bytes of the largest arena that no derivation uses."""
+        with self._lock:
+            return max((arena.size for arena in self._idle), default=0)
+
     def take(self, size: int, limit: int | None = None) -> Arena | None:
         """The smallest idle arena of at least `size` bytes, or a new one of that size; MemoryError.
 

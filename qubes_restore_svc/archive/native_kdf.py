@@ -29,6 +29,9 @@ KEY_SIZE = 64
 #: The time grows a little less: what is computed again is not waited for.
 STRIDE_WORK = {stride: (stride + 3) / 4 for stride in (1, 2, 4, 8, 16)}
 
+#: Instruction set: lanes that one of its registers holds (`blockmix_*.c`); one in the others.
+_LANES_IN_REGISTER = {"AVX-512": 4, "AVX2": 2}
+
 #: What arenas are multiples of, bytes; less than that is not counted.
 _UNIT = 2 << 20
 
@@ -60,6 +63,11 @@ class NativeEngine:
     def lanes(self) -> int:
         """How many a thread runs side by side."""
         return self._lanes
+
+    @property
+    def lanes_for_one(self) -> int:
+        """How many take hardly longer than one does: as many as lie in one register."""
+        return _LANES_IN_REGISTER.get(self._instruction_set, 1)
 
     @property
     def strides(self) -> Sequence[int]:
@@ -112,6 +120,11 @@ class NativeEngine:
     def memory_idle(self) -> int:
         """Bytes of `memory_held` that no derivation uses, and that `trim` can give back."""
         return self._arenas.idle
+
+    @property
+    def largest_idle(self) -> int:
+        """Bytes of the largest arena that no derivation uses."""
+        return self._arenas.largest_idle
 
     def trim(self, keep: int = 0) -> int:
         """Wipe and give back idle memory until at most `keep` bytes are held; the bytes given back."""
@@ -180,6 +193,29 @@ class NativeLanes:
         self._tickets += 1
         self._begun.append(_Running(self._tickets, request, stride, arena, bytearray()))
         return self._tickets
+
+    def take_over(self, other: Self, ticket: int) -> int:
+        """Go on with a derivation that others have begun, in a free lane of these; its ticket here.
+
+        Nobody may be advancing either of them. RuntimeError if no lane is free, KeyError for a ticket that
+        the others have not.
+        """
+        if not self.free:
+            raise RuntimeError("no lane is free")
+        for begun in other._begun:
+            if begun.ticket == ticket:
+                other._begun.remove(begun)
+                self._begun.append(begun)
+                break
+        else:
+            lane = next((lane for lane, one in other._running.items() if one.ticket == ticket), None)
+            if lane is None:
+                raise KeyError(ticket)
+            begun = other._running.pop(lane)
+            self._running[self._lanes.take_over(other._lanes, lane)] = begun
+        self._tickets += 1
+        begun.ticket = self._tickets
+        return begun.ticket
 
     def advance(self, steps: int = STEPS_AT_ONCE) -> list[tuple[int, bytes]]:
         """Compute for a while: ticket and key of what is finished, maybe nothing; their lanes are free."""

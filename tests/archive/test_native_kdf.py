@@ -129,6 +129,49 @@ def test_requests_that_join_while_others_run_give_the_same_keys(
     assert [keys[ticket] for ticket in tickets] == OpensslEngine().derive(requests)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    requests=st.lists(requests_of_any_kind, min_size=2, max_size=8),
+    steps=st.lists(st.integers(0, 900), min_size=1),
+)
+def test_derivations_that_change_over_to_other_lanes_give_the_same_keys(
+    engine_of_each_set: NativeEngine, requests: list[KdfRequest], steps: list[int]
+) -> None:
+    keys: dict[int, bytes] = {}
+    number_of: dict[int, int] = {}
+    with engine_of_each_set.open_lanes() as first, engine_of_each_set.open_lanes() as second:
+        here, there = first, second
+        for number, (request, some_steps) in enumerate(zip(requests, steps * len(requests), strict=False)):
+            while not here.free:
+                keys |= {number_of.pop(ticket): key for ticket, key in here.advance()}
+            ticket = here.begin(request)
+            assert ticket is not None
+            number_of[ticket] = number
+            if some_steps % 3:  # some change over before they have a lane
+                keys |= {number_of.pop(ticket): key for ticket, key in here.advance(some_steps)}
+            moved = {there.take_over(here, ticket): number for ticket, number in number_of.items()}
+            assert (here.running, there.running) == (0, len(moved))
+            here, there, number_of = there, here, moved
+        while here.running:
+            keys |= {number_of.pop(ticket): key for ticket, key in here.advance()}
+
+    assert [keys[number] for number in range(len(requests))] == OpensslEngine().derive(requests)
+
+
+def test_only_what_runs_there_changes_over_and_only_into_a_free_lane(engine: NativeEngine) -> None:
+    with engine.open_lanes() as lanes, engine.open_lanes() as others:
+        with pytest.raises(KeyError):
+            lanes.take_over(others, 1)
+        ticket = others.begin(request_for(10))
+        assert ticket is not None
+        others.advance(1)
+        while lanes.free:
+            lanes.begin(request_for(10))
+        with pytest.raises(RuntimeError, match="no lane is free"):
+            lanes.take_over(others, ticket)
+        assert others.running == 1
+
+
 def test_the_fastest_set_of_this_machine_is_taken_and_named(engine: NativeEngine) -> None:
     assert engine.name == f"native ({instruction_sets()[-1]})"
     assert engine.lanes >= 1
@@ -187,6 +230,12 @@ def test_arenas_are_kept_for_the_next_derivations(engine: NativeEngine) -> None:
     engine.derive([request_for(12)] * (2 * engine.lanes))
 
     assert engine.memory_held == held
+
+
+def test_the_largest_arena_that_is_idle_is_known(engine: NativeEngine) -> None:
+    assert engine.largest_idle == 0
+    engine.derive([request_for(10), request_for(15)])
+    assert engine.largest_idle == engine.memory(KdfParameters(15, 8, 1))
 
 
 def test_trim_gives_back_the_largest_arenas_until_little_enough_is_held(engine: NativeEngine) -> None:

@@ -63,6 +63,23 @@ def test_an_arena_takes_one_derivation_at_a_time_and_none_once_released() -> Non
         others.begin(bytearray(1024), 4, 8, 0, arena)
 
 
+def test_a_lane_is_taken_over_with_all_that_belongs_to_it() -> None:
+    arena, lanes, others, blocks = Arena(1), Lanes(), Lanes(), bytearray(1024)
+    lane = others.begin(blocks, 4, 8, 0, arena)
+    assert lanes.take_over(others, lane) == 0
+    for nothing in (lane, -1, 99):
+        with pytest.raises(ValueError, match="nothing runs"):
+            lanes.take_over(others, nothing)
+    with pytest.raises(TypeError):
+        lanes.take_over(None, 0)  # type: ignore[arg-type]  # what C has to find out
+    others.abandon()
+    with pytest.raises(BufferError):
+        blocks.clear()
+    assert (others.advance(1000), lanes.advance(1000)) == ([], [0])
+    blocks.clear()
+    arena.release()
+
+
 def test_an_arena_is_in_huge_pages_and_neither_dumped_nor_inherited() -> None:
     """Flags of /proc/PID/smaps: hg is MADV_HUGEPAGE, dd MADV_DONTDUMP, wf MADV_WIPEONFORK."""
     before = mappings_with("hg")

@@ -59,6 +59,19 @@ check_not_advancing(const LanesObject *self)
 	return -1;
 }
 
+/* The first lane that is free; NULL, with an exception set, if none is. */
+static struct lane *
+free_lane(LanesObject *self)
+{
+	size_t index;
+
+	for (index = 0; index < self->kernels->lanes; index++)
+		if (self->lanes[index].arena == NULL)
+			return &self->lanes[index];
+	PyErr_SetString(PyExc_RuntimeError, "no lane is free");
+	return NULL;
+}
+
 static PyObject *
 Lanes_begin(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -68,19 +81,16 @@ Lanes_begin(PyObject *object, PyObject *args, PyObject *kwargs)
 	ArenaObject *arena;
 	struct lane *lane;
 	Py_ssize_t log_n, r, log_stride;
-	size_t index, memory, block_size;
+	size_t memory, block_size;
 
 	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "YnnnO!:begin", names, &blocks, &log_n, &r, &log_stride,
 	                                 &Arena_Type, &arena))
 		return NULL;
 	if (check_not_advancing(self) != 0)
 		return NULL;
-	for (index = 0; index < self->kernels->lanes && self->lanes[index].arena != NULL; index++)
-		;
-	if (index == self->kernels->lanes) {
-		PyErr_SetString(PyExc_RuntimeError, "no lane is free");
+	lane = free_lane(self);
+	if (lane == NULL)
 		return NULL;
-	}
 	if (log_n < 0 || log_n > ROMIX_MAX_LOG_N || r < 0 || r > ROMIX_MAX_R || log_stride < 0 ||
 	    log_stride > ROMIX_MAX_LOG_STRIDE ||
 	    (memory = romix_memory((unsigned)log_n, (size_t)r, (unsigned)log_stride)) == 0) {
@@ -92,7 +102,6 @@ Lanes_begin(PyObject *object, PyObject *args, PyObject *kwargs)
 		return NULL;
 	}
 
-	lane = &self->lanes[index];
 	if (PyObject_GetBuffer(blocks, &lane->blocks, PyBUF_WRITABLE) != 0)
 		return NULL;
 	block_size = (size_t)r * 2 * SALSA_BYTES;
@@ -108,7 +117,32 @@ Lanes_begin(PyObject *object, PyObject *args, PyObject *kwargs)
 	lane->arena = arena;
 	romix_begin(&lane->romix, lane->blocks.buf, (size_t)r, (size_t)lane->blocks.len / block_size,
 	            (unsigned)log_n, (unsigned)log_stride, arena->arena.memory);
-	return PyLong_FromSize_t(index);
+	return PyLong_FromSsize_t(lane - self->lanes);
+}
+
+static PyObject *
+Lanes_take_over(PyObject *object, PyObject *args)
+{
+	LanesObject *self = (LanesObject *)object, *other;
+	struct lane *from, *to;
+	Py_ssize_t number;
+
+	if (!PyArg_ParseTuple(args, "O!n:take_over", &Lanes_Type, &other, &number))
+		return NULL;
+	if (check_not_advancing(self) != 0 || check_not_advancing(other) != 0)
+		return NULL;
+	if (number < 0 || number >= MAX_LANES || other->lanes[number].arena == NULL) {
+		PyErr_SetString(PyExc_ValueError, "nothing runs in that lane");
+		return NULL;
+	}
+	to = free_lane(self);
+	if (to == NULL)
+		return NULL;
+	/* Nothing in a lane points into it: all of a derivation's state lies in its arena. */
+	from = &other->lanes[number];
+	*to = *from;
+	from->arena = NULL;
+	return PyLong_FromSsize_t(to - self->lanes);
 }
 
 static PyObject *
@@ -203,6 +237,10 @@ static PyMethodDef Lanes_methods[] = {
 	 "arena, of memory(log_n, r, log_stride) bytes at least, are held until the lane is free again.\n"
 	 "Returns the number of the lane. ValueError for parameters, blocks or an arena that do not do;\n"
 	 "RuntimeError if no lane is free."},
+	{"take_over", Lanes_take_over, METH_VARARGS,
+	 "take_over(lanes, lane) -> int: go on with what runs in that lane of others, in a free one of these.\n\n"
+	 "Returns the number of the lane; the other one is free. ValueError if nothing runs there; RuntimeError\n"
+	 "if no lane is free, or a thread is advancing either of them."},
 	{"advance", Lanes_advance, METH_VARARGS,
 	 "advance(steps) -> list[int]: compute until a derivation is finished, `steps` steps at most.\n\n"
 	 "Returns the numbers of the lanes that are finished, and free again. Without the interpreter lock;\n"
