@@ -113,6 +113,7 @@ class Intake:
     def want(self, wanted: Callable[[str], bool]) -> None:
         """From now on, only files for which `wanted` is true come; before, all that might be wanted do."""
         self._wanted = wanted
+        self._scheduler.leave_processors()  # they are unpacked as they come
         self.withdraw_unwanted()
 
     def withdraw_unwanted(self) -> None:
@@ -149,11 +150,13 @@ class Intake:
         size: int,
         passphrase: bytes,
         *,
+        urgent: bool = False,
         before_waiting: Callable[[], None] | None = None,
     ) -> Chunk:
         """Take the current member's content, `size` bytes, as a chunk whose key is being derived.
 
-        Waits for room in the budget; for `before_waiting` see `Budget.admit`. Raises BadContainer,
+        Waits for room in the budget; for `before_waiting` see `Budget.admit`, for `urgent`
+        `KeyScheduler.submit`. Raises BadContainer,
         ExcessiveCost, BudgetTooSmall, ArchiveTruncated.
         """
         if size < OVERHEAD:
@@ -163,7 +166,7 @@ class Intake:
         start = self._source.position - HEAD_SIZE
         located = self._source.seekable and self._reader.skip(0)
         self._budget.admit(size, head.parameters, buffered=not located, before_waiting=before_waiting)
-        key = self._scheduler.submit(KdfRequest(head.parameters, head.salt, passphrase))
+        key = self._scheduler.submit(KdfRequest(head.parameters, head.salt, passphrase), urgent=urgent)
         held = None
         try:
             if located:

@@ -4,6 +4,11 @@ Strategy: requests queue in archive order. Each thread has lanes of its own in t
 free it looks at the first request that waits, and `shares.choose` says whether to begin it and how
 much memory it gets. A result is a future; nobody waits for the others. What goes wrong with a request fails
 it; what goes wrong in the lanes fails what runs in them, and the thread goes on with new ones.
+
+What everything else waits for (the keys of the header and of qubes.xml) is quicker with few beside it; so
+while much is to come, it has a thread of its own. A few derivations in one thread take hardly longer than one
+of them. So when the last ones are left, and a processor is wanted for the unpacking, the thread with the
+fewest offers them to the others, and rests.
 """
 
 import contextlib
@@ -16,7 +21,10 @@ from dataclasses import dataclass
 from qubes_restore_svc.archive.kdf import KdfEngine, KdfLanes, KdfRequest
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.worker.budget import Budget
-from qubes_restore_svc.worker.shares import Situation, choose
+from qubes_restore_svc.worker.shares import Situation, choose, least_stride
+
+#: The thread that what is urgent has for itself.
+_URGENT_THREAD = 0
 
 #: How much the derivations give way to the unpacking of the current volume (setpriority(2)).
 _NICENESS = 5
@@ -25,7 +33,16 @@ _NICENESS = 5
 @dataclass(frozen=True, slots=True)
 class _Job:
     request: KdfRequest
+    urgent: bool
     result: "Future[bytes]"
+
+
+@dataclass(eq=False, slots=True)
+class _Offer:
+    """What one thread's lanes hold, for any other thread to take over; `jobs` by their tickets there."""
+
+    lanes: KdfLanes
+    jobs: dict[int, _Job]
 
 
 class KeyScheduler:
@@ -39,8 +56,11 @@ class KeyScheduler:
         self._running = 0
         self._closed = False
         self._more_to_come = False
+        self._processors_wanted = False
+        self._loads: dict[int, int] = {}  #: thread: how many it has; those without any are not in it
+        self._offers: list[_Offer] = []
         for number in range(threads):
-            threading.Thread(target=self._work, name=f"kdf-{number}", daemon=True).start()
+            threading.Thread(target=self._work, args=(number,), name=f"kdf-{number}", daemon=True).start()
 
     def expect_more(self, more_to_come: bool) -> None:
         """Say whether requests for all lanes are on their way: then each gets its share of memory at once."""
@@ -48,9 +68,18 @@ class KeyScheduler:
             self._more_to_come = more_to_come
             self._budget.changed.notify_all()
 
-    def submit(self, request: KdfRequest) -> "Future[bytes]":
-        """The 64-byte key of `request`, some time. `cancel` on the future takes it back while it waits."""
-        job = _Job(request, Future())
+    def leave_processors(self) -> None:
+        """From now on there is other work for the processors: derive in as few threads as is as quick."""
+        with self._budget.changed:
+            self._processors_wanted = True
+            self._budget.changed.notify_all()
+
+    def submit(self, request: KdfRequest, *, urgent: bool = False) -> "Future[bytes]":
+        """The 64-byte key of `request`, some time. `cancel` on the future takes it back while it waits.
+
+        `urgent`: nothing can be done before it is there, so it gets the memory that makes it quick.
+        """
+        job = _Job(request, urgent, Future())
         with self._budget.changed:
             if not self._closed:
                 self._waiting.append(job)
@@ -68,19 +97,19 @@ class KeyScheduler:
         for job in dropped:
             _drop(job)
 
-    def _work(self) -> None:
+    def _work(self, thread: int) -> None:
         with contextlib.suppress(OSError):  # it is only a wish
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while self._wait_for_work():
             jobs: dict[int, _Job] = {}
             try:
                 with self._engine.open_lanes() as lanes:
-                    while self._fill(lanes, jobs):
+                    while self._fill(thread, lanes, jobs):
                         self._advance(lanes, jobs)
             except BaseException as error:  # noqa: BLE001 - somebody waits for these futures, whatever happened
-                self._give_up(jobs, error)
+                self._give_up(thread, jobs, error)
             else:
-                self._give_up(jobs, Cancelled("the restore was cancelled"))
+                self._give_up(thread, jobs, Cancelled("the restore was cancelled"))
         self._engine.trim()
 
     def _wait_for_work(self) -> bool:
@@ -89,25 +118,51 @@ class KeyScheduler:
             self._budget.changed.wait_for(lambda: self._closed or self._waiting)
             return not self._closed
 
-    def _fill(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
-        """Begin what may begin; waits until something runs. False: the scheduler is closed."""
+    def _fill(self, thread: int, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
+        """Begin what may begin; waits until something is to be done. False: the scheduler is closed."""
         with self._budget.changed:
             while not self._closed:
-                while lanes.free and self._begin_next(lanes, jobs):
+                while lanes.free and self._begin_next(thread, lanes, jobs):
                     pass
-                if jobs:
+                self._take_over(lanes, jobs)
+                if self._loads.get(thread) != len(jobs):
+                    self._loads[thread] = len(jobs)
+                    self._budget.changed.notify_all()
+                if jobs and not self._others_can_take(thread):
                     return True
+                offer = _Offer(lanes, jobs)
+                self._offers.append(offer)  # the others look after each of their turns
                 self._budget.changed.wait()
+                self._offers.remove(offer)
         return False
 
-    def _begin_next(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
+    def _others_can_take(self, thread: int) -> bool:
+        """Have the others free lanes for all that this thread has, at next to no cost, and no less to do?"""
+        loads = {other: load for other, load in self._loads.items() if load}
+        mine = loads.pop(thread, 0)
+        room = sum(max(0, self._engine.lanes_for_one - load) for load in loads.values())
+        least = all((load, other) > (mine, thread) for other, load in loads.items())
+        return self._processors_wanted and not self._waiting and least and 0 < mine <= room
+
+    def _take_over(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> None:
+        if not jobs:
+            return  # nothing is gained
+        for offer in self._offers:
+            while offer.jobs and len(jobs) < self._engine.lanes_for_one and lanes.free:
+                ticket, job = next(iter(offer.jobs.items()))
+                jobs[lanes.take_over(offer.lanes, ticket)] = job
+                del offer.jobs[ticket]
+
+    def _begin_next(self, thread: int, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
         while self._waiting and self._waiting[0].result.cancelled():
             self._waiting.popleft()
         if not self._waiting:
             return False
         job = self._waiting[0]
+        if self._is_for_others(thread, job, jobs):
+            return False
         try:
-            ticket = self._begin(lanes, job.request, len(jobs))
+            ticket = self._begin(lanes, job, len(jobs))
         except BaseException as error:  # noqa: BLE001 - it is about this request, whose future is waited for
             if isinstance(error, BudgetTooSmall) and self._running:
                 return False  # the system has no memory now; when one of those that run ends, it may have
@@ -120,18 +175,27 @@ class KeyScheduler:
         self._waiting.popleft()
         if not job.result.set_running_or_notify_cancel():
             # Taken back in this moment: it is derived for nobody.
-            job = _Job(job.request, Future())
+            job = _Job(job.request, job.urgent, Future())
         jobs[ticket] = job
         self._running += 1
         return True
 
-    def _begin(self, lanes: KdfLanes, request: KdfRequest, running_here: int) -> int | None:
+    def _is_for_others(self, thread: int, job: _Job, jobs: dict[int, _Job]) -> bool:
+        if self._threads == 1 or self._engine.lanes == 1:
+            return False
+        if job.urgent:
+            return self._more_to_come and thread != _URGENT_THREAD
+        return any(other.urgent for other in jobs.values())
+
+    def _begin(self, lanes: KdfLanes, job: _Job, running_here: int) -> int | None:
         """The ticket, or None: not yet. Raises what the engine raises."""
-        sizes = [self._engine.memory(request.parameters, stride) for stride in self._engine.strides]
+        strides = self._engine.strides
+        sizes = [self._engine.memory(job.request.parameters, stride) for stride in strides]
         room = self._budget.arena_room
         waiting = len(self._waiting)
         if self._more_to_come:
             waiting = max(waiting, self._threads * self._engine.lanes - self._running)
+        uses = max(1.0, (waiting + self._running) / (self._threads * self._engine.lanes))
         index = choose(
             Situation(
                 sizes=sizes,
@@ -142,9 +206,12 @@ class KeyScheduler:
                 lanes=self._engine.lanes,
                 room=room,
                 free=room - (self._engine.memory_held - self._engine.memory_idle),
+                least=least_stride(strides, uses),
+                kept=self._engine.largest_idle,
+                urgent=job.urgent,
             )
         )
-        return None if index is None else lanes.begin(request, self._engine.strides[index], room)
+        return None if index is None else lanes.begin(job.request, strides[index], room)
 
     def _advance(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> None:
         finished = lanes.advance()
@@ -156,11 +223,12 @@ class KeyScheduler:
         for ticket, key in finished:
             jobs.pop(ticket).result.set_result(key)
 
-    def _give_up(self, jobs: dict[int, _Job], error: BaseException) -> None:
+    def _give_up(self, thread: int, jobs: dict[int, _Job], error: BaseException) -> None:
         """Fail what runs in this thread's lanes, which are closed."""
         failed = list(jobs.values())
         with self._budget.changed:
             self._running -= len(jobs)
+            self._loads[thread] = 0
             if not failed and self._waiting:
                 # There are not even lanes; to try again and again for the same request would never end.
                 failed.append(self._waiting.popleft())

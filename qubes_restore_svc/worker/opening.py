@@ -114,7 +114,9 @@ class _Header:
         if member.size > header_format.MAX_HEADER_SIZE:
             raise BadHeader(f"the header's authenticated copy has {member.size} bytes")
         name = ChunkName(member.name, 0, member.name)
-        self._copy: Chunk | None = intake.take(name, member.size, header_format.header_passphrase(passphrase))
+        self._copy: Chunk | None = intake.take(
+            name, member.size, header_format.header_passphrase(passphrase), urgent=True
+        )
 
     def untrusted_id(self) -> str:
         """The backup id that the header claims, in valid form. Raises BadHeader, UnsupportedFormat."""
@@ -220,4 +222,4 @@ class _QubesXml:
             return None
         self._sequence.expect(name)
         passphrase = header_format.member_passphrase(self._backup_id, name.member, self._passphrase)
-        return self._intake.take(name, member.size, passphrase, before_waiting=before_waiting)
+        return self._intake.take(name, member.size, passphrase, urgent=True, before_waiting=before_waiting)

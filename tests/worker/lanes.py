@@ -11,6 +11,8 @@ from typing import Self
 
 from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
 
+from .support import PATIENCE_S
+
 
 class LanesEngine:
     """A KdfEngine; `trouble` maps the number of a request to what is raised when it begins or is advanced."""
@@ -19,6 +21,7 @@ class LanesEngine:
 
     def __init__(self, lanes: int = 4, strides: Sequence[int] = (1, 2, 4)) -> None:
         self.lanes = lanes
+        self.lanes_for_one = lanes
         self.strides = strides
         self.changed = threading.Condition()
         self.running: dict[int, int] = {}  #: number of the request: bytes
@@ -30,6 +33,7 @@ class LanesEngine:
         self.trouble_in_advance: dict[int, BaseException] = {}
         self.trouble_in_open: list[BaseException] = []
         self.most_held = 0
+        self.turns = 0
 
     @property
     def memory_held(self) -> int:
@@ -40,6 +44,11 @@ class LanesEngine:
     def memory_idle(self) -> int:
         with self.changed:
             return sum(self.idle)
+
+    @property
+    def largest_idle(self) -> int:
+        with self.changed:
+            return max(self.idle, default=0)
 
     def memory(self, parameters: KdfParameters, stride: int = 1) -> int:
         return -(-parameters.memory // stride)
@@ -59,6 +68,12 @@ class LanesEngine:
     def derive(self, requests: Sequence[KdfRequest]) -> list[bytes]:
         raise NotImplementedError
 
+    def turns_without_change(self, count: int) -> None:
+        """Wait until lanes have been advanced so often."""
+        with self.changed:
+            until = self.turns + count
+            assert self.changed.wait_for(lambda: self.turns >= until, PATIENCE_S)
+
     def finish(self, *numbers: int) -> None:
         """Let these derivations end."""
         with self.changed:
@@ -76,6 +91,13 @@ class ManualLanes:
     @property
     def free(self) -> int:
         return self._engine.lanes - len(self._mine)
+
+    def take_over(self, other: Self, ticket: int) -> int:
+        assert self.free and ticket in other._mine
+        other._mine.remove(ticket)
+        self._mine.add(ticket)
+        self._engine.threads[ticket] = threading.current_thread().name
+        return ticket
 
     def begin(self, request: KdfRequest, stride: int, limit: int) -> int | None:
         engine, number = self._engine, int(request.passphrase)
@@ -98,6 +120,8 @@ class ManualLanes:
     def advance(self) -> list[tuple[int, bytes]]:
         engine = self._engine
         with engine.changed:
+            engine.turns += 1
+            engine.changed.notify_all()
             for number in self._mine & engine.trouble_in_advance.keys():
                 raise engine.trouble_in_advance[number]
             engine.changed.wait_for(lambda: self._mine & engine.done, 0.002)

@@ -17,6 +17,7 @@ from .support import MIB, PATIENCE_S, wait_until
 
 SMALL = KdfParameters(10, 8, 1)  # a mebibyte
 LARGE = KdfParameters(13, 8, 1)  # eight
+LARGER = KdfParameters(14, 8, 1)  # sixteen
 
 
 class ManualEngine(OpensslEngine):
@@ -49,10 +50,11 @@ class Bench:
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self._count = 0
 
-    def submit(self, cost: KdfParameters = SMALL) -> "Future[bytes]":
+    def submit(self, cost: KdfParameters = SMALL, *, urgent: bool = False) -> "Future[bytes]":
         self.budget.admit(1, cost, buffered=True)
         self._count += 1
-        return self.scheduler.submit(KdfRequest(cost, bytes(32), b"%d" % (self._count - 1)))
+        request = KdfRequest(cost, bytes(32), b"%d" % (self._count - 1))
+        return self.scheduler.submit(request, urgent=urgent)
 
     def started(self, *numbers: int) -> None:
         wait_until(lambda: sorted(self.engine.started) == list(numbers), f"the start of {numbers}")
@@ -233,7 +235,7 @@ def test_derivations_are_spread_over_the_threads() -> None:
 
 def test_with_little_memory_they_run_in_less_instead_of_waiting() -> None:
     bench = LanesBench(threads=1, limit=9 * MIB)
-    gate = bench.submit(LARGE)  # 8 MiB, alone
+    gate = bench.submit(LARGER)  # 8 MiB of 16, alone
     bench.began(0)
     second = bench.submit(LARGE)  # there is 1 MiB left, and a quarter takes 2
     with pytest.raises(TimeoutError):
@@ -242,7 +244,7 @@ def test_with_little_memory_they_run_in_less_instead_of_waiting() -> None:
     bench.lanes.finish(0)
     assert gate.result(PATIENCE_S)
     bench.began(0, 1, 2, 3)
-    assert bench.lanes.begun == [(0, 1), (1, 2), (2, 4), (3, 4)]
+    assert bench.lanes.begun == [(0, 2), (1, 4), (2, 4), (3, 4)]
     bench.lanes.finish(1, 2, 3)
     bench.ended(second, third, fourth)
     assert bench.lanes.most_held <= 9 * MIB
@@ -343,3 +345,125 @@ def test_closing_gives_up_what_runs_and_what_waits_and_all_memory() -> None:
     wait_until(lambda: set(threading.enumerate()) <= before, "the end of the threads")
     assert bench.lanes.memory_held == 0
     assert isinstance(bench.submit().exception(PATIENCE_S), Cancelled)
+
+
+# --- What everything waits for ---------------------------------------------------------------------
+
+
+def test_while_more_is_to_come_what_is_urgent_has_a_thread_of_its_own() -> None:
+    bench = LanesBench(threads=2)
+    bench.scheduler.expect_more(True)
+    results = [bench.submit(urgent=True), bench.submit(urgent=True), *(bench.submit() for _ in range(6))]
+    bench.began(*range(6))  # and two lanes stay empty
+    bench.lanes.turns_without_change(20)
+    bench.began(*range(6))
+    assert [len(threads_of(bench, *some)) for some in ((0, 1), (2, 3, 4, 5), range(6))] == [1, 1, 2]
+    bench.lanes.finish(1)
+    results[1].result(PATIENCE_S)
+    bench.lanes.turns_without_change(20)
+    bench.began(*range(6))
+    bench.lanes.finish(0)
+    bench.began(*range(8))
+    assert threads_of(bench, 0, 1) == threads_of(bench, 6, 7)
+    bench.lanes.finish(*range(2, 8))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+@pytest.mark.parametrize(("threads", "lanes", "more"), [(1, 4, True), (1, 4, False), (2, 1, True)])
+def test_where_that_would_leave_too_much_idle_it_has_not(threads: int, lanes: int, more: bool) -> None:
+    bench = LanesBench(threads, lanes=lanes)
+    bench.scheduler.expect_more(more)
+    results = [bench.submit(urgent=True)]
+    bench.began(0)
+    results += [bench.submit() for _ in range(threads * lanes - 1)]
+    bench.began(*range(threads * lanes))
+    bench.lanes.finish(*range(threads * lanes))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+def test_what_is_urgent_gets_half_of_the_memory_that_is_free() -> None:
+    bench = LanesBench(threads=1, limit=17 * MIB)
+    bench.scheduler.expect_more(True)
+    results = [bench.submit(LARGER, urgent=True) for _ in range(2)]
+    bench.began(0, 1)
+    assert bench.lanes.begun == [(0, 2), (1, 4)]  # 8 MiB of 17, then 4 of 9
+    bench.lanes.finish(0, 1)
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+# --- Processors for others ------------------------------------------------------------------------
+
+
+def threads_of(bench: LanesBench, *numbers: int) -> set[str]:
+    return {bench.lanes.threads[number] for number in numbers}
+
+
+def test_the_last_ones_run_in_one_thread_when_a_processor_is_wanted() -> None:
+    bench = LanesBench(threads=2)
+    results = [bench.submit() for _ in range(4)]
+    bench.began(0, 1, 2, 3)
+    assert len(threads_of(bench, 0, 1, 2, 3)) == 2
+    bench.scheduler.leave_processors()
+    wait_until(lambda: len(threads_of(bench, 0, 1, 2, 3)) == 1)
+    bench.lanes.finish(0, 1, 2, 3)
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+def test_they_stay_where_they_are_when_no_processor_is_wanted_or_one_thread_is_too_slow_for_all() -> None:
+    bench = LanesBench(threads=2)
+    bench.lanes.lanes_for_one = 3
+    results = [bench.submit() for _ in range(4)]
+    bench.began(0, 1, 2, 3)
+    bench.lanes.turns_without_change(20)
+    bench.scheduler.leave_processors()
+    bench.lanes.turns_without_change(20)
+    assert len(threads_of(bench, 0, 1, 2, 3)) == 2
+    bench.lanes.finish(0, 1, 2, 3)
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+def test_a_thread_that_has_handed_over_its_last_ones_begins_new_ones() -> None:
+    bench = LanesBench(threads=2)
+    bench.scheduler.leave_processors()
+    results = [bench.submit() for _ in range(2)]
+    bench.began(0, 1)
+    wait_until(lambda: len(threads_of(bench, 0, 1)) == 1)
+    results += [bench.submit() for _ in range(6)]
+    bench.began(*range(8))
+    wait_until(lambda: len(threads_of(bench, *range(8))) == 2)
+    bench.lanes.finish(*range(8))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+def test_what_fails_in_the_thread_that_took_over_fails_there_and_the_others_go_on() -> None:
+    bench = LanesBench(threads=2)
+    results = [bench.submit() for _ in range(2)]
+    bench.began(0, 1)
+    bench.scheduler.leave_processors()
+    wait_until(lambda: len(threads_of(bench, 0, 1)) == 1)
+    bench.lanes.trouble_in_advance[0] = RuntimeError("lost")
+    for result in results:
+        with pytest.raises(RuntimeError, match="lost"):
+            result.result(PATIENCE_S)
+    third = bench.submit()
+    bench.lanes.finish(2)
+    assert third.result(PATIENCE_S)
+    bench.scheduler.close()
+
+
+def test_closing_ends_what_is_offered_too() -> None:
+    bench = LanesBench(threads=2)
+    results = [bench.submit() for _ in range(6)]
+    bench.began(*range(6))
+    bench.scheduler.leave_processors()
+    bench.lanes.finish(0, 1)
+    bench.scheduler.close()
+    for result in results[2:]:
+        with pytest.raises(Cancelled):
+            result.result(PATIENCE_S)

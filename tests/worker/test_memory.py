@@ -20,9 +20,9 @@ from ..support.fixtures import REPOSITORY
 from .support import MIB
 
 CHUNK = 32 * MIB
-#: 128 MiB for each derivation; six at once, with their chunks, would take 960 MiB.
+#: 128 MiB for each derivation; seven at once, with a chunk, would take 928 MiB.
 LOG_N = 17
-JOBS = 6
+JOBS = 2
 #: What the interpreter, its libraries and the decompressor may take besides the budget.
 ALLOWANCE = 150 * MIB
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qubes_restore_svc.worker.shares import Situation, choose
+from qubes_restore_svc.worker.shares import Situation, choose, least_stride
 
 #: A derivation of 64 units at the strides 1, 2, 4, 8, 16.
 SIZES = (64, 32, 16, 8, 4)
@@ -25,15 +25,30 @@ ALONE = Situation(sizes=SIZES, waiting=1, running=0, running_here=0, threads=2, 
         # Eight that wait for eight lanes share evenly; more that wait do not make the shares smaller.
         (replace(ALONE, waiting=8, room=512, free=512), 0),
         (replace(ALONE, waiting=6, running=2, running_here=1, room=511, free=383), 1),
-        # One for each thread gets the double share.
-        (replace(ALONE, waiting=8, room=511, free=511), 0),
-        (replace(ALONE, waiting=7, running=1, room=511, free=255), 0),
-        (replace(ALONE, waiting=8, room=255, free=255), 1),
+        # What everything waits for gets half of what there is, even if nothing else is there yet.
+        (replace(ALONE, urgent=True, room=128, free=128), 0),
+        (replace(ALONE, urgent=True, room=127, free=127), 1),
+        (replace(ALONE, urgent=True, waiting=8, room=128, free=128), 0),
+        (replace(ALONE, urgent=True, waiting=7, running=1, room=128, free=64), 1),
+        (replace(ALONE, urgent=True, waiting=7, running=1, room=128, free=4), 4),
+        (replace(ALONE, urgent=True, waiting=7, running=1, room=128, free=3), None),
+        (replace(ALONE, urgent=True, room=500, free=500, least=1), 1),
+        # The others get their share.
+        (replace(ALONE, waiting=8, room=64, free=64), 3),
+        (replace(ALONE, waiting=6, running=2, running_here=1, room=64, free=32), 3),
+        (replace(ALONE, waiting=8, room=511, free=511), 1),
+        (replace(ALONE, waiting=8, room=255, free=255), 2),
         (replace(ALONE, waiting=800, room=512, free=512), 0),
         (replace(ALONE, waiting=8, room=16, free=16), 4),
-        # What others took sparingly is for those that are still to begin.
-        (replace(ALONE, waiting=1, running=7, running_here=3, room=128, free=64), 0),
-        (replace(ALONE, waiting=2, running=2, running_here=1, room=128, free=64), 1),
+        # What others took sparingly is for those that are still to begin, where it saves much.
+        (replace(ALONE, waiting=1, running=7, running_here=3, room=64, free=48), 1),
+        (replace(ALONE, waiting=1, running=7, running_here=3, room=128, free=64), 2),
+        # Memory that is not worth it is left alone, unless it is there already.
+        (replace(ALONE, least=2), 2),
+        (replace(ALONE, least=2, kept=31), 2),
+        (replace(ALONE, least=2, kept=32), 1),
+        (replace(ALONE, least=2, kept=64), 0),
+        (replace(ALONE, least=2, kept=64, room=63, free=63), 1),
         # The fair share is not there, a smaller form is not taken instead of the smallest: it has to wait.
         (replace(ALONE, waiting=1, running=1, room=64, free=3), None),
         (replace(ALONE, waiting=1, running=1, room=64, free=31), None),
@@ -47,6 +62,16 @@ ALONE = Situation(sizes=SIZES, waiting=1, running=0, running_here=0, threads=2, 
 )
 def test_the_share_that_a_derivation_gets(situation: Situation, index: int | None) -> None:
     assert choose(situation) == index
+
+
+@pytest.mark.parametrize(("uses", "stride"), [(1, 2), (3, 2), (4, 1), (100, 1)])
+def test_new_memory_is_taken_as_far_as_it_pays(uses: float, stride: int) -> None:
+    strides = (1, 2, 4, 8, 16)
+    assert strides[least_stride(strides, uses)] == stride
+
+
+def test_where_there_is_no_choice_none_is_made() -> None:
+    assert least_stride((1,), 1) == 0
 
 
 @st.composite
@@ -65,6 +90,9 @@ def situations(draw: st.DrawFn) -> Situation:
         lanes=lanes,
         room=room,
         free=room if running == 0 else draw(st.integers(-10, max(room, -10))),
+        least=draw(st.integers(0, 4)),
+        kept=draw(st.integers(0, 4096)),
+        urgent=draw(st.booleans()),
     )
 
 
