@@ -15,9 +15,9 @@ from qubes_restore_svc.system_memory import available_memory
 from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
 from qubes_restore_svc.worker.daemon import Daemon
 
-#: Bytes that stay free for the interpreter, the decompressor and the sockets.
-_OVERHEAD = 256 << 20
-_LEAST_MEMORY = 64 << 20
+#: Bytes that stay free for the kernel, the sockets and what else runs in the qube, unless told otherwise.
+_RESERVE = 176 << 20
+_LEAST_MEMORY = 144 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     _restrict_process()
     available = options.memory_limit or available_memory()
-    memory = max(_LEAST_MEMORY, available - _OVERHEAD)
+    memory = max(_LEAST_MEMORY, available - _RESERVE)
     if listener is not None:
         accept = ListeningCalls(listener).accept
     else:

@@ -1,6 +1,7 @@
 """The memory budget: chunk buffers plus the arenas of key derivations, in real bytes, against one limit.
 
-Strategy: one lock and one condition over everything that counts. Buffers that are held are counted one by
+Strategy: one lock and one condition over everything that counts. What the process takes besides is a fixed
+amount that is kept free. Buffers that are held are counted one by
 one. Where chunks are fetched only when they are unpacked, one at a time, room for the largest of them is
 kept from the moment it is known. What remains is for arenas (`arena_room`); a buffer is admitted only
 while that stays enough for the largest derivation that waits or runs, in its smallest form. So whatever
@@ -15,20 +16,25 @@ from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 
 MIB = 1 << 20
 
+#: Bytes that the worker takes besides what is counted: the interpreter and its libraries, a decompressor with
+#: the usual window, what waits to be hashed (tests/worker/test_memory.py measures it).
+OWN_MEMORY = 80 * MIB
+
 #: Chunks that may be on their way while they lie in the archive. They take no memory; a key that takes long
 #: must not hold up the others behind it.
 MAX_LOCATED = 48
 
 
 class Budget:
-    """`limit` bytes, shared by all threads of the pipeline and the derivations of `engine`.
+    """`limit` bytes less `own`, shared by all threads of the pipeline and the derivations of `engine`.
 
     At most `max_chunks` chunks with a buffer are on their way, and no more than take two fifths of the limit,
     so that derivations are not crowded out by what waits for them.
     """
 
-    def __init__(self, limit: int, engine: KdfEngine, max_chunks: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, engine: KdfEngine, max_chunks: int, *, own: int = OWN_MEMORY) -> None:
+        self._granted = limit
+        self._limit = limit - own
         self.changed = threading.Condition()
         self._engine = engine
         self._max_chunks = max_chunks
@@ -40,11 +46,11 @@ class Budget:
     def check(self, size: int, parameters: KdfParameters) -> None:
         """Raise BudgetTooSmall if a chunk of `size` bytes and its derivation can never fit."""
         least = self._least(parameters)
-        if size + least > self.limit:
-            need = -(-(size + least) // MIB)
+        if size + least > self._limit:
+            need = -(-(size + least + self._granted - self._limit) // MIB)
             raise BudgetTooSmall(
-                f"one key derivation of this backup takes {least // MIB} MiB, with its chunk {need} MiB,"
-                f" and the worker may use {self.limit // MIB} MiB",
+                f"one key derivation of this backup takes {least // MIB} MiB, with its chunk and the worker"
+                f" itself {need} MiB, and it may use {self._granted // MIB} MiB",
                 advice=f"Grant it at least that much: --memory {need}.",
             )
 
@@ -94,7 +100,7 @@ class Budget:
     @property
     def arena_room(self) -> int:
         """Bytes that all arenas may take together now. To be asked for with `changed` held."""
-        return self.limit - self._chunk_bytes()
+        return self._limit - self._chunk_bytes()
 
     @property
     def used(self) -> int:
@@ -116,10 +122,10 @@ class Budget:
             chunk_bytes = sum(self._buffers) + max([size, *self._located])
         else:
             chunk_bytes = self._chunk_bytes() + size
-            if self._buffers and chunk_bytes > self.limit * 2 // 5:
+            if self._buffers and chunk_bytes > self._limit * 2 // 5:
                 return False
         running = self._engine.memory_held - self._engine.memory_idle
-        return chunk_bytes + max([least, running, *self._derivations]) <= self.limit
+        return chunk_bytes + max([least, running, *self._derivations]) <= self._limit
 
     def _chunk_bytes(self) -> int:
         return sum(self._buffers) + max(self._located, default=0)

@@ -25,6 +25,7 @@ from qubes_restore_svc.archive.zero_runs import without_zeros
 from qubes_restore_svc.broker.receiver import receive_volume
 from qubes_restore_svc.host.directory_qube import ImageFile
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD, encode_end, encode_header, encode_record
+from qubes_restore_svc.worker.budget import OWN_MEMORY
 from qubes_restore_svc.worker.output import VolumeStream
 
 from .anatomy import Anatomy, Container, archive_source, derive_keys, dissect
@@ -91,7 +92,7 @@ class StageCosts:
             self.derivations.engine,
             parameters,
             count=count or sum(self.mix.values()),
-            room=max(1, memory - self.amounts.largest),
+            room=max(1, memory - OWN_MEMORY - self.amounts.largest),
             cores=cores,
         )
 

@@ -153,7 +153,7 @@ class Pass:
         passphrase: str = PASSPHRASE,
     ) -> None:
         self.engine = engine or Engine()
-        self.budget = Budget(memory, self.engine, max_chunks=jobs * self.engine.lanes + 2)
+        self.budget = Budget(memory, self.engine, max_chunks=jobs * self.engine.lanes + 2, own=0)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self.events = event_queue()
         self.source = ArchiveSource(archive_fd)

@@ -22,9 +22,9 @@ SMALL, LARGE = KdfParameters(10, 8, 1), KdfParameters(17, 8, 1)
 
 
 class Bench:
-    def __init__(self, limit: int, max_chunks: int = 9) -> None:
+    def __init__(self, limit: int, max_chunks: int = 9, own: int = 0) -> None:
         self.engine = LanesEngine()
-        self.budget = Budget(limit, self.engine, max_chunks)
+        self.budget = Budget(limit, self.engine, max_chunks, own=own)
         self._lanes = ManualLanes(self.engine)
         self._count = 0
 
@@ -65,6 +65,16 @@ def test_a_chunk_that_can_never_fit_is_refused_with_the_memory_that_it_needs() -
     assert "--memory 103" in caught.value.advice
     assert bench.budget.used == 0
     Bench(103 * MIB).admit(70 * MIB, LARGE)
+
+
+def test_what_the_worker_takes_itself_is_part_of_the_limit() -> None:
+    bench = Bench(180 * MIB, own=80 * MIB)
+    with pytest.raises(BudgetTooSmall) as caught:
+        bench.admit(70 * MIB, LARGE)
+    assert "it may use 180 MiB" in caught.value.reason
+    assert "--memory 183" in caught.value.advice
+    assert bench.budget.arena_room == 100 * MIB
+    Bench(183 * MIB, own=80 * MIB).admit(70 * MIB, LARGE)
 
 
 @pytest.mark.parametrize("buffered", [True, False])
@@ -198,7 +208,7 @@ def test_any_mix_of_chunks_that_fit_is_derived_within_the_limit(
         least = engine.memory(cost, strides[-1])
         if least < limit:
             plan.append((max(1, int(share * (limit - least))), cost, buffered))
-    budget = Budget(limit, engine, max_chunks=threads * lanes + 2)
+    budget = Budget(limit, engine, max_chunks=threads * lanes + 2, own=0)
     scheduler = KeyScheduler(engine, budget, threads)
     admitted = [threading.Event() for _ in plan]
     keys: dict[int, Future[bytes]] = {}

@@ -56,7 +56,7 @@ class Bench:
         qfile: bool = False,
     ) -> None:
         self.engine = Engine()
-        self.budget = Budget(memory, self.engine, max_chunks=jobs + 2)
+        self.budget = Budget(memory, self.engine, max_chunks=jobs + 2, own=0)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self.events = event_queue()
         self.source = ArchiveSource(descriptor)

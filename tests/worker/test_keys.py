@@ -46,7 +46,7 @@ class ManualEngine(OpensslEngine):
 class Bench:
     def __init__(self, jobs: int, limit: int = 100 * MIB) -> None:
         self.engine = ManualEngine()
-        self.budget = Budget(limit, self.engine, max_chunks=50)
+        self.budget = Budget(limit, self.engine, max_chunks=50, own=0)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self._count = 0
 
@@ -188,7 +188,7 @@ class LanesBench(Bench):
 
     def __init__(self, threads: int, limit: int = 100 * MIB, lanes: int = 4) -> None:
         self.lanes = LanesEngine(lanes)
-        self.budget = Budget(limit, self.lanes, max_chunks=50)
+        self.budget = Budget(limit, self.lanes, max_chunks=50, own=0)
         self.scheduler = KeyScheduler(self.lanes, self.budget, threads)
         self._count = 0
 
