@@ -106,6 +106,18 @@ def described(events: Iterable[Event]) -> list[str]:
 TWO_FILES = [chunk("vm1/private.img", 0), chunk("vm1/private.img", 1), chunk("vm2/private.img", 0)]
 
 
+def test_from_when_it_is_known_what_is_wanted_the_derivations_leave_a_processor_to_the_unpacking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(KeyScheduler, "leave_processors", lambda _: said.append("leave"))
+    with file_with(join_members(TWO_FILES)) as descriptor:
+        bench = Bench(descriptor)
+        assert said == []
+        bench.all()
+    assert said == ["leave"]
+
+
 def test_each_wanted_file_is_a_run_of_events_in_archive_order() -> None:
     with file_with(join_members(TWO_FILES)) as descriptor:
         events = Bench(descriptor).all()

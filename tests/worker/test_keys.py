@@ -353,7 +353,11 @@ def test_closing_gives_up_what_runs_and_what_waits_and_all_memory() -> None:
 def test_while_more_is_to_come_what_is_urgent_has_a_thread_of_its_own() -> None:
     bench = LanesBench(threads=2)
     bench.scheduler.expect_more(True)
-    results = [bench.submit(urgent=True), bench.submit(urgent=True), *(bench.submit() for _ in range(6))]
+    results = [bench.submit(urgent=True)]
+    bench.began(0)
+    results.append(bench.submit(urgent=True))
+    bench.began(0, 1)
+    results += [bench.submit() for _ in range(6)]
     bench.began(*range(6))  # and two lanes stay empty
     bench.lanes.turns_without_change(20)
     bench.began(*range(6))
@@ -366,6 +370,22 @@ def test_while_more_is_to_come_what_is_urgent_has_a_thread_of_its_own() -> None:
     bench.began(*range(8))
     assert threads_of(bench, 0, 1) == threads_of(bench, 6, 7)
     bench.lanes.finish(*range(2, 8))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+@pytest.mark.parametrize(("lanes", "more"), [(4, False), (1, True)])
+def test_two_that_are_urgent_take_a_thread_each_where_nothing_else_is_to_come_or_a_thread_has_one_lane(
+    lanes: int, more: bool
+) -> None:
+    bench = LanesBench(2, lanes=lanes)
+    bench.scheduler.expect_more(more)
+    results = [bench.submit(urgent=True)]
+    bench.began(0)
+    results.append(bench.submit(urgent=True))
+    bench.began(0, 1)
+    assert len(threads_of(bench, 0, 1)) == 2
+    bench.lanes.finish(0, 1)
     bench.ended(*results)
     bench.scheduler.close()
 
@@ -454,6 +474,21 @@ def test_what_fails_in_the_thread_that_took_over_fails_there_and_the_others_go_o
     third = bench.submit()
     bench.lanes.finish(2)
     assert third.result(PATIENCE_S)
+    bench.scheduler.close()
+
+
+def test_nothing_is_left_to_a_thread_that_has_failed() -> None:
+    bench = LanesBench(threads=2)
+    results = [bench.submit() for _ in range(4)]
+    bench.began(0, 1, 2, 3)
+    failed = [number for number, thread in bench.lanes.threads.items() if thread == "kdf-1"]
+    bench.lanes.trouble_in_advance[failed[0]] = RuntimeError("lost")
+    for number in failed:
+        with pytest.raises(RuntimeError, match="lost"):
+            results[number].result(PATIENCE_S)
+    bench.scheduler.leave_processors()
+    bench.lanes.finish(*range(4))
+    bench.ended(*results)
     bench.scheduler.close()
 
 

@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import KdfParameters
+from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
 from qubes_restore_svc.errors import (
     BadArchive,
     BadHeader,
@@ -18,6 +19,7 @@ from qubes_restore_svc.errors import (
     UnknownFilter,
     WrongPassphrase,
 )
+from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import OpenBackup
 
 from ..support.backup_writer import BACKUP_ID, BackupWriter, join_members, sample_qube
@@ -119,6 +121,24 @@ def test_ahead_the_volumes_are_asked_for_as_well() -> None:
         join(thread)
         run.finish()
     assert set(run.outcomes.values()) == {"ok"}
+
+
+def test_the_keys_that_everything_waits_for_are_urgent_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+    submit = KeyScheduler.submit
+
+    def note(self: KeyScheduler, request: KdfRequest, *, urgent: bool = False) -> "Future[bytes]":
+        asked.append((request.passphrase.decode().split("!")[-2], urgent))
+        return submit(self, request, urgent=urgent)
+
+    monkeypatch.setattr(KeyScheduler, "submit", note)
+    with file_with(WRITER.to_bytes()) as descriptor:
+        run = Pass(descriptor)
+        run.start(ahead=True)
+        run.finish()
+    assert asked[:2] == [("backup-header", True), ("qubes.xml.000", True)]
+    assert len(asked) > 2
+    assert not any(urgent for _, urgent in asked[2:])
 
 
 def test_ahead_is_not_run_while_qubes_xml_has_more_chunks_to_come() -> None:
