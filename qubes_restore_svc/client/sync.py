@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.observer import CallObserver
 from qubes_restore_svc.client.transports import Transport
+from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire import restore_call as c
 
 _T = TypeVar("_T")
@@ -42,6 +43,7 @@ class BlockingRestoreCall:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._started = threading.Event()
+        self._no_loop: OSError | None = None
         self._thread = threading.Thread(target=self._live, name="restore call", daemon=True)
         self._cancelled = False
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -60,6 +62,12 @@ class BlockingRestoreCall:
         """Connect, open the backup and wait for the plan. Raises RestoreError."""
         self._thread.start()
         self._started.wait()
+        if self._no_loop is not None:
+            self._thread.join()
+            raise HostFailed(
+                f"dom0 cannot be called: {self._no_loop.strerror}",
+                advice="Close some programs, and try again.",
+            ) from self._no_loop
         try:
             self._do(self._call.__aenter__())
         except BaseException:
@@ -94,10 +102,11 @@ class BlockingRestoreCall:
                 self._loop.call_soon_threadsafe(self._call.request_cancel)
 
     def _do(self, work: Coroutine[Any, Any, _T]) -> _T:
-        assert self._loop is not None, "the call has not been entered, or has been left"
-        future: concurrent.futures.Future[_T] = asyncio.run_coroutine_threadsafe(
-            self._noted(work), self._loop
-        )
+        with self._lock:  # who leaves meanwhile waits, so that nothing is handed to a loop that has ended
+            assert self._loop is not None, "the call has not been entered, or has been left"
+            future: concurrent.futures.Future[_T] = asyncio.run_coroutine_threadsafe(
+                self._noted(work), self._loop
+            )
         try:
             return future.result()
         except BaseException:
@@ -113,7 +122,15 @@ class BlockingRestoreCall:
         self._thread.join()
 
     def _live(self) -> None:
-        asyncio.run(self._until_stopped())
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(self._until_stopped())
+        except OSError as error:  # no descriptor is left for a loop
+            if self._started.is_set():
+                raise
+            self._no_loop = error
+        finally:
+            self._started.set()
 
     async def _until_stopped(self) -> None:
         self._stop = asyncio.Event()

@@ -1,9 +1,13 @@
 """The blocking client: the same, for programs without asyncio, and from any thread."""
 
+import asyncio
+import errno
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,3 +184,53 @@ def test_whoever_waits_is_told_when_another_thread_leaves(tmp_path: Path) -> Non
         assert begun.wait(PATIENCE_S)
     other.join(PATIENCE_S)
     assert [str(error) for error in caught] == ["the call has been closed here"]
+
+
+def test_a_call_for_which_nothing_can_be_opened_is_an_error_and_no_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_loop() -> asyncio.AbstractEventLoop:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def enter() -> None:
+        with pytest.raises(HostFailed, match="Too many open files"):
+            BlockingRestoreCall(fake_program(tmp_path, *OPENED), request()).__enter__()
+        told.set()
+
+    told = threading.Event()
+    monkeypatch.setattr(asyncio.events, "new_event_loop", no_loop)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # pytest's would wait for who waits
+    threading.Thread(target=enter, daemon=True).start()
+    assert told.wait(PATIENCE_S)
+
+
+def test_whoever_asks_just_when_another_thread_leaves_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over = asyncio.run_coroutine_threadsafe
+    asked: list[threading.Thread] = []
+
+    def late(work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> "Future[Any]":
+        if threading.current_thread() is asker:
+            leaver = threading.Thread(target=call.__exit__, args=(None, None, None))
+            leaver.start()
+            leaver.join(1)  # it would be through, if it did not wait for us
+            asked.append(leaver)
+        return hand_over(work, loop)
+
+    def ask() -> None:
+        try:
+            call.confirm()
+        except HostFailed as error:
+            caught.append(str(error))
+
+    caught: list[str] = []
+    asker = threading.Thread(target=ask, daemon=True)
+    call = BlockingRestoreCall(fake_program(tmp_path, *OPENED, ("hear end",)), request())
+    call.__enter__()
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", late)
+    asker.start()
+    asker.join(PATIENCE_S)
+    assert not asker.is_alive()
+    asked.pop().join(PATIENCE_S)
+    assert caught == ["the call has been closed here"]
