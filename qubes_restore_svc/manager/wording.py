@@ -139,7 +139,9 @@ def headline(mode: str, found: Iterable[Outcome]) -> str:
     if total == 0:
         return f"Nothing was {verb}"
     if done == total:
-        return f"The qube was {verb}" if total == 1 else f"All {total} qubes were {verb}"
+        return {1: f"The qube was {verb}", 2: f"Both qubes were {verb}"}.get(
+            total, f"All {total} qubes were {verb}"
+        )
     return f"{done} of {total} {qubes} {verb}" if done else f"No qube was {verb}"
 
 

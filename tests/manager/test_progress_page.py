@@ -14,6 +14,7 @@ from qubes_restore_svc.manager.colours import text_colours
 from qubes_restore_svc.manager.progress_page import ProgressPage
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import VmClass
 from tests.manager.script import MIB, Script, qube, result
 
 QUBES = (qube("work"), qube("vault"))
@@ -64,7 +65,17 @@ def test_the_bar_is_full_at_a_good_end_only() -> None:
     shown.feed.ended(report(0, result("work"), result("vault")), None)
     qt.process_events()
     assert shown.bar.value() == shown.bar.maximum()
-    assert shown.headline.text() == "All 2 qubes were restored"
+    assert shown.headline.text() == "Both qubes were restored"
+
+
+@pytest.mark.parametrize(("klass", "told"), [("AppVM", False), ("TemplateVM", True), ("StandaloneVM", True)])
+def test_updates_are_asked_for_where_old_software_has_come_back(klass: VmClass, told: bool) -> None:
+    shown = page()
+    restored = result("work").model_copy(update={"klass": klass})
+    shown.feed.ended(report(0, restored), None)
+    qt.process_events()
+    assert ("Install updates" in shown.doing.text()) == told
+    assert "It took" in shown.doing.text()
 
 
 def test_the_qube_and_volume_under_way_are_told() -> None:
@@ -148,7 +159,7 @@ def test_verifying_is_not_called_restoring() -> None:
     done = report(0, result("work", mode="verify"), result("vault", mode="verify"))
     shown.feed.ended(done.model_copy(update={"mode": "verify"}), None)
     qt.process_events()
-    assert shown.headline.text() == "All 2 qubes were verified"
+    assert shown.headline.text() == "Both qubes were verified"
     assert "Nothing was restored" in shown.doing.text()
 
 

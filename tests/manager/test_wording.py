@@ -57,7 +57,8 @@ def test_a_renamed_qube_is_told_with_its_old_name() -> None:
 
 @pytest.mark.parametrize(
     ("good", "bad", "expected"),
-    [(1, 0, "The qube was restored"), (3, 0, "All 3 qubes were restored"), (1, 2, "1 of 3 qubes restored"),
+    [(1, 0, "The qube was restored"), (2, 0, "Both qubes were restored"),
+     (3, 0, "All 3 qubes were restored"), (1, 2, "1 of 3 qubes restored"),
      (0, 2, "No qube was restored"), (0, 0, "Nothing was restored")],
 )  # fmt: skip
 def test_the_headline_sums_it_up(good: int, bad: int, expected: str) -> None:
