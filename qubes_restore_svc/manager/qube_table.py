@@ -74,8 +74,11 @@ class QubeTable(QTableWidget):
             self._set(self._row(qube.new_name), name, "waiting", "", _Tone.QUIET)
 
     def set_running(self, qube: str, volume: str) -> None:
-        """It is this qube's turn."""
-        self._set(self._row(qube), None, "▸ in progress", volume_text(volume), _Tone.PLAIN)
+        """It is this qube's turn. It comes into view when it begins, and then the person may scroll."""
+        row = self._row(qube)
+        if self._tones[row] is not _Tone.PLAIN and (item := self.item(row, 0)) is not None:
+            self.scrollToItem(item)
+        self._set(row, None, "▸ in progress", volume_text(volume), _Tone.PLAIN)
 
     def set_undoing(self) -> None:
         """What is under way is being undone, and what waits will not come."""

@@ -86,6 +86,24 @@ def test_the_qube_and_volume_under_way_are_told() -> None:
     assert shown.table.as_text().splitlines() == ["work\twaiting", "vault\t▸ in progress\tprivate volume"]
 
 
+def test_the_qube_under_way_comes_into_view_when_it_begins() -> None:
+    shown = page(*(qube(f"number-{number}") for number in range(30)))
+    shown.resize(500, 300)
+    shown.show()
+    qt.process_events()
+    bar = shown.table.verticalScrollBar()
+    assert bar is not None and bar.value() == 0
+    shown.feed.volume_started("number-20", "root", 100 * MIB)
+    qt.process_events()
+    item, view = shown.table.item(20, 0), shown.table.viewport()
+    assert item is not None and view is not None
+    assert view.rect().contains(shown.table.visualItemRect(item))
+    bar.setValue(0)  # a person looks elsewhere
+    shown.feed.volume_started("number-20", "private", 100 * MIB)
+    qt.process_events()
+    assert bar.value() == 0
+
+
 def test_a_partial_failure_says_which_and_why() -> None:
     shown = page()
     mac = AuthenticationFailed("the MAC does not match")
