@@ -98,7 +98,9 @@ class Events:
 
     def cancelling(self) -> None:
         """The person has cancelled."""
-        LOG.warning("Cancelling: the qube that is under way is removed, finished ones stay…")
+        restoring = self._plan is not None and self._mode != "verify"
+        undone = ": the qube that is under way is removed, finished ones stay" if restoring else ""
+        LOG.warning("Cancelling%s…", undone)
         self._tell(lambda listener: listener.cancelling())
 
     def ended(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:

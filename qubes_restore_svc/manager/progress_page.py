@@ -74,7 +74,7 @@ class ProgressPage(QWidget):
         super().__init__(parent)
         self.feed = ProgressFeed(self)
         self._state = _State.WAITING
-        self._succeeded = self._cancelled = False
+        self._succeeded = self._cancelled = self._any_done = False
         self._mode = "restore"
         self._progress = Progress(None)
         self._began = time.monotonic()
@@ -126,6 +126,7 @@ class ProgressPage(QWidget):
             self.table.set_running(qube, volume)
 
     def _on_qube(self, result: c.QubeResult) -> None:
+        self._any_done = self._any_done or result.succeeded
         if result.outcome != "left out":
             self.table.set_outcome(result.name, wording.outcome(result, self._mode))
 
@@ -186,15 +187,19 @@ class ProgressPage(QWidget):
         self.table.set_rest(verb, "")
 
     def _show_error(self, error: RestoreError) -> None:
+        verified = self._mode == "verify"
+        what, nothing = (
+            ("The verification", "Nothing was verified")
+            if verified
+            else ("The restore", "Nothing was restored")
+        )
         if isinstance(error, Cancelled):
             self._cancelled = True
             self.headline.setText("Cancelled")
-            self.doing.setText("Nothing was restored.")
-            self.table.set_rest("not begun", "")
+            self.doing.setText("" if self._any_done else f"{nothing}.")
+            self.table.set_rest("not begun", "", failed=False)
             return
-        self.headline.setText(
-            "The restore did not finish" if self.table.rowCount() else "Nothing was restored"
-        )
+        self.headline.setText(f"{what} did not finish" if self.table.rowCount() else nothing)
         self.doing.setText(wording.error_text(error))
         self.table.set_rest("not known", "What came of it stands in dom0's report.")
 

@@ -97,11 +97,12 @@ class QubeTable(QTableWidget):
         self._settled.add(row)
         self._set(row, outcome.name, f"{mark} {outcome.word}", outcome.explanation, tone)
 
-    def set_rest(self, word: str, explanation: str) -> None:
-        """The same for all of which nothing is known."""
+    def set_rest(self, word: str, explanation: str, *, failed: bool = True) -> None:
+        """The same for all of which nothing is known; not `failed`: nothing is wrong with them."""
+        mark, tone = ("✗", _Tone.BAD) if failed else ("–", _Tone.QUIET)
         for row in range(self.rowCount()):
             if row not in self._settled:
-                self._set(row, None, f"✗ {word}", explanation, _Tone.BAD)
+                self._set(row, None, f"{mark} {word}", explanation, tone)
 
     def show_first_failure(self) -> None:
         """Scroll to it."""

@@ -29,9 +29,17 @@ _HOME_NOTE = (
     " unpacked: move it to a qube that you trust it with, and look at it there."
 )
 _ODD = "Look for the reason in the messages below, and in dom0's report."
-_CANCEL_QUESTION = (
+#: The question before a cancel, and its two answers.
+_CANCEL_RESTORE = (
     "The restore is still running.\n\nIf you cancel it, the qube that is under way is removed again. Qubes"
-    " that are complete stay."
+    " that are complete stay.",
+    "Cancel the restore",
+    "Continue restoring",
+)
+_CANCEL_VERIFICATION = (
+    "The verification is still running.\n\nIf you cancel it, you do not know whether the rest is good.",
+    "Cancel the verification",
+    "Continue verifying",
 )
 
 
@@ -144,9 +152,10 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         question.setIcon(QMessageBox.Icon.Question)
         question.setWindowTitle(TITLE)
         question.setTextFormat(Qt.TextFormat.PlainText)
-        question.setText(_CANCEL_QUESTION)
-        yes = question.addButton("Cancel the restore", QMessageBox.ButtonRole.DestructiveRole)
-        no = question.addButton("Continue restoring", QMessageBox.ButtonRole.RejectRole)
+        text, cancel, go_on = _CANCEL_VERIFICATION if self.verify_only.isChecked() else _CANCEL_RESTORE
+        question.setText(text)
+        yes = question.addButton(cancel, QMessageBox.ButtonRole.DestructiveRole)
+        no = question.addButton(go_on, QMessageBox.ButtonRole.RejectRole)
         question.setDefaultButton(no)
         question.setEscapeButton(no)
         question.finished.connect(lambda: self._answered(cancel=question.clickedButton() is yes, close=close))

@@ -156,7 +156,7 @@ def test_a_cancel_that_overtakes_the_beginning_stays_one() -> None:
     ("error", "headline", "row"),
     [
         (HostFailed("the call ended", advice="Look."), "The restore did not finish", "✗ not known"),
-        (Cancelled("it was"), "Cancelled", "✗ not begun"),
+        (Cancelled("it was"), "Cancelled", "– not begun"),
     ],
 )
 def test_an_end_without_a_report_is_told(error: RestoreError, headline: str, row: str) -> None:
@@ -169,6 +169,7 @@ def test_an_end_without_a_report_is_told(error: RestoreError, headline: str, row
     lines = shown.table.as_text().splitlines()
     assert lines[0] == "work\t✓ restored"
     assert lines[1].startswith(f"vault\t{row}")
+    assert "Nothing was restored" not in shown.doing.text()
 
 
 def test_verifying_is_not_called_restoring() -> None:
@@ -179,6 +180,15 @@ def test_verifying_is_not_called_restoring() -> None:
     qt.process_events()
     assert shown.headline.text() == "Both qubes were verified"
     assert "Nothing was restored" in shown.doing.text()
+    for error, headline in (
+        (HostFailed("the call ended", advice=""), "The verification did not finish"),
+        (Cancelled("it was"), "Cancelled"),
+    ):
+        shown = page(mode="verify")
+        shown.feed.ended(None, error)
+        qt.process_events()
+        assert shown.headline.text() == headline
+        assert "restore" not in shown.doing.text()
 
 
 def test_what_is_told_in_other_threads_is_shown_in_the_windows_own() -> None:

@@ -188,6 +188,22 @@ def test_closing_the_window_asks_and_waits_for_the_undoing(
     assert script.is_closed
 
 
+def test_of_a_verification_it_is_asked_whether_to_cancel_that(
+    window: IsolatedRestoreWindow, script: Script
+) -> None:
+    go_on = threading.Event()
+    script.steps = [begin("work"), wait_for(go_on), finish("work")]
+    window.verify_only.setChecked(True)
+    start(window, "work")
+    assert script.calls[0].confirmed.wait(LONG_S)
+    window.close()
+    assert "removed" not in question(window).text()
+    answer(window, "Cancel the verification")
+    go_on.set()
+    qt.until(lambda: not window.isVisible())
+    assert "removed" not in window.commit_text_edit.toPlainText()
+
+
 @pytest.mark.parametrize("by_key", [False, True])
 def test_the_question_can_be_answered_with_no(
     window: IsolatedRestoreWindow, script: Script, by_key: bool
