@@ -75,6 +75,7 @@ class ProgressPage(QWidget):
         self.feed = ProgressFeed(self)
         self._state = _State.WAITING
         self._succeeded = self._cancelled = self._any_done = False
+        self._was_asked_to = False  # cancel
         self._mode = "restore"
         self._progress = Progress(None)
         self._began = time.monotonic()
@@ -150,6 +151,7 @@ class ProgressPage(QWidget):
         self.bar.setRange(0, 0)  # how long the undoing takes is not known
 
     def _on_over(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:
+        self._was_asked_to = self._state is _State.CANCELLING
         self._state = _State.OVER
         self._clock.stop()
         if report is not None:
@@ -176,13 +178,14 @@ class ProgressPage(QWidget):
         self.headline.setText(f"Cancelled. {summary}" if cancelled else summary)
         if report.error is not None and not cancelled:
             self.doing.setText(wording.error_text(report.error.to_error()))
-        elif cancelled and report.mode == "restore":
-            self.doing.setText("What was not complete has been removed again.")
+        elif cancelled:
+            undone = "What was not complete has been removed again." if report.mode == "restore" else ""
+            self._show_why(None if report.error is None else report.error.to_error(), undone)
         elif self._succeeded:
             elapsed = f"It took {duration_text(time.monotonic() - self._began)}."
             self.doing.setText(" ".join(part for part in (_what_next(report), elapsed) if part))
         else:
-            self.doing.setText(_WHAT_FAILED if not cancelled else "")
+            self.doing.setText(_WHAT_FAILED)
         verb = "failed" if report.mode == "verify" else "not restored"
         self.table.set_rest(verb, "")
 
@@ -196,12 +199,17 @@ class ProgressPage(QWidget):
         if isinstance(error, Cancelled):
             self._cancelled = True
             self.headline.setText("Cancelled")
-            self.doing.setText("" if self._any_done else f"{nothing}.")
+            self._show_why(error, "" if self._any_done else f"{nothing}.")
             self.table.set_rest("not begun", "", failed=False)
             return
         self.headline.setText(f"{what} did not finish" if self.table.rowCount() else nothing)
         self.doing.setText(wording.error_text(error))
         self.table.set_rest("not known", "What came of it stands in dom0's report.")
+
+    def _show_why(self, error: RestoreError | None, text: str) -> None:
+        """`text`, and before it why it was cancelled, if it was not the person here who did it."""
+        why = "" if error is None or self._was_asked_to else wording.error_text(error)
+        self.doing.setText(" ".join(part for part in (why, text) if part))
 
     def _set_bar_at_the_end(self) -> None:
         self.bar.setRange(0, _STEPS)

@@ -140,6 +140,22 @@ def test_a_cancel_is_told_at_once_and_its_end_too() -> None:
     assert "✗" not in shown.table.as_text()
 
 
+@pytest.mark.parametrize("with_report", [False, True])
+def test_a_cancel_that_the_person_has_not_asked_for_is_explained(with_report: bool) -> None:
+    ended = Cancelled("dom0 ended it", advice="")
+    for asked in (False, True):
+        shown = page()
+        if asked:
+            shown.feed.cancelling()
+        if with_report:
+            shown.feed.ended(report(130, result("work", ended), error=ended), None)
+        else:
+            shown.feed.ended(None, ended)
+        qt.process_events()
+        assert shown.headline.text().startswith("Cancelled")
+        assert shown.doing.text().startswith("Dom0 ended it. ") != asked
+
+
 def test_a_cancel_that_overtakes_the_beginning_stays_one() -> None:
     qt.application()
     shown = ProgressPage()
