@@ -183,7 +183,7 @@ class ProgressPage(QWidget):
             self._show_why(None if report.error is None else report.error.to_error(), undone)
         elif self._succeeded:
             elapsed = f"It took {duration_text(time.monotonic() - self._began)}."
-            self.doing.setText(" ".join(part for part in (_what_next(report), elapsed) if part))
+            self.doing.setText(" ".join(part for part in (wording.what_next(report), elapsed) if part))
         else:
             self.doing.setText(_WHAT_FAILED)
         verb = "failed" if report.mode == "verify" else "not restored"
@@ -280,18 +280,6 @@ class ProgressPage(QWidget):
 
 
 _WHAT_FAILED = "The table says what is wrong with the others, and what to do."
-_VERIFIED = "All that was selected is in the backup, unchanged. Nothing was restored."
-_UPDATE = "Install updates in restored templates and standalone qubes before you use them."
-#: Classes of qubes that have software of their own, as old as the backup.
-_TO_BE_UPDATED = ("TemplateVM", "StandaloneVM")
-
-
-def _what_next(report: c.RestoreReport) -> str:
-    if report.mode == "verify":
-        return _VERIFIED
-    if any(qube.succeeded and qube.klass in _TO_BE_UPDATED for qube in report.qubes):
-        return _UPDATE
-    return ""
 
 
 def _label(*, larger: bool = False) -> QLabel:

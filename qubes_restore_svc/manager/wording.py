@@ -32,6 +32,8 @@ _ADVICE = {
     ),
     "bad-compression": "The backup is damaged here; look for another copy.",
 }
+#: Classes of qubes that have software of their own, as old as the backup.
+_TO_BE_UPDATED = ("TemplateVM", "StandaloneVM")
 _OTHER_ADVICE = "“qvm-backup-restore --mgmt-vm --help” in a terminal tells of options that may help."
 
 
@@ -143,6 +145,15 @@ def headline(mode: str, found: Iterable[Outcome]) -> str:
             total, f"All {total} qubes were {verb}"
         )
     return f"{done} of {total} {qubes} {verb}" if done else f"No qube was {verb}"
+
+
+def what_next(report: c.RestoreReport) -> str:
+    """What there is to say or to do when everything went well; may be empty."""
+    if report.mode == "verify":
+        return "All that was selected is in the backup, unchanged. Nothing was restored."
+    if any(qube.succeeded and qube.klass in _TO_BE_UPDATED for qube in report.qubes):
+        return "Install updates in restored templates and standalone qubes before you use them."
+    return ""
 
 
 def _undone(mode: str) -> str:
