@@ -5,6 +5,7 @@ some of our texts quote the backup; so nothing here can look like it. Advice tha
 commands is put in the dialog's terms.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ _ADVICE = {
 }
 #: Classes of qubes that have software of their own, as old as the backup.
 _TO_BE_UPDATED = ("TemplateVM", "StandaloneVM")
+#: An option of a command, long or short.
+_OPTION = re.compile(r"(?<![\w-])--?[A-Za-z]")
 _OTHER_ADVICE = "“qvm-backup-restore --mgmt-vm --help” in a terminal tells of options that may help."
 
 
@@ -75,7 +78,7 @@ def error_text(error: RestoreError) -> str:
 
 def advice(kind: str, text: str) -> str:
     """An advice in terms of a dialog."""
-    if "--" not in text:
+    if not _OPTION.search(text):
         return text
     return _ADVICE.get(kind, _OTHER_ADVICE)
 

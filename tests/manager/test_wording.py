@@ -14,6 +14,12 @@ def test_no_advice_names_an_option_that_the_dialog_does_not_have() -> None:
         assert bool(told) == bool(error.default_advice)
 
 
+@pytest.mark.parametrize("told", ["Use --yes.", "Name the qube with -d.", "Take another (-Z FILTER)."])
+def test_an_advice_that_names_any_option_of_a_command_is_not_repeated(told: str) -> None:
+    assert wording.advice("usage", told) == wording.advice("usage", "Use --option.")
+    assert wording.advice("usage", "Re-try with worker-vm - later.") == "Re-try with worker-vm - later."
+
+
 def test_an_error_says_where_why_and_what_to_do() -> None:
     assert wording.error_text(BudgetTooSmall("one key needs 4 GiB", qube="work")) == (
         "work: one key needs 4 GiB. Give the worker more memory: worker.memory in"
