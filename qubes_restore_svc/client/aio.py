@@ -15,7 +15,7 @@ from typing import Self
 
 from qubes_restore_svc.client.observer import CallObserver, NullObserver
 from qubes_restore_svc.client.transports import Connection, Transport
-from qubes_restore_svc.errors import HostFailed, ProtocolViolation, RestoreError, UsageError
+from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire import service
@@ -60,6 +60,7 @@ class RestoreCall:
         self._planned = asyncio.Event()
         self._connection: Connection | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._confirmed = False
         self._cancel_wanted = False
         self._impatience: asyncio.TimerHandle | None = None
         self._gave_up = False
@@ -100,6 +101,8 @@ class RestoreCall:
 
     async def choose(self, choice: c.Choice) -> c.Plan:
         """Have another plan made, from this choice alone. Raises RestoreError; the call is over then."""
+        if self._state.phase is c.CallPhase.ENDING:
+            await self.wait_ended()
         if self._is_over:
             raise self._why_over()
         self._send(c.Choose(choice=choice))
@@ -114,6 +117,7 @@ class RestoreCall:
         """
         if self._state.phase is not c.CallPhase.ENDING and not self._is_over:
             self._send(c.Confirm(plan=self.plan.number))
+            self._confirmed = True
         try:
             return await self._end()
         except asyncio.CancelledError:
@@ -198,6 +202,8 @@ class RestoreCall:
         return message
 
     async def _lost(self, connection: Connection) -> RestoreError:
+        if self._gave_up and not self._confirmed:
+            return Cancelled("it was cancelled", advice="dom0 may still be putting away what it had begun.")
         if self._gave_up:
             return HostFailed("it was cancelled, and dom0 did not say what came of it", advice=_WHERE_TO_LOOK)
         fault = await connection.fault()

@@ -443,9 +443,30 @@ async def test_a_dom0_that_does_not_answer_a_cancel_is_left(
     if phase != "planned":
         await asyncio.sleep(0)
         await call.cancel()
-    with pytest.raises(HostFailed, match="it was cancelled, and dom0 did not say what came of it"):
+    with pytest.raises(RestoreError) as caught:
         async with asyncio.timeout(PATIENCE_S):
             await task
+    if phase == "running":
+        assert isinstance(caught.value, HostFailed)
+        assert caught.value.reason == "it was cancelled, and dom0 did not say what came of it"
+    else:  # nothing can have come of what nobody has confirmed
+        assert (type(caught.value), caught.value.reason) == (Cancelled, "it was cancelled")
+    await transport.check()
+
+
+async def test_a_choice_after_a_cancel_is_not_made_and_told_to_be_cancelled() -> None:
+    async def dom0(peer: Peer) -> None:
+        await planned(peer)
+        await peer.hear(Cancel)
+        await peer.say(refused(Cancelled("it was cancelled")))
+        await peer.hear_end()
+
+    transport = FakeTransport(dom0)
+    async with RestoreCall(transport, request()) as call:
+        await call.cancel()
+        for _ in range(2):
+            with pytest.raises(Cancelled, match="it was cancelled"):
+                await call.choose(c.Choice())
     await transport.check()
 
 
