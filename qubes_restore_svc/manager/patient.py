@@ -2,16 +2,18 @@
 
 Strategy: opening a backup starts a disposable qube and derives keys, which takes from seconds to minutes. The
 dialog asks for it as if it took no time. So the question is put in another thread, and a small window with a
-Cancel button stands before the dialog meanwhile. The module has the names that the dialog takes from
-`qubesadmin.backup.restore`.
+Cancel button stands before the dialog meanwhile. Before that shows, nothing that is pressed reaches the
+dialog: it is between two pages, and the second click of a double click would be taken for an answer to what
+nobody has seen. The module has the names that the dialog takes from `qubesadmin.backup.restore`.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from PyQt6 import sip
-from PyQt6.QtCore import QCoreApplication, QEventLoop, QObject, Qt, QThread, pyqtSignal
+from PyQt6.QtCore import QCoreApplication, QEvent, QEventLoop, QObject, Qt, QThread, pyqtSignal
 from PyQt6.QtWidgets import QApplication, QProgressDialog, QWidget
 
 from qubes_restore_svc.manager import restore
@@ -66,7 +68,10 @@ def _wait_for(ask: Callable[[], _T], cancel: Callable[[], None]) -> _T:
         finally:
             answered.signal.emit()  # from another thread than the loop's, so that it is queued there
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening-backup") as pool:
+    with (
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening-backup") as pool,
+        _deaf_without(window),
+    ):
         answer = pool.submit(run)
         loop.exec()
     if not sip.isdeleted(window):  # with its parent, if that was closed meanwhile
@@ -74,6 +79,50 @@ def _wait_for(ask: Callable[[], _T], cancel: Callable[[], None]) -> _T:
         window.close()
         window.deleteLater()
     return answer.result()
+
+
+@contextlib.contextmanager
+def _deaf_without(window: QWidget) -> Iterator[None]:
+    """While `window` does not show, no input arrives anywhere; when it does, it is modal."""
+    application, deaf = QCoreApplication.instance(), _Deaf(window)
+    assert application is not None
+    application.installEventFilter(deaf)
+    try:
+        yield
+    finally:
+        application.removeEventFilter(deaf)
+
+
+class _Deaf(QObject):
+    def __init__(self, window: QWidget) -> None:
+        super().__init__()
+        self._window = window
+
+    def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
+        if event is None or event.type() not in _INPUT:
+            return False
+        if sip.isdeleted(self._window) or self._window.isVisible():
+            return False
+        if event.type() is QEvent.Type.Close:
+            event.ignore()  # otherwise it counts as taken, and the window goes
+        return True
+
+
+_INPUT = frozenset(
+    {
+        QEvent.Type.MouseButtonPress,
+        QEvent.Type.MouseButtonRelease,
+        QEvent.Type.MouseButtonDblClick,
+        QEvent.Type.TouchBegin,
+        QEvent.Type.TouchUpdate,
+        QEvent.Type.TouchEnd,
+        QEvent.Type.KeyPress,
+        QEvent.Type.KeyRelease,
+        QEvent.Type.ShortcutOverride,
+        QEvent.Type.Shortcut,
+        QEvent.Type.Close,
+    }
+)
 
 
 def _waiting_window(parent: QWidget | None) -> QProgressDialog:

@@ -17,7 +17,8 @@ from tests.manager.script import (
     wait_for,
 )
 
-from PyQt6.QtCore import QTimer  # isort: skip
+from PyQt6.QtCore import QEvent, QPointF, Qt, QTimer  # isort: skip
+from PyQt6.QtGui import QKeyEvent, QMouseEvent  # isort: skip
 from PyQt6.QtWidgets import QApplication, QProgressDialog, QPushButton  # isort: skip
 
 from qubes_restore_svc.manager import patient  # isort: skip
@@ -178,6 +179,46 @@ def test_an_opening_can_be_waited_for_and_cancelled() -> None:
     assert "Opening the backup" in texts[0]
     assert "Cancelling" in texts[1]
     assert shown.problems == ["The call was cancelled."]
+    shown.close()
+
+
+def press(button: QPushButton) -> None:
+    """With the mouse, and with the space bar."""
+    left, none = Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
+    point = QPointF(button.rect().center())
+    place = button.mapToGlobal(point)
+    mouse = (QEvent.Type.MouseButtonPress, QEvent.Type.MouseButtonRelease)
+    keys = (QEvent.Type.KeyPress, QEvent.Type.KeyRelease)
+    for kind in mouse:
+        qt.application().sendEvent(button, QMouseEvent(kind, point, place, left, left, none))
+    for kind in keys:
+        qt.application().sendEvent(button, QKeyEvent(kind, Qt.Key.Key_Space.value, none, " "))
+
+
+def test_what_is_pressed_before_the_waiting_shows_does_not_reach_the_page_below() -> None:
+    shown = dialog(Script(QUBES, hold_opening=True), patient.BackupRestore)
+    pressed: list[str] = []
+    below = QPushButton("Next")
+    below.clicked.connect(lambda: pressed.append("below"))
+    below.show()
+    press(below)
+    assert pressed == ["below", "below"]
+
+    def press_early() -> None:
+        windows = [window for window in QApplication.topLevelWidgets() if isinstance(window, QProgressDialog)]
+        assert not any(window.isVisible() for window in windows)
+        press(below)
+        seen.append(below.close())
+        assert shown.backup is not None
+        shown.backup.canceled = True
+
+    seen: list[bool] = []
+    QTimer.singleShot(0, press_early)
+    assert not shown.select()
+    assert (pressed, seen, below.isVisible()) == (["below", "below"], [False], True)
+    press(below)
+    assert len(pressed) == 4
+    assert below.close()
     shown.close()
 
 
