@@ -4,15 +4,20 @@ import os
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import qubesadmin
 
 from qubes_restore_svc.client import transports
+from qubes_restore_svc.errors import WrongPassphrase
+from qubes_restore_svc.manager import restore
 from qubes_restore_svc.wire import messages, models, names
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.framing import encode_frame
 from qubes_restore_svc.wire.messages import Cancel
 from qubes_restore_svc.wire.models import encode_message
+from tests.manager.script import Script, finish, move, qube
 
 from . import client_pages as pages
 from .client_words import FIELDS
@@ -20,7 +25,7 @@ from .fakes import OTHER, QUBE, RESULT, plan, report
 from .programs import Step, fake_program, fake_qrexec, said
 
 TEXT = pages.PAGE.read_text()
-BLOCKING, ASYNC, BYTES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+BLOCKING, ASYNC, STOCK, BYTES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_page_is_current() -> None:
@@ -98,6 +103,24 @@ def test_an_example_says_what_is_wrong(
     monkeypatch.setattr(transports, "system_transport", lambda: transports.QrexecTransport(program=program))
     run(example, tmp_path)
     assert "dom0's policy does not let this qube call restore." in capsys.readouterr().out
+
+
+def test_the_example_with_the_stock_names_restores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script((qube("work"), qube("vault")), steps=[move(0, 64 << 20), finish("work")])
+    app = SimpleNamespace(local_name="sys-gui", domains={"sys-usb": SimpleNamespace(name="sys-usb")})
+    monkeypatch.setattr(restore, "call_dom0", script)
+    monkeypatch.setattr(qubesadmin, "Qubes", lambda: app)
+    run(STOCK, tmp_path)
+    told = capsys.readouterr().out.splitlines()
+    assert told[-3:] == ["64 %", "100 %", "everything is there"]
+    assert [line for line in told if line.lstrip().startswith("work |")]
+    assert not [line for line in told if "vault" in line]
+    assert script.is_closed
+    script.refusal = WrongPassphrase("it is another one")
+    run(STOCK, tmp_path)
+    assert capsys.readouterr().out.startswith("It is another one. ")
 
 
 def test_the_example_without_the_library_lists(
