@@ -27,6 +27,7 @@ from qubesadmin import exc
 from qubes_restore_svc.broker.call_messages import plan_of
 from qubes_restore_svc.broker.plan import Plan as ShownPlan
 from qubes_restore_svc.cli.qvm_plan_table import plan_table
+from qubes_restore_svc.cli.terminal import wrapped
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
 from qubes_restore_svc.manager import entries, wording
 from qubes_restore_svc.manager.call import KeptCall, OpenCall, call_dom0
@@ -35,6 +36,10 @@ from qubes_restore_svc.manager.options import BackupRestoreOptions, choice_from,
 from qubes_restore_svc.wire import restore_call as c
 
 __all__ = ["BackupCanceledError", "BackupRestore", "BackupRestoreOptions"]
+
+
+#: Of the summary, where there is a choice: the stock dialog is as wide.
+_COLUMNS = 96
 
 
 class BackupCanceledError(exc.BackupCancelledError):
@@ -165,9 +170,9 @@ class BackupRestore:
             planned = tuple(entry.planned for entry in restore_info.values())
             message = c.Plan(number=1, mode="restore", backup_id="0", qubes=planned)
             shown: ShownPlan = plan_of(message)
-            lines = [plan_table(shown, None)]
+            lines = [plan_table(shown, _COLUMNS).replace(" <-- ", " ← ")]  # no "<": see `wording`
             lines += [
-                f"\n{entry.vm.name}: {wording.problem_text(entry.planned)}"
+                f"\n{wrapped(f'{entry.vm.name}: {wording.problem_text(entry.planned)}', _COLUMNS)}"
                 for entry in restore_info.values()
                 if entry.planned.error is not None
             ]

@@ -11,7 +11,7 @@ from queue import Empty
 
 from PyQt6.QtCore import QSize, Qt
 from PyQt6.QtGui import QCloseEvent, QKeyEvent, QTextCharFormat, QTextCursor
-from PyQt6.QtWidgets import QApplication, QLabel, QMessageBox, QWidget, QWizard
+from PyQt6.QtWidgets import QApplication, QLabel, QMessageBox, QTextEdit, QWidget, QWizard
 from qubesadmin import exc
 from qubesadmin.app import QubesBase
 from qubesmanager import backup_utils
@@ -57,6 +57,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         self.progress_page = ProgressPage()
         self.progress_bar.hide()
         self.verticalLayout_3.insertWidget(0, self.progress_page, 1)
+        self.confirm_text_edit.setLineWrapMode(QTextEdit.LineWrapMode.NoWrap)  # it shows a table
         self.commit_text_edit.setReadOnly(True)
         self.commit_text_edit.setAccessibleName("Messages")
         self.commit_text_edit.setPlaceholderText("Messages of the restore appear here.")

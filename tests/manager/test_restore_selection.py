@@ -5,6 +5,7 @@ from qubes_restore_svc.errors import (
     QubeExists,
 )
 from qubes_restore_svc.manager.restore import BackupRestore
+from qubes_restore_svc.wire.models import ErrorInfo
 from tests.manager.adapters import QUBES, adapter
 from tests.manager.script import (
     Script,
@@ -88,6 +89,10 @@ def test_the_summary_is_the_stock_table_and_says_what_is_wrong() -> None:
     )
     text = BackupRestore.get_restore_summary(adapter(Script([taken, exists])).get_restore_info())
     assert "name |" in text
-    assert "work |" in text and "will be renamed to 'work-1'" in text
+    assert "| red | ← will be renamed to 'work-1'" in " ".join(text.split())
     assert "vault: It is there. Rename or remove the one that is here, or leave this one out." in text
     assert "--rename" not in text
+    again = exists.model_copy(update={"error": ErrorInfo.of(QubeExists("it is " + "there " * 40))})
+    text = BackupRestore.get_restore_summary(adapter(Script([again])).get_restore_info())
+    assert max(map(len, text.splitlines())) < 100, "it is wider than the dialog"
+    assert text.count("there") == 80

@@ -153,6 +153,22 @@ def test_an_error_on_the_summary_is_told_and_leads_back(
     assert told == ["The backup cannot be restored like this.\n\nDom0 is busy. Wait."]
 
 
+def test_the_lines_of_the_summary_are_not_broken(window: IsolatedRestoreWindow, script: Script) -> None:
+    renamed = "will be renamed to 'work-1', and everything else that there is to say of it, in one line"
+    script.qubes = (qube("work").model_copy(update={"notes": (renamed,)}),)
+    window.next()
+    window.select("work")
+    window.next()
+    qt.process_events()
+    document = window.confirm_text_edit.document()
+    assert document is not None
+    block = document.begin()
+    while block.isValid():
+        layout = block.layout()
+        assert layout is not None and layout.lineCount() <= 1, block.text()
+        block = block.next()
+
+
 def test_cancel_cancels_at_once_and_says_so(window: IsolatedRestoreWindow, script: Script) -> None:
     undone, script.steps = held()
     start(window, "work", "vault")
