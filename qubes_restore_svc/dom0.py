@@ -5,6 +5,7 @@ creates nothing until it runs. The command and the service both begin here. What
 imported when one is needed, so that the help is there everywhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -64,12 +65,16 @@ class Dom0Link(Link, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Dom0Restore:
-    """A restore with the parts of this system. `client` is the domain that asked for it."""
+    """A restore with the parts of this system. `client` is the domain that asked for it.
+
+    `note` says a line in dom0, where `client` is another: what of a restore cannot be kept concerns dom0.
+    """
 
     link: Dom0Link
     host: Host
     config: Config
     client: str = "dom0"
+    note: Callable[[str], None] | None = None
 
     async def check(self) -> None:
         """Find out early what would fail late (no such pool, no worker). Raises RestoreError."""
@@ -93,6 +98,8 @@ class Dom0Restore:
 
         def warn(text: str) -> None:
             observer.log("warning", text)
+            if self.note is not None:
+                self.note(text)
 
         watched, log = observer, None
         mode = "verify" if verify_only else "restore"

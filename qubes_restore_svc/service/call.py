@@ -10,6 +10,7 @@ report afterwards.
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from qubes_restore_svc.broker.call_messages import plan_message, report_message
@@ -115,6 +116,7 @@ class Call:
                 client=self._caller,
                 activity=_ACTIVITIES[request.mode],
             )
+            restore = replace(restore, note=self._note)
             await restore.check()
             size = size_of(location.fd) if isinstance(location, Dom0File) else None
             if request.mode == "list":

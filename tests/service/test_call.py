@@ -31,6 +31,21 @@ async def test_a_restore_from_the_caller_itself(bed: Bed) -> None:
     assert kinds.index(c.Plan) < kinds.index(c.VolumeStarted) < kinds.index(c.QubeFinished)
 
 
+async def test_what_cannot_be_kept_is_told_to_the_client_and_in_dom0(bed: Bed) -> None:
+    (bed.folder / "reports").rmdir()
+    bed.configure(f"log: {{file: {bed.folder}}}")
+    async with bed.call() as client:
+        client.say(open_message(bed.backup, "verify"))
+        await client.plan()
+        client.say({"type": "confirm", "plan": 1})
+        assert (await client.report()).status == 0
+        (bed.folder / "reports").mkdir()
+    told = [message.text for message in client.heard if isinstance(message, Log)]
+    for text in ("the report cannot be kept in", "the log cannot be written to"):
+        assert [line for line in told if text in line], told
+        assert [line for line in bed.notes if text in line], bed.notes
+
+
 async def test_what_is_restored_for_somebody_is_kept_and_noted_for_somebody(bed: Bed) -> None:
     bed.configure(f"log: {{file: {bed.folder / 'log'}}}")
     async with bed.call() as client:
