@@ -16,6 +16,7 @@ if any qube was not restored; nothing is staged in `tmpdir`; dom0's home comes b
 
 import contextlib
 import os
+import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from qubesadmin import exc
 from qubes_restore_svc.broker.call_messages import plan_of
 from qubes_restore_svc.broker.plan import Plan as ShownPlan
 from qubes_restore_svc.cli.qvm_plan_table import plan_table
-from qubes_restore_svc.cli.terminal import wrapped
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
 from qubes_restore_svc.manager import entries, wording
 from qubes_restore_svc.manager.call import KeptCall, OpenCall, call_dom0
@@ -172,7 +172,7 @@ class BackupRestore:
             shown: ShownPlan = plan_of(message)
             lines = [plan_table(shown, _COLUMNS).replace(" <-- ", " ← ")]  # no "<": see `wording`
             lines += [
-                f"\n{wrapped(f'{entry.vm.name}: {wording.problem_text(entry.planned)}', _COLUMNS)}"
+                "\n" + _below(f"{entry.vm.name}: {wording.problem_text(entry.planned)}")
                 for entry in restore_info.values()
                 if entry.planned.error is not None
             ]
@@ -265,6 +265,11 @@ class BackupRestore:
     def _may_have_home(self) -> bool:
         """dom0 gives its home to nobody else; looking through it is another thing."""
         return self._here == "dom0" or self.options.verify_only
+
+
+def _below(text: str) -> str:
+    """`text` in lines, below the table."""
+    return textwrap.fill(text, _COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
 
 
 @contextlib.contextmanager
