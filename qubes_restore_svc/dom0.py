@@ -145,6 +145,7 @@ def dom0_restore(
         from qubes_restore_svc.host.dom0_home import dom0_home, dom0_user
         from qubes_restore_svc.host.qubes import QubesSystem
         from qubes_restore_svc.host.qubes_host import QubesHost
+        from qubes_restore_svc.host.worker_guard import worker_guard
     except ModuleNotFoundError as error:
         if error.name != "qubesadmin":
             raise
@@ -163,13 +164,13 @@ def dom0_restore(
         lock_path=places.worker_lock,
         client=client,
         activity=activity,
+        guard=lambda lock: worker_guard(system, lock, places.worker_lock),
     )
     host = QubesHost(
         system,
         pool=wishes.pool or config.restore.pool,
         home=places.home or dom0_home(dom0_user()),
         lock_path=places.restore_lock,
-        worker_lock_path=places.worker_lock,
         stock_lock_path=places.stock_lock,
         client=client,
     )

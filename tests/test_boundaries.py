@@ -90,7 +90,7 @@ PROCESSES = {
 MAY_START_PROCESSES = {"link", "client", *UNTRUSTED}
 #: Single modules, and the one function that each may use: the command becomes the stock command; whoever
 #: holds the lock leaves a process behind that clears up should it be killed.
-MAY_USE = {"cli.stock": {"execv"}, "host.restore_lock": {"fork"}}
+MAY_USE = {"cli.stock": {"execv"}, "host.guard": {"fork"}}
 
 
 # --- The checker ---------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class QubesSystem:
         """`app` is a `qubesadmin.Qubes`; see `connect`."""
         self._app = app
         self._cache = threading.RLock()  #: held while `app` fills or empties its list of qubes
-        self._watcher: CreationWatcher | None = None
+        self._watchers: list[CreationWatcher] = []
 
     @classmethod
     def connect(cls) -> "QubesSystem":
@@ -91,9 +91,14 @@ class QubesSystem:
                 raise HostFailed("asking qubesd failed: it does not know of dom0", advice="")
         return cls(app)
 
-    def watch(self, watcher: CreationWatcher | None) -> None:
-        """Have `watcher` told of all creations from now on."""
-        self._watcher = watcher
+    @contextmanager
+    def watched_by(self, watcher: CreationWatcher) -> Iterator[None]:
+        """Have `watcher` told of all creations meanwhile."""
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
 
     # --- Looking ---------------------------------------------------------------------------------
 
@@ -418,8 +423,8 @@ class QubesSystem:
         """Around the creation of `name`: refused if it is taken, and removed again if the block fails."""
         if self.exists(name):
             raise _taken(name)
-        if self._watcher is not None:
-            self._watcher.creating(name)
+        for watcher in self._watchers:
+            watcher.creating(name)
         try:
             yield
         except QubeExists:  # it has appeared meanwhile, and is not ours
@@ -437,8 +442,8 @@ class QubesSystem:
         self._tell_created(name)
 
     def _tell_created(self, name: str) -> None:
-        if self._watcher is not None:
-            self._watcher.created(name)
+        for watcher in self._watchers:
+            watcher.created(name)
 
     def _kill_or_remove(self, name: str) -> None:
         if self.is_running(name):

@@ -6,9 +6,8 @@ still unfinished when the lock is let go is removed; if this process is killed, 
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
@@ -19,17 +18,12 @@ from qubes_restore_svc.host.qubes_leftovers import (
     Leftovers,
     clear_unfinished_qubes,
     clear_untagged,
-    clear_worker,
+    connect_patiently,
 )
 from qubes_restore_svc.host.qubes_qube import QubesQube
-from qubes_restore_svc.host.restore_lock import RESTORE_LOCK, WORKER_LOCK, RestoreLock, try_lock, unlock
+from qubes_restore_svc.host.restore_lock import RESTORE_LOCK, RestoreLock
 from qubes_restore_svc.host.stock_lock import STOCK_LOCK, stock_lock
 from qubes_restore_svc.wire.names import strip_control
-
-#: Seconds that a guard tries to reach a qubesd that does not answer.
-CONNECT_TIMEOUT_S = 60.0
-
-_PAUSE_S = 0.5
 
 
 class QubesHost:
@@ -46,7 +40,6 @@ class QubesHost:
         pool: str | None = None,
         home: Path,
         lock_path: Path = RESTORE_LOCK,
-        worker_lock_path: Path = WORKER_LOCK,
         stock_lock_path: Path = STOCK_LOCK,
         connect: Callable[[], QubesSystem] = QubesSystem.connect,
         client: str = "dom0",
@@ -55,7 +48,6 @@ class QubesHost:
         self._pool = pool
         self._home = home
         self._lock_path = lock_path
-        self._worker_lock_path = worker_lock_path
         self._stock_lock_path = stock_lock_path
         self._connect = connect
         self._client = client
@@ -77,16 +69,15 @@ class QubesHost:
             with stock_lock(self._stock_lock_path):
                 yield from self._locked(lock)
         finally:
-            self._system.watch(None)
             lock.release()
 
     def _locked(self, lock: RestoreLock) -> Iterator[tuple[str, ...]]:
         found = self._clear_up()
-        self._system.watch(lock)
         with self._mutex:
             self._is_locked = True
         try:
-            yield (*found.cleared, *found.kept)
+            with self._system.watched_by(lock):
+                yield (*found.cleared, *found.kept)
         except RestoreError as error:
             if left := self._end_qubes(lock, found.kept):
                 error.advice = f"{error.advice} Left behind: {'; '.join(left)}.".strip()
@@ -178,27 +169,17 @@ class QubesHost:
         return found
 
     def _clear_up_after_kill(self, being_created: Iterable[str]) -> None:
-        """What the guard does once this process is gone. Everything is tried; there is nobody to tell."""
-        self._system = _connected(self._connect)
-        with suppress(OSError, RestoreError):
-            # If a verification has begun since and has the lock, it has cleared up itself.
-            if (worker_lock := try_lock(self._worker_lock_path)) is not None:
-                clear_worker(self._system)
-                unlock(worker_lock, self._worker_lock_path)
-        with suppress(RestoreError):
-            clear_untagged(self._system, being_created)
-        self._clear_up()
+        """What the guard does once this process is gone. Everything is tried; there is nobody to tell.
 
-
-def _connected(connect: Callable[[], QubesSystem]) -> QubesSystem:
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
-        try:
-            return connect()
-        except RestoreError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_PAUSE_S)
+        The worker has a guard of its own.
+        """
+        self._system = connect_patiently(self._connect)
+        with ExitStack() as locks:
+            with suppress(RestoreError):  # in vain: the stock restore has begun, and has taken its tag away
+                locks.enter_context(stock_lock(self._stock_lock_path))
+            with suppress(RestoreError):
+                clear_untagged(self._system, being_created)
+            self._clear_up()
 
 
 def _left_behind(left: Iterable[str]) -> HostFailed:

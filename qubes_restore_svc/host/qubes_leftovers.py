@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.host.qubes import QubesSystem
 from qubes_restore_svc.host.qubes_faults import QubeInUse
 from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, UNFINISHED_TAG
@@ -21,14 +21,30 @@ from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, UNFINISHED_TAG
 WORKER_TAG = "restore-svc-worker"
 STORAGE_TAG = "restore-svc-storage"
 
+#: Seconds that a guard tries to reach a qubesd that does not answer.
+CONNECT_TIMEOUT_S = 60.0
 #: Seconds that an import whose restore was killed may take to end.
 IMPORTS_END_TIMEOUT_S = 120.0
 #: Seconds in which a qube appears that qubesd was asked for.
 APPEAR_TIMEOUT_S = 5.0
 
-_WORKER_NAME = re.compile(r"disp-restore-[0-9]{4}")
+#: What a worker's disposable is called.
+WORKER_NAME = re.compile(r"disp-restore-[0-9]{4}")
 _IMPORT_SERVICE = b"/admin.vm.volume.ImportWithSize"
 _PAUSE_S = 0.1
+_CONNECT_PAUSE_S = 0.5
+
+
+def connect_patiently(connect: Callable[[], QubesSystem]) -> QubesSystem:
+    """The connection of a guard, which has nobody to tell that there is none yet. Raises RestoreError."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            return connect()
+        except RestoreError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_CONNECT_PAUSE_S)
 
 
 @dataclass(slots=True)
@@ -80,7 +96,7 @@ def clear_worker(system: QubesSystem) -> Leftovers:
         if WORKER_TAG not in has:
             continue
         # A disposable has the tags of its template: the tag alone does not make it a worker.
-        if _WORKER_NAME.fullmatch(name) and system.klass(name) == "DispVM":
+        if WORKER_NAME.fullmatch(name) and system.klass(name) == "DispVM":
             found.attempt(
                 partial(system.destroy, name),
                 f"{name}, the worker of an interrupted restore, was removed",

@@ -1,12 +1,16 @@
 """One worker at a time on a Qubes system, also between programs and users.
 
 Strategy: a lock on a file below /run, which the kernel gives back however its holder ends. The file is
-removed while the lock is still held; whoever got a lock on a file that is not there any more tries again.
+removed while the lock is still held; whoever got a lock on a file that is not there any more tries again. A
+holder can leave the lock to a guard that clears up after it: then the process that stands in the file is
+gone, and whoever comes waits.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +20,18 @@ from qubes_restore_svc.holders import Activity, read_holder, write_holder
 #: Writable for the group qubes in dom0, and gone after a reboot.
 LOCK_PATH = Path("/run/qubes/restore-svc-worker.lock")
 
+#: Seconds to wait for a guard that clears up; to kill a qube can take a minute.
+CLEARING_TIMEOUT_S = 90.0
+
 _MODE = 0o660
+_PAUSE_S = 0.1
 
 
 @contextlib.contextmanager
 def worker_lock(
     path: Path = LOCK_PATH, client: str = "dom0", activity: Activity = "restoring"
-) -> Iterator[None]:
-    """Hold the lock, for `client` and that `activity`: whoever comes meanwhile is told.
+) -> Iterator[int]:
+    """Hold the lock, for `client` and that `activity`: whoever comes meanwhile is told. Its descriptor.
 
     Raises RestoreInProgress if somebody else has it, HostFailed if nobody can.
     """
@@ -42,9 +50,41 @@ def worker_lock(
             advice="Run this in dom0, as a user of the group qubes.",
         ) from error
     try:
-        yield
+        yield descriptor
     finally:
         _unlock(descriptor, path)
+
+
+async def wait_cleared(path: Path = LOCK_PATH) -> None:
+    """Return when nobody has the lock who only clears up after a holder that was killed.
+
+    Raises RestoreInProgress if that takes too long.
+    """
+    deadline = time.monotonic() + CLEARING_TIMEOUT_S
+    while _is_left_to_guard(path):
+        if time.monotonic() > deadline:
+            raise RestoreInProgress(
+                "the worker of a restore that was killed is still being removed",
+                advice="Try again in a minute.",
+            )
+        await asyncio.sleep(_PAUSE_S)
+
+
+def _is_left_to_guard(path: Path) -> bool:
+    holder = read_holder(path)
+    if holder is None or holder.is_alive():
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:  # it is gone, or will be told of by whoever takes the lock
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _who(path: Path) -> str:

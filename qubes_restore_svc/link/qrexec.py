@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,7 +29,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.holders import Activity
 from qubes_restore_svc.link.dom0_file import FileReader
-from qubes_restore_svc.link.lock import LOCK_PATH, worker_lock
+from qubes_restore_svc.link.lock import LOCK_PATH, wait_cleared, worker_lock
 from qubes_restore_svc.link.qrexec_calls import BROKEN, NOT_FOUND, QrexecCall, QrexecCalls
 from qubes_restore_svc.link.storage import (
     Dom0File,
@@ -62,12 +63,18 @@ _PASS_PATIENCE_S = 2.0
 _SHORTLY_S = 1.0
 
 
+def _no_guard(lock: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 class QrexecLink:
     """The link to a worker on a Qubes system; to be entered once. `memory` in MiB, all of it from the start.
 
     `location` is where the backup lies; `template` a disposable template, None for the system's own.
     `ready_timeout_s`: seconds that the worker may take to answer once its qube has started. `client` is the
-    domain that it is for, and `activity` what it is for: who wants a worker meanwhile is told.
+    domain that it is for, and `activity` what it is for: who wants a worker meanwhile is told. `guard` is
+    entered, with the lock's descriptor, before there is a worker: it is for the case that this process is
+    killed.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class QrexecLink:
         lock_path: Path = LOCK_PATH,
         client: str = "dom0",
         activity: Activity = "restoring",
+        guard: Callable[[int], contextlib.AbstractContextManager[None]] = _no_guard,
     ) -> None:
         self._system = system
         self._location = location
@@ -92,6 +100,7 @@ class QrexecLink:
         self._lock_path = lock_path
         self._client = client
         self._activity: Activity = activity
+        self._guard = guard
         self._held: contextlib.AsyncExitStack | None = None
         self._qube = ""  #: the worker's, while it may be called
         self._calls: QrexecCalls
@@ -123,7 +132,9 @@ class QrexecLink:
         has no worker that answers; ArchiveUnreadable if the backup's qube does not play its part.
         """
         async with contextlib.AsyncExitStack() as held:
-            held.enter_context(worker_lock(self._lock_path, self._client, self._activity))
+            await wait_cleared(self._lock_path)
+            lock = held.enter_context(worker_lock(self._lock_path, self._client, self._activity))
+            held.enter_context(self._guard(lock))
             template = await self.check()
             await clear_leftovers(self._system)
             if not isinstance(self._location, Dom0File):

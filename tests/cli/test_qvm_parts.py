@@ -82,6 +82,7 @@ def configure(places: Places, text: str) -> None:
 
 def test_without_a_configuration_there_are_defaults(places: Places, made: Made) -> None:
     found = parts(places, "b", 5)
+    assert callable(made.link.pop("guard"))
     assert made.link == {
         "location": Dom0File(5),
         "template": None,
@@ -96,7 +97,6 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "pool": None,
         "home": places.home,
         "lock_path": places.restore_lock,
-        "worker_lock_path": places.worker_lock,
         "stock_lock_path": places.stock_lock,
         "client": "dom0",
     }

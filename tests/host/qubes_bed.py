@@ -52,7 +52,6 @@ def new_host(directory: Path, system: QubesSystem | None = None, pool: str | Non
         pool=pool,
         home=home,
         lock_path=directory / "restore.lock",
-        worker_lock_path=directory / "worker.lock",
         stock_lock_path=directory / "stock.lock",
     )
 

@@ -216,8 +216,7 @@ def test_a_name_that_is_taken_in_the_last_moment_is_refused_and_its_owner_untouc
             settled.append(name)
 
     settled: list[str] = []
-    system.watch(Quicker())
-    with pytest.raises(QubeExists):
+    with pytest.raises(QubeExists), system.watched_by(Quicker()):
         system.create("mine", "AppVM", "red", template=TEMPLATE, tags=["x"])
     assert domain(qubesd, "mine").properties["label"] == "green"
     assert "x" not in domain(qubesd, "mine").tags
@@ -236,9 +235,10 @@ def test_a_qube_is_announced_from_before_it_exists_until_it_has_its_tags(
         def created(self, name: str) -> None:
             told.append((name, sorted(qubesd.system.domains[name].tags - {"created-by-dom0"})))
 
-    system.watch(Watcher())
-    system.create("mine", "AppVM", "red", template=TEMPLATE, tags=["x"])
-    assert told == [("mine", False), ("mine", ["x"])]
+    with system.watched_by(Watcher()), system.watched_by(Watcher()):
+        system.create("mine", "AppVM", "red", template=TEMPLATE, tags=["x"])
+    system.create("other", "AppVM", "red", template=TEMPLATE, tags=["x"])
+    assert told == [("mine", False)] * 2 + [("mine", ["x"])] * 2
 
 
 def test_a_qube_in_use_is_not_removed_and_the_error_tells_why(system: QubesSystem) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
 from qubes_restore_svc.host import restore_lock
-from qubes_restore_svc.host.restore_lock import RestoreLock, try_lock, unlock
+from qubes_restore_svc.host.guard import unlock
+from qubes_restore_svc.host.restore_lock import RestoreLock, try_lock
 
 SOON_S = 30.0
 

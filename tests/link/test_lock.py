@@ -1,5 +1,6 @@
 """One worker at a time."""
 
+import asyncio
 import fcntl
 import os
 import stat
@@ -10,7 +11,8 @@ import pytest
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
 from qubes_restore_svc.holders import Activity
-from qubes_restore_svc.link.lock import worker_lock
+from qubes_restore_svc.link import lock
+from qubes_restore_svc.link.lock import wait_cleared, worker_lock
 from tests.support.descriptors import open_descriptors
 
 
@@ -53,6 +55,35 @@ def test_whoever_is_of_the_group_can_take_it_whatever_the_umask(path: Path) -> N
             assert stat.S_IMODE(path.stat().st_mode) == 0o660
     finally:
         os.umask(before)
+
+
+def test_one_that_only_clears_up_after_a_killed_holder_is_waited_for(path: Path) -> None:
+    async def come() -> None:
+        with worker_lock(path) as held:
+            path.write_text("1 1 1 root sys-gui restore\n")
+            waiting = asyncio.ensure_future(wait_cleared(path))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            os.fstat(held)
+        await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(come())
+
+
+def test_one_that_holds_it_or_nobody_is_not_waited_for(path: Path) -> None:
+    asyncio.run(wait_cleared(path))
+    path.write_text("1 1 1 root sys-gui restore\n")
+    asyncio.run(wait_cleared(path))
+    with worker_lock(path):
+        asyncio.run(wait_cleared(path))
+
+
+def test_nobody_waits_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "CLEARING_TIMEOUT_S", 0.05)
+    with worker_lock(path):
+        path.write_text("1 1 1 root sys-gui restore\n")
+        with pytest.raises(RestoreInProgress, match="still being removed"):
+            asyncio.run(wait_cleared(path))
 
 
 def test_nothing_is_left_of_it(path: Path) -> None:

@@ -226,6 +226,38 @@ def test_a_command_that_is_ended_leaves_nothing_and_a_second_run_works(
     assert new_qubes(dom0, before) == {"first", "second"}
 
 
+@pytest.mark.parametrize("moment", [*MOMENTS][:3])
+def test_a_verification_that_is_killed_leaves_nothing_and_a_second_one_works(
+    dom0: Dom0, backup: Path, moment: str
+) -> None:
+    words = ["--verify-only", *dom0.location(backup, "path")]
+    before = dom0.qubes.snapshot()
+    process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
+    method, dest = MOMENTS[moment]
+    while not dom0.qubes.qubesd.calls_of(method, dest):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=60)
+    dom0.restore(words, PASSPHRASE)
+    assert dom0.qubes.settled(before) == before
+
+
+@pytest.mark.parametrize("words", [[], ["--verify-only"]])
+def test_what_is_killed_is_cleared_up_although_nothing_else_is_started(
+    dom0: Dom0, backup: Path, words: list[str]
+) -> None:
+    words = [*words, *dom0.location(backup, "path")]
+    before = dom0.qubes.snapshot()
+    process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
+    while not dom0.qubes.qubesd.calls_of("admin.vm.tag.Set*", STORAGE):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=60)
+    assert dom0.qubes.settled(before) == before
+
+
 def test_a_worker_whose_qube_dies_costs_what_was_not_restored(dom0: Dom0, backup: Path) -> None:
     words = dom0.location(backup, "path")
     before = dom0.qubes.snapshot()
