@@ -15,7 +15,7 @@ from functools import partial
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.host.qubes import QubesSystem
 from qubes_restore_svc.host.qubes_faults import QubeInUse
-from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, UNFINISHED_TAG
+from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, RESTORED_TAG, UNFINISHED_TAG
 
 #: On the worker's disposable, and on the qube that holds the backup, while a worker runs.
 WORKER_TAG = "restore-svc-worker"
@@ -31,6 +31,12 @@ APPEAR_TIMEOUT_S = 5.0
 #: What a worker's disposable is called.
 WORKER_NAME = re.compile(r"disp-restore-[0-9]{4}")
 _IMPORT_SERVICE = b"/admin.vm.volume.ImportWithSize"
+#: Of a qube that the stock restore in a disposable took the other tag from, as it does from every qube.
+_STARTABLE = (
+    "was left by an interrupted restore, incomplete, and something has allowed it to start since: remove it"
+    f" (qvm-remove) and restore it again, or keep it as it is (qvm-tags QUBE del {UNFINISHED_TAG})"
+)
+
 _PAUSE_S = 0.1
 _CONNECT_PAUSE_S = 0.5
 
@@ -70,8 +76,12 @@ def clear_unfinished_qubes(system: QubesSystem) -> Leftovers:
     tags = system.tags()
     unfinished = [name for name, has in tags.items() if {IN_PROGRESS_TAG, UNFINISHED_TAG} <= has]
     for name, has in tags.items():
-        if UNFINISHED_TAG in has and IN_PROGRESS_TAG not in has:  # it was finished, but for this tag
+        if UNFINISHED_TAG not in has or IN_PROGRESS_TAG in has:
+            continue
+        if any(tag.startswith(RESTORED_TAG) for tag in has):  # it was finished, but for this tag
             _discard(found, system, name, UNFINISHED_TAG)
+        else:  # somebody may have used it since: it is not ours to remove any more
+            found.kept.append(f"{name} {_STARTABLE}")
     if unfinished:
         wait_for_imports()
     # Those that others are based on come after those, however long the chain.

@@ -194,10 +194,12 @@ def test_what_is_not_ours_stays(host: QubesHost, qubesd: Qubesd, tmp_path: Path,
 
 
 def test_a_finished_qube_loses_the_tag_that_was_left_on_it(host: QubesHost, qubesd: Qubesd) -> None:
-    qubesadmin.Qubes().add_new_vm("AppVM", "other", "red", TEMPLATE).tags.add(UNFINISHED_TAG)
+    other = qubesadmin.Qubes().add_new_vm("AppVM", "other", "red", TEMPLATE)
+    other.tags.add(UNFINISHED_TAG)
+    other.tags.add("restored-from-backup-x")
     with host.lock() as remarks:
         assert "the tag restore-svc-unfinished" in remarks[0]
-    assert qubesd.system.domains["other"].tags == {"created-by-dom0"}
+    assert qubesd.system.domains["other"].tags == {"created-by-dom0", "restored-from-backup-x"}
 
 
 def test_an_unfinished_qube_that_others_use_is_told_and_left(host: QubesHost, qubesd: Qubesd) -> None:
@@ -218,6 +220,21 @@ def test_a_verification_that_runs_keeps_its_worker(
         assert system.is_running("disp-restore-0007")
     assert system.is_running("disp-restore-0007")
     assert system.tagged(STORAGE_TAG) == [NETVM]
+
+
+def test_an_unfinished_qube_that_the_stock_restore_has_released_is_told_and_left_to_the_person(
+    host: QubesHost, qubesd: Qubesd
+) -> None:
+    """Which takes the tag that keeps a qube from starting from all of them (clear_old_tags)."""
+    leave_unfinished("half")
+    qubesadmin.Qubes().domains["half"].tags.discard(IN_PROGRESS_TAG)
+    for _ in range(2):
+        with host.lock() as [remark]:
+            assert "half was left by an interrupted restore, incomplete" in remark
+        assert UNFINISHED_TAG in qubesd.system.domains["half"].tags
+    del qubesadmin.Qubes().domains["half"]
+    with host.lock() as remarks:
+        assert remarks == ()
 
 
 def test_a_worker_is_known_by_its_tag_its_name_and_its_class(system: QubesSystem, qubesd: Qubesd) -> None:
