@@ -68,7 +68,7 @@ class Dom0:
         report = self.folder / "report.json"
         words = ["--mgmt-vm", "--force-root", "--memory", "1500", "--report", str(report), *words]
         process = self.start(words, passphrase)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == status, f"{process.returncode}\n{stdout}\n{stderr}"
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

@@ -1,20 +1,29 @@
 """What a Qubes system allows and asks by itself, in our words: enough to see that ours comes first."""
 
+_KEEP_REVISIONS = (
+    "admin.vm.volume.Set.revisions_to_keep  *"
+    "  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0"
+)
 #: File name: text, as in /etc/qubes/policy.d.
 STOCK_POLICY = {
-    "85-admin-backup-restore.policy": """\
+    "85-admin-backup-restore.policy": f"""\
 # The stock restore in a disposable: what it may call while it lasts.
 admin.vm.Create.AppVM         *  @tag:backup-restore-mgmt  dom0                             allow target=dom0
 admin.vm.Create.StandaloneVM  *  @tag:backup-restore-mgmt  dom0                             allow target=dom0
 admin.vm.Create.TemplateVM    *  @tag:backup-restore-mgmt  dom0                             allow target=dom0
 admin.vm.List                 *  @tag:backup-restore-mgmt  dom0                             allow target=dom0
 admin.vm.List                 *  @tag:backup-restore-mgmt  @anyvm                           allow target=dom0
+admin.vm.property.Get  +provides_network      @tag:backup-restore-mgmt  @anyvm            allow target=dom0
+admin.vm.property.Get  +template_for_dispvms  @tag:backup-restore-mgmt  @anyvm            allow target=dom0
 admin.vm.feature.Set          *  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
 admin.vm.firewall.Set         *  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
 admin.vm.property.Set         *  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
 admin.vm.tag.Set              *  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
 admin.vm.volume.Import        *  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
 admin.vm.volume.ImportWithSize * @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
+admin.vm.volume.Info          *  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
+admin.vm.volume.List          *  @tag:backup-restore-mgmt  @tag:backup-restore-in-progress  allow target=dom0
+{_KEEP_REVISIONS}
 qubes.RestoreById             *  @tag:backup-restore-mgmt  @tag:backup-restore-storage      allow
 """,
     "90-default.policy": """\

@@ -51,6 +51,8 @@ STOCK_GRANTS = (
     ("admin.vm.Create.TemplateVM", "", "dom0"),
     ("admin.vm.List", "", "dom0"),
     ("admin.vm.List", "", OTHER),
+    ("admin.vm.property.Get", "provides_network", OTHER),
+    ("admin.vm.property.Get", "template_for_dispvms", OTHER),
     ("admin.vm.feature.Set", "gui", "half"),
     ("admin.vm.firewall.Set", "", "half"),
     ("admin.vm.property.Set", "netvm", "half"),
@@ -58,6 +60,9 @@ STOCK_GRANTS = (
     ("admin.vm.tag.Set", "guivm-dom0", "half"),
     ("admin.vm.volume.Import", "private", "half"),
     ("admin.vm.volume.ImportWithSize", "private", "half"),
+    ("admin.vm.volume.Info", "private", "half"),
+    ("admin.vm.volume.List", "", "half"),
+    ("admin.vm.volume.Set.revisions_to_keep", "private", "half"),
 )
 WORKER_SERVICES = ("restore.Session", "restore.Volume", "restore.Archive")
 CLIENT_SERVICES = ("restore.Start", "restore.List", "restore.Verify")
