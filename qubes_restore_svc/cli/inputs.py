@@ -65,12 +65,18 @@ def check_target(target: Path) -> None:
         raise UsageError(f"you may not write to {strip_control(str(writable))}")
 
 
-def read_passphrase(passphrase_file: str | None, *, stdin_is_backup: bool) -> str:
-    """The passphrase from a file's or standard input's first line, or asked for. Raises UsageError."""
+def read_passphrase(
+    passphrase_file: str | None, *, stdin_is_backup: bool, white_space_at_end: bool = True
+) -> str:
+    """The passphrase from a file's or standard input's first line, or asked for. Raises UsageError.
+
+    `white_space_at_end`: does that belong to it, if it comes from a file?
+    """
     if passphrase_file is None or (passphrase_file == "-" and sys.stdin is not None and os.isatty(0)):
         return _checked(_ask(stdin_is_backup=stdin_is_backup))
     try:
-        return _checked(_first_line(passphrase_file))
+        line = _first_line(passphrase_file)
+        return _checked(line if white_space_at_end else line.rstrip())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "that is no name of a file"
         raise UsageError(f"the passphrase file cannot be read: {reason}") from None

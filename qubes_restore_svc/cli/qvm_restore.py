@@ -103,7 +103,10 @@ def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
 def _session_options(arguments: RestoreArguments) -> SessionOptions:
     stdin_is_backup = is_file_here(arguments) and arguments.location == "-"
     return SessionOptions(
-        passphrase=read_passphrase(arguments.passphrase_file, stdin_is_backup=stdin_is_backup),
+        # The stock qvm-backup has cut it off when it encrypted with such a file.
+        passphrase=read_passphrase(
+            arguments.passphrase_file, stdin_is_backup=stdin_is_backup, white_space_at_end=False
+        ),
         compression_filter=arguments.compression_filter,
         ignore_size_limit=arguments.ignore_size_limit,
         ahead=not arguments.qubes,

@@ -130,6 +130,13 @@ def test_the_passphrase_is_the_first_line_of_a_file(content: bytes, tmp_path: Pa
     assert read_passphrase(str(path), stdin_is_backup=True) == FILES[content]
 
 
+def test_of_a_file_for_the_stock_commands_white_space_at_the_end_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "passphrase"
+    path.write_bytes(b"  my secret \t\r\n")
+    found = read_passphrase(str(path), stdin_is_backup=False, white_space_at_end=False)
+    assert found == "  my secret"
+
+
 @pytest.mark.parametrize("content", REFUSED, ids=range(len(REFUSED)))
 def test_what_is_no_passphrase_is_refused_and_not_quoted(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "passphrase"

@@ -179,6 +179,11 @@ def test_a_script_gets_everything_in_lines(place: Place) -> None:
     assert "[y/N]" not in done.stdout + done.stderr
 
 
+def test_the_passphrase_file_of_the_stock_backup_opens_its_backup(place: Place) -> None:
+    """White space at the end of its line is no part of the passphrase that qvm-backup used."""
+    assert place.piped("-p", passphrase_file(place.directory, f"{PASSPHRASE} \t"), "vault").returncode == 0
+
+
 def test_a_quiet_script_gets_nothing(place: Place) -> None:
     done = place.piped("-p", passphrase_file(place.directory), "-q", "vault")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
