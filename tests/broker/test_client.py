@@ -6,6 +6,7 @@ import os
 import struct
 import time
 from contextlib import aclosing
+from typing import get_args
 
 import pytest
 
@@ -203,3 +204,18 @@ async def test_a_session_that_cannot_begin_leaves_no_descriptor(monkeypatch: pyt
 
 def test_the_passphrase_is_not_in_the_options_representation() -> None:
     assert PASSPHRASE not in repr(OPTIONS)
+
+
+def test_a_worker_is_told_no_name_of_a_qube_but_that_of_the_one_that_holds_the_backup() -> None:
+    """All that it can ever be told: a new field here is a new line in the threat model."""
+    said = {
+        f"{kind.__name__}.{field}"
+        for kind in (*get_args(m.BrokerMessage), m.Storage)
+        for field in kind.model_fields
+        if field not in ("type", "protocol")
+    }
+    of_the_archive = {"Start.keys", "SkipQube.key"}  # as the worker itself has named them
+    of_the_person = {f"Open.{field}" for field in ("passphrase", "memory", "jobs", "compression_filter",
+                                                   "ignore_size_limit", "ahead")}  # fmt: skip
+    of_the_storage = {"Open.storage", "Storage.qube", "Storage.location_id"}
+    assert said == of_the_archive | of_the_person | of_the_storage | {"Start.mode"}
