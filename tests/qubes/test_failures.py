@@ -199,7 +199,9 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+    "number",
+    [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+    ids=lambda number: number.name,
 )
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_command_that_is_ended_leaves_nothing_and_a_second_run_works(
