@@ -6,9 +6,9 @@ much memory it gets. A result is a future; nobody waits for the others. What goe
 it; what goes wrong in the lanes fails what runs in them, and the thread goes on with new ones.
 
 What everything else waits for (the keys of the header and of qubes.xml) is quicker with few beside it; so
-while much is to come, it has a thread of its own. A few derivations in one thread take hardly longer than one
-of them. So when the last ones are left, and a processor is wanted for the unpacking, the thread with the
-fewest offers them to the others, and rests.
+while there is other work, it has a thread of its own. A few derivations in one thread take hardly longer
+than one of them. So when the last ones are left, and a processor is wanted for the unpacking, the thread with
+the fewest offers them to the others, and rests.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qubes_restore_svc.archive.kdf import KdfEngine, KdfLanes, KdfRequest
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
@@ -35,6 +36,13 @@ class _Job:
     request: KdfRequest
     urgent: bool
     result: "Future[bytes]"
+
+
+class _Load(NamedTuple):
+    """What a thread has in its lanes: how many derivations, and whether one of them is urgent."""
+
+    derivations: int
+    urgent: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +65,7 @@ class KeyScheduler:
         self._closed = False
         self._more_to_come = False
         self._processors_wanted = False
-        self._loads: dict[int, int] = {}  #: thread: how many it has; those without any are not in it
+        self._loads: dict[int, _Load] = {}
         self._offers: list[_Offer] = []
         for number in range(threads):
             threading.Thread(target=self._work, args=(number,), name=f"kdf-{number}", daemon=True).start()
@@ -125,8 +133,9 @@ class KeyScheduler:
                 while lanes.free and self._begin_next(thread, lanes, jobs):
                     pass
                 self._take_over(lanes, jobs)
-                if self._loads.get(thread) != len(jobs):
-                    self._loads[thread] = len(jobs)
+                load = _Load(len(jobs), any(job.urgent for job in jobs.values()))
+                if self._loads.get(thread) != load:
+                    self._loads[thread] = load
                     self._budget.changed.notify_all()
                 if jobs and not self._others_can_take(thread):
                     return True
@@ -138,7 +147,7 @@ class KeyScheduler:
 
     def _others_can_take(self, thread: int) -> bool:
         """Have the others free lanes for all that this thread has, at next to no cost, and no less to do?"""
-        loads = {other: load for other, load in self._loads.items() if load}
+        loads = {other: load.derivations for other, load in self._loads.items() if load.derivations}
         mine = loads.pop(thread, 0)
         room = sum(max(0, self._engine.lanes_for_one - load) for load in loads.values())
         least = all((load, other) > (mine, thread) for other, load in loads.items())
@@ -162,7 +171,7 @@ class KeyScheduler:
         if self._is_for_others(thread, job, jobs):
             return False
         try:
-            ticket = self._begin(lanes, job, len(jobs))
+            ticket = self._begin(thread, lanes, job, len(jobs))
         except BaseException as error:  # noqa: BLE001 - it is about this request, whose future is waited for
             if isinstance(error, BudgetTooSmall) and self._running:
                 return False  # the system has no memory now; when one of those that run ends, it may have
@@ -184,10 +193,17 @@ class KeyScheduler:
         if self._threads == 1 or self._engine.lanes == 1:
             return False
         if job.urgent:
-            return self._more_to_come and thread != _URGENT_THREAD
-        return any(other.urgent for other in jobs.values())
+            others_come = self._more_to_come or not all(waiting.urgent for waiting in self._waiting)
+            return others_come and thread != _URGENT_THREAD
+        return (
+            any(mine.urgent for mine in jobs.values())
+            and self._threads_with_urgent(thread) + 1 < self._threads
+        )
 
-    def _begin(self, lanes: KdfLanes, job: _Job, running_here: int) -> int | None:
+    def _threads_with_urgent(self, without: int) -> int:
+        return sum(load.urgent for thread, load in self._loads.items() if thread != without)
+
+    def _begin(self, thread: int, lanes: KdfLanes, job: _Job, running_here: int) -> int | None:
         """The ticket, or None: not yet. Raises what the engine raises."""
         strides = self._engine.strides
         sizes = [self._engine.memory(job.request.parameters, stride) for stride in strides]
@@ -209,6 +225,7 @@ class KeyScheduler:
                 least=least_stride(strides, uses),
                 kept=self._engine.largest_idle,
                 urgent=job.urgent,
+                avoiding=not job.urgent and self._threads_with_urgent(thread) > 0,
             )
         )
         return None if index is None else lanes.begin(job.request, strides[index], room)
@@ -228,7 +245,7 @@ class KeyScheduler:
         failed = list(jobs.values())
         with self._budget.changed:
             self._running -= len(jobs)
-            self._loads[thread] = 0
+            self._loads[thread] = _Load(0, urgent=False)
             if not failed and self._waiting:
                 # There are not even lanes; to try again and again for the same request would never end.
                 failed.append(self._waiting.popleft())

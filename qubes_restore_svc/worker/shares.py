@@ -31,7 +31,8 @@ class Situation:
     waits for its key; `waiting` is how many wait, `running` how many run in all threads and `running_here`
     in this one, of `threads` with `lanes` each; `room` is what all arenas may take, `free` how much of it
     no running derivation takes. `least` is the index of the smallest stride that is worth new memory (see
-    `least_stride`), `kept` the largest arena that is there and idle: to use that costs nothing.
+    `least_stride`), `kept` the largest arena that is there and idle: to use that costs nothing. `avoiding`:
+    it is not to run beside what is urgent in another thread, so a balance between the threads does not count.
     """
 
     sizes: Sequence[int]
@@ -45,12 +46,13 @@ class Situation:
     least: int = 0
     kept: int = 0
     urgent: bool = False
+    avoiding: bool = False
 
 
 def choose(situation: Situation) -> int | None:
     """The index of the stride with which to begin the first waiting derivation now; None: do not yet."""
     total = min(situation.running + situation.waiting, situation.threads * situation.lanes)
-    if situation.running_here >= -(-total // situation.threads):
+    if not situation.avoiding and situation.running_here >= -(-total // situation.threads):
         return None  # another thread has more room; two cores with one each beat one core with two
     share = situation.room // total
     if situation.urgent:

@@ -390,6 +390,36 @@ def test_two_that_are_urgent_take_a_thread_each_where_nothing_else_is_to_come_or
     bench.scheduler.close()
 
 
+def test_others_that_wait_are_enough_for_it_to_have_a_thread_of_its_own() -> None:
+    bench = LanesBench(threads=2)
+    bench.scheduler.expect_more(True)
+    results = [bench.submit(urgent=True)]
+    bench.began(0)
+    results += [bench.submit() for _ in range(6)]
+    bench.began(*range(5))
+    bench.scheduler.expect_more(False)
+    results += [bench.submit(urgent=True), bench.submit()]
+    bench.lanes.finish(1, 2)  # makes room for those that wait before it
+    wait_until(lambda: len(bench.lanes.begun) == 8)
+    assert threads_of(bench, 7) == threads_of(bench, 0)
+    bench.lanes.finish(*range(9))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+def test_where_each_thread_has_something_urgent_the_others_go_beside_it() -> None:
+    bench = LanesBench(threads=2)
+    results = [bench.submit(urgent=True)]
+    bench.began(0)
+    results.append(bench.submit(urgent=True))
+    bench.began(0, 1)
+    results += [bench.submit() for _ in range(6)]
+    bench.began(*range(8))
+    bench.lanes.finish(*range(8))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
 @pytest.mark.parametrize(("threads", "lanes", "more"), [(1, 4, True), (1, 4, False), (2, 1, True)])
 def test_where_that_would_leave_too_much_idle_it_has_not(threads: int, lanes: int, more: bool) -> None:
     bench = LanesBench(threads, lanes=lanes)

@@ -57,6 +57,8 @@ ALONE = Situation(sizes=SIZES, waiting=1, running=0, running_here=0, threads=2, 
         (replace(ALONE, waiting=1, running=1, running_here=0), 0),
         (replace(ALONE, waiting=1, running=2, running_here=1), 0),
         (replace(ALONE, waiting=9, running=4, running_here=4), None),
+        # … but it is left to something else.
+        (replace(ALONE, waiting=1, running=1, running_here=1, avoiding=True), 0),
         (replace(ALONE, threads=1, waiting=1, running=3, running_here=3), 0),
     ],
 )
@@ -93,6 +95,7 @@ def situations(draw: st.DrawFn) -> Situation:
         least=draw(st.integers(0, 4)),
         kept=draw(st.integers(0, 4096)),
         urgent=draw(st.booleans()),
+        avoiding=draw(st.booleans()),
     )
 
 
