@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.worker.budget import OWN_MEMORY
 from qubes_restore_svc.worker.calls import PassedCalls
 from qubes_restore_svc.worker.daemon import Daemon
 
@@ -40,7 +41,9 @@ class Caller:
         self.engine = engine or Engine()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         calls = PassedCalls(theirs)
-        self.daemon = Daemon(calls.accept, self.engine, memory=memory, jobs=jobs, archive_fd=archive_fd)
+        self.daemon = Daemon(
+            calls.accept, self.engine, memory=memory + OWN_MEMORY, jobs=jobs, archive_fd=archive_fd
+        )
         self.serving: asyncio.Task[None]
         self._connections: list[socket.socket] = []
         self._peers: list[Peer] = []
@@ -127,7 +130,9 @@ class Peer:
         jobs: int | None = None,
         storage: m.Storage | None = None,
     ) -> None:
-        """Say open."""
+        """Say open. `memory` is for chunks and keys, besides what the worker takes itself."""
+        if memory is not None:
+            memory += OWN_MEMORY
         self.say(m.Open(passphrase=SecretStr(passphrase), memory=memory, jobs=jobs, storage=storage))
 
     def say(self, message: m.Message) -> None:
@@ -153,6 +158,12 @@ class Peer:
                 assert await self._read(), "the session has ended"
         message = self._messages.pop(0)
         assert isinstance(message, m.Progress), message
+        return message
+
+    async def passing(self, kind: type[_Message]) -> _Message:
+        """The next message of that type, which must come; what comes before it is passed over."""
+        while not isinstance(message := await self.next(), kind):
+            assert message is not None, f"the session ended without {kind.__name__}"
         return message
 
     async def expect(self, kind: type[_Message]) -> _Message:

@@ -150,7 +150,7 @@ async def test_a_budget_that_is_too_small_names_the_number_before_anything_is_de
     ):
         peer.open(memory=3 * MIB)
         failed = await peer.expect(m.Failed)
-        assert failed.error.kind == "budget-too-small" and "--memory 5" in failed.error.advice
+        assert failed.error.kind == "budget-too-small" and "--memory 85" in failed.error.advice
         assert caller.engine.requests == []
 
 
@@ -362,8 +362,7 @@ async def test_a_broker_that_has_much_to_read_and_does_not_is_not_waited_for_eit
     qubes = [QubePlan(f"qube{number}", notes="n" * 200_000) for number in range(30)]
     async with session_over(BackupWriter(qubes, log_n=1).to_bytes()) as (caller, peer):
         peer.open()
-        while not isinstance(await peer.next(), m.Manifest):
-            pass
+        await peer.passing(m.Manifest)
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined] # of every stream's transport
         peer.say(m.Start(mode="verify", keys=tuple(f"vm{number}" for number in range(10, 40))))
         await stuck(caller.engine)
@@ -473,8 +472,7 @@ async def test_a_broker_that_does_not_read_the_session_stops_the_pipeline() -> N
     engine = Engine()
     async with session_over(BackupWriter(qubes, log_n=1).to_bytes(), engine) as (_, peer):
         peer.open()
-        while not isinstance(await peer.next(), m.Manifest):
-            pass
+        await peer.passing(m.Manifest)
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined] # of every stream's transport
         peer.say(
             m.Start(mode="verify", keys=tuple(f"vm{number}" for number in range(10, 10 + 2 * MAX_LOCATED)))

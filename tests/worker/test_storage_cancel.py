@@ -52,8 +52,7 @@ async def _after_the_end_mark(caller: Caller, peer: Peer, way: Way, storage: Fak
     storage.behave("lingers")
     peer.say(m.Start(mode="verify", keys=("vm10",)))
     await storage.wait_for(2)
-    while not isinstance(await peer.next(), m.VolumeDone):
-        pass
+    await peer.passing(m.VolumeDone)
 
 
 PHASES: dict[str, Reach] = {
