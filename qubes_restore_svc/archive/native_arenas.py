@@ -9,6 +9,9 @@ from threading import Lock
 
 from qubes_restore_svc.archive._romix import Arena
 
+#: How many times as large as it has to be an arena may be. What is larger is memory that another could have.
+_LOOSEST_FIT = 2
+
 
 class ArenaPool:
     """Arenas, those in use and those that wait for their next use. For any number of threads."""
@@ -38,7 +41,7 @@ class ArenaPool:
             return max((arena.size for arena in self._idle), default=0)
 
     def take(self, size: int, limit: int | None = None) -> Arena | None:
-        """The smallest idle arena of at least `size` bytes, or a new one of that size; MemoryError.
+        """The smallest idle arena of `size` bytes or little more, or a new one of that size; MemoryError.
 
         All arenas together may take `limit` bytes: idle ones are released to make room, and None is
         returned if it is not enough. To be handed to `put_back` after use.
@@ -60,7 +63,8 @@ class ArenaPool:
         fitting = [
             arena
             for arena in self._idle
-            if arena.size >= size and (limit is None or self._in_use + arena.size <= limit)
+            if size <= arena.size <= _LOOSEST_FIT * size
+            and (limit is None or self._in_use + arena.size <= limit)
         ]
         if not fitting or (limit is not None and self._held() > limit):
             return None

@@ -151,7 +151,8 @@ class KeyScheduler:
         mine = loads.pop(thread, 0)
         room = sum(max(0, self._engine.lanes_for_one - load) for load in loads.values())
         least = all((load, other) > (mine, thread) for other, load in loads.items())
-        return self._processors_wanted and least and 0 < mine <= room
+        # What waits only waits for memory; until it has some, nothing can be unpacked that needs a processor.
+        return self._processors_wanted and not self._waiting and least and 0 < mine <= room
 
     def _take_over(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> None:
         if not jobs:

@@ -232,6 +232,24 @@ def test_arenas_are_kept_for_the_next_derivations(engine: NativeEngine) -> None:
     assert engine.memory_held == held
 
 
+def test_an_arena_that_is_much_too_large_is_not_taken_for_a_small_derivation(engine: NativeEngine) -> None:
+    """Else it takes the memory of several: with little of it, hardly any would run at once."""
+    large, small = engine.memory(KdfParameters(15, 8, 1)), engine.memory(KdfParameters(13, 8, 1))
+    engine.derive([request_for(15)])
+    limit = large + small - 1
+    with engine.open_lanes() as lanes:
+        assert lanes.begin(request_for(13), 1, limit) is not None
+        assert (engine.memory_held, engine.memory_idle) == (small, 0)
+        while lanes.running:
+            lanes.advance()
+    engine.derive([request_for(14)])
+    assert engine.memory_held == small + engine.memory(KdfParameters(14, 8, 1))
+    with engine.open_lanes() as lanes:  # twice as much as it needs is not too much
+        assert lanes.begin(request_for(13), 1, None) is not None
+        assert lanes.begin(request_for(13), 1, None) is not None or lanes.free == 0
+        assert engine.memory_held == small + engine.memory(KdfParameters(14, 8, 1))
+
+
 def test_the_largest_arena_that_is_idle_is_known(engine: NativeEngine) -> None:
     assert engine.largest_idle == 0
     engine.derive([request_for(10), request_for(15)])

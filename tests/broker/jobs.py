@@ -27,6 +27,8 @@ from qubes_restore_svc.host.base import Host
 from tests.broker.fake_worker import BackupQube, FakeLink, Step
 from tests.broker.troubled_host import TroubledHost
 
+from ..support.descriptors import open_descriptors
+
 PASSPHRASE = "correct horse"
 
 _T = TypeVar("_T")
@@ -104,7 +106,7 @@ def run(
     longer than `limit_s` seconds is an error.
     """
     unseen: list[object] = []
-    before = _descriptors()
+    before = open_descriptors()
     patience = mock.patch.object(client, "_REASON_TIMEOUT_S", 0.1)
     hook, sys.unraisablehook = sys.unraisablehook, lambda args: unseen.append(args.exc_value)
 
@@ -141,7 +143,7 @@ def run(
     finally:
         sys.unraisablehook = hook
     assert not unseen
-    assert _descriptors() == before
+    assert not open_descriptors() - before
     if target is not None and target.exists():
         assert not [name for name in os.listdir(target) if name.startswith(".")]
         _check_not_locked(target)
@@ -194,16 +196,6 @@ def check_restored(directory: Path, *qubes: BackupQube) -> None:
         assert {path.name for path in (directory / qube.name).iterdir()} == {*files, "qube.json"}
         for name, content in files.items():
             assert (directory / qube.name / name).read_bytes() == content
-
-
-def _descriptors() -> dict[str, str]:
-    found = {}
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            found[number] = os.readlink(f"/proc/self/fd/{number}")
-        except FileNotFoundError:
-            continue  # the listing's own
-    return found
 
 
 def _check_not_locked(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import struct
 import time
 from contextlib import aclosing
@@ -35,6 +34,8 @@ from tests.broker.fake_worker import (
     manifest,
 )
 from tests.broker.jobs import PASSPHRASE
+
+from ..support.descriptors import open_descriptors, until_closed
 
 OPTIONS = SessionOptions(
     PASSPHRASE, memory=1 << 30, jobs=3, compression_filter="xz", ignore_size_limit=True, ahead=True
@@ -194,12 +195,12 @@ async def test_a_session_that_cannot_begin_leaves_no_descriptor(monkeypatch: pyt
         raise OSError("no")
 
     monkeypatch.setattr(asyncio, "open_connection", fail)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     link = FakeLink([])
     with pytest.raises(OSError, match="no"):
         async with link, SessionClient(link):
             pass
-    assert len(os.listdir("/proc/self/fd")) == before
+    await until_closed(before)
 
 
 def test_the_passphrase_is_not_in_the_options_representation() -> None:

@@ -1,7 +1,6 @@
 """A whole job: it always comes back with a report, soon after a cancel, and leaves nothing."""
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +39,8 @@ from tests.broker.fake_worker import (
 from tests.broker.jobs import PASSPHRASE, Outcome, Recorder, check_restored, listing, run
 from tests.broker.planning import AllowAll
 from tests.broker.troubled_host import TroubledHost
+
+from ..support.descriptors import open_descriptors, until_closed
 
 QUBES = (WORK, VAULT, EMPTY)
 
@@ -297,7 +298,7 @@ def test_the_report_is_json_with_times_backup_and_tool(target: Path) -> None:
 
 
 async def test_a_list_reads_the_manifest_and_destroys_the_worker() -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     warning: Json = {"type": "log", "level": "warning", "text": "old"}
     info: Json = {"type": "log", "level": "info", "text": "fine"}
     link, observer = FakeLink(honest().before(1, Say(warning), Say(info))), Recorder()
@@ -305,7 +306,7 @@ async def test_a_list_reads_the_manifest_and_destroys_the_worker() -> None:
     assert [qube.name for qube in found.qubes] == ["work", "vault"]
     assert observer.lines == ["warning: old", "info: fine"]
     assert link.left
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    await until_closed(before)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from tests.host.qubes_bed import (
 )
 from tests.qubes.qubesd import Qubesd
 
+from ..support.descriptors import open_descriptors
+
 REPOSITORY = Path(__file__).parents[2]
 SOON_S = 60.0
 
@@ -379,12 +381,12 @@ def test_a_process_that_cannot_be_started_is_an_error_and_leaves_no_lock(
     def refuse() -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with monkeypatch.context() as patch, pytest.raises(HostFailed, match="starting the process"):
         patch.setattr(os, "fork", refuse)
         with host.lock():
             pass
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert not open_descriptors() - before
     assert not (tmp_path / "restore.lock").exists()
     with host.lock():
         pass

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -234,12 +235,17 @@ async def test_what_is_started_from_the_worker_hears_nothing_of_its_socket(activ
     peer = await activated.session()
     peer.open(storage=LOCATION)
     await activated.storage.wait_for(1)
-    process = Path(f"/proc/{activated.storage.calls[0]['pid']}")
-    assert b"LISTEN_" not in (process / "environ").read_bytes()
-    assert PASSPHRASE.encode() not in (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
-    # Its three streams, the first two of them one socket; the fake reads its files in between.
-    streams = {os.readlink(link) for link in (process / "fd").iterdir()}
-    assert sum(name.startswith("socket:") for name in streams) == 1
+    pid = int(activated.storage.calls[0]["pid"])
+    process = Path(f"/proc/{pid}")
+    try:
+        assert b"LISTEN_" not in (process / "environ").read_bytes()
+        told = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+        assert PASSPHRASE.encode() not in told
+        # Its three streams, the first two of them one socket; the fake reads its files in between.
+        streams = {os.readlink(link) for link in (process / "fd").iterdir()}
+        assert sum(name.startswith("socket:") for name in streams) == 1
+    finally:
+        os.kill(pid, signal.SIGKILL)  # it says nothing, and would wait for ever
 
 
 def test_a_worker_that_was_passed_no_socket_says_so() -> None:

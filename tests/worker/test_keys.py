@@ -477,6 +477,22 @@ def test_they_stay_where_they_are_when_no_processor_is_wanted_or_one_thread_is_t
     bench.scheduler.close()
 
 
+def test_they_stay_where_they_are_while_others_wait_for_memory() -> None:
+    bench = LanesBench(threads=2, limit=5 * MIB)
+    results = [bench.submit(LARGER)]
+    bench.began(0)
+    results.append(bench.submit(SMALL))
+    bench.began(0, 1)
+    results.append(bench.submit(LARGER))  # takes 4 MiB at least, as the first one does
+    bench.scheduler.leave_processors()
+    bench.lanes.turns_without_change(20)
+    bench.began(0, 1)
+    assert len(threads_of(bench, 0, 1)) == 2
+    bench.lanes.finish(*range(3))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
 def test_a_thread_that_has_handed_over_its_last_ones_begins_new_ones() -> None:
     bench = LanesBench(threads=2)
     bench.scheduler.leave_processors()
