@@ -85,7 +85,10 @@ def _qube(qubesd: Qubesd, domain: Domain) -> Snapshot:
 
 def _files(folder: Path, ignored: Collection[str]) -> list[str]:
     found = (
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+        str((Path(place) / name).relative_to(folder))
+        # Passes over what vanishes meanwhile, as the home of a qube that is being removed.
+        for place, folders, files in os.walk(folder)
+        for name in (*files, *(one for one in folders if (Path(place) / one).is_symlink()))
     )
     return sorted(path for path in found if not any(fnmatch.fnmatchcase(path, glob) for glob in ignored))
 
