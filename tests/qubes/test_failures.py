@@ -3,6 +3,7 @@ report calls restored, and a second run works at once."""
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,11 +210,7 @@ def test_a_command_that_is_ended_leaves_nothing_and_a_second_run_works(
 ) -> None:
     words = dom0.location(backup, "path")
     before = dom0.qubes.snapshot()
-    process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
-    method, dest = MOMENTS[moment]
-    while not dom0.qubes.qubesd.calls_of(method, dest):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    process = _started(dom0, words, *MOMENTS[moment])
     os.kill(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert "Traceback" not in stdout + stderr
@@ -234,11 +231,7 @@ def test_a_verification_that_is_killed_leaves_nothing_and_a_second_one_works(
 ) -> None:
     words = ["--verify-only", *dom0.location(backup, "path")]
     before = dom0.qubes.snapshot()
-    process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
-    method, dest = MOMENTS[moment]
-    while not dom0.qubes.qubesd.calls_of(method, dest):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    process = _started(dom0, words, *MOMENTS[moment])
     process.kill()
     process.communicate(timeout=60)
     dom0.restore(words, PASSPHRASE)
@@ -251,10 +244,7 @@ def test_what_is_killed_is_cleared_up_although_nothing_else_is_started(
 ) -> None:
     words = [*words, *dom0.location(backup, "path")]
     before = dom0.qubes.snapshot()
-    process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
-    while not dom0.qubes.qubesd.calls_of("admin.vm.tag.Set*", STORAGE):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    process = _started(dom0, words, "admin.vm.tag.Set*", STORAGE)
     process.kill()
     process.communicate(timeout=60)
     assert dom0.qubes.settled(before) == before
@@ -301,6 +291,15 @@ def _mend(dom0: Dom0, services: Path) -> None:
     dom0.qubes.install_worker(TEMPLATE)
     for saved in services.glob("saved.*"):
         saved.rename(services / saved.name.removeprefix("saved."))
+
+
+def _started(dom0: Dom0, words: list[str], method: str, dest: str) -> "subprocess.Popen[str]":
+    """The command, under way: it has made this call to the Admin API."""
+    process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
+    while not dom0.qubes.qubesd.calls_of(method, dest):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    return process
 
 
 def _whole_qubes(dom0: Dom0, before: Snapshot) -> set[str]:
