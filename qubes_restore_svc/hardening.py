@@ -1,21 +1,51 @@
-"""What every program of ours does first, before it is told a passphrase or opens a file."""
+"""What every program of ours does first, before it is told a passphrase or opens a file.
 
+Strategy: what whoever starts us can have set (closed streams, ignored signals, limits) is put right, or made
+harmless, in one place. Standard library only, and little of it: the rest is not imported yet.
+"""
+
+import contextlib
 import os
 import resource
+import signal
+from types import FrameType
+
+_CANCELLED = 130  #: exit status
 
 
-def open_standard_streams() -> None:
-    """Started without one of them, the first file that is opened would get its number, and its output."""
-    for standard in (0, 1, 2):
-        try:
-            os.fstat(standard)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+def prepare_process() -> None:
+    """Standard streams that are there, children that can be waited for, and no core dump."""
+    _open_standard_streams()
+    # Where it is ignored, the kernel reaps our children itself, and nobody can tell how they ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    forbid_core_dumps()
 
 
 def forbid_core_dumps() -> None:
     """A core dump would hold the passphrase. 1: 0 lets the kernel pipe it to a collector (core(5))."""
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-    except (OSError, ValueError):  # it is lower already
+    except (OSError, ValueError):  # it is 0 for good
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def answer_signals_while_starting() -> None:
+    """Imports take a few tenths of a second; whoever ends the command meanwhile gets an answer as well."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end_cancelled)
+
+
+def _end_cancelled(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"cancelled\n")
+    os._exit(_CANCELLED)
+
+
+def _open_standard_streams() -> None:
+    """Started without one of them, the first file that is opened would get its number, and its output."""
+    for standard in (0, 1, 2):
+        try:
+            os.fstat(standard)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

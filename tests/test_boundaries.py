@@ -24,7 +24,7 @@ UNTRUSTED = {"archive", "worker"}
 #: Part of the package: parts, or single modules, of ours that it may import. (The root holds the version.)
 OURS: dict[str, set[str]] = {
     "__init__": set(),
-    "__main__": {"cli"},
+    "__main__": {"cli", "hardening"},
     "errors": set(),
     "system_memory": {"errors"},
     "waiting": set(),
@@ -32,7 +32,7 @@ OURS: dict[str, set[str]] = {
     "holders": set(),
     "wire": {"wire", "errors"},
     "archive": {"archive", "wire", "errors"},
-    "worker": {"worker", "archive", "wire", "errors", "system_memory"},
+    "worker": {"worker", "archive", "wire", "errors", "system_memory", "hardening"},
     "broker": {"broker", "wire", "errors", "waiting", "host.base", "link.base"},
     "host": {"host", "wire", "errors", "waiting", "holders"},
     "link": {"link", "wire", "errors", "waiting", "system_memory", "holders"},

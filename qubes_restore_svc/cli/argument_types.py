@@ -25,7 +25,12 @@ def number_up_to(highest: int) -> Callable[[str], int]:
 def path(text: str) -> Path:
     """A `type` for argparse: the name of a file."""
     # In scripts, an empty variable: it would mean the current directory.
-    return Path(not_empty(text))
+    found = Path(not_empty(text))
+    try:
+        found.absolute()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"the current directory is gone ({error.strerror})") from error
+    return found
 
 
 def not_empty(text: str) -> str:

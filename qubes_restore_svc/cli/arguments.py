@@ -140,7 +140,7 @@ def _command(
         "--memory",
         metavar="MIB",
         type=number_up_to(MAX_MIB),
-        help="memory that the worker may use (default: what is free)",
+        help="memory that the worker may use (default: what is free, 4 GiB or 1 GiB a core at most)",
     )
     parser.add_argument(
         "--jobs",

@@ -12,13 +12,12 @@ from qubes_restore_svc.broker.report import CANCELLED, NOTHING, USAGE
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.terminal import say, say_wrapped
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
-from qubes_restore_svc.hardening import forbid_core_dumps, open_standard_streams
+from qubes_restore_svc.hardening import prepare_process
 
 
 def carry_out(program: str, work: Callable[[Interruption], int]) -> Never:
     """Do `work` and exit with its status. `program` is what its messages begin with."""
-    open_standard_streams()
-    forbid_core_dumps()
+    prepare_process()
     interruption = Interruption()
     interruption.install()
     status = _status(program, work, interruption)

@@ -1,22 +1,21 @@
 """`qvm-backup-restore`: with `--mgmt-vm` a restore of ours, without it the stock program.
 
 Strategy: which of the two is decided before anything else is imported, so that the stock command is not
-slowed down, and a Ctrl-C in the tenths of a second that importing takes ends the process quietly.
+slowed down; a signal in the tenths of a second that importing takes ends the process as it does later.
 """
 
-import signal
 import sys
 from typing import Never
 
 from qubes_restore_svc.cli.stock import hand_over, is_isolated
 from qubes_restore_svc.cli.terminal import say_wrapped
 from qubes_restore_svc.errors import RestoreError, UsageError
+from qubes_restore_svc.hardening import answer_signals_while_starting
 
 
 def main() -> Never:
     """Carry out the arguments of the process, or hand them over; exits."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    answer_signals_while_starting()
     words = sys.argv[1:]
     try:
         if not is_isolated(words):

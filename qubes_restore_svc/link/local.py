@@ -8,7 +8,6 @@ is ready, before it has touched the archive; a sandbox that cannot be had is kno
 """
 
 import os
-import re
 import socket
 import stat
 from collections.abc import Sequence
@@ -24,12 +23,17 @@ from qubes_restore_svc.system_memory import available_memory
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor
 
+#: Memory for a worker that was granted no certain amount, bytes: more than this gains little
+#: (docs/performance.md), and what runs beside it needs memory as well.
+_ENOUGH, _ENOUGH_A_PROCESSOR = 4 << 30, 1 << 30
+
 
 class LocalLink:
     """The link to a worker of one's own on this machine; to be entered once, in the main thread.
 
     `archive_fd` is the backup, open for reading only: a file, a pipe or a device. It stays the caller's.
-    `memory_limit` is how much memory the worker may take, bytes; None: what is available now.
+    `memory_limit` is how much memory the worker may take, bytes; None: what is available now, and no more
+    than is of use.
     `command` is a program to run instead of the worker. Options are appended: `--calls-fd N`, the socket on
     which calls come, each a message with a descriptor; `--archive-fd N`; `--memory-limit BYTES`.
 
@@ -60,10 +64,9 @@ class LocalLink:
         bubblewrap = find_bubblewrap() if self._sandbox else None
         try:
             self._worker = await self._start(bubblewrap, disable_userns=True)
-        except SandboxFailed as failure:
-            # Old versions do not know the option, some containers forbid it; the filter stands in for it.
-            if not re.search("userns|user_namespaces|user namespaces", failure.words):
-                raise sandbox_failed(failure.words) from None
+        except SandboxFailed:
+            # Old versions do not know the option, some systems forbid it, in words that differ: so it is
+            # tried without. The filter of system calls stands in for it.
             try:
                 self._worker = await self._start(bubblewrap, disable_userns=False)
             except SandboxFailed as second_failure:
@@ -100,7 +103,7 @@ class LocalLink:
 
     async def _start(self, bubblewrap: str | None, *, disable_userns: bool) -> WorkerProcess:
         worker = WorkerProcess(bubblewrap, disable_userns=disable_userns)
-        limit = available_memory() if self._memory_limit is None else self._memory_limit
+        limit = _default_memory() if self._memory_limit is None else self._memory_limit
         try:
             await worker.start(self._command or worker_command(), self._archive_fd, limit)
         except OSError as error:
@@ -112,6 +115,10 @@ class LocalLink:
         if self._worker is None:
             raise WorkerLost("the worker was not started")
         return self._worker
+
+
+def _default_memory() -> int:
+    return min(available_memory(), max(_ENOUGH, _ENOUGH_A_PROCESSOR * len(os.sched_getaffinity(0))))
 
 
 def _check_archive(fd: int) -> None:

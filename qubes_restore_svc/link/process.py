@@ -60,7 +60,8 @@ class WorkerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._calls: socket.socket | None = None
         self._stderr: Tail | None = None
-        self._status: int | None = None  #: memory file in which bubblewrap writes what it has done
+        self._status: int | None = None  #: pipe into which bubblewrap writes what it has done
+        self._told = b""  #: what came out of it
         self._first_inside: int | None = None  #: pidfd of the first process in the sandbox
         self._ended_here = False
 
@@ -145,18 +146,16 @@ class WorkerProcess:
             ]
             descriptors = [calls.fileno(), archive_fd]
             if self._bubblewrap is not None:
-                # Not a pipe: it would wake us, or kill bubblewrap if we are gone, while it still holds up
-                # its child; a child whose bubblewrap is gone then waits for ever.
-                self._status = os.memfd_create("status")
+                self._status, status = _status_pipe(inherited)
                 filter_fd = _filter_pipe(inherited)
                 command = sandbox_command(
                     self._bubblewrap,
                     command,
-                    status_fd=self._status,
+                    status_fd=status,
                     filter_fd=filter_fd,
                     disable_userns=self._disable_userns,
                 )
-                descriptors += [self._status, *([] if filter_fd is None else [filter_fd])]
+                descriptors += [status, *([] if filter_fd is None else [filter_fd])]
             # No environment, sandbox or not. A session of its own: Ctrl-C is for the broker to act on.
             self._process = await asyncio.create_subprocess_exec(
                 *command,
@@ -174,7 +173,7 @@ class WorkerProcess:
         assert self._calls is not None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await readable(self._calls.fileno())
+                await self._called_or_ended(self._calls.fileno())
                 message, ancillary, _, _ = self._calls.recvmsg(
                     len(READY) + 1, socket.CMSG_SPACE(_CREDENTIALS.size)
                 )
@@ -188,17 +187,30 @@ class WorkerProcess:
                 return int(_CREDENTIALS.unpack(content)[0])
         raise await self._failure()
 
+    async def _called_or_ended(self, calls: int) -> None:
+        """Wait for a message, or the end of the process: what it leaves behind can hold the socket open."""
+        assert self._process is not None
+        waits = {asyncio.ensure_future(readable(calls)), asyncio.ensure_future(self._process.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
     def _find_first_inside(self) -> bool:
         """Take hold of the first process of the sandbox; False if bubblewrap has not told it yet."""
-        told = self._told(rb'"child-pid": (\d+)')
+        told = self._has_told(rb'"child-pid": (\d+)')
         if told is not None and self._first_inside is None:
             with contextlib.suppress(ProcessLookupError):
                 self._first_inside = os.pidfd_open(int(told[1]))
         return told is not None
 
-    def _told(self, pattern: bytes) -> re.Match[bytes] | None:
+    def _has_told(self, pattern: bytes) -> re.Match[bytes] | None:
         """The match of `pattern` in what bubblewrap has told so far."""
-        return None if self._status is None else re.search(pattern, os.pread(self._status, _STATUS_SIZE, 0))
+        if self._status is not None and len(self._told) < _STATUS_SIZE:
+            with contextlib.suppress(BlockingIOError):
+                self._told += os.read(self._status, _STATUS_SIZE)
+        return re.search(pattern, self._told)
 
     async def _failure(self) -> Exception:
         """Why there is no ready worker."""
@@ -209,7 +221,7 @@ class WorkerProcess:
         except TimeoutError:
             return WorkerLost("the worker does not keep to the protocol of its link")
         # The exit code is told only if the command was started.
-        if self._bubblewrap is not None and self._told(rb'"exit-code"') is None:
+        if self._bubblewrap is not None and self._has_told(rb'"exit-code"') is None:
             return SandboxFailed(self._words())
         return WorkerLost(f"{end}, before it was ready")
 
@@ -229,7 +241,9 @@ class WorkerProcess:
                     # bubblewrap first: it reaps the other one.
                     await process.wait()
                     await readable(self._first_inside)
-        if process.returncode is None:
+        # A bubblewrap that was killed while it held up its child leaves that child, in its process group.
+        left_child = self._status is not None and not self._find_first_inside()
+        if process.returncode is None or left_child:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
@@ -242,6 +256,25 @@ class WorkerProcess:
     def _last_words(self) -> str:
         lines = [line for line in self._words().splitlines() if line.strip()]
         return strip_control(lines[-1].strip())[:_LAST_LINE_LENGTH] if lines else ""
+
+
+def _status_pipe(inherited: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe: our end, which does not block, and the end for bubblewrap, which `inherited` closes.
+
+    bubblewrap must not die of writing while it holds up its child. So its end is open for reading too: nobody
+    ends it for a pipe without a reader if we are gone. And a pipe knows no limit of a file's size.
+    """
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(reader, False)
+        both = os.open(f"/proc/self/fd/{writer}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    inherited.callback(os.close, both)
+    return reader, both
 
 
 def _filter_pipe(inherited: contextlib.ExitStack) -> int | None:

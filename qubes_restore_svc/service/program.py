@@ -19,7 +19,7 @@ from typing import Never
 from qubes_restore_svc.broker.grants import MODES
 from qubes_restore_svc.dom0 import PLACES, Places, dom0_restore
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.hardening import forbid_core_dumps, open_standard_streams
+from qubes_restore_svc.hardening import prepare_process
 from qubes_restore_svc.service.call import Assemble, Call
 from qubes_restore_svc.wire.names import strip_control
 
@@ -38,8 +38,7 @@ def service_of(words: Sequence[str]) -> str:
 
 def carry_out(service: str, caller: str, places: Places = PLACES, assemble: Assemble = dom0_restore) -> Never:
     """Serve the call on standard input and output, and exit: with 0 if it was told how it ended."""
-    open_standard_streams()
-    forbid_core_dumps()
+    prepare_process()
 
     def say(text: str) -> None:
         note(f"{service} for {caller}: {text}")

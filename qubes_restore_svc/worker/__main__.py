@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from qubes_restore_svc.archive.kdf import best_engine
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.hardening import forbid_core_dumps
 from qubes_restore_svc.system_memory import available_memory
 from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
 from qubes_restore_svc.worker.daemon import Daemon
@@ -65,8 +66,7 @@ async def _serve(accept: Accept, archive_fd: int | None, *, memory: int) -> None
 
 def _restrict_process() -> None:
     """No core dump, which would hold the passphrase; no file, because nothing is ever staged."""
-    # 1 and not 0: a limit of 0 does not keep the kernel from piping the dump to a collector (core(5)).
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    forbid_core_dumps()
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import RestoreError, SandboxUnavailable, UsageError, WorkerLost
-from qubes_restore_svc.link import process
+from qubes_restore_svc.link import local, process
 from qubes_restore_svc.link.local import LocalLink
 from tests.link.probes import (
     ACCEPT,
@@ -242,13 +242,35 @@ async def test_a_bubblewrap_that_fails_is_an_error_with_its_own_words(
     assert descendants() == []
 
 
+async def test_a_bubblewrap_that_is_killed_leaves_no_child_and_nobody_waits_for_it(
+    archive_fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _install_bubblewrap(
+        tmp_path, f"{sys.executable} -c 'import time; time.sleep(3600)' & kill -9 $$", monkeypatch
+    )
+    with pytest.raises(SandboxUnavailable):
+        async with asyncio.timeout(5):
+            async with LocalLink(archive_fd, command=SLEEPER):
+                pass
+    assert descendants() == [] and processes_with("time.sleep(3600)") == []
+
+
+@pytest.mark.parametrize(("free", "processors", "granted"), [(64, 2, 4), (3, 2, 3), (64, 16, 16)])
+def test_a_worker_gets_what_is_free_but_no_more_than_is_of_use(
+    free: int, processors: int, granted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "available_memory", lambda: free << 30)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    assert local._default_memory() == granted << 30
+
+
 @needs_bubblewrap
 async def test_a_bubblewrap_that_cannot_disable_user_namespaces_is_used_without(
     archive_fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = """
 for option; do
-  [ "$option" = --disable-userns ] && echo "bwrap: Unknown option $option" >&2 && exit 1
+  [ "$option" = --disable-userns ] && echo "bwrap: words that nobody foresaw" >&2 && exit 1
 done
 PATH=/usr/bin:/bin exec bwrap "$@"
 """
