@@ -21,7 +21,6 @@ from qubes_restore_svc.errors import WorkerLost
 from qubes_restore_svc.link.limits import limit_resources
 from qubes_restore_svc.link.pipes import Tail, readable, tail_of_pipe
 from qubes_restore_svc.link.sandbox import sandbox_command
-from qubes_restore_svc.link.seccomp import system_call_filter
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.service import READY
@@ -147,15 +146,13 @@ class WorkerProcess:
             descriptors = [calls.fileno(), archive_fd]
             if self._bubblewrap is not None:
                 self._status, status = _status_pipe(inherited)
-                filter_fd = _filter_pipe(inherited)
                 command = sandbox_command(
                     self._bubblewrap,
                     command,
                     status_fd=status,
-                    filter_fd=filter_fd,
                     disable_userns=self._disable_userns,
                 )
-                descriptors += [status, *([] if filter_fd is None else [filter_fd])]
+                descriptors.append(status)
             # No environment, sandbox or not. A session of its own: Ctrl-C is for the broker to act on.
             self._process = await asyncio.create_subprocess_exec(
                 *command,
@@ -275,18 +272,6 @@ def _status_pipe(inherited: contextlib.ExitStack) -> tuple[int, int]:
         os.close(writer)
     inherited.callback(os.close, both)
     return reader, both
-
-
-def _filter_pipe(inherited: contextlib.ExitStack) -> int | None:
-    """A pipe that holds the filter of system calls, a few KiB; None where there is no filter."""
-    program = system_call_filter()
-    if program is None:
-        return None
-    reader, writer = os.pipe()
-    inherited.callback(os.close, reader)
-    with open(writer, "wb", buffering=0) as pipe:
-        pipe.write(program)
-    return reader
 
 
 def _describe_end(status: int, last_words: str, *, through_bubblewrap: bool) -> str:

@@ -4,7 +4,8 @@ Strategy: nothing is hidden, little is shown. Every namespace is new; the root i
 in which only the files of the worker's Python appear; nothing can be written anywhere. There is no /proc:
 through /proc/self/fd a process of the same user could open the backup again, for writing; and so a
 container that forbids new /proc mounts can run the sandbox too. Descriptors that are passed in stay usable
-across the namespaces: a filter of system calls (`link/seccomp.py`) limits what can be done with them.
+across the namespaces: the worker forbids itself most system calls before it is ready, and with them what
+could be done with those (`worker/system_calls.py`).
 """
 
 import os
@@ -67,21 +68,19 @@ def sandbox_command(
     command: Sequence[str],
     *,
     status_fd: int,
-    filter_fd: int | None,
     disable_userns: bool,
 ) -> list[str]:
     """The command line that runs `command` in the sandbox.
 
     bubblewrap tells on `status_fd` (JSON lines) the process that everything inside ends with, and the exit
-    code if the command was started at all. `filter_fd` is read for the filter of system calls. Versions
-    before 0.8 do not know `disable_userns`. All other open descriptors reach the command.
+    code if the command was started at all. Versions before 0.8 do not know `disable_userns`. All other open
+    descriptors reach the command.
     """
     return [
         bubblewrap,
         *_ISOLATION,
         *(("--disable-userns",) if disable_userns else ()),
         *("--json-status-fd", str(status_fd)),
-        *(("--seccomp", str(filter_fd)) if filter_fd is not None else ()),
         *same_layout(needed_paths()),
         *(option for device in _DEVICES for option in ("--dev-bind", device, device, "--remount-ro", device)),
         *("--remount-ro", "/", "--chdir", "/", "--"),

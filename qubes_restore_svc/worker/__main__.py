@@ -9,12 +9,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from qubes_restore_svc.archive.kdf import best_engine
+from qubes_restore_svc.archive.kdf import KdfEngine, best_engine
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.hardening import forbid_core_dumps
 from qubes_restore_svc.system_memory import available_memory
 from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
 from qubes_restore_svc.worker.daemon import Daemon
+from qubes_restore_svc.worker.system_calls import forbid_the_rest
 
 #: Bytes that stay free for the kernel, the sockets and what else runs in the qube, unless told otherwise.
 _RESERVE = 176 << 20
@@ -40,21 +41,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         listener = inherited_listener() if options.listen else None
     except UsageError as error:
         parser.error(str(error))
+    engine = best_engine()
     _restrict_process()
     available = options.memory_limit or available_memory()
     memory = max(_LEAST_MEMORY, available - _RESERVE)
     if listener is not None:
         accept = ListeningCalls(listener).accept
     else:
+        # Before it says that it is ready. The unit has a filter of its own: there, the program that fetches
+        # the archive is still to be started.
+        forbid_the_rest()
         accept = PassedCalls(socket.socket(fileno=options.calls_fd)).accept
-    asyncio.run(_serve(accept, options.archive_fd, memory=memory))
+    asyncio.run(_serve(accept, engine, options.archive_fd, memory=memory))
 
 
-async def _serve(accept: Accept, archive_fd: int | None, *, memory: int) -> None:
+async def _serve(accept: Accept, engine: KdfEngine, archive_fd: int | None, *, memory: int) -> None:
     jobs = len(os.sched_getaffinity(0))
     status = 1
     try:
-        await Daemon(accept, best_engine(), memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
+        await Daemon(accept, engine, memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
         status = 0
     except Exception:  # noqa: BLE001 - a mistake of ours; its traceback goes to the link's log
         traceback.print_exc()

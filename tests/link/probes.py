@@ -18,11 +18,12 @@ import pytest
 
 from qubes_restore_svc.link.interpreter import python_command
 from qubes_restore_svc.link.local import LocalLink
+from tests.support.fixtures import REPOSITORY
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 READY = """
-import ctypes, errno, json, os, signal, socket, sys, threading, time
+import ctypes, errno, fcntl, json, mmap, os, signal, socket, sys, threading, time
 calls = socket.socket(fileno=int(sys.argv[sys.argv.index('--calls-fd') + 1]))
 archive = int(sys.argv[sys.argv.index('--archive-fd') + 1])
 calls.send(b'ready')
@@ -63,7 +64,16 @@ def program(*parts: str) -> list[str]:
     return [*python_command(), "\n".join(parts)]
 
 
-INTERPRETER = program(READY, ACCEPT, EXECUTE)
+#: As the worker: what is imported later may not bring libraries.
+FILTERED = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from qubes_restore_svc.worker.system_calls import forbid_the_rest
+""" + READY.replace("calls.send", "forbid_the_rest()\ncalls.send")
+
+INTERPRETER = program(FILTERED, ACCEPT, EXECUTE)
+#: Without the filter of system calls: what the namespaces and mounts hold by themselves.
+UNFILTERED = program(READY, ACCEPT, EXECUTE)
 SLEEPER = program(READY, "time.sleep(3600)")
 
 

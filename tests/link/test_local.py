@@ -22,6 +22,7 @@ from tests.link.probes import (
     INTERPRETER,
     READY,
     SLEEPER,
+    UNFILTERED,
     descendants,
     inside,
     needs_bubblewrap,
@@ -101,7 +102,7 @@ async def test_the_worker_gets_archive_and_memory_limit_as_options(archive_fd: i
 
 
 async def test_without_a_sandbox_environment_and_terminal_are_still_not_passed_on(archive_fd: int) -> None:
-    async with LocalLink(archive_fd, sandbox=False, command=INTERPRETER, memory_limit=MEMORY) as link:
+    async with LocalLink(archive_fd, sandbox=False, command=UNFILTERED, memory_limit=MEMORY) as link:
         text = "result = [sorted(os.environ), os.getsid(0) == os.getpid(), os.getcwd()]"
         assert await inside(link, text) == [["LC_CTYPE"], True, "/"]
 
@@ -321,10 +322,7 @@ async def test_leaving_ends_the_most_stubborn_worker_within_a_second(
 
 
 @needs_bubblewrap
-async def test_processes_that_a_worker_started_and_left_end_with_it(
-    archive_fd: int, mark: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(process, "system_call_filter", lambda: None)
+async def test_processes_that_a_worker_started_and_left_end_with_it(archive_fd: int, mark: str) -> None:
     fork = "os.fork(); os.fork(); os.setsid() if os.getpid() != 2 else None"
     command = program(READY.replace("calls.send", f"{fork}\ncalls.send"), STUBBORN, f"# {mark}")
     async with LocalLink(archive_fd, command=command):
@@ -333,10 +331,7 @@ async def test_processes_that_a_worker_started_and_left_end_with_it(
 
 
 @needs_bubblewrap
-async def test_processes_that_outlive_the_worker_end_with_the_link(
-    archive_fd: int, mark: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(process, "system_call_filter", lambda: None)
+async def test_processes_that_outlive_the_worker_end_with_the_link(archive_fd: int, mark: str) -> None:
     # Its memory takes the kernel a while to free.
     leave = "if os.fork():\n    os._exit(0)\nballast = bytearray(400 << 20)"
     async with LocalLink(archive_fd, command=program(READY, leave, STUBBORN, f"# {mark}")) as link:

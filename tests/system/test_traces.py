@@ -41,8 +41,11 @@ OTHERS = {"clone", "clone3", "fork", "vfork", "execve", "chdir", "mount", "pivot
 WRITES = re.compile(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC|O_TMPFILE|O_APPEND")
 
 #: Written to by every program, or by bubblewrap for the process that it is (files of the kernel, on no disk).
+#: A pipe of the command's own is opened once more by its number.
 HARMLESS = {"/dev/null", "/dev/tty"}
-OF_THE_KERNEL = re.compile(r"/proc/(\d+/(uid_map|gid_map|setgroups)|sys/user/max_user_namespaces)")
+OF_THE_KERNEL = re.compile(
+    r"/proc/(self/fd/\d+|\d+/(uid_map|gid_map|setgroups)|sys/user/max_user_namespaces)"
+)
 
 
 @cache
