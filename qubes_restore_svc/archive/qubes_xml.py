@@ -3,9 +3,9 @@
 Strategy: the document becomes a tree under limits that bound memory, time and depth. Of its domains
 only those count whose feature `backup-content` is true. Each of them is read by itself into the models
 of the session protocol: a single setting that no Qubes system writes is left out with a warning, a
-qube whose identity (name, class, label, place in the archive) is in doubt is refused, and only a file
+qube whose identity (name, class, place in the archive) is in doubt is refused, and only a file
 that is malformed as a whole is an error. A choice in doubt falls to the side that is safe: no network,
-and of two qubes that claim one place in the archive, neither.
+no disposables, all devices denied, and of two qubes that claim one place in the archive, neither.
 
 The schema is that of qubesd (R4.0 and later): its PropertyHolder, Features, Tags and Volume.config.
 """
@@ -191,6 +191,21 @@ _IDENTITY = frozenset({"name", "label", "template", "netvm", "qid", "uuid"})
 _BACKUP_FEATURES = frozenset({"backup-content", "backup-path", "backup-size"})
 _FALSE = frozenset({"", "0", "false", "no", "off", "none"})
 
+#: What stands in for a label that cannot be read: the least trusted one.
+_UNKNOWN_LABEL = "red"
+
+#: What stands in for a setting that cannot be read, if the qube would be more open without it.
+_IF_UNREADABLE = {
+    "default_dispvm": "",
+    "devices_denied": "*******",
+    "prohibit-start": "the reason cannot be read",
+}
+
+#: Most settings of one qube; see `ManifestQube`.
+_MAX_PROPERTIES = 512
+_MAX_FEATURES = 4096
+_MAX_TAGS = 1024
+
 #: In lower case: no other qube may have a name that a person could take for dom0's.
 _DOM0_NAMES = frozenset({"dom0", "domain-0"})
 
@@ -213,7 +228,7 @@ class _Reader:
     labels: dict[str, str]
     qubes: list[BackupQube] = field(default_factory=list)
     refused: list[RefusedQube] = field(default_factory=list)
-    _names: set[str] = field(default_factory=set)  # in lower case
+    _names: set[str] = field(default_factory=set)
     _keys: set[str] = field(default_factory=set)
     _warnings: list[str] = field(default_factory=list)
     _untold: int = 0
@@ -246,22 +261,14 @@ class _Reader:
             "key": self._key(path, klass),
             "name": name,
             "klass": klass,
-            "label": self._label(entry.untrusted_properties.get("label"), klass),
+            "label": self._label(entry.untrusted_properties.get("label", ""), klass, warn),
             "template": _template(entry.untrusted_properties.get("template", ""), klass, warn),
             "netvm": _netvm(entry.untrusted_properties.get("netvm"), warn),
             "home_user": path.rpartition("/")[2] if klass == "AdminVM" else None,
             "backup_size": _size(entry.untrusted_features.get("backup-size"), "backup-size", warn) or 0,
             "volumes": _volumes(untrusted_domain, klass, warn),
-            "properties": _settings(
-                "property", untrusted_domain.findall("./properties/property"), _PROPERTY_NAME, _IDENTITY, warn
-            ),
-            "features": _settings(
-                "feature",
-                untrusted_domain.findall("./features/feature"),
-                _FEATURE_NAME,
-                _BACKUP_FEATURES,
-                warn,
-            ),
+            "properties": _settings(_PROPERTIES, untrusted_domain, warn),
+            "features": _settings(_FEATURES, untrusted_domain, warn),
             "tags": _tags(untrusted_domain, warn),
             "devices": read_devices(untrusted_domain, warn),
         }
@@ -270,7 +277,7 @@ class _Reader:
         except ValidationError as error:
             where = ", ".join(sorted({str(part["loc"][0]) for part in error.errors() if part["loc"]}))
             raise BadMetadata(f"its settings are out of bounds ({where or 'together'})") from None
-        self._names.add(name.lower())
+        self._names.add(name)
         self._keys.add(info.key)
         return BackupQube(info, path)
 
@@ -282,20 +289,18 @@ class _Reader:
         name = untrusted_name
         if klass != "AdminVM" and name.lower() in _DOM0_NAMES:
             raise BadMetadata("its name is dom0's")
-        if name.lower() in self._names:
+        if name in self._names:
             raise BadMetadata("another qube in the backup has the same name")
         return name
 
-    def _label(self, untrusted_label: str | None, klass: str) -> str:
-        # dom0's label is built in (black), and not in every file.
-        if untrusted_label is None and klass == "AdminVM":
-            return "black"
-        if not untrusted_label:
-            raise BadMetadata("it has no label")
+    def _label(self, untrusted_label: str, klass: str, warn: _Warn) -> str:
         label = self.labels.get(untrusted_label, "")
-        if not _matches(_LABEL_NAME, label):
-            raise BadMetadata("its label is not among the labels in qubes.xml")
-        return label
+        if _matches(_LABEL_NAME, label):
+            return label
+        if klass == "AdminVM":  # dom0's label is built in, and not in every file
+            return "black"
+        warn(f"its label cannot be read; it is '{_UNKNOWN_LABEL}' now")
+        return _UNKNOWN_LABEL
 
     def _key(self, path: str, klass: str) -> str:
         """The last part of the path, so that a person knows it again; made up where that will not do."""
@@ -352,7 +357,7 @@ def _volumes(untrusted_domain: Element, klass: str, warn: _Warn) -> tuple[Volume
     usual = _USUAL_VOLUMES[klass]
     if klass == "AdminVM" or untrusted_domain.find("volume-config") is None:
         return tuple(VolumeInfo.model_validate({"name": name}) for name in usual)
-    volumes: list[VolumeInfo] = []
+    volumes: dict[str, VolumeInfo] = {}  # as for qubesd, the last of a name counts
     for volume in untrusted_domain.findall("./volume-config/volume"):
         if volume.get("save_on_stop", "").strip().lower() in _FALSE:
             continue
@@ -361,27 +366,44 @@ def _volumes(untrusted_domain: Element, klass: str, warn: _Warn) -> tuple[Volume
             warn(f"it has a volume '{_shown(name)}', which cannot be restored")
             continue
         size = _size(volume.get("size"), f"the size of its volume {name}", warn)
-        volumes.append(VolumeInfo.model_validate({"name": name, "size": size}))
+        volumes[name] = VolumeInfo.model_validate({"name": name, "size": size})
     for name in usual:
-        if name not in [volume.name for volume in volumes]:
+        if name not in volumes:
             warn(f"qubes.xml does not count on its volume {name}, as a {klass} would have")
-    return tuple(volumes)
+    return tuple(volumes.values())
 
 
-def _settings(
-    kind: str, nodes: list[Element], name_type: TypeAdapter[str], left_out: frozenset[str], warn: _Warn
-) -> dict[str, str]:
-    """Properties or features, those of `left_out` apart. As for qubesd, the last of a name counts."""
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Properties or features: where they stand, and those of `elsewhere` are no settings."""
+
+    noun: str
+    place: str
+    name_type: TypeAdapter[str]
+    elsewhere: frozenset[str]
+    most: int
+
+
+_PROPERTIES = _Kind("property", "./properties/property", _PROPERTY_NAME, _IDENTITY, _MAX_PROPERTIES)
+_FEATURES = _Kind("feature", "./features/feature", _FEATURE_NAME, _BACKUP_FEATURES, _MAX_FEATURES)
+
+
+def _settings(kind: _Kind, untrusted_domain: Element, warn: _Warn) -> dict[str, str]:
+    """Properties or features. As for qubesd, the last of a name counts."""
     settings: dict[str, str] = {}
-    for name, value in _texts(nodes):
-        if name in left_out:
+    room = kind.most - len(_IF_UNREADABLE)
+    for name, value in _texts(untrusted_domain.findall(kind.place)):
+        if name in kind.elsewhere:
             continue
-        if not _matches(name_type, name) or not _matches(_SETTING_VALUE, value):
-            # An earlier value of that name must not come to life because the last one is refused.
-            settings.pop(name, None)
-            warn(f"the {kind} '{_shown(name)}' cannot be restored; left out")
-            continue
-        settings[name] = value
+        # An earlier value of that name must not come to life because the last one is refused.
+        settings.pop(name, None)
+        if len(settings) < room and _matches(kind.name_type, name) and _matches(_SETTING_VALUE, value):
+            settings[name] = value
+        elif name in _IF_UNREADABLE:
+            settings[name] = _IF_UNREADABLE[name]
+            warn(f"the {kind.noun} '{name}' cannot be read; it is '{settings[name]}' now")
+        else:
+            warn(f"the {kind.noun} '{_shown(name)}' cannot be restored; left out")
     return settings
 
 
@@ -389,7 +411,7 @@ def _tags(untrusted_domain: Element, warn: _Warn) -> tuple[str, ...]:
     tags: dict[str, None] = {}
     for node in untrusted_domain.findall("./tags/tag"):
         tag = node.get("name", "")
-        if _matches(_TAG_NAME, tag):
+        if _matches(_TAG_NAME, tag) and len(tags) < _MAX_TAGS:
             tags[tag] = None
         else:
             warn(f"the tag '{_shown(tag)}' cannot be restored; left out")

@@ -1,9 +1,9 @@
 """Names that are taken, and what a qube is called instead.
 
-Strategy: whether a name is taken is asked as the host asks it; what is made up here keeps further away. A
-qubesd compares names exactly: a system can hold `Work` beside `work`, and a backup of it must come back
-as it was. A place that keeps files may fold case, or be copied to one that does, so there `Work` is `work`. A
-name of our own choice is never one that differs from another in case only, wherever it goes.
+Strategy: names are compared exactly, as qubesd does: a system can hold `Work` beside `work`, and a backup of
+it must come back as it was. Where a file system folds case, it says so itself when the second of two such
+names is begun. What is made up here keeps further away: a name of our own choice is never one that differs
+from another in case only.
 
 The numbering is that of the stock command: `work` becomes `work-1`, and so on to `work-99`; a name of more
 than 29 characters is cut first. (Where the stock command then makes names of 32 characters, with a number of
@@ -32,14 +32,13 @@ class NamesInUse:
     """The names of the host, of the backup, and those given out so far."""
 
     def __init__(self, view: HostView, in_backup: Iterable[str]) -> None:
-        self._folds_case = view.qubes_system is None
-        self._on_host = frozenset(map(self._as_compared, view.names))
+        self._on_host = view.names
         self._unavailable = {name.casefold() for name in (*view.names, *in_backup)} | _DOM0_NAMES
 
     def has(self, qube: ManifestQube) -> bool:
         """Is there a qube of this name on the host, or is it one that a person could take for dom0's?"""
         looks_like_dom0 = qube.klass != "AdminVM" and qube.name.casefold() in _DOM0_NAMES
-        return looks_like_dom0 or self._as_compared(qube.name) in self._on_host
+        return looks_like_dom0 or qube.name in self._on_host
 
     def give(self, name: str) -> str | None:
         """A free name for a qube that cannot be called `name`; None if all that it could have are taken.
@@ -51,9 +50,6 @@ class NamesInUse:
                 self._unavailable.add(candidate.casefold())
                 return candidate
         return None
-
-    def _as_compared(self, name: str) -> str:
-        return name.casefold() if self._folds_case else name
 
 
 def _candidates(name: str) -> Iterator[str]:

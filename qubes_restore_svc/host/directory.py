@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
 from qubes_restore_svc.host.base import HostView, NewQube
-from qubes_restore_svc.host.directory_layout import clear_partials
+from qubes_restore_svc.host.directory_layout import clear_partials, partial_name
 from qubes_restore_svc.host.directory_qube import DirectoryQube
 from qubes_restore_svc.host.filesystem import make_directory, reporting, sync_directory
 from qubes_restore_svc.wire.names import strip_control
@@ -58,8 +58,7 @@ class DirectoryHost:
     def existing_names(self) -> frozenset[str]:
         """The names of everything in the directory, as they are written; none if there is no directory.
 
-        Two names that differ in case only are one on FAT and exFAT, and after a copy to one. `begin`
-        therefore refuses such a name on every file system.
+        Two names that differ in case only are one on FAT and exFAT: `begin` asks the file system.
         """
         with self._mutex, reporting(f"reading {self._shown}"):
             try:
@@ -89,11 +88,20 @@ class DirectoryHost:
         with self._mutex:
             if self._directory is None:
                 raise HostFailed("the directory is not locked for this restore", qube=qube.name)
-            if qube.name.lower() in {name.lower() for name in self.existing_names()}:
+            partial_name(qube.name)  # raises for what is no name, before the file system is asked for it
+            if self._is_taken(qube.name):
                 raise QubeExists(f"{self._shown} has something of that name", qube=qube.name)
             transaction = DirectoryQube(self._directory, qube)
             self._qubes.append(transaction)
             return transaction
+
+    def _is_taken(self, name: str) -> bool:
+        with reporting(f"looking for {name}"):
+            try:
+                os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            return True
 
     def _remarks(self) -> Iterator[str]:
         for name in self.cleared:

@@ -187,7 +187,7 @@ class Manifest(Message):
     def _check(self) -> Self:
         for what, values in (
             ("key", [qube.key for qube in self.qubes]),
-            ("name", [qube.name.lower() for qube in self.qubes]),
+            ("name", [qube.name for qube in self.qubes]),
         ):
             if len(set(values)) != len(values):
                 raise ValueError(f"a {what} stands twice")

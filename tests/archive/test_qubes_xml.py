@@ -374,16 +374,18 @@ def test_an_unknown_class_is_refused(klass: str | None) -> None:
 
 
 @pytest.mark.parametrize("label", ["green", "label-5", "la bel", "label-9", "label-7"])
-def test_a_label_that_the_file_does_not_define_is_refused(label: str) -> None:
+def test_a_label_that_the_file_does_not_define_becomes_red(label: str) -> None:
     labels = '<labels><label id="label-9">a b</label><label id="label-7"/></labels>'
     content = parse_qubes_xml(f"<qubes>{labels}<domains>{domain(label=label)}</domains></qubes>".encode())
-    assert content.qubes == ()
-    assert content.refused[0].error.reason == "its label is not among the labels in qubes.xml"
+    assert [qube.info.label for qube in content.qubes] == ["red"]
+    assert content.warnings == ("work: its label cannot be read; it is 'red' now",)
 
 
 @pytest.mark.parametrize("label", [None, ""])
-def test_a_qube_without_a_label_is_refused(label: str | None) -> None:
-    assert reason(domain(label=label)) == "it has no label"
+def test_a_qube_without_a_label_becomes_red(label: str | None) -> None:
+    qube, warnings = listed(domain(label=label))
+    assert qube.label == "red"
+    assert warnings == ("work: its label cannot be read; it is 'red' now",)
 
 
 def test_dom0_needs_no_label() -> None:
@@ -500,9 +502,9 @@ def test_paths_beside_each_other_do_not_overlap() -> None:
     assert [qube.path for qube in content.qubes] == ["a/b", "a/bc", "ab", "a/c/d"]
 
 
-def test_the_second_of_two_names_that_differ_in_case_only_is_refused() -> None:
+def test_names_may_differ_in_case_only_and_the_second_of_two_equal_ones_is_refused() -> None:
     content = parse(domain("work", path="vm1"), domain("Work", path="vm2"), domain("work", path="vm3"))
-    assert [qube.path for qube in content.qubes] == ["vm1"]
+    assert [qube.path for qube in content.qubes] == ["vm1", "vm2"]
     assert {qube.error.reason for qube in content.refused} == {"another qube in the backup has the same name"}
 
 
@@ -515,14 +517,36 @@ def test_a_second_dom0_is_refused() -> None:
     assert [qube.name for qube in content.refused] == ["dom0"]
 
 
-def test_more_settings_than_a_manifest_takes_refuse_the_qube() -> None:
-    many = {f"p{number}": "" for number in range(513)}
-    assert reason(domain(properties=many)) == "its settings are out of bounds (properties)"
+def test_more_settings_than_a_manifest_takes_stay_behind_and_cost_no_qube() -> None:
+    many = {f"p{number}": "" for number in range(600)} | {"default_dispvm": "late"}
+    tags = "".join(f'<tag name="t{number}"/>' for number in range(1100))
+    features = {f"f{number}": "" for number in range(4200)}
+    qube, warnings = listed(domain(properties=many, features=features, more=f"<tags>{tags}</tags>"))
+    assert len(qube.properties) <= 512 and qube.properties["default_dispvm"] == ""
+    assert len(qube.features) <= 4096 and len(qube.tags) == 1024
+    assert warnings[-1].endswith("more settings in qubes.xml are not as Qubes writes them")
 
 
-def test_a_volume_that_stands_twice_refuses_the_qube() -> None:
-    volume = '<volume name="private" save_on_stop="True"/>'
-    assert "out of bounds" in reason(domain(more=f"<volume-config>{volume}{volume}</volume-config>"))
+def test_the_last_of_a_volume_that_stands_twice_counts() -> None:
+    volume = '<volume name="private" save_on_stop="True" size="{}"/>'.format
+    qube, _ = listed(domain(more=f"<volume-config>{volume(1)}{volume(2)}</volume-config>"))
+    assert qube.volumes == (VolumeInfo(name="private", size=2),)
+
+
+def test_a_setting_that_cannot_be_read_leaves_the_qube_no_more_open_than_it_was() -> None:
+    qube, warnings = listed(
+        domain(
+            properties={"default_dispvm": "öffnen", "devices_denied": "ü"},
+            features={"prohibit-start": "für später"},
+        )
+    )
+    assert qube.properties == {"default_dispvm": "", "devices_denied": "*******"}
+    assert qube.features == {"prohibit-start": "the reason cannot be read"}
+    assert warnings == (
+        "work: the property 'default_dispvm' cannot be read; it is '' now",
+        "work: the property 'devices_denied' cannot be read; it is '*******' now",
+        "work: the feature 'prohibit-start' cannot be read; it is 'the reason cannot be read' now",
+    )
 
 
 # --- Keys ---------------------------------------------------------------------------------------------

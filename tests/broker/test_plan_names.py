@@ -98,12 +98,10 @@ def test_the_last_number_is_99() -> None:
     assert (refused.name, refused.notes) == ("work", ())
 
 
-def test_qubes_compares_names_exactly_and_a_directory_does_not() -> None:
-    assert plan_of(qube("Work"), view=there("work"))["Work"].decision is Decision.TAKE
-    directory = HostView(frozenset({"work"}))
-    assert plan_of(qube("Work"), view=directory)["Work"].decision is Decision.REFUSE
-    assert plan_of(qube("Work"), view=directory, conflicts="skip")["Work"].decision is Decision.LEAVE_OUT
-    assert plan_of(qube("Work"), view=directory, conflicts="rename")["Work"].name == "Work-1"
+@pytest.mark.parametrize("view", [there("work"), HostView(frozenset({"work"}))])
+def test_names_are_compared_exactly(view: HostView) -> None:
+    assert plan_of(qube("Work"), view=view)["Work"].decision is Decision.TAKE
+    assert plan_of(qube("work"), view=view)["work"].decision is Decision.REFUSE
 
 
 @pytest.mark.parametrize("name", ["Dom0", "DOM0", "domain-0"])

@@ -419,7 +419,6 @@ def test_the_usual_ports_are_taken(port: str) -> None:
         ),
         (("qubes",), [QUBE, {**QUBE, "name": "other"}]),
         (("qubes",), [QUBE, {**QUBE, "key": "vm11"}]),
-        (("qubes",), [QUBE, {**QUBE, "key": "vm11", "name": "WORK"}]),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(path: Path, bad: object) -> None:
