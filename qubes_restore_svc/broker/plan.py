@@ -17,7 +17,7 @@ from qubes_restore_svc.broker.definitions import set_up
 from qubes_restore_svc.broker.ledger import believed_error
 from qubes_restore_svc.broker.references import Candidate, Missing, References, find_references
 from qubes_restore_svc.errors import MissingDependency, QubeExists, RestoreError, UsageError
-from qubes_restore_svc.host.base import Definition, HostView, QubesView
+from qubes_restore_svc.host.base import Definition, HostView, QubesView, restored_tag
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
 
 #: Most names that an error lists.
@@ -128,7 +128,7 @@ def make_plan(
         in_use = NamesInUse(view, in_backup)
         qubes = [_named(qube, in_use, options, view.qubes_system) for qube in qubes]
         if view.qubes_system is not None:
-            qubes = _set_up(qubes, view.qubes_system, options, in_backup)
+            qubes = _set_up(qubes, view.qubes_system, options, in_backup, manifest.backup_id)
     unlisted = tuple(
         UnlistedQube(qube.name, believed_error(qube.error))
         for qube in manifest.refused
@@ -217,7 +217,11 @@ _USER_ADVICE = "Leave it out, or use --ignore-username-mismatch to restore it al
 
 
 def _set_up(
-    planned: list[PlannedQube], system: QubesView, options: PlanOptions, in_backup: set[str]
+    planned: list[PlannedQube],
+    system: QubesView,
+    options: PlanOptions,
+    in_backup: set[str],
+    backup_id: str,
 ) -> list[PlannedQube]:
     candidates = {
         qube.source.key: Candidate(qube.source, qube.name, options.allow.choose(qube.source))
@@ -229,6 +233,7 @@ def _set_up(
         system,
         use_defaults=options.missing == "default",
         in_backup=in_backup,
+        restored_tag=restored_tag(backup_id),
     )
     decided = []
     for qube in planned:

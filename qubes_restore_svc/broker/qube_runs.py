@@ -114,7 +114,7 @@ class QubeRuns:
             yield f"it has no netvm now: {netvm.name} could not be restored"
         dispvm = self.get(qube.planned.default_dispvm_key)
         if dispvm is not None and not dispvm.report.succeeded:
-            qube.definition = replace(qube.definition, default_dispvm=None)
+            qube.definition = replace(qube.definition, default_dispvm="")
             if dispvm.finished and dispvm is not qube:
                 yield without_dispvm(dispvm)
 
@@ -127,7 +127,7 @@ class QubeRuns:
 
 def without_dispvm(dispvm: QubeRun) -> str:
     """The warning for a qube whose default_dispvm has failed."""
-    return f"its default disposable template is the system's now: {dispvm.name} could not be restored"
+    return f"it has no default disposable template now: {dispvm.name} could not be restored"
 
 
 def _empty_report(qube: PlannedQube) -> QubeReport:

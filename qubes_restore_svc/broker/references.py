@@ -5,22 +5,30 @@ it are looked at again, until nothing more falls. That ends with the same qubes 
 looks at each only as often as something it refers to has fallen. What a reference finds:
 
     first    a qube of this restore, by its name in the backup, if it can serve: under its name here
+    then     one that an earlier restore of the same backup brought, under this name or a numbered one
     then     a qube of the host, by the same name, if it can serve
-    else     the system's default, if that was chosen; a default_dispvm always takes it, and never blocks
+    else     the system's default, if that was chosen
 
-The stock command looks in the same places. But it decides in one pass, so that a qube can outlive its
-template, and a default's name leads it to a qube of the backup, if one has that name.
+The stock command knows the first, the third and the last of these. But it decides in one pass, so that a qube
+can outlive its template, and a default's name leads it to a qube of the backup, if one has that name.
+
+A reference is authority, and a backup has none over the qubes that are here. Template and netvm stand in the
+plan, where the person reads them. Two do not, and are narrower. A `default_dispvm` gives the qube a shell in
+disposables of that template: only the system's default, none, or a qube of this backup, unless the
+configuration allows it. A template gets no netvm, as a new one has none. In doubt there is none at all: the
+system's default could reach what the qube must not.
 
 A template is a TemplateVM, for a DispVM a qube that serves as one, and only an AppVM or StandaloneVM
 can; so templates alone never lead in a circle, whatever a backup says. Netvms can: see `circles`.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings
 from qubes_restore_svc.broker.circles import netvms_to_give_up
+from qubes_restore_svc.broker.conflicts import MAX_NUMBERED
 from qubes_restore_svc.host.base import HostQube, QubesView
 from qubes_restore_svc.wire.messages import ManifestQube
 
@@ -100,13 +108,15 @@ def find_references(
     *,
     use_defaults: bool,
     in_backup: Collection[str],
+    restored_tag: str,
 ) -> dict[str, References | Missing]:
     """What becomes of each candidate (none of them dom0), by its key.
 
     `use_defaults`: a template or netvm that cannot be found is replaced by the system's default.
-    `in_backup`: all names in the backup. From qube to qube, keys of templates and netvms never lead back.
+    `in_backup`: all names in the backup; `restored_tag`: what its qubes are tagged with once they are
+    restored. From qube to qube, keys of templates and netvms never lead back.
     """
-    search = _Search(candidates, system, use_defaults, in_backup)
+    search = _Search(candidates, system, use_defaults, in_backup, restored_tag)
     search.strike_out()
     search.break_circles()
     return {qube.source.key: search.result(qube) for qube in candidates}
@@ -121,10 +131,15 @@ class _Search:
         system: QubesView,
         use_defaults: bool,
         in_backup: Collection[str],
+        restored_tag: str,
     ) -> None:
         self._system = system
         self._use_defaults = use_defaults
         self._in_backup = in_backup
+        self._came_before = {
+            name for name, qube in system.qubes.items() if restored_tag in qube.restored_tags
+        }
+        self._before: dict[str, list[str]] = {}  # what `_restored_before` has found
         self._standing = {qube.source.name: qube for qube in candidates}
         self._restored = {qube.source.name: qube.as_restored() for qube in candidates}
         self._without_netvm: frozenset[str] = frozenset()  # it would lead in a circle
@@ -133,7 +148,7 @@ class _Search:
         """Leave standing only those that have all that they cannot do without."""
         referring: dict[str | None, list[Candidate]] = {}
         for qube in self._standing.values():
-            for name in {qube.source.template, qube.source.netvm}:
+            for name in {qube.source.template, _wanted_netvm(qube)}:
                 referring.setdefault(name, []).append(qube)
         to_look_at = list(self._standing.values())
         while to_look_at:
@@ -161,16 +176,19 @@ class _Search:
             return netvm
         source, notes = qube.source, []
         if template.key is None and template.name is not None and template.name != source.template:
-            notes.append(f"template change to '{template.name}'")
+            notes.append(f"template change to '{template.name}'{self._origin(source.template, template)}")
         if qube.source.key in self._without_netvm:
             notes.append(_without_netvm(qube, netvm))
             netvm = Target("")
+        elif source.netvm and not _wanted_netvm(qube):
+            then = _afterwards(qube, "netvm", self._find(source.netvm, _NETVM))
+            notes.append(f"a template gets no netvm{then}")
         elif netvm.name is None and source.netvm is not None:
             notes.append(f"netvm change to the system's default: {self._why(source.netvm, _NETVM)}")
+        elif netvm.name and netvm.key is None and netvm.name != source.netvm:
+            notes.append(f"netvm change to '{netvm.name}'{self._origin(source.netvm, netvm)}")
         dispvm = self._default_dispvm(qube)
-        if dispvm.name is None and (wanted := source.properties.get("default_dispvm")) is not None:
-            why = self._why(wanted, _DISPVM_TEMPLATE)
-            notes.append(f"default_dispvm change to the system's default: {why}")
+        notes.extend(self._dispvm_notes(qube, dispvm))
         fallback = self._default(source) if self._use_defaults and template.key is not None else None
         return References(template, netvm, dispvm, fallback, tuple(notes))
 
@@ -201,7 +219,7 @@ class _Search:
         return Missing("template", reason)
 
     def _netvm(self, qube: Candidate) -> Target | Missing:
-        netvm = qube.source.netvm
+        netvm = _wanted_netvm(qube)
         if not netvm:
             return Target(netvm)
         if (found := self._find(netvm, _NETVM)) is not None:
@@ -214,16 +232,60 @@ class _Search:
         untrusted_dispvm = qube.source.properties.get("default_dispvm")
         if untrusted_dispvm is None:
             return Target()
-        if untrusted_dispvm.lower() in _NONE:
-            return Target("")
-        return self._find(untrusted_dispvm, _DISPVM_TEMPLATE) or Target()
+        found = self._find(untrusted_dispvm, _DISPVM_TEMPLATE)
+        if found is not None and (
+            found.key is not None
+            or found.name == self._system.default_dispvm
+            or found.name in self._restored_before(untrusted_dispvm)
+            or "default_dispvm" in qube.allowed.properties
+        ):
+            return found
+        return Target("")
+
+    def _dispvm_notes(self, qube: Candidate, dispvm: Target) -> Iterator[str]:
+        untrusted_wanted = qube.source.properties.get("default_dispvm", "")
+        if untrusted_wanted.lower() in _NONE or dispvm.key is not None:
+            return
+        if not dispvm.name:
+            then = _afterwards(qube, "default_dispvm", self._find(untrusted_wanted, _DISPVM_TEMPLATE))
+            yield f"it will have no default_dispvm: {self._why(untrusted_wanted, _DISPVM_TEMPLATE)}{then}"
+        elif dispvm.name in self._restored_before(untrusted_wanted):
+            if dispvm.name != untrusted_wanted:
+                origin = self._origin(untrusted_wanted, dispvm)
+                yield f"default_dispvm change to '{dispvm.name}'{origin}"
+        elif dispvm.name != self._system.default_dispvm:
+            yield f"its default_dispvm is '{dispvm.name}' of this system, as the configuration allows"
 
     def _find(self, name: str, role: "_Role") -> Target | None:
         qube = self._standing.get(name)
         if qube is not None and role.fits(self._restored[name]):
             return Target(qube.name, qube.source.key)
-        there = self._system.qubes.get(name)
-        return Target(name) if there is not None and role.fits(there) else None
+        for there in (*self._restored_before(name), name):
+            if there in self._system.qubes and role.fits(self._system.qubes[there]):
+                return Target(there)
+        return None
+
+    def _restored_before(self, name: str) -> list[str]:
+        """What earlier restores have made of the backup's qube `name`: under its name, else by their numbers.
+
+        A number is never given that makes the name of another qube in the backup.
+        """
+        if not self._came_before or name not in self._in_backup:
+            return []
+        if name not in self._before:
+            numbered = (f"{name}-{number}" for number in range(1, MAX_NUMBERED + 1))
+            names = [name, *(other for other in numbered if other not in self._in_backup)]
+            self._before[name] = [there for there in names if there in self._came_before]
+        return self._before[name]
+
+    def _origin(self, wanted: str | None, target: Target) -> str:
+        """Where a target comes from that is called otherwise, if that is an earlier restore."""
+        before = [] if wanted is None else self._restored_before(wanted)
+        if target.name not in before:
+            return ""
+        others = [f"'{name}'" for name in before if name != target.name]
+        also = f" (so were {', '.join(others[:3])})" if others else ""
+        return f", which was restored from this backup before{also}"
 
     def _default(self, source: ManifestQube) -> str | None:
         """The template that the system gives a qube that names none."""
@@ -236,6 +298,8 @@ class _Search:
         """Why `name`, which was not found, cannot be had: `'x' is here, but is not a template`."""
         if name in self._standing:
             why = f"will be restored, but not as {role.noun}"
+        elif name in self._system.qubes and role.fits(self._system.qubes[name]):
+            why = "is of this system, and not of this backup"
         elif name in self._system.qubes:
             why = f"is here, but is not {role.noun}"
         elif name in self._in_backup:
@@ -248,10 +312,16 @@ class _Search:
 def _without_netvm(qube: Candidate, netvm: Target) -> str:
     if netvm.key == qube.source.key:
         return "it will have no netvm: it is its own"
-    return (
-        f"it will have no netvm, because '{netvm.name}' depends on it"
-        f" (afterwards: qvm-prefs {qube.name} netvm {netvm.name})"
-    )
+    return f"it will have no netvm, because '{netvm.name}' depends on it{_afterwards(qube, 'netvm', netvm)}"
+
+
+def _afterwards(qube: Candidate, key: str, there: Target | None) -> str:
+    return "" if there is None else f" (afterwards: qvm-prefs {qube.name} {key} {there.name})"
+
+
+def _wanted_netvm(qube: Candidate) -> str | None:
+    """The netvm to look for; a template gets none, whatever the backup says."""
+    return "" if qube.source.klass == "TemplateVM" and qube.source.netvm else qube.source.netvm
 
 
 @dataclass(frozen=True, slots=True)

@@ -348,6 +348,8 @@ class RestoreRun:
         for qube in self._qubes:
             if not qube.finished:
                 self._note_error(qube, error)
+                for waiting in self._qubes.waiting_for_dispvm(qube):
+                    self._warn(waiting, without_dispvm(qube))
 
     def _note_copy(self, qube: QubeRun, copy: VolumeCopy, error: RestoreError) -> None:
         """Report the volume that was on its way when the session ended with `error`."""

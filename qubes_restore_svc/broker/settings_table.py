@@ -155,7 +155,11 @@ PROPERTIES: tuple[Rule, ...] = (
     Rule("ip6", _NAMED, _VISIBLE, _shape(r"[0-9A-Fa-f:.]{2,45}", "an IPv6 address")),
     Rule("auto_cleanup", _NAMED, "what was restored would delete itself at its first shutdown", _BOOLEAN,
          silent_values=("False", "false", "0", "no", "off", "")),
-    *_host_decides(_IN_PLAN, "name", "label", "klass", "template", "netvm", "default_dispvm"),
+    Rule("default_dispvm", _NAMED,
+         "it opens disposables of any template of this system to the qube, with their home and network; the"
+         " system's default, none, and a qube of the same backup come back without it",
+         _NAME, silent=True),
+    *_host_decides(_IN_PLAN, "name", "label", "klass", "template", "netvm"),
     *_host_decides(_COMPUTED, "uuid", "qid", "xid", "dispid", "icon", "start_time", "stubdom_uuid",
                    "stubdom_xid", "updateable", "is_preload", "gateway", "gateway6", "dns", "visible_ip",
                    "visible_ip6", "visible_gateway", "visible_gateway6", "visible_netmask"),

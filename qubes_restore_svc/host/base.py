@@ -6,6 +6,7 @@ from a thread where it may take long. What a host raises is a `RestoreError`, mo
 `NoSpace`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,15 +15,27 @@ from typing import Protocol
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube, QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
 
+#: On a restored qube, with the backup's id after it.
+RESTORED_TAG = "restored-from-backup-"
+
+_NOT_IN_A_TAG = re.compile(r"[^a-zA-Z0-9_-]")
+_MAX_TAG = 128
+
+
+def restored_tag(backup_id: str) -> str:
+    """The tag of a qube that was restored from this backup."""
+    return (RESTORED_TAG + _NOT_IN_A_TAG.sub("-", backup_id))[:_MAX_TAG]
+
 
 @dataclass(frozen=True, slots=True)
 class HostQube:
-    """A qube that is there already, as far as a plan must know it."""
+    """A qube that is there already, as far as a plan must know it; `restored_tags` say from which backups."""
 
     name: str
     klass: str
     provides_network: bool = False
     template_for_dispvms: bool = False
+    restored_tags: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

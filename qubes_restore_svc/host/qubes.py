@@ -16,7 +16,7 @@ import qubesadmin
 import qubesadmin.exc
 
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
-from qubes_restore_svc.host.base import HostQube
+from qubes_restore_svc.host.base import RESTORED_TAG, HostQube
 from qubes_restore_svc.host.qubes_faults import QubeInUse, asking
 from qubes_restore_svc.wire.messages import DeviceInfo
 
@@ -117,6 +117,7 @@ class QubesSystem:
                 str(qube.klass),
                 provides_network=_property(qube, "provides_network", False),
                 template_for_dispvms=_property(qube, "template_for_dispvms", False),
+                restored_tags=frozenset(tag for tag in map(str, qube.tags) if tag.startswith(RESTORED_TAG)),
             )
 
         return list(self._of_each("listing the qubes", ask))

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
+from qubes_restore_svc.host.base import RESTORED_TAG
 from qubes_restore_svc.host.qubes import QubesSystem
 from qubes_restore_svc.host.qubes_faults import QubeInUse
-from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, RESTORED_TAG, UNFINISHED_TAG
+from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, UNFINISHED_TAG
 
 #: On the worker's disposable, and on the qube that holds the backup, while a worker runs.
 WORKER_TAG = "restore-svc-worker"

@@ -6,13 +6,12 @@ it. It has no network meanwhile. Taking the tags away is the last step, and what
 """
 
 import enum
-import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from qubes_restore_svc.errors import HostFailed
-from qubes_restore_svc.host.base import Definition, NewQube
+from qubes_restore_svc.host.base import Definition, NewQube, restored_tag
 from qubes_restore_svc.host.qubes import QubesSystem
 from qubes_restore_svc.host.qubes_faults import QubeInUse
 from qubes_restore_svc.host.qubes_settings import apply_settings
@@ -24,16 +23,12 @@ from qubes_restore_svc.wire.names import VolumeName
 IN_PROGRESS_TAG = "backup-restore-in-progress"
 #: Ours, beside the other one: an unfinished qube of this program, which a later restore may remove.
 UNFINISHED_TAG = "restore-svc-unfinished"
-#: On a finished qube, with the backup's id after it.
-RESTORED_TAG = "restored-from-backup-"
 
 #: Seconds that an import which was cut short may take to end before its qube is removed nevertheless.
 IMPORT_END_TIMEOUT_S = 60.0
 
 #: What other qubes of the same restore may need to see before this one is finished.
 _EARLY_PROPERTIES = ("template_for_dispvms", "provides_network")
-_NOT_IN_A_TAG = re.compile(r"[^a-zA-Z0-9_-]")
-_MAX_TAG = 128
 
 
 class _State(enum.Enum):
@@ -198,8 +193,3 @@ class QubesQube:
 
     def _failure(self, reason: str, volume: VolumeName | None = None) -> HostFailed:
         return HostFailed(reason, qube=self._qube.name, volume=volume)
-
-
-def restored_tag(backup_id: str) -> str:
-    """The tag of a qube that was restored from this backup."""
-    return (RESTORED_TAG + _NOT_IN_A_TAG.sub("-", backup_id))[:_MAX_TAG]

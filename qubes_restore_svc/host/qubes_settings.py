@@ -67,7 +67,9 @@ class _Settings:
         if settings.appmenus:
             self._set_menu(settings.appmenus)
         if definition.default_dispvm is not None:
-            self._attempt(system.set_property, name, "default_dispvm", definition.default_dispvm)
+            dispvm = definition.default_dispvm
+            if not self._attempt(system.set_property, name, "default_dispvm", dispvm) and dispvm:
+                self._attempt(system.set_property, name, "default_dispvm", "")
         is_guarded = self._set_firewall(settings.firewall)
         if definition.netvm != "":
             self._connect(definition.netvm, is_guarded)

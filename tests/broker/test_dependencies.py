@@ -167,7 +167,7 @@ def test_a_qube_whose_netvm_fails_comes_without_one(restore: Callable[..., Run])
 def test_a_default_dispvm_that_comes_later_is_set_when_it_is_there(restore: Callable[..., Run]) -> None:
     done = restore(USER, TEMPLATE, DISPOSABLE)
     assert done.outcome.status == 0
-    assert done.host.definitions["user"].default_dispvm is None
+    assert done.host.definitions["user"].default_dispvm == ""
     assert done.host.calls.index("commit disp-tpl") < done.host.calls.index("default_dispvm user disp-tpl")
 
 
@@ -192,7 +192,7 @@ def test_a_qube_can_be_its_own_default_dispvm(restore: Callable[..., Run]) -> No
 def test_a_default_dispvm_that_fails_is_told(restore: Callable[..., Run]) -> None:
     done = restore(USER, TEMPLATE, DISPOSABLE, trouble={"commit disp-tpl": fails})
     assert done.outcome.outcomes == {"user": "restored", "mine": "restored", "disp-tpl": "failed"}
-    expected = "its default disposable template is the system's now: disp-tpl could not be restored"
+    expected = "it has no default disposable template now: disp-tpl could not be restored"
     assert done.outcome.qube("user").warnings == [expected]
     done = restore(TEMPLATE, USER, trouble={"default_dispvm user disp-tpl": fails})
     assert done.outcome.qube("user").warnings == []

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qubes_restore_svc.broker.allowlist import SettingsPolicy
 from qubes_restore_svc.broker.plan import Decision, PlannedQube, Problem
 from qubes_restore_svc.errors import MissingDependency
 from qubes_restore_svc.host.base import Definition, HostQube
@@ -329,9 +330,111 @@ def test_one_that_is_missing_stops_nobody(name: str, missing: str) -> None:
         missing=missing,
     )
     planned = plan["work"]
-    assert (defined(planned).default_dispvm, planned.default_dispvm_key) == (None, None)
-    assert planned.notes[0].startswith(f"default_dispvm change to the system's default: '{name[:31]}' ")
+    assert (defined(planned).default_dispvm, planned.default_dispvm_key) == ("", None)
+    assert planned.notes[0].startswith(f"it will have no default_dispvm: '{name[:31]}' ")
     assert len(planned.notes[0]) < 200
+
+
+STRANGER = HostQube("vault-dvm", "AppVM", template_for_dispvms=True)
+
+
+@pytest.mark.parametrize("missing", ["refuse", "skip", "default"])
+def test_a_disposable_template_of_this_system_is_nothing_that_a_backup_can_name(missing: str) -> None:
+    work = qube("work", properties={"default_dispvm": "vault-dvm"})
+    planned = plan_of(work, view=system(STRANGER), allow=SettingsPolicy(), missing=missing)["work"]
+    assert defined(planned).default_dispvm == ""
+    assert planned.notes == (
+        "it will have no default_dispvm: 'vault-dvm' is of this system, and not of this backup"
+        " (afterwards: qvm-prefs work default_dispvm vault-dvm)",
+    )
+    assert planned.left_out == ()
+    work = qube("work", properties={"default_dispvm": "default-dvm"})
+    planned = plan_of(work, view=system(STRANGER), allow=SettingsPolicy())["work"]
+    assert (defined(planned).default_dispvm, planned.notes) == ("default-dvm", ())
+
+
+def test_a_disposable_template_of_this_system_that_the_configuration_allows_is_told() -> None:
+    work = qube("work", properties={"default_dispvm": "vault-dvm"})
+    allow = SettingsPolicy(properties=("@default", "default_dispvm"))
+    planned = plan_of(work, view=system(STRANGER), allow=allow)["work"]
+    assert defined(planned).default_dispvm == "vault-dvm"
+    assert planned.notes == ("its default_dispvm is 'vault-dvm' of this system, as the configuration allows",)
+
+
+@pytest.mark.parametrize("netvm", ["sys-net", "gone"])
+def test_a_template_gets_no_netvm_and_is_restored(netvm: str) -> None:
+    planned = plan_of(qube("mine", "TemplateVM", netvm=netvm))["mine"]
+    assert defined(planned).netvm == ""
+    then = " (afterwards: qvm-prefs mine netvm sys-net)" if netvm == "sys-net" else ""
+    assert planned.notes == (f"a template gets no netvm{then}",)
+
+
+# --- What an earlier restore of the same backup has brought ------------------------------------------
+
+
+def before(name: str, *more: str, tag: str = "restored-from-backup-b", **serves: bool) -> HostQube:
+    klass = "AppVM" if serves else "TemplateVM"
+    return HostQube(name, klass, restored_tags=frozenset({tag, *more}), **serves)
+
+
+def test_what_the_same_backup_brought_yesterday_comes_before_what_is_older_here() -> None:
+    view = system(
+        HostQube("debian", "TemplateVM"),
+        before("debian-1"),
+        HostQube("net", "AppVM", provides_network=True),
+        before("net-2", provides_network=True),
+        HostQube("dvm", "AppVM", template_for_dispvms=True),
+        before("dvm-1", template_for_dispvms=True),
+    )
+    backup = (
+        qube("debian", "TemplateVM"),
+        qube("net", properties=NET),
+        qube("dvm", properties=DISP),
+        qube("work", template="debian", netvm="net", properties={"default_dispvm": "dvm"}),
+    )
+    planned = plan_of(*backup, view=view, names=["work"], allow=SettingsPolicy())["work"]
+    found = defined(planned)
+    assert (found.template, found.netvm, found.default_dispvm) == ("debian-1", "net-2", "dvm-1")
+    came = "which was restored from this backup before"
+    assert planned.notes == (
+        f"template change to 'debian-1', {came}",
+        f"netvm change to 'net-2', {came}",
+        f"default_dispvm change to 'dvm-1', {came}",
+    )
+    planned = plan_of(*backup, view=view, conflicts="rename", allow=SettingsPolicy())["work"]
+    assert (planned.template_key, planned.netvm_key) == ("key-debian", "key-net")
+    assert planned.default_dispvm_key == "key-dvm"
+
+
+@pytest.mark.parametrize(
+    ("here", "expected", "note"),
+    [
+        ([before("debian-1", tag="restored-from-backup-other")], "debian", None),
+        ([before("debian-1"), before("debian")], "debian", None),
+        ([before("debian-2"), before("debian-1")], "debian-1", " (so were 'debian-2')"),
+        ([before("debian-1", provides_network=True)], "debian", None),  # it cannot serve
+        ([before("debian-3")], "debian", None),  # the name of another qube in the backup
+        ([before("mint-1")], "debian", None),
+    ],
+)
+def test_only_what_came_of_this_backup_and_can_serve_is_preferred(
+    here: list[HostQube], expected: str, note: str | None
+) -> None:
+    plan = plan_of(
+        qube("debian", "TemplateVM"),
+        qube("debian-3", "TemplateVM"),
+        qube("work", template="debian"),
+        view=system(HostQube("debian", "TemplateVM"), *here),
+        names=["work"],
+    )
+    assert defined(plan["work"]).template == expected
+    change = f"template change to '{expected}', which was restored from this backup before{note}"
+    assert plan["work"].notes == (() if note is None else (change,))
+
+
+def test_a_template_that_is_not_in_the_backup_did_not_come_of_it() -> None:
+    plan = plan_of(qube("work"), view=system(before("tpl-1")))
+    assert defined(plan["work"]).template == "tpl"
 
 
 # --- What the allow-list says --------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_notes_come_in_the_order_of_what_a_person_asks_first() -> None:
         "will be renamed to ",
         "template change to ",
         "netvm change to the system",
-        "default_dispvm change to the system",
+        "it will have no default_dispvm: ",
         "label change to ",
     ]
 

@@ -11,10 +11,10 @@ import qubesadmin.exc
 
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
 from qubes_restore_svc.host import qubes_qube
-from qubes_restore_svc.host.base import Definition, QubeTransaction
+from qubes_restore_svc.host.base import Definition, QubeTransaction, restored_tag
 from qubes_restore_svc.host.qubes import QubesSystem
 from qubes_restore_svc.host.qubes_host import QubesHost
-from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, UNFINISHED_TAG, restored_tag
+from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, UNFINISHED_TAG
 from qubes_restore_svc.wire.messages import DeviceInfo, FirewallRule
 from tests.host.qubes_bed import (
     DISPOSABLES,
