@@ -7,6 +7,7 @@ is in `settings_table.py`; the lists are the person's.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,13 +24,17 @@ MAX_LEFT_OUT = 100
 
 @dataclass(frozen=True, slots=True)
 class AllowedSettings:
-    """What of a qube's settings is restored; `left_out` names the rest (`property kernelopts`)."""
+    """What of a qube's settings is restored; `left_out` names the rest (`property kernelopts`).
+
+    `notes`: what the person should know of those that are.
+    """
 
     properties: Mapping[str, str] = field(default_factory=dict)
     features: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     devices: tuple[DeviceInfo, ...] = ()
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class AllowList(Protocol):
@@ -86,12 +91,16 @@ class SettingsPolicy:
         if qube.klass == "AdminVM":
             return AllowedSettings()
         told: dict[str, None] = {}
-        properties = dict(self._chosen(self._properties, qube.properties.items(), qube.klass, told))
+        untrusted_properties, notes = _translated(qube)
+        properties = dict(self._chosen(self._properties, untrusted_properties.items(), qube.klass, told))
         features = dict(self._chosen(self._features, qube.features.items(), qube.klass, told))
         tags = dict.fromkeys(qube.tags, "")
         tags = dict(self._chosen(self._tags, tags.items(), qube.klass, told))
         devices = tuple(self._chosen_devices(qube.devices, told))
-        return AllowedSettings(properties, features, tuple(tags), devices, _shortened(tuple(told)))
+        notes += [*_named_in_full("property", properties), *_named_in_full("feature", features)]
+        return AllowedSettings(
+            properties, features, tuple(tags), devices, _shortened(tuple(told)), _shortened(tuple(notes))
+        )
 
     def _chosen(
         self,
@@ -101,13 +110,22 @@ class SettingsPolicy:
         told: dict[str, None],
     ) -> Iterator[tuple[str, str]]:
         """Those that may come back; puts the others into `told`, but for what is not worth it."""
+        count: Counter[str] = Counter()
         for name, untrusted_value in untrusted_settings:
             rule = rule_for(allowed.kind, name)
+            count[rule.pattern] += 1
             if not self._may(allowed, rule, name, untrusted_value, klass):
                 if not rule.silent and untrusted_value not in rule.silent_values:
                     told[f"{allowed.kind} {rule.pattern if rule.together else name}"] = None
+            elif len(name) > rule.longest:
+                told[f"{allowed.kind} {name[:_MAX_SHOWN]}… (only names of {rule.longest} characters)"] = None
+            elif rule.most is not None and count[rule.pattern] > rule.most:
+                told[f"{allowed.kind} {rule.pattern} (only {rule.most} of them)"] = None
             elif rule.values is not None and not rule.values.allow(untrusted_value):
-                told[f"{allowed.kind} {name} (only {rule.values.text})"] = None
+                now = "" if rule.instead is None else f"; it is {rule.instead!r} now"
+                told[f"{allowed.kind} {name} (only {rule.values.text}{now})"] = None
+                if rule.instead is not None:
+                    yield name, rule.instead
             else:
                 yield name, untrusted_value
 
@@ -176,6 +194,39 @@ class _List:
         patterns = [_compiled(kind, entry) for entry in sorted(self.names - {DEFAULT})]
         self.matches: Callable[[str], bool] = lambda name: any(p.fullmatch(name) for p in patterns)
 
+
+def _named_in_full(kind: Kind, settings: Mapping[str, str]) -> Iterator[str]:
+    """Notes on what comes back only because the configuration names it: it may give rights."""
+    for name, value in settings.items():
+        rule = rule_for(kind, name)
+        if rule.standing is Standing.NAMED and not rule.silent:
+            yield f"{kind} {name} is {value[:_MAX_SHOWN]!r}, as the configuration allows"
+
+
+def _translated(qube: ManifestQube) -> tuple[dict[str, str], list[str]]:
+    """The qube's properties, with those that were called otherwise in R4.0; and notes on that."""
+    properties, notes = dict(qube.properties), list[str]()
+    for old, new, values in _OLD_PROPERTIES:
+        value = properties.pop(old, None)
+        if value is not None:
+            properties.setdefault(new, values.get(value.lower(), value))
+    if qube.features.get(_BALANCED, "1") in ("", "0") and properties.get("maxmem") != "0":
+        properties["maxmem"] = "0"
+        notes.append(f"maxmem is 0: its memory was not balanced ({_BALANCED})")
+    return properties, notes
+
+
+#: The feature that older systems had in place of `maxmem` 0.
+_BALANCED = "service.meminfo-writer"
+
+_HVM: Mapping[str, str] = {"true": "hvm", "1": "hvm", "false": "pv", "0": "pv"}
+#: Properties that qubesd gave other names, and their values: what it does itself with an old qubes.xml.
+_OLD_PROPERTIES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    ("hvm", "virt_mode", _HVM),
+    ("dispvm_allowed", "template_for_dispvms", {}),
+)
+
+_MAX_SHOWN = 60  #: characters of a name or value in a note
 
 #: Characters that qubesd accepts in a name.
 _ALPHABETS: dict[Kind, str] = {"property": "a-z0-9_", "feature": "A-Za-z0-9_.-", "tag": "A-Za-z0-9_-"}

@@ -50,4 +50,5 @@ def set_up(qube: Candidate, references: References, system: QubesView) -> SetUp:
     left_out = (
         f"device {device.bus} {device.backend}:{device.port} (its backend is not here)" for device in stranded
     )
-    return SetUp(definition, (*references.notes, *change), (*allowed.left_out, *left_out))
+    notes = (*references.notes, *change, *allowed.notes)
+    return SetUp(definition, notes, (*allowed.left_out, *left_out))

@@ -41,15 +41,20 @@ class Values:
 class Rule:
     """What holds for the settings that match `pattern`; `why` is a clause or a few.
 
-    `values`: those it may have, whoever allows it. `free_values` come back even if its switch is off.
-    `silent_values`: those which, left out, are not worth telling; `silent`: none is. `together`: what is left
-    out is told once, by the pattern. `only_on`: the classes of qubes that may have it.
+    `values`: those it may have, whoever allows it; `instead`: what it gets for another one, where without
+    any the qube would be less guarded. `most`: how many that match the pattern a qube may have; `longest`:
+    how many characters their names. `free_values` come back even if its switch is off. `silent_values`:
+    those which, left out, are not worth telling; `silent`: none is. `together`: what is left out is told
+    once, by the pattern. `only_on`: the classes of qubes that may have it.
     """
 
     pattern: str
     standing: Standing
     why: str
     values: Values | None = None
+    instead: str | None = None
+    most: int | None = None
+    longest: int = 255
     free_values: tuple[str, ...] = ()
     silent_values: tuple[str, ...] = ()
     silent: bool = False
@@ -112,9 +117,9 @@ _VISIBLE = "it tells one qube from another for the netvm and its firewall; two w
 _KERNEL_LINE = "it changes the kernel's command line"
 
 PROPERTIES: tuple[Rule, ...] = (
-    Rule("memory", _RESTORED, "what the qube needs to run", _number(10, 1 << 20, "MiB")),
-    Rule("maxmem", _RESTORED, "0 switches balancing off", _number(0, 1 << 20, "MiB")),
-    Rule("vcpus", _RESTORED, "what the qube needs to run", _number(1, 128)),
+    Rule("memory", _RESTORED, "what the qube needs to run", _number(10, 1 << 16, "MiB")),
+    Rule("maxmem", _RESTORED, "0 switches balancing off", _number(0, 1 << 18, "MiB")),
+    Rule("vcpus", _RESTORED, "what the qube needs to run", _number(1, 64)),
     Rule("virt_mode", _RESTORED, "pv is not among them: of Xen's modes it exposes the most of Xen",
          _shape(r"(?i:hvm|pvh)", "hvm or pvh")),
     Rule("default_user", _RESTORED, "an account inside of the qube",
@@ -122,14 +127,15 @@ PROPERTIES: tuple[Rule, ...] = (
     Rule("keyboard_layout", _RESTORED, "told to the qube only",
          _shape(r"[A-Za-z]{1,16}\+[A-Za-z0-9_-]{0,64}\+[A-Za-z0-9_:,-]{0,128}", "LAYOUT+VARIANT+OPTIONS")),
     Rule("qrexec_timeout", _RESTORED, "a slow system needs it to start", _number(1, 3600, "s")),
-    Rule("shutdown_timeout", _RESTORED, "a slow system needs it to stop", _number(1, 3600, "s")),
+    Rule("shutdown_timeout", _RESTORED, "a slow system needs it to stop, and the machine waits for it",
+         _number(1, 600, "s")),
     Rule("provides_network", _RESTORED,
          "other qubes use it only once they are told to, and those of the same backup may need it", _BOOLEAN),
     Rule("template_for_dispvms", _RESTORED,
          "as with provides_network; what starts in it is asked for by name", _BOOLEAN),
     Rule("include_in_backups", _RESTORED, "it only preselects", _BOOLEAN),
     Rule("devices_denied", _RESTORED, "it only forbids",
-         _shape(r"(?:[bump*][0-9a-f*]{6}){0,256}", "codes of device interfaces")),
+         _shape(r"(?:[bump*][0-9a-f*]{6}){0,256}", "codes of device interfaces"), instead="*******"),
     Rule("mac", _RESTORED, "all qubes share one unless they are given another; only the netvm sees it",
          _shape(r"(?i:[0-9a-f][02468ace](:[0-9a-f]{2}){5})", "a MAC address of one device")),
     Rule("autostart", Standing.AUTOSTART, "foreign code would run as soon as the machine is switched on",
@@ -150,7 +156,7 @@ PROPERTIES: tuple[Rule, ...] = (
     Rule("audiovm", _NAMED, "it chooses who has sound and microphone, and gets rights with them", _NAME),
     Rule("management_dispvm", _NAMED, "it chooses who may run commands in the qube as root", _NAME),
     Rule("stubdom_mem", _NAMED, "memory of the device model, which runs outside of the qube",
-         _number(1, 1 << 16, "MiB")),
+         _number(1, 1 << 12, "MiB")),
     Rule("ip", _NAMED, _VISIBLE, _ADDRESS),
     Rule("ip6", _NAMED, _VISIBLE, _shape(r"[0-9A-Fa-f:.]{2,45}", "an IPv6 address")),
     Rule("auto_cleanup", _NAMED, "what was restored would delete itself at its first shutdown", _BOOLEAN,
@@ -183,14 +189,15 @@ FEATURES: tuple[Rule, ...] = (
     *(Rule(name, _RESTORED, "a template says it of itself; the Whonix extension sees to the rest",
            _FLAG, only_on=_TEMPLATE)
       for name in ("whonix-ws", "whonix-gw")),
-    Rule("service.*", _RESTORED, _INSIDE, _FLAG),
+    Rule("service.*", _RESTORED, _INSIDE, _FLAG, most=256, longest=56),
     Rule("service.guivm*", _NAMED, "it makes the qube a GUI domain, which shows others' windows", _FLAG),
     Rule("service.clocksync", _NAMED, "the system sets it on the qube that it takes the time from", _FLAG),
-    *_host_decides("it is another name for maxmem", "service.meminfo-writer"),
-    Rule("vm-config.*", _RESTORED, _INSIDE),
+    *_host_decides("switched off, it means that memory is not balanced: maxmem 0", "service.meminfo-writer"),
+    Rule("vm-config.*", _RESTORED, f"{_INSIDE}; a longer one would keep it from starting",
+         _shape(r"[\x20-\x7e]{0,3000}", "at most 3000 characters"), most=256, longest=62),
     Rule("custom-persist.*", _RESTORED, _INSIDE,
          _shape(r"((file|dir):[^:/]*:[^:/]*:[0-7]{1,5}:)?/[\x20-\x7e]{0,1024}",
-                "a path, or TYPE:OWNER:GROUP:MODE:PATH")),
+                "a path, or TYPE:OWNER:GROUP:MODE:PATH"), most=256, longest=69),
     Rule("app-dispvm.*", _RESTORED, "the qube opens files and links in a disposable", _FLAG),
     Rule("x-*", _RESTORED, "reserved for your own use; Qubes OS does not look at it"),
     *(Rule(name, _RESTORED, _APPEARANCE, _ENTRIES)
@@ -198,7 +205,7 @@ FEATURES: tuple[Rule, ...] = (
     *(Rule(name, _RESTORED, _APPEARANCE, _FLAG)
       for name in ("appmenus-dispvm", "appmenus-legacy", "servicevm")),
     Rule("prohibit-start", _RESTORED, "it only forbids: what must not start there must not start here either",
-         _shape(r"[\x20-\x7e]{0,1024}", "the reason")),
+         _shape(r"[\x20-\x7e]{0,1024}", "the reason"), instead="1"),
     *(Rule(name, _RESTORED, "only seen by the qube, from which it hides the real one", _ADDRESS)
       for name in ("net.fake-ip", "net.fake-gateway", "net.fake-netmask")),
     Rule("ipv6", _RESTORED, "for the qube's own networks", _FLAG),

@@ -220,12 +220,12 @@ def test_a_flood_of_settings_is_told_shortly() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("memory", "0"), ("memory", "-1"), ("memory", "1048577"), ("memory", "9" * 5000), ("memory", "4e2"),
-        ("memory", ""), ("memory", " 400"), ("vcpus", "129"), ("vcpus", "0"), ("maxmem", "1048577"),
+        ("memory", "0"), ("memory", "-1"), ("memory", "65537"), ("memory", "9" * 5000), ("memory", "4e2"),
+        ("memory", ""), ("memory", " 400"), ("vcpus", "65"), ("vcpus", "0"), ("maxmem", "262145"),
         ("virt_mode", "pv"), ("virt_mode", "PV"), ("virt_mode", "hvm "), ("default_user", "-x"),
         ("default_user", "a:b"), ("default_user", "a" * 33), ("mac", "01:16:3e:5e:6c:00"), ("mac", "0:1"),
-        ("keyboard_layout", "us"), ("keyboard_layout", "us+a b+"), ("devices_denied", "u03"),
-        ("qrexec_timeout", "3601"), ("shutdown_timeout", "0"), ("provides_network", "maybe"),
+        ("keyboard_layout", "us"), ("keyboard_layout", "us+a b+"), ("qrexec_timeout", "3601"),
+        ("shutdown_timeout", "0"), ("shutdown_timeout", "601"), ("provides_network", "maybe"),
     ],
 )  # fmt: skip
 def test_a_value_that_a_property_should_not_have_is_left_out(name: str, value: str) -> None:
@@ -243,7 +243,7 @@ def test_a_value_that_a_property_should_not_have_is_left_out(name: str, value: s
         ("qrexec", "yes; reboot"), ("service.x", "2"), ("qubes-agent-version", "4.2x"), ("os", "<b>"),
         ("custom-persist.x", "relative"), ("custom-persist.x", "file:a:b:9:/x"), ("net.fake-ip", "fe80::1"),
         ("audio-model", "virtio"), ("video-model", "vga'/>"), ("timezone", "UTC"), ("supported-rpc.x", "x"),
-        ("gui-videoram-min", "lots"),
+        ("gui-videoram-min", "lots"), ("vm-config.x", "x" * 3001),
     ],
 )  # fmt: skip
 def test_a_value_that_a_feature_should_not_have_is_left_out(name: str, value: str) -> None:
@@ -259,7 +259,60 @@ def test_a_value_is_checked_whoever_let_the_setting_in() -> None:
     given = {"guivm": "sys gui", "kernel": "../x", "kernelopts": "a" * 513, "autostart": "perhaps"}
     assert properties(given, policy).properties == {}
     given = {"guivm": "sys-gui", "kernel": "6.6.2", "kernelopts": "quiet", "autostart": "True"}
-    assert properties(given, policy) == AllowedSettings(properties=given)
+    expected = AllowedSettings(
+        properties=given, notes=("property guivm is 'sys-gui', as the configuration allows",)
+    )
+    assert properties(given, policy) == expected
+
+
+def test_what_guards_the_qube_is_not_lost_for_its_value() -> None:
+    given = ManifestQube.model_copy(
+        qube(properties={"devices_denied": "u03"}), update={"features": {"prohibit-start": "x" * 1025}}
+    )
+    chosen = SettingsPolicy().choose(given)
+    assert (chosen.properties, chosen.features) == ({"devices_denied": "*******"}, {"prohibit-start": "1"})
+    assert chosen.left_out == (
+        "property devices_denied (only codes of device interfaces; it is '*******' now)",
+        "feature prohibit-start (only the reason; it is '1' now)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "longest"), [("vm-config.", 62), ("service.", 56), ("custom-persist.", 69)]
+)
+def test_a_family_of_features_is_bounded_in_number_and_length(family: str, longest: int) -> None:
+    value = "/x" if family == "custom-persist." else "1"
+    chosen = features({f"{family}n{number}": value for number in range(1000)})
+    assert len(chosen.features) == 256
+    assert chosen.left_out == (f"feature {family}* (only 256 of them)",)
+    longest_name = (family + "n" * 255)[:longest]
+    assert features({longest_name: value}).features == {longest_name: value}
+    chosen = features({longest_name + "n": value})
+    assert chosen.features == {} and f"(only names of {longest} characters)" in chosen.left_out[0]
+
+
+# --- Settings of older systems -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", ["", "0"])
+@pytest.mark.parametrize("maxmem", [{}, {"maxmem": "4000"}])
+def test_memory_that_was_not_balanced_is_not_balanced_again(off: str, maxmem: dict[str, str]) -> None:
+    source = qube(properties=maxmem, features={"service.meminfo-writer": off})
+    chosen = SettingsPolicy().choose(source)
+    assert chosen == AllowedSettings(
+        properties={"maxmem": "0"},
+        notes=("maxmem is 0: its memory was not balanced (service.meminfo-writer)",),
+    )
+    source = qube(properties={"maxmem": "0"}, features={"service.meminfo-writer": off})
+    assert SettingsPolicy().choose(source) == AllowedSettings(properties={"maxmem": "0"})
+
+
+def test_properties_that_had_other_names_in_r4_0_come_back() -> None:
+    given = {"hvm": "True", "dispvm_allowed": "True"}
+    expected = {"virt_mode": "hvm", "template_for_dispvms": "True"}
+    assert properties(given) == AllowedSettings(properties=expected)
+    assert properties({"hvm": "False"}).left_out == ("property virt_mode (only hvm or pvh)",)
+    assert properties({"hvm": "True", "virt_mode": "pvh"}).properties == {"virt_mode": "pvh"}
 
 
 # --- Look-alikes -----------------------------------------------------------------------------------
@@ -373,7 +426,11 @@ def test_what_is_named_in_full_comes_back() -> None:
     )
     assert properties({"debug": "True", "ip": "10.0.0.1"}, policy).left_out == ()
     given = {"gui-allow-fullscreen": "1", "service.clocksync": "1", "preload-dispvm-max": "2"}
-    assert features(given, policy) == AllowedSettings(features=given)
+    chosen = features(given, policy)
+    assert (chosen.features, chosen.left_out) == (given, ())
+    assert chosen.notes == tuple(
+        f"feature {name} is {value!r}, as the configuration allows" for name, value in given.items()
+    )
     assert features({"gui-allow-utf8-titles": "1"}, policy).features == {}
 
 
