@@ -210,7 +210,7 @@ def _translated(qube: ManifestQube) -> tuple[dict[str, str], list[str]]:
         value = properties.pop(old, None)
         if value is not None:
             properties.setdefault(new, values.get(value.lower(), value))
-    if qube.features.get(_BALANCED, "1") in ("", "0") and properties.get("maxmem") != "0":
+    if qube.features.get(_BALANCED) == "" and properties.get("maxmem") != "0":
         properties["maxmem"] = "0"
         notes.append(f"maxmem is 0: its memory was not balanced ({_BALANCED})")
     return properties, notes

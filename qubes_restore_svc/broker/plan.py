@@ -185,6 +185,8 @@ def _named(
     if options.conflicts == "skip":
         return _left_out(planned, Problem.ALREADY_EXISTS)
     reason, advice = "a qube of this name is there already", None if system is None else _CONFLICT_ADVICE
+    if system is not None and planned.name not in system.qubes and planned.name in system.policy_names:
+        reason, advice = _has_rules(planned.name, system), _RESERVED_ADVICE
     if options.conflicts == "rename" and not is_home:
         if (name := in_use.give(planned.name)) is not None:
             return replace(planned, name=name, notes=(f"will be renamed to '{name}'",))
@@ -197,6 +199,15 @@ _CONFLICT_ADVICE = (
     "Rename or remove that one, or use --rename-conflicting to restore this one under another name, or"
     " --skip-conflicting to leave it out."
 )
+
+_RESERVED_ADVICE = (
+    "Restore it in dom0, or use --rename-conflicting to restore it under another name, or --skip-conflicting"
+    " to leave it out."
+)
+
+
+def _has_rules(name: str, system: QubesView) -> str:
+    return f"rules of this system's policy are for its name ({system.policy_names[name]})"
 
 
 def _home(planned: PlannedQube, options: PlanOptions, system: QubesView) -> PlannedQube:
@@ -258,9 +269,10 @@ def _defined(
     planned: PlannedQube, candidate: Candidate, references: References, system: QubesView
 ) -> PlannedQube:
     found = set_up(candidate, references, system)
+    named = (_has_rules(planned.name, system),) if planned.name in system.policy_names else ()
     return replace(
         planned,
-        notes=planned.notes + found.notes,
+        notes=planned.notes + named + found.notes,
         left_out=found.left_out,
         definition=found.definition,
         template_key=references.template.key,

@@ -43,6 +43,7 @@ class QubesView:
     """A Qubes system as a plan sees it. Defaults are names of qubes that are there, or None.
 
     `default_dispvm` is the disposable template; `dom0_user` is the account whose home dom0's home is.
+    `policy_names` are the names in this system's policy, and for each a file that it stands in.
     """
 
     qubes: Mapping[str, HostQube]
@@ -50,12 +51,14 @@ class QubesView:
     default_dispvm: str | None
     labels: frozenset[str]
     dom0_user: str | None = None
+    policy_names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class HostView:
     """What a plan must know of a host: the names that are taken, and the system if it is a Qubes system.
 
+    Names that the policy speaks of are among them, if the restore is for somebody outside dom0.
     `qubes_system` None: a place that keeps images and knows neither templates nor netvms.
     """
 

@@ -5,6 +5,7 @@ what an interrupted one left. One qube is the business of `qubes_qube`, dom0's h
 still unfinished when the lock is let go is removed; if this process is killed, its guard does the same.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,12 +26,18 @@ from qubes_restore_svc.host.restore_lock import RESTORE_LOCK, RestoreLock
 from qubes_restore_svc.host.stock_lock import STOCK_LOCK, stock_lock
 from qubes_restore_svc.wire.names import strip_control
 
+POLICY = Path("/etc/qubes/policy.d")
+
+_QUBE_NAME = re.compile(r"(?:@dispvm:)?([A-Za-z][A-Za-z0-9_.-]{0,30})")
+_NO_QUBES = frozenset({"allow", "deny", "ask", "dom0"})
+
 
 class QubesHost:
     """A `Host` that creates qubes in `system`.
 
     `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `connect`
     makes the connection of the guard, which cannot use this one. `client` is the domain that restores.
+    `policy` is the directory of the policy.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class QubesHost:
         stock_lock_path: Path = STOCK_LOCK,
         connect: Callable[[], QubesSystem] = QubesSystem.connect,
         client: str = "dom0",
+        policy: Path = POLICY,
     ) -> None:
         self._system = system
         self._pool = pool
@@ -51,6 +59,7 @@ class QubesHost:
         self._stock_lock_path = stock_lock_path
         self._connect = connect
         self._client = client
+        self._policy = policy
         self._mutex = threading.RLock()
         self._is_locked = False
         self._qubes: list[QubesQube | Dom0Home] = []
@@ -98,8 +107,11 @@ class QubesHost:
             default_dispvm=self._system.default_dispvm(),
             labels=self._system.labels(),
             dom0_user=dom0_user(),
+            policy_names=names_in_policy(self._policy),
         )
-        return HostView(frozenset(qubes), system)
+        # Who asks from outside dom0 must not get, with a name, what the policy gives to it.
+        reserved = frozenset[str]() if self._client == "dom0" else frozenset(system.policy_names)
+        return HostView(frozenset(qubes) | reserved, system)
 
     def free_space(self) -> int | None:
         """Bytes that are free in the storage pool, if it tells."""
@@ -180,6 +192,25 @@ class QubesHost:
             with suppress(RestoreError):
                 clear_untagged(self._system, being_created)
             self._clear_up()
+
+
+def names_in_policy(directory: Path) -> dict[str, str]:
+    """The names of qubes in a policy, whether or not there are such qubes; for each the first file.
+
+    It is the system's own, and is not judged here: a word that could be a name counts as one.
+    """
+    names: dict[str, str] = {}
+    for file in [*sorted(directory.glob("*.policy")), *sorted(directory.glob("include/*"))]:
+        lines = list[str]()
+        with suppress(FileNotFoundError, PermissionError, IsADirectoryError):
+            lines = file.read_text("utf-8", "replace").splitlines()
+        for words in (line.partition("#")[0].split() for line in lines):
+            for word in words[2:] if file.suffix == ".policy" else words:
+                key, _, value = word.rpartition("=")
+                found = _QUBE_NAME.fullmatch(value)
+                if found and key in ("", "target", "default_target") and found[1] not in _NO_QUBES:
+                    names.setdefault(found[1], file.name)
+    return names
 
 
 def _left_behind(left: Iterable[str]) -> HostFailed:

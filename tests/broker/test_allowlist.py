@@ -294,17 +294,18 @@ def test_a_family_of_features_is_bounded_in_number_and_length(family: str, longe
 # --- Settings of older systems -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("off", ["", "0"])
 @pytest.mark.parametrize("maxmem", [{}, {"maxmem": "4000"}])
-def test_memory_that_was_not_balanced_is_not_balanced_again(off: str, maxmem: dict[str, str]) -> None:
-    source = qube(properties=maxmem, features={"service.meminfo-writer": off})
+def test_memory_that_was_not_balanced_is_not_balanced_again(maxmem: dict[str, str]) -> None:
+    source = qube(properties=maxmem, features={"service.meminfo-writer": ""})
     chosen = SettingsPolicy().choose(source)
     assert chosen == AllowedSettings(
         properties={"maxmem": "0"},
         notes=("maxmem is 0: its memory was not balanced (service.meminfo-writer)",),
     )
-    source = qube(properties={"maxmem": "0"}, features={"service.meminfo-writer": off})
+    source = qube(properties={"maxmem": "0"}, features={"service.meminfo-writer": ""})
     assert SettingsPolicy().choose(source) == AllowedSettings(properties={"maxmem": "0"})
+    source = qube(properties=maxmem, features={"service.meminfo-writer": "1"})
+    assert SettingsPolicy().choose(source) == AllowedSettings(properties=maxmem)
 
 
 def test_properties_that_had_other_names_in_r4_0_come_back() -> None:

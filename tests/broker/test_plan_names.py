@@ -1,5 +1,7 @@
 """Names that are taken: refused, skipped, or numbered as the stock command numbers them."""
 
+from dataclasses import replace
+
 import pytest
 
 from qubes_restore_svc.broker.plan import Decision, PlannedQube, PlanOptions, Problem, make_plan
@@ -96,6 +98,20 @@ def test_the_last_number_is_99() -> None:
         == "a qube of this name is there already, and so are those with a number up to 99"
     )
     assert (refused.name, refused.notes) == ("work", ())
+
+
+def test_a_free_name_that_the_policy_gives_rights_is_told() -> None:
+    view = system()
+    assert view.qubes_system is not None
+    known = replace(view.qubes_system, policy_names={"sys-usb": "50-config-input.policy"})
+    plan = plan_of(qube("sys-usb"), qube("work"), view=replace(view, qubes_system=known))
+    told = "rules of this system's policy are for its name (50-config-input.policy)"
+    assert (plan["sys-usb"].notes, plan["work"].notes) == ((told,), ())
+    reserved = HostView(view.names | {"sys-usb"}, known)  # for who asks from outside dom0
+    refused = plan_of(qube("sys-usb"), view=reserved)["sys-usb"]
+    assert refused.error is not None and refused.error.reason == told
+    assert "in dom0" in refused.error.advice
+    assert plan_of(qube("sys-usb"), view=reserved, conflicts="rename")["sys-usb"].name == "sys-usb-1"
 
 
 @pytest.mark.parametrize("view", [there("work"), HostView(frozenset({"work"}))])

@@ -12,7 +12,7 @@ import qubesadmin
 
 from qubes_restore_svc.host.base import Definition, NewQube
 from qubes_restore_svc.host.qubes import QubesSystem
-from qubes_restore_svc.host.qubes_host import QubesHost
+from qubes_restore_svc.host.qubes_host import POLICY, QubesHost
 from qubes_restore_svc.wire.messages import ManifestQube, QubeSettings, VolumeInfo
 from tests.qubes.qubesd import Qubesd
 
@@ -42,7 +42,13 @@ def emulation(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Qube
         yield qubesd
 
 
-def new_host(directory: Path, system: QubesSystem | None = None, pool: str | None = None) -> QubesHost:
+def new_host(
+    directory: Path,
+    system: QubesSystem | None = None,
+    pool: str | None = None,
+    client: str = "dom0",
+    policy: Path = POLICY,
+) -> QubesHost:
     """A host whose locks and home are below `directory`."""
     home = directory / "home"
     home.mkdir(exist_ok=True)
@@ -53,6 +59,8 @@ def new_host(directory: Path, system: QubesSystem | None = None, pool: str | Non
         home=home,
         lock_path=directory / "restore.lock",
         stock_lock_path=directory / "stock.lock",
+        client=client,
+        policy=policy,
     )
 
 

@@ -16,7 +16,7 @@ from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreInProgress
 from qubes_restore_svc.host import dom0_home, qubes_leftovers
 from qubes_restore_svc.host.base import HostQube
 from qubes_restore_svc.host.qubes import QubesSystem
-from qubes_restore_svc.host.qubes_host import QubesHost
+from qubes_restore_svc.host.qubes_host import QubesHost, names_in_policy
 from qubes_restore_svc.host.qubes_leftovers import STORAGE_TAG, WORKER_TAG, clear_untagged, clear_worker
 from qubes_restore_svc.host.qubes_qube import IN_PROGRESS_TAG, UNFINISHED_TAG
 from tests.host.qubes_bed import (
@@ -42,6 +42,41 @@ def leave_unfinished(name: str, template: str = TEMPLATE, klass: str = "AppVM") 
     qube = qubesadmin.Qubes().add_new_vm(klass, name, "red", template if klass == "AppVM" else None)
     qube.tags.add(IN_PROGRESS_TAG)
     qube.tags.add(UNFINISHED_TAG)
+
+
+POLICY = {
+    "50-config-input.policy": "qubes.InputMouse * sys-usb @adminvm ask default_target=@adminvm # for vault\n",
+    "30-user.policy": "!include include/mine\nqubes.Gpg + work @dispvm:gpg-dvm allow user=root\n",
+    "40-x.policy": "qubes.Filecopy * @anyvm @default allow target=files.x notify=no\n",
+    "include/mine": "sys-gui @tag:guivm-sys-gui allow target=dom0\n",
+    "notes.txt": "a b holiday",
+}
+
+
+def test_the_names_in_the_policy_are_those_of_qubes(tmp_path: Path) -> None:
+    (tmp_path / "include").mkdir()
+    for name, text in POLICY.items():
+        (tmp_path / name).write_text(text)
+    assert names_in_policy(tmp_path) == {
+        "work": "30-user.policy",
+        "gpg-dvm": "30-user.policy",
+        "files.x": "40-x.policy",
+        "sys-usb": "50-config-input.policy",
+        "sys-gui": "mine",
+    }
+    assert names_in_policy(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize(("client", "reserved"), [("dom0", set[str]()), ("sys-gui", {"sys-usb"})])
+def test_a_name_in_the_policy_is_reserved_for_dom0(
+    host: QubesHost, tmp_path: Path, client: str, reserved: set[str]
+) -> None:
+    (tmp_path / "50.policy").write_text(POLICY["50-config-input.policy"])
+    host = new_host(tmp_path, client=client, policy=tmp_path)
+    view = host.view()
+    assert view.qubes_system is not None
+    assert view.qubes_system.policy_names == {"sys-usb": "50.policy"}
+    assert view.names == {*view.qubes_system.qubes, *reserved}
 
 
 # --- The system as it is -------------------------------------------------------------------------
