@@ -198,6 +198,14 @@ def test_a_default_dispvm_that_fails_is_told(restore: Callable[..., Run]) -> Non
     assert done.outcome.qube("user").warnings == []
 
 
+def test_a_default_dispvm_that_does_not_come_any_more_is_told(restore: Callable[..., Run]) -> None:
+    done = restore(USER, TEMPLATE, DISPOSABLE, dies_after="vm10")
+    assert done.outcome.outcomes["user"] == "restored"
+    assert done.host.definitions["user"].default_dispvm == ""
+    expected = "it has no default disposable template now: disp-tpl could not be restored"
+    assert done.outcome.qube("user").warnings == [expected]
+
+
 @pytest.mark.parametrize("default", [False, True])
 def test_a_qube_without_volumes_whose_template_cannot_even_begin(
     restore: Callable[..., Run], default: bool

@@ -86,6 +86,15 @@ def test_what_others_do_to_the_system_is_seen_at_once(system: QubesSystem) -> No
     assert caught.value.qube == "new"
 
 
+def test_what_was_restored_is_known_by_its_tags(system: QubesSystem) -> None:
+    tags = qubesadmin.Qubes().domains[TEMPLATE].tags
+    for tag in ("restored-from-backup-b", "restored-from-backup-at-noon", "mine"):
+        tags.add(tag)
+    found = {qube.name: qube.restored_tags for qube in system.qubes()}
+    assert found.pop(TEMPLATE) == {"restored-from-backup-b", "restored-from-backup-at-noon"}
+    assert set(found.values()) == {frozenset()}
+
+
 def test_a_service_is_reported_by_the_template_or_not_at_all(system: QubesSystem) -> None:
     service = "restore.Session"
     assert system.reports_service(DISPOSABLES, service) is None

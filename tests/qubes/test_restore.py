@@ -108,6 +108,27 @@ def test_templates_and_netvms_of_the_same_backup_are_used_under_their_new_names(
     assert not [name for name in dom0.qubes.qubesd.names() if _unfinished(dom0, name)]
 
 
+def test_a_second_restore_of_a_backup_uses_what_the_first_has_renamed(dom0: Dom0, tmp_path: Path) -> None:
+    dom0.qubes.add("TemplateVM", "mine", label="black", netvm=None)
+    backup = write(
+        tmp_path / "backup",
+        plan("mine", "TemplateVM", netvm="sys-net"),
+        plan("Work", template="mine", netvm=""),
+        plan("work", template="mine", netvm="", properties={"default_dispvm": "default-mgmt-dvm"}),
+    )
+    words = dom0.location(backup, "path")
+    done = dom0.restore([*words, "--rename-conflicting", "mine"], PASSPHRASE)
+    assert "a template gets no netvm" in done.stdout
+    done = dom0.restore([*words, "work", "Work"], PASSPHRASE)
+    assert "template change to 'mine-1', which was restored from this backup before" in done.stdout
+    assert "it will have no default_dispvm: 'default-mgmt-dvm' is of this system" in done.stdout
+    domains = dom0.qubes.app().domains
+    assert {str(domains[name].template) for name in ("work", "Work")} == {"mine-1"}
+    assert domains["work"].default_dispvm is None
+    assert str(domains["Work"].default_dispvm) == "default-dvm"
+    assert domains["mine-1"].netvm is None
+
+
 @pytest.mark.parametrize(
     ("words", "status", "restored"),
     [
