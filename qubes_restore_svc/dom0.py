@@ -26,7 +26,7 @@ from qubes_restore_svc.host.stock_lock import STOCK_LOCK
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.link.qrexec import QrexecLink
 from qubes_restore_svc.link.storage import Location
-from qubes_restore_svc.waiting import in_thread
+from qubes_restore_svc.waiting import ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Dom0Restore:
     async def check(self) -> None:
         """Find out early what would fail late (no such pool, no worker). Raises RestoreError."""
         await self.link.check()
-        await in_thread(self.host.free_space)
+        await ask(self.host.free_space)
 
     def check_plan(self, plan: Plan) -> None:
         """Raises UsageError for a plan beyond the administrator's limits."""

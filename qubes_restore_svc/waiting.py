@@ -1,19 +1,40 @@
-"""Waiting for work that must not be left running: a cancel counts only when it is through."""
+"""Waiting for blocking work, and what a cancel does meanwhile.
+
+Strategy: work that changes something must not be left running: a cancel counts when it is through, and
+whoever can make it end sooner is told at once. Work that only looks has nothing to undo: a cancel counts at
+once, and the thread is left to itself. Every piece of work has a thread of its own, so that none waits for a
+free one.
+"""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 _T = TypeVar("_T")
 
 
-async def in_thread(function: Callable[..., _T], *arguments: object) -> _T:
-    """Run blocking work in a thread; a cancel waits until it is through, so that nothing runs on unseen."""
-    return await to_the_end(asyncio.to_thread(function, *arguments))
+async def in_thread(
+    function: Callable[..., _T], *arguments: object, on_cancel: Callable[[], None] | None = None
+) -> _T:
+    """Run blocking work in a thread; a cancel waits until it is through, so that nothing runs on unseen.
+
+    `on_cancel`: see `to_the_end`.
+    """
+    return await to_the_end(started(function, *arguments), on_cancel)
 
 
-async def to_the_end(work: Awaitable[_T]) -> _T:
-    """Await `work` without letting any cancel into it; one that came counts when it is done."""
+async def ask(function: Callable[..., _T], *arguments: object) -> _T:
+    """Run blocking work that changes nothing in a thread. A cancel counts at once; the answer is dropped."""
+    return await started(function, *arguments)
+
+
+async def to_the_end(work: Awaitable[_T], on_cancel: Callable[[], None] | None = None) -> _T:
+    """Await `work` without letting any cancel into it; one that came counts when it is done.
+
+    `on_cancel` is called at once when a cancel comes: it makes the work end sooner, and must not block.
+    """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -21,8 +42,44 @@ async def to_the_end(work: Awaitable[_T]) -> _T:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
+            if on_cancel is not None:
+                on_cancel()
     if cancelled is not None:
         if not task.cancelled():
             task.exception()  # it is known now
         raise cancelled
     return task.result()
+
+
+def started(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:
+    """Begin blocking work in a thread of its own, which does not keep the process from ending.
+
+    Where the system has no thread left, the work is done here and now: what undoes something must not fail
+    for that.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if answer.done():  # it was cancelled
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(result)  # type: ignore[arg-type] # there is no error, so it is the result
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function(*arguments)
+        except BaseException as caught:  # noqa: BLE001 - whoever waits raises it
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    thread = threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        work()
+    return answer

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from qubes_restore_svc.errors import HostFailed
-from qubes_restore_svc.waiting import in_thread, to_the_end
+from qubes_restore_svc.waiting import ask, in_thread, to_the_end
 
 
 async def test_a_result_and_an_error_come_through() -> None:
@@ -43,6 +43,48 @@ async def test_a_cancel_counts_when_the_work_is_through(fails: bool) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert done == [True]
+
+
+async def test_whoever_can_make_the_work_end_sooner_is_told_of_a_cancel_at_once() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> bool:
+        begun.set()
+        return go_on.wait(20)
+
+    task = asyncio.create_task(in_thread(work, on_cancel=go_on.set))
+    await asyncio.to_thread(begun.wait, 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 10)
+    assert go_on.is_set()
+
+
+async def test_a_question_is_left_to_itself_by_a_cancel() -> None:
+    begun, go_on, over = threading.Event(), threading.Event(), threading.Event()
+
+    def question() -> None:
+        begun.set()
+        go_on.wait(20)
+        over.set()
+
+    task = asyncio.create_task(ask(question))
+    await asyncio.to_thread(begun.wait, 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not over.is_set()
+    go_on.set()
+    assert await asyncio.to_thread(over.wait, 20)
+
+
+async def test_work_is_done_here_and_now_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert await in_thread(max, 3, 5) == 5
+    assert await ask(max, 3, 5) == 5
 
 
 async def test_work_that_cancels_itself_is_cancelled() -> None:

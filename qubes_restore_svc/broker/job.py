@@ -6,7 +6,7 @@ session. Whatever ends the job, a wrong passphrase or a cancel, becomes the repo
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -18,6 +18,7 @@ from qubes_restore_svc.broker.restore import Observer, RestoreRun
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.host.base import Host
 from qubes_restore_svc.link.base import Link
+from qubes_restore_svc.waiting import ask, in_thread
 from qubes_restore_svc.wire import messages as m
 
 #: Shows the plan to the person before anything is created. None: it is to be carried out. Options: it is not,
@@ -76,9 +77,9 @@ async def _run(
     confirm: Confirm | None,
     stall_s: float,
 ) -> None:
-    with contextlib.ExitStack() as locks:
+    async with contextlib.AsyncExitStack() as locks:
         if host is not None:
-            for remark in locks.enter_context(host.lock()):
+            for remark in await locks.enter_async_context(_locked(host)):
                 _warn(remark, observer, report.warnings)
         async with link, SessionClient(link, stall_s) as client:
             manifest = await _opened(client, options, observer, report.warnings)
@@ -94,6 +95,27 @@ async def _run(
             except asyncio.CancelledError:
                 client.cancel()
                 raise
+
+
+@contextlib.asynccontextmanager
+async def _locked(host: Host) -> AsyncIterator[Sequence[str]]:
+    """The host's lock, taken and let go of in threads: both clear up, and that may take its time."""
+    lock = host.lock()
+    entered = False
+
+    def enter() -> Sequence[str]:
+        nonlocal entered
+        remarks = lock.__enter__()
+        entered = True
+        return remarks
+
+    try:
+        yield await in_thread(enter)
+    except BaseException as error:
+        if not entered or not await in_thread(lock.__exit__, type(error), error, error.__traceback__):
+            raise
+    else:
+        await in_thread(lock.__exit__, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +135,9 @@ class _Agreement:
     ) -> tuple[Plan, RestoreRun]:
         """Plan until nothing else is wanted. The report tells of the last plan, whatever comes of it."""
         while True:
-            plan = make_plan(manifest, choice, None if self.host is None else self.host.view())
-            _warn_of_space(plan, self.host, self.observer, self.report.warnings)
+            plan = make_plan(manifest, choice, None if self.host is None else await ask(self.host.view))
+            free = None if self.host is None else await ask(self.host.free_space)
+            _warn_of_space(plan, free, self.observer, self.report.warnings)
             run = self._run_of(plan)
             self.report.qubes = _in_order(plan, run.reports)
             other = None if confirm is None else await _confirmed(plan, run, confirm)
@@ -183,9 +206,8 @@ def _in_order(plan: Plan, taken: list[QubeReport]) -> list[QubeReport]:
     return reports
 
 
-def _warn_of_space(plan: Plan, host: Host | None, observer: Observer, warnings: list[str]) -> None:
+def _warn_of_space(plan: Plan, free: int | None, observer: Observer, warnings: list[str]) -> None:
     """Say so early when the qubes took more room than there is; their holes may still make them fit."""
-    free = None if host is None else host.free_space()
     needed = sum(qube.source.backup_size for qube in plan.taken)
     if free is None or needed <= free:
         return

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost
 from qubes_restore_svc.host.base import VolumeSink
-from qubes_restore_svc.waiting import in_thread, to_the_end
+from qubes_restore_svc.waiting import in_thread, started, to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_RECORD, End, Extent, Header, VolumeDecoder
 
@@ -44,12 +44,13 @@ class VolumeCopy:
         self._connection = connection
         self._sink = sink
         self._end_session = end_session
+        self._given_up = False  #: it was ended while it was on its way; what the sink says then is no failure
         self._task = asyncio.create_task(self._copied())
 
     @property
     def failure(self) -> RestoreError | None:
         """What has gone wrong, except that the stream ended early: why, the session will say."""
-        if not self._task.done() or self._task.cancelled() or self._task.exception() is not None:
+        if self._given_up or not self._task.done() or self._task.exception() is not None:
             return None
         result = self._task.result()
         return result if isinstance(result, RestoreError) and not isinstance(result, WorkerLost) else None
@@ -67,7 +68,7 @@ class VolumeCopy:
             late = not self._task.done()
             # What has arrived can still be read: a slow disk is not the worker's fault.
             _hang_up(self._connection)
-            result = await to_the_end(self._task)
+            result = await to_the_end(self._task, self._give_up)
             if isinstance(result, ProtocolViolation):
                 raise result
             if isinstance(result, WorkerLost) and done.outcome == "ok":
@@ -79,7 +80,7 @@ class VolumeCopy:
                 expected = result if done.volume == "home" else self.ready.image_size
                 if (done.data_bytes, done.image_size) != (result, expected):
                     raise ProtocolViolation("a volume whose size is not what was announced and sent")
-                await in_thread(self._sink.finish, done.image_size)
+                await in_thread(self._sink.finish, done.image_size, on_cancel=self._give_up)
             return None
         except ProtocolViolation:
             raise
@@ -90,19 +91,24 @@ class VolumeCopy:
 
     async def end(self) -> None:
         """End it, wherever it is, and give back what it holds. A cancel counts afterwards."""
-        _hang_up(self._connection)
+        if not self._task.done():
+            self._give_up()
         try:
             await to_the_end(asyncio.wait([self._task]))
         finally:
             self._connection.close()
             self._sink.abandon()
 
+    def _give_up(self) -> None:
+        """Let whatever waits for the worker or for the host end soon. Harmless when it is complete."""
+        self._given_up = self._given_up or not self._task.done()
+        _hang_up(self._connection)
+        self._sink.abandon()
+
     async def _copied(self) -> int | RestoreError:
         """The number of data bytes, or what stopped it."""
         try:
-            return await asyncio.to_thread(
-                receive_volume, self._connection, self._sink, self.ready.image_size
-            )
+            return await started(receive_volume, self._connection, self._sink, self.ready.image_size)
         except RestoreError as error:
             _hang_up(self._connection)  # the worker need not send the rest
             if isinstance(error, ProtocolViolation):

@@ -19,6 +19,9 @@ _T = TypeVar("_T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+#: Seconds after which a cancelled job that still clears up says so: a cancel is answered within two.
+ANSWER_S = 1.0
+
 
 def _raise_cancelled() -> None:
     raise Cancelled("it was cancelled", advice="")
@@ -46,9 +49,10 @@ class Interruption:
         for number in self._taken:
             signal.signal(number, signal.SIG_IGN)
 
-    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+    def run(self, work: Coroutine[Any, Any, _T], still_ending: Callable[[], None] = lambda: None) -> _T:
         """Run the job in an event loop of its own. The first signal cancels it, and then it may clean up.
 
+        `still_ending` is called, once, when that takes longer than a moment: somebody waits for an answer.
         Raises Cancelled if it does not come back with a result all the same. Signals do nothing
         afterwards, until `resume`.
         """
@@ -70,6 +74,7 @@ class Interruption:
             def stop() -> None:
                 if not task.cancelling():
                     task.cancel()
+                    loop.call_later(ANSWER_S, still_ending)
 
             def wake_loop() -> None:
                 loop.call_soon_threadsafe(stop)

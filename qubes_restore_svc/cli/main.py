@@ -74,7 +74,9 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=archive_size(archive_fd))
     try:
-        report = interruption.run(with_clock(display, run_job(link, host, options, choice, display)))
+        report = interruption.run(
+            with_clock(display, run_job(link, host, options, choice, display)), display.ending
+        )
     finally:
         display.close()
     written = keep_report(_PROGRAM, arguments.report, report)
@@ -89,7 +91,9 @@ def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> 
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=None)
     try:
-        manifest = interruption.run(with_clock(display, read_manifest(link, options, display)))
+        manifest = interruption.run(
+            with_clock(display, read_manifest(link, options, display)), display.ending
+        )
     finally:
         display.close()
     interruption.resume()

@@ -34,6 +34,7 @@ _LEAST_MEASURED_S = 3.0
 
 _TICK_S = 0.5
 _LEAST_BAR = 8  #: columns
+_ENDING = "cancelling: what is unfinished is being removed, which takes a moment; finished qubes stay"
 _UNKNOWN_SIZE = "size not known in advance"
 
 
@@ -42,6 +43,10 @@ class Display(Observer, Protocol):
 
     def tick(self) -> None:
         """Time has passed, nothing else."""
+        ...
+
+    def ending(self) -> None:
+        """The job was cancelled and takes a while to undo what it did: the person must know."""
         ...
 
     def paused(self) -> AbstractContextManager[None]:
@@ -96,6 +101,10 @@ class QuietDisplay:
 
     def tick(self) -> None:
         """Says nothing."""
+
+    def ending(self) -> None:
+        """It is an answer to the person, and said even so."""
+        say(_ENDING)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -184,6 +193,13 @@ class BarDisplay(LineDisplay):
         """Above the bar."""
         self._bar.clear()
         super().qube_finished(report)
+        self._draw()
+
+    def ending(self) -> None:
+        """Above the bar."""
+        self._bar.clear()
+        super().ending()
+        self._doing = "clearing up"
         self._draw()
 
     def tick(self) -> None:

@@ -74,7 +74,7 @@ def _run(
     choice = _plan_options(arguments)
     job = restorer.run(options, choice, display, review, verify_only=arguments.verify_only)
     try:
-        report = interruption.run(with_clock(display, job))
+        report = interruption.run(with_clock(display, job), display.ending)
     finally:
         display.close()
     written = keep_report(PROGRAM, arguments.report, report)

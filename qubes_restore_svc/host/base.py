@@ -111,7 +111,11 @@ class VolumeSink(Protocol):
         ...
 
     def abandon(self) -> None:
-        """The volume will not be completed; gives back what it holds. Harmless after `finish`."""
+        """The volume will not be completed; gives back what it holds. Harmless after `finish`.
+
+        To be called at any time, from any thread: a `write` or `finish` that is under way ends as soon as the
+        system lets it, and this does not wait for it.
+        """
         ...
 
 

@@ -60,6 +60,7 @@ class ImageFile:
         self._handed_over = 0
         self._wanted_out = 0
         self._mutex = threading.Lock()
+        self._abandoned = False
         self._state = State.OPEN
         if not 0 <= image_size <= MAX_NUMBER:
             raise self._failure(f"{image_size} bytes is not the size of an image")
@@ -105,22 +106,38 @@ class ImageFile:
             self._leave(State.COMPLETE)
 
     def abandon(self) -> None:
-        """Close the file, unfinished; the transaction's rollback removes it. Harmless after `finish`."""
+        """Close the file, unfinished; the transaction's rollback removes it. Harmless after `finish`.
+
+        Waits for nothing: whoever is in a step closes the file at the end of it.
+        """
+        self._abandoned = True
+        if self._mutex.acquire(blocking=False):
+            try:
+                if self._state is State.OPEN:
+                    self._leave(State.GONE)
+            finally:
+                self._mutex.release()
+
+    def wait_ended(self) -> None:
+        """Wait until nobody writes to the abandoned file any more."""
         with self._mutex:
-            if self._state is State.OPEN:
-                self._leave(State.GONE)
+            pass
 
     @contextmanager
     def _step(self, doing: str) -> Iterator[None]:
-        with self._mutex:
-            if self._state is not State.OPEN:
-                raise self._failure(f"{self._name} takes no more data")
-            try:
-                with reporting(f"{doing} {self._name}", qube=self._qube, volume=self._volume):
-                    yield
-            except BaseException:
-                self._leave(State.GONE)
-                raise
+        try:
+            with self._mutex:
+                if self._state is not State.OPEN or self._abandoned:
+                    raise self._failure(f"{self._name} takes no more data")
+                try:
+                    with reporting(f"{doing} {self._name}", qube=self._qube, volume=self._volume):
+                        yield
+                except BaseException:
+                    self._leave(State.GONE)
+                    raise
+        finally:
+            if self._abandoned:  # meanwhile, perhaps
+                self.abandon()
 
     def _check_capacity(self) -> None:
         """Refuse a size past the file system's limit now instead of after hours of writing."""
@@ -210,6 +227,8 @@ class DirectoryQube:
                 return
             for sink in self._sinks.values():
                 sink.abandon()
+            for sink in self._sinks.values():
+                sink.wait_ended()
             self._leave(State.GONE)
             with reporting(f"removing {self._partial}", qube=self._qube.name):
                 remove_partial(self._partial, dir_fd=self._directory)

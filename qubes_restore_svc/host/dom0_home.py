@@ -121,6 +121,7 @@ class Dom0Home:
                 return
             if self._sink is not None:
                 self._sink.abandon()
+                self._sink.wait_ended()
             partial = _partial(self._name)
             try:
                 with self._reporting(f"removing {partial}"):

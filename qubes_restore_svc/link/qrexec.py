@@ -41,7 +41,7 @@ from qubes_restore_svc.link.storage import (
 )
 from qubes_restore_svc.link.system import QubesSystem
 from qubes_restore_svc.link.worker_vm import WorkerVm, choose_template, clear_leftovers, worker_missing
-from qubes_restore_svc.waiting import in_thread
+from qubes_restore_svc.waiting import ask
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import (
     ARCHIVE,
@@ -116,7 +116,7 @@ class QrexecLink:
         if the qube that holds the backup does not exist. Creates nothing.
         """
         template = await choose_template(self._system, self._template)
-        if not isinstance(self._location, Dom0File) and not await in_thread(
+        if not isinstance(self._location, Dom0File) and not await ask(
             self._system.exists, self._location.qube
         ):
             raise UsageError(
@@ -300,7 +300,7 @@ class QrexecLink:
 
     async def _exists(self, qube: str) -> bool:
         try:
-            return await in_thread(self._system.exists, qube)
+            return await ask(self._system.exists, qube)
         except RestoreError:
             return True
 

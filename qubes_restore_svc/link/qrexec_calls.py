@@ -15,7 +15,7 @@ from typing import Self
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.link.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.link.undoing import tell_what_is_left
-from qubes_restore_svc.waiting import to_the_end
+from qubes_restore_svc.waiting import started, to_the_end
 
 #: The qube has no such service (qrexec.h of qubes-core-qrexec; a shell says the same of a program).
 NOT_FOUND = 127
@@ -144,12 +144,12 @@ class QrexecCalls:
         return ours, call
 
     async def _open(self, qube: str, service: str, stdin: int, stdout: int) -> QrexecCall:
-        process = await asyncio.to_thread(self._system.run_service, qube, service, stdin=stdin, stdout=stdout)
+        process = await started(lambda: self._system.run_service(qube, service, stdin=stdin, stdout=stdout))
         try:
             call = QrexecCall(f"{service} in {qube}", process)
         except OSError as error:
             process.kill()
-            await asyncio.to_thread(_reap, process)
+            await started(_reap, process)
             raise HostFailed(f"{service} cannot be called: {error.strerror}") from error
         self._calls = {other for other in self._calls if other.exit_code is None} | {call}
         if self._closed:

@@ -19,7 +19,7 @@ from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
 from qubes_restore_svc.link.qrexec_calls import NOT_FOUND, QrexecCall, QrexecCalls
 from qubes_restore_svc.link.system import STORAGE_TAG, QubesSystem
 from qubes_restore_svc.link.undoing import tell_what_is_left, undo
-from qubes_restore_svc.waiting import in_thread, to_the_end
+from qubes_restore_svc.waiting import ask, in_thread, to_the_end
 from qubes_restore_svc.wire.messages import Storage
 
 REGISTER_SERVICE = "qubes.RegisterBackupLocation"
@@ -35,6 +35,8 @@ _MAX_SERVICE = 200
 _QUBE = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}")
 #: Seconds that the registration may take to end by itself when its input has ended.
 _CLOSE_PATIENCE_S = 2.0
+#: The same after a cancel, for which somebody waits.
+_CANCEL_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +186,20 @@ class StorageAccess:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._registration is not None and not await self._registration.end(_CLOSE_PATIENCE_S):
+        cancelled = isinstance(error, asyncio.CancelledError)
+        patience_s = _CANCEL_PATIENCE_S if cancelled else _CLOSE_PATIENCE_S
+        if self._registration is not None and not await self._registration.end(patience_s):
             left.append(f"the process of {self._registration.name}")
         tell_what_is_left(left, error)
 
 
 async def start_storage(system: QubesSystem, qube: str) -> None:
-    """Start the qube that holds the backup, if it does not run; it is not stopped afterwards."""
+    """Start the qube that holds the backup, if it does not run; it is not stopped afterwards.
+
+    A cancel does not wait for it: there is nothing to undo.
+    """
     try:
-        await in_thread(system.start, qube)
+        await ask(system.start, qube)
     except HostFailed as error:
         raise ArchiveUnreadable(
             f"the qube {qube}, which holds the backup, could not be started: {error.reason}",

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError
+from qubes_restore_svc.waiting import started
 
 #: Seconds that the system may take to undo one thing: a qube is killed and its volumes are removed. More than
 #: it takes to say by itself that it cannot.
@@ -16,7 +17,7 @@ UNDO_TIMEOUT_S = 90.0
 
 async def undo(step: Callable[[], None], what_is_left: str) -> list[str]:
     """Run the blocking `step` in a thread; if it fails or takes too long, a clause that says what is left."""
-    task = asyncio.ensure_future(asyncio.to_thread(step))
+    task = started(step)
     done, _ = await asyncio.wait([task], timeout=UNDO_TIMEOUT_S)
     if not done:
         task.add_done_callback(_look_at)
@@ -45,6 +46,6 @@ def tell_what_is_left(left: list[str], error: BaseException | None) -> None:
         error.add_note(sentence)
 
 
-def _look_at(task: "asyncio.Task[None]") -> None:
+def _look_at(task: "asyncio.Future[None]") -> None:
     if not task.cancelled():
         task.exception()

@@ -15,7 +15,7 @@ from typing import Self
 from qubes_restore_svc.errors import HostFailed, RestoreError, UsageError, WorkerMissing
 from qubes_restore_svc.link.system import STORAGE_TAG, WORKER_TAG, QubesSystem
 from qubes_restore_svc.link.undoing import tell_what_is_left, undo
-from qubes_restore_svc.waiting import in_thread, to_the_end
+from qubes_restore_svc.waiting import ask, in_thread, started, to_the_end
 from qubes_restore_svc.wire.service import SESSION
 
 PACKAGE = "qubes-restore-svc-vm"
@@ -53,9 +53,9 @@ class WorkerVm:
         await to_the_end(self._remove(exc))
 
     async def _create(self) -> None:
-        name = await asyncio.to_thread(self._free_name)
+        name = await started(self._free_name)
         try:
-            await asyncio.to_thread(
+            await started(
                 lambda: self._system.create_disposable(
                     name, self._template, memory=self._memory, vcpus=self._vcpus, tags=[WORKER_TAG]
                 )
@@ -63,7 +63,7 @@ class WorkerVm:
         except RestoreError as error:
             # Half of it may be there. Without the tag somebody else may have taken the name.
             with contextlib.suppress(RestoreError):
-                if name in await asyncio.to_thread(self._system.tagged, WORKER_TAG):
+                if name in await started(self._system.tagged, WORKER_TAG):
                     self.name = name
             raise self._failed("created", error) from error
         self.name = name
@@ -76,7 +76,7 @@ class WorkerVm:
         raise HostFailed("there is no free name for the worker's qube", advice="Remove some disposables.")
 
     async def _start(self) -> None:
-        starting = asyncio.ensure_future(asyncio.to_thread(self._system.start, self.name))
+        starting = started(self._system.start, self.name)
         try:
             await asyncio.wait([starting])
         except asyncio.CancelledError:
@@ -120,13 +120,13 @@ async def choose_template(system: QubesSystem, template: str | None) -> str:
 
     Raises UsageError if that is none, and WorkerMissing if it says that it has no worker.
     """
-    name = template or await in_thread(system.management_dispvm)
+    name = template or await ask(system.management_dispvm)
     if name is None:
         raise UsageError(
             "this system has no management disposable template",
             advice="Name a disposable template with --mgmt-template NAME.",
         )
-    disposable = await in_thread(system.is_disposable_template, name)
+    disposable = await ask(system.is_disposable_template, name)
     if disposable is None:
         raise UsageError(
             f"there is no qube {name}", advice="Name a disposable template with --mgmt-template."
@@ -136,7 +136,7 @@ async def choose_template(system: QubesSystem, template: str | None) -> str:
             f"no disposables can be made from {name}",
             advice="Name a disposable template with --mgmt-template NAME.",
         )
-    if await in_thread(system.reports_service, name, SESSION) is False:
+    if await ask(system.reports_service, name, SESSION) is False:
         raise await worker_missing(system, name)
     return name
 
@@ -144,7 +144,7 @@ async def choose_template(system: QubesSystem, template: str | None) -> str:
 async def worker_missing(system: QubesSystem, template: str) -> WorkerMissing:
     """The error for a disposable template without a worker: it names what to install, where and how."""
     # What a disposable runs is installed in the template of its template.
-    where = await in_thread(system.template_of, template) or template
+    where = await ask(system.template_of, template) or template
     return WorkerMissing(
         f"the template {where}, which the disposables of {template} run, has no worker",
         advice=(

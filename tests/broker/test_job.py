@@ -112,6 +112,54 @@ def test_a_cancel_waits_for_the_host_and_not_longer(target: Path, call: str) -> 
     assert (target / call.split()[1]).exists() == call.startswith("commit")
 
 
+#: The host's calls, and what a cancel does that comes while one of them takes its time: the call is told that
+#: nobody wants the volume, or is left to itself, or waited for, while somebody else can speak to the person.
+SLOW_CALLS = {
+    "lock": "waits",
+    "view": "leaves",
+    "free_space": "leaves",
+    "begin vault": "waits",
+    "create vault/root": "waits",
+    "write vault/root 2": "abandons",
+    "finish vault/root": "abandons",
+    "commit vault": "waits",
+    "rollback vault": "waits",
+}
+
+
+@pytest.mark.parametrize(("call", "does"), SLOW_CALLS.items())
+def test_a_cancel_comes_before_the_end_of_a_slow_call(target: Path, call: str, does: str) -> None:
+    answered, abandoned, ended = threading.Event(), threading.Event(), threading.Event()
+    in_time: list[bool] = []
+
+    def slow(link: FakeLink) -> Callable[[], None]:
+        def during_the_call() -> None:
+            assert link.job is not None
+            loop = link.job.get_loop()
+            loop.call_soon_threadsafe(link.job.add_done_callback, lambda _: ended.set())
+            loop.call_soon_threadsafe(link.job.cancel)
+            loop.call_soon_threadsafe(loop.call_soon, answered.set)
+            in_time.append(answered.wait(2))  # the event loop is free
+            if does != "waits":
+                in_time.append((abandoned if does == "abandons" else ended).wait(2))
+
+        return during_the_call
+
+    def host(link: FakeLink) -> TroubledHost:
+        return TroubledHost(target, {call: slow(link), "abandon vault/root": abandoned.set})
+
+    script = honest(QUBES)
+    if call == "rollback vault":
+        index = script.find("volume_done", "vm2", "root")
+        error: Json = {"kind": "bad-image", "reason": "no"}
+        place: Json = {"type": "volume_done", "key": "vm2", "volume": "root"}
+        script = script.until(index - 1, Say({**place, "outcome": "failed", "error": error}), Pause(5))
+    outcome = run(script, target, host=host)
+    assert in_time == [True] * len(in_time) and in_time
+    assert (outcome.status, outcome.error) == (130, "cancelled: it was cancelled")
+    assert (target / "vault").exists() == (call == "commit vault")
+
+
 def test_a_cancel_while_the_worker_derives_keys(target: Path) -> None:
     outcome = run([Hear("open"), Pause(0.1), CancelJob()], target, heartbeat_s=0.02)
     is_cancelled(outcome, target)

@@ -248,7 +248,7 @@ async def test_a_cancel_waits_for_the_thread_and_gives_everything_back(
         finishing.cancel()
     await asyncio.sleep(0.03)
     assert not finishing.done()
-    assert sink.calls == []
+    assert set(sink.calls) == {"abandon"}  # first, so that what the thread waits for ends
     assert sink.wait is not None
     sink.wait.set()
     with pytest.raises(asyncio.CancelledError):

@@ -14,6 +14,7 @@ import pytest
 
 from qubes_restore_svc.broker.report import PARTLY, Report
 from qubes_restore_svc.broker.report_file import write_report
+from qubes_restore_svc.cli import interruption as interruption_module
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.errors import Cancelled, UsageError
@@ -266,6 +267,31 @@ def test_during_the_job_it_cancels_once_and_after_it_nothing_happens_until_resum
         os.kill(os.getpid(), signal.SIGINT)
     interruption.finish()
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_cancelled_job_that_still_clears_up_says_so_once(
+    interruption: Interruption, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption_module, "ANSWER_S", 0.01)
+    said: list[str] = []
+    told = asyncio.Event()
+
+    async def job() -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.wait_for(told.wait(), 10)
+            await asyncio.sleep(0.03)
+        return "done"
+
+    def still_ending() -> None:
+        said.append("still clearing up")
+        told.set()
+
+    assert interruption.run(job(), still_ending) == "done"
+    assert said == ["still clearing up"]
 
 
 def test_a_job_that_does_not_come_back_is_cancelled(interruption: Interruption) -> None:

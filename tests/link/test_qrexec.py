@@ -89,6 +89,27 @@ async def _received(connection: socket.socket) -> bytes:
     return received
 
 
+# --- A cancel ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "question", ["management_dispvm", "is_disposable_template", "reports_service", "exists", "start"]
+)
+async def test_a_cancel_does_not_wait_for_what_leaves_nothing_to_undo(
+    system: FakeQubes, traces: Traces, question: str
+) -> None:
+    """A system that is slow to answer a question, or to start the qube that holds the backup."""
+    gate = system.gates[question] = Gate()
+    entering = asyncio.create_task(_link(system).__aenter__())
+    await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(entering, PATIENCE_S)
+    assert not gate.opened.is_set()
+    gate.opened.set()
+    assert traces.left() == []
+
+
 # --- Entering and leaving ------------------------------------------------------------------------
 
 
