@@ -134,10 +134,13 @@ class BadContainer(RestoreError):
 
 
 class ExcessiveCost(RestoreError):
-    """scrypt parameters past the fixed ceiling: no Qubes system writes them."""
+    """scrypt parameters past the fixed ceiling: no Qubes system of today writes them."""
 
     kind = "excessive-cost"
-    default_advice = "The file is damaged or was made to attack; do not trust it."
+    default_advice = (
+        "The file is damaged or was made to attack. If you know that a computer as fast as that wrote it,"
+        " --ignore-cost-limit accepts it."
+    )
 
 
 class BudgetTooSmall(RestoreError):

@@ -54,8 +54,9 @@ class ContainerHead:
         return KdfRequest(self.parameters, self.salt, passphrase)
 
 
-def parse_head(untrusted_head: Buffer) -> ContainerHead:
-    """Parse the first HEAD_SIZE bytes of `untrusted_head`. Raises BadContainer, ExcessiveCost."""
+def parse_head(untrusted_head: Buffer, *, ignore_cost_limit: bool = False) -> ContainerHead:
+    """Parse the first HEAD_SIZE bytes of `untrusted_head`. Raises BadContainer, ExcessiveCost (see
+    `check_cost`)."""
     raw = bytes(untrusted_head[:HEAD_SIZE])
     if len(raw) < HEAD_SIZE:
         raise BadContainer(
@@ -72,7 +73,7 @@ def parse_head(untrusted_head: Buffer) -> ContainerHead:
     parameters = KdfParameters(log_n, r, p)
     if not parameters.valid:
         raise BadContainer(f"its scrypt parameters N = 2^{log_n}, r = {r}, p = {p} are impossible")
-    check_cost(parameters)
+    check_cost(parameters, ignore_cost_limit=ignore_cost_limit)
     return ContainerHead(parameters, salt, raw)
 
 

@@ -2,8 +2,9 @@
 
 Strategy: a derivation is a value (`KdfRequest`) and an engine is whoever can carry it out, so that the
 pipeline can choose among engines and run several at once. The parameters come from the archive,
-unauthenticated, and they say how much memory and time is spent: `check_cost` holds them under a fixed
-ceiling, and every engine calls it before it allocates anything.
+unauthenticated, and they say how much memory and time is spent. So there is one bound, `check_cost`, which
+the head of a container has to pass. What passes it, every engine can carry out; the engines themselves
+check only `check_possible`, before they allocate anything.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,24 @@ from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost
 #: Bytes that every derivation yields: 32 for AES-256, then 32 for HMAC-SHA-256.
 KEYS_SIZE = 64
 
-#: Ceiling for the memory of one derivation, in bytes: a table of 16 GiB, and room for what stands beside
-#: it. The writer takes as much as its machine works through in five seconds, 2 GiB on today's.
-MAX_MEMORY = 17 << 30
+#: Ceiling for the work of one derivation, in the unit of `KdfParameters.work`.
+#:
+#: The scrypt program of the writer measures how many Salsa20/8 cores its processor computes in a second, and
+#: takes N, r = 8 and p so that N·r·p is at most a quarter of five seconds' worth; p is more than 1 only where
+#: an eighth of the memory is too little for such an N. The largest that was seen is 2^21 · 8 · 1 = 2^24. A
+#: processor that computes a core in 20 ns, and none is faster, comes to 2^26. This is three times that; it
+#: takes 24 GiB of memory at the most, and about as long as twelve of the largest that were seen.
+MAX_WORK = 3 << 26
 
-#: Ceiling for the work of one derivation, N·r·p. It is its own limit, because scrypt raises p instead of N
-#: when the writer has little memory. The largest that was seen is 2^21 · 8 · 1 = 2^24.
-MAX_WORK = 1 << 28
+#: Ceiling for r·p, which no option lifts, because the engines rely on it. It is what the program would take
+#: with the least memory that it ever uses, 1 MiB, where N·r·p is 2^26: p = 2^13.
+MAX_BLOCKS = 1 << 16
+
+#: Ceiling for log2 N, which no option lifts either.
+MAX_LOG_N = 32
+
+#: What PBKDF2 computes for every block of 128 bytes, in steps of scryptROMix, rounded up.
+_PBKDF2_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +69,8 @@ class KdfParameters:
 
     @property
     def work(self) -> int:
-        """N·r·p, which the time is proportional to."""
-        return (1 << self.log_n) * self.r * self.p
+        """N·r·p, which the time is proportional to, and what PBKDF2 adds to it."""
+        return ((1 << self.log_n) + _PBKDF2_STEPS) * self.r * self.p
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,18 +174,27 @@ class KdfEngine(Protocol):
         ...
 
 
-def check_cost(parameters: KdfParameters) -> None:
-    """Raise ExcessiveCost, with the memory or the work that is asked for, past the fixed ceilings."""
-    if parameters.memory > MAX_MEMORY:
+def check_possible(parameters: KdfParameters) -> None:
+    """Raise ExcessiveCost for what no engine carries out, ValueError for what is not scrypt at all."""
+    if not parameters.valid:
+        raise ValueError(f"{parameters} are no scrypt parameters")
+    if parameters.log_n > MAX_LOG_N or parameters.r * parameters.p > MAX_BLOCKS:
         raise ExcessiveCost(
-            f"its key derivation asks for {human_size(parameters.memory)} of memory;"
-            f" more than {human_size(MAX_MEMORY)} are refused"
+            f"its key derivation has N = 2^{parameters.log_n}, r = {parameters.r}, p = {parameters.p};"
+            f" more than N = 2^{MAX_LOG_N}, or r times p = {MAX_BLOCKS:,}, is not possible here",
+            advice="The file is damaged or was made to attack; do not trust it.",
         )
-    if parameters.work > MAX_WORK:
+
+
+def check_cost(parameters: KdfParameters, *, ignore_cost_limit: bool = False) -> None:
+    """Raise ExcessiveCost unless the derivation is possible, and of no more work than MAX_WORK, which
+    `ignore_cost_limit` lifts. ValueError for what is not scrypt at all."""
+    check_possible(parameters)
+    if parameters.work > MAX_WORK and not ignore_cost_limit:
         raise ExcessiveCost(
-            f"its key derivation asks for {parameters.work:,} block operations"
-            f" (N = 2^{parameters.log_n}, r = {parameters.r}, p = {parameters.p});"
-            f" more than {MAX_WORK:,} are refused"
+            f"its key derivation (N = 2^{parameters.log_n}, r = {parameters.r}, p = {parameters.p}) is"
+            f" {-(-parameters.work // MAX_WORK):,} times the most that is accepted, and takes"
+            f" {human_size(parameters.memory)} of memory"
         )
 
 
@@ -232,9 +253,7 @@ class OpensslEngine:
 
     def derive(self, requests: Sequence[KdfRequest]) -> list[bytes]:
         for request in requests:
-            if not request.parameters.valid:
-                raise ValueError(f"{request.parameters} are no scrypt parameters")
-            check_cost(request.parameters)
+            check_possible(request.parameters)
         return [_derive(request) for request in requests]
 
 
@@ -253,7 +272,7 @@ class OpensslLane:
 
     def begin(self, request: KdfRequest, stride: int, limit: int) -> int | None:
         """See KdfLanes. There is no other stride than 1."""
-        check_cost(request.parameters)
+        check_possible(request.parameters)
         if not self._engine.count(request.parameters.memory, limit):
             return None
         self._request = request

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.archive import _romix
-from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest, check_cost, out_of_memory
+from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest, check_possible, out_of_memory
 from qubes_restore_svc.archive.native_arenas import ArenaPool
 from qubes_restore_svc.errors import BudgetTooSmall
 
@@ -35,8 +35,9 @@ _LANES_IN_REGISTER = {"AVX-512": 4, "AVX2": 2}
 #: What arenas are multiples of, bytes; less than that is not counted.
 _UNIT = 2 << 20
 
-#: Steps of every lane between two looks at the world, some 100 ms: an interrupt is answered that soon, and
-#: a request that comes later joins that soon. Less would cost: the interpreter lock may take 5 ms to get.
+#: Steps of every lane between two looks at the world, some 100 ms with the usual r: an interrupt is answered
+#: that soon, and a request that comes later joins that soon. Less would cost: the interpreter lock may take
+#: 5 ms to get.
 STEPS_AT_ONCE = 1 << 17
 
 
@@ -81,8 +82,8 @@ class NativeEngine:
         BudgetTooSmall if there is not even for one. ValueError for parameters that scrypt does not have.
         """
         for request in requests:
+            check_possible(request.parameters)
             self.memory(request.parameters, stride)
-            check_cost(request.parameters)
         keys: dict[int, bytes] = {}
         index_of: dict[int, int] = {}
         waiting = deque(enumerate(requests))
@@ -182,8 +183,8 @@ class NativeLanes:
         """
         if not self.free:
             raise RuntimeError("no lane is free")
+        check_possible(request.parameters)
         size = _memory(request.parameters, stride)
-        check_cost(request.parameters)
         try:
             arena = self._arenas.take(size, limit)
         except MemoryError:

@@ -42,6 +42,7 @@ class SessionOptions:
     jobs: int | None = None
     compression_filter: str | None = None
     ignore_size_limit: bool = False
+    ignore_cost_limit: bool = False
     ahead: bool = False
 
 
@@ -178,6 +179,7 @@ def _open_message(options: SessionOptions, storage: m.Storage | None) -> m.Open:
             jobs=options.jobs,
             compression_filter=options.compression_filter,
             ignore_size_limit=options.ignore_size_limit,
+            ignore_cost_limit=options.ignore_cost_limit,
             storage=storage,
             ahead=options.ahead,
         )

@@ -41,6 +41,7 @@ class Arguments:
     jobs: int | None
     compression_filter: str | None
     ignore_size_limit: bool
+    ignore_cost_limit: bool
     sandbox: bool
     verbose: bool
     quiet: bool
@@ -73,6 +74,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
         jobs=options.jobs,
         compression_filter=options.compression_filter,
         ignore_size_limit=options.ignore_size_limit,
+        ignore_cost_limit=options.ignore_cost_limit,
         sandbox=not options.no_sandbox,
         verbose=options.verbose,
         quiet=options.quiet,
@@ -159,6 +161,11 @@ def _command(
         "--ignore-size-limit",
         action="store_true",
         help="accept disk images that are larger than the backup's qubes.xml says",
+    )
+    parser.add_argument(
+        "--ignore-cost-limit",
+        action="store_true",
+        help="accept keys that take longer to derive than a fast computer's backup asks for: minutes each",
     )
     parser.add_argument(
         "--no-sandbox",

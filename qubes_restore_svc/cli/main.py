@@ -112,6 +112,7 @@ def _prepare(arguments: Arguments) -> SessionOptions:
         jobs=arguments.jobs,
         compression_filter=arguments.compression_filter,
         ignore_size_limit=arguments.ignore_size_limit,
+        ignore_cost_limit=arguments.ignore_cost_limit,
         ahead=arguments.command != "list" and not arguments.qubes,
     )
 

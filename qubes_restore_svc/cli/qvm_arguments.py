@@ -66,6 +66,7 @@ class RestoreArguments:
     dom0_home: bool | None
     ignore_username_mismatch: bool
     ignore_size_limit: bool
+    ignore_cost_limit: bool
     compression_filter: str | None
     passphrase_file: str | None
     yes: bool
@@ -121,6 +122,7 @@ def parse_restore_arguments(words: Sequence[str]) -> RestoreArguments:
         dom0_home=options.dom0_home,
         ignore_username_mismatch=options.ignore_username_mismatch,
         ignore_size_limit=options.ignore_size_limit,
+        ignore_cost_limit=options.ignore_cost_limit,
         compression_filter=options.compression_filter,
         passphrase_file=options.passphrase_file,
         yes=options.yes,
@@ -210,6 +212,10 @@ def _add_misfits(group: "argparse._ArgumentGroup") -> None:
     flag("--ignore-missing", "restore them all the same, with the default template or netvm")
     flag("--ignore-username-mismatch", "restore dom0's home even if it is that of another user name")
     flag("--ignore-size-limit", "accept disk images that are larger than the backup's qubes.xml says")
+    flag(
+        "--ignore-cost-limit",
+        "accept keys that take longer to derive than a fast computer's backup asks for: minutes each",
+    )
 
 
 def _add_backup(group: "argparse._ArgumentGroup") -> None:

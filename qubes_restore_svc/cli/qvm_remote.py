@@ -103,6 +103,7 @@ class RemoteRestorer:
                 choice=choice_message(choice),
                 compression_filter=options.compression_filter,
                 ignore_size_limit=options.ignore_size_limit,
+                ignore_cost_limit=options.ignore_cost_limit,
                 pool=self._pool,
                 worker=self._wishes,
             )

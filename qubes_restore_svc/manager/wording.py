@@ -27,6 +27,10 @@ _ADVICE = {
         "If you trust this backup, restore it in a terminal with"
         " “qvm-backup-restore --mgmt-vm --ignore-size-limit”."
     ),
+    "excessive-cost": (
+        "The file is damaged or was made to attack. If you know that a computer as fast as that wrote it,"
+        " restore it in a terminal with “qvm-backup-restore --mgmt-vm --ignore-cost-limit”."
+    ),
     "unknown-filter": (
         "If you know how it was compressed, restore it in a terminal with"
         " “qvm-backup-restore --mgmt-vm --compression-filter”."

@@ -235,6 +235,7 @@ def _session_options(request: c.OpenBackup) -> SessionOptions:
         passphrase=request.passphrase.get_secret_value(),
         compression_filter=request.compression_filter,
         ignore_size_limit=request.ignore_size_limit,
+        ignore_cost_limit=request.ignore_cost_limit,
         ahead=request.mode != "list" and not request.choice.names,
     )
 

@@ -139,6 +139,7 @@ class Open(Message):
     jobs: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None  #: derivations at once
     compression_filter: FilterName | None = None  #: instead of the header's
     ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
+    ignore_cost_limit: bool = False  #: accept key derivations of more work than the fixed ceiling
     storage: Storage | None = None  #: None: the archive was passed, or comes with `restore.Archive`
     ahead: bool = False  #: all volumes will be wanted: their keys may be derived before `start`
 

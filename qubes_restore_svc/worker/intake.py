@@ -53,7 +53,10 @@ class Intake:
         budget: Budget,
         scheduler: KeyScheduler,
         events: EventQueue,
+        *,
+        ignore_cost_limit: bool = False,
     ) -> None:
+        self._ignore_cost_limit = ignore_cost_limit
         self._source = source
         self._reader = reader
         self._budget = budget
@@ -162,7 +165,7 @@ class Intake:
         if size < OVERHEAD:
             raise BadContainer(f"it has {size} bytes, fewer than an empty container", chunk=name.number)
         untrusted_head = self.read_content(HEAD_SIZE)
-        head = parse_head(untrusted_head)
+        head = parse_head(untrusted_head, ignore_cost_limit=self._ignore_cost_limit)
         start = self._source.position - HEAD_SIZE
         located = self._source.seekable and self._reader.skip(0)
         self._budget.admit(size, head.parameters, buffered=not located, before_waiting=before_waiting)

@@ -165,7 +165,14 @@ class Session:
 
     def _open(self, request: m.Open, budget: Budget, scheduler: KeyScheduler) -> None:
         first = self._pass = self._resources.archive.first_pass()
-        intake = self._intake = Intake(first.source, first.reader, budget, scheduler, self._events)
+        intake = self._intake = Intake(
+            first.source,
+            first.reader,
+            budget,
+            scheduler,
+            self._events,
+            ignore_cost_limit=request.ignore_cost_limit,
+        )
         # What follows qubes.xml comes in this pass only if it is the whole archive.
         ahead = request.ahead and first.whole
         scheduler.expect_more(ahead)
@@ -223,7 +230,12 @@ class Session:
             )
             # The first intake has given everything back, and has put nothing into the queue.
             self._intake = Intake(
-                self._pass.source, self._pass.reader, self._budget, self._scheduler, self._events
+                self._pass.source,
+                self._pass.reader,
+                self._budget,
+                self._scheduler,
+                self._events,
+                ignore_cost_limit=self._open_request is not None and self._open_request.ignore_cost_limit,
             )
         return self._pass, self._intake
 

@@ -6,12 +6,14 @@ import threading
 import time
 
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 
 import qubes_restore_svc.archive
 from qubes_restore_svc.archive.kdf import (
     KEYS_SIZE,
-    MAX_MEMORY,
-    MAX_WORK,
+    MAX_BLOCKS,
+    MAX_LOG_N,
     KdfEngine,
     KdfParameters,
     KdfRequest,
@@ -19,6 +21,7 @@ from qubes_restore_svc.archive.kdf import (
     best_engine,
     check_cost,
 )
+from qubes_restore_svc.archive.types import human_size
 from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost
 
 # RFC 7914, section 12, without the one that needs a gigabyte.
@@ -39,6 +42,14 @@ RFC_7914_VECTORS = [
         "d5432955613f0fcf62d49705242a9af9e61e85dc0d651e40dfcf017b45575887",
     ),
 ]
+
+#: Every engine that there is here, once.
+ENGINES: list[KdfEngine] = [OpensslEngine(), best_engine()]
+
+#: Small and large values of r and p, and those beside the bounds.
+SIZES = st.sampled_from([0, 1, 2, 3, 7, 8, 16, 255, 1 << 15, MAX_BLOCKS, 1 << 20, 1 << 24]) | st.integers(
+    0, MAX_BLOCKS + 1
+)
 
 
 def test_the_keys_are_those_of_rfc_7914_in_the_order_of_the_requests() -> None:
@@ -64,45 +75,94 @@ def test_a_request_does_not_show_its_passphrase() -> None:
     assert "correct" not in repr(request)
 
 
-@pytest.mark.parametrize("log_n", [20, 21, 24])
-def test_what_a_qubes_system_writes_is_within_the_ceiling(log_n: int) -> None:
-    check_cost(KdfParameters(log_n, r=8, p=1))
-
-
-def test_the_memory_ceiling_admits_a_table_of_16_gib_and_no_more() -> None:
-    assert KdfParameters(24, 8, 1).memory <= MAX_MEMORY < KdfParameters(25, 8, 1).memory
-    with pytest.raises(ExcessiveCost, match="asks for 32 GiB of memory; more than 17 GiB"):
-        check_cost(KdfParameters(25, 8, 1))
-
-
 @pytest.mark.parametrize(
-    ("parameters", "memory"),
+    "parameters",
     [
-        (KdfParameters(40, 8, 1), "1 PiB"),
-        (KdfParameters(30, 1, 1), "128 GiB"),
-        (KdfParameters(1, 1, (1 << 30) - 1), "128 GiB"),
-        (KdfParameters(1, (1 << 30) - 1, 1), "640 GiB"),
-        (KdfParameters(63, 1 << 29, 1), "524,288 YiB"),
+        *(KdfParameters(log_n, 8, 1) for log_n in (10, 19, 20, 21, 24)),
+        # What the scrypt program takes where it has 512 MiB, 128 MiB, or the least, 1 MiB.
+        *(KdfParameters(*cost) for cost in ((19, 8, 16), (17, 8, 64), (10, 8, 8192))),
     ],
 )
-def test_excessive_memory_is_named(parameters: KdfParameters, memory: str) -> None:
-    with pytest.raises(ExcessiveCost, match=f"asks for {memory} of memory"):
+def test_what_a_qubes_system_writes_is_within_the_ceiling(parameters: KdfParameters) -> None:
+    check_cost(parameters)
+
+
+@pytest.mark.parametrize("parameters", [KdfParameters(25, 8, 1), KdfParameters(14, 8, 1537)])
+def test_too_much_work_is_refused_with_what_it_asks_for_unless_that_is_ignored(
+    parameters: KdfParameters,
+) -> None:
+    with pytest.raises(ExcessiveCost, match=f"2 times the most .* {human_size(parameters.memory)}") as caught:
         check_cost(parameters)
+    assert "--ignore-cost-limit" in caught.value.advice
+    check_cost(parameters, ignore_cost_limit=True)
 
 
-def test_excessive_work_is_refused_even_if_it_needs_little_memory() -> None:
-    check_cost(KdfParameters(14, 8, MAX_WORK >> 17))
-    with pytest.raises(ExcessiveCost, match="p = 2049"):
-        check_cost(KdfParameters(14, 8, (MAX_WORK >> 17) + 1))
+#: Heads that anybody can forge without the passphrase; some of them have killed an engine.
+IMPOSSIBLE = [
+    KdfParameters(1, 1, 1 << 24),
+    KdfParameters(1, 8, 1 << 24),
+    KdfParameters(1, 1 << 20, 1),
+    KdfParameters(1, 1, (1 << 30) - 1),
+    KdfParameters(1, (1 << 30) - 1, 1),
+    KdfParameters(33, 8, 1),
+    KdfParameters(63, 1 << 29, 1),
+]
 
 
-@pytest.mark.parametrize("parameters", [KdfParameters(40, 8, 1), KdfParameters(14, 8, 1 << 20)])
-def test_an_engine_refuses_excessive_cost_before_it_derives_anything(parameters: KdfParameters) -> None:
+@pytest.mark.parametrize("parameters", IMPOSSIBLE)
+def test_what_no_engine_can_do_is_refused_whatever_is_ignored(parameters: KdfParameters) -> None:
+    for ignored in (False, True):
+        with pytest.raises(ExcessiveCost, match="is not possible here") as caught:
+            check_cost(parameters, ignore_cost_limit=ignored)
+        assert "--ignore-cost-limit" not in caught.value.advice
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("parameters", IMPOSSIBLE)
+def test_an_engine_refuses_the_impossible_before_it_derives_anything(
+    engine: KdfEngine, parameters: KdfParameters
+) -> None:
     fine = KdfRequest(KdfParameters(17, 8, 1), b"", b"")
     started = time.process_time()
     with pytest.raises(ExcessiveCost):
-        OpensslEngine().derive([fine, KdfRequest(parameters, b"", b"")])
+        engine.derive([fine, KdfRequest(parameters, b"", b"")])
+    with engine.open_lanes() as lanes, pytest.raises(ExcessiveCost):
+        lanes.begin(KdfRequest(parameters, b"", b""), 1, 1 << 62)
     assert time.process_time() - started < 0.2
+    assert engine.memory_held == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 64), SIZES, SIZES)
+@example(*(1, 1, MAX_BLOCKS))
+@example(*(1, MAX_BLOCKS, 1))
+@example(*(MAX_LOG_N, MAX_BLOCKS, 1))
+def test_what_the_head_may_ask_for_every_engine_begins(log_n: int, r: int, p: int) -> None:
+    parameters = KdfParameters(log_n, r, p)
+    try:
+        check_cost(parameters, ignore_cost_limit=True)
+    except (ExcessiveCost, ValueError):
+        return
+    for engine in ENGINES:
+        for stride in engine.strides:
+            need = engine.memory(parameters, stride)
+            assert need >= 128 * r * p
+            with engine.open_lanes() as lanes:
+                # As far as it goes without the memory being there: the limit is the only objection.
+                assert lanes.begin(KdfRequest(parameters, b"", b""), stride, need - 1) is None
+        assert engine.memory_held == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 32), st.integers(1, 32))
+@example(*(1, 1, MAX_BLOCKS))
+@example(*(1, MAX_BLOCKS, 1))
+def test_engines_agree_on_the_keys_of_whatever_is_accepted(log_n: int, r: int, p: int) -> None:
+    parameters = KdfParameters(log_n, r, p)
+    assume(parameters.valid)
+    check_cost(parameters)
+    request = KdfRequest(parameters, b"salt", b"passphrase")
+    assert len({engine.derive([request])[0] for engine in ENGINES}) == 1
 
 
 @pytest.mark.parametrize(
@@ -160,6 +220,7 @@ print(peak() - before, cost.memory)
 _NO_MEMORY = """
 import resource
 from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest, OpensslEngine
+from qubes_restore_svc.archive.types import human_size
 from qubes_restore_svc.errors import BudgetTooSmall
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 try:

@@ -38,7 +38,13 @@ from tests.broker.jobs import PASSPHRASE
 from ..support.descriptors import open_descriptors, until_closed
 
 OPTIONS = SessionOptions(
-    PASSPHRASE, memory=1 << 30, jobs=3, compression_filter="xz", ignore_size_limit=True, ahead=True
+    PASSPHRASE,
+    memory=1 << 30,
+    jobs=3,
+    compression_filter="xz",
+    ignore_size_limit=True,
+    ignore_cost_limit=True,
+    ahead=True,
 )
 START = m.Start(mode="verify", keys=("vm1",))
 PROGRESS: Json = {"type": "progress", "archive_bytes": 5}
@@ -73,6 +79,7 @@ async def test_a_session_yields_every_message_in_its_order() -> None:
         "storage": None,
         "compression_filter": "xz",
         "ignore_size_limit": True,
+        "ignore_cost_limit": True,
         "ahead": True,
     }
 
@@ -216,7 +223,12 @@ def test_a_worker_is_told_no_name_of_a_qube_but_that_of_the_one_that_holds_the_b
         if field not in ("type", "protocol")
     }
     of_the_archive = {"Start.keys", "SkipQube.key"}  # as the worker itself has named them
-    of_the_person = {f"Open.{field}" for field in ("passphrase", "memory", "jobs", "compression_filter",
-                                                   "ignore_size_limit", "ahead")}  # fmt: skip
+    of_the_person = {
+        f"Open.{field}"
+        for field in (
+            *("passphrase", "memory", "jobs", "compression_filter", "ahead"),
+            *("ignore_size_limit", "ignore_cost_limit"),
+        )
+    }
     of_the_storage = {"Open.storage", "Storage.qube", "Storage.location_id"}
     assert said == of_the_archive | of_the_person | of_the_storage | {"Start.mode"}

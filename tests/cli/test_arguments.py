@@ -15,7 +15,7 @@ from qubes_restore_svc.errors import UsageError
 def test_everything_at_once() -> None:
     line = (
         "extract b.qbackup --to out work -p pw vault --memory 2000 --jobs 3 -x a -Z zstd --exclude c"
-        " --ignore-size-limit --no-sandbox -v --report r.json"
+        " --ignore-size-limit --ignore-cost-limit --no-sandbox -v --report r.json"
     )
     arguments = parse_arguments(line.split())
     assert arguments.command == "extract"
@@ -27,7 +27,7 @@ def test_everything_at_once() -> None:
     assert arguments.memory == 2000 << 20
     assert arguments.jobs == 3
     assert arguments.compression_filter == "zstd"
-    assert arguments.ignore_size_limit
+    assert arguments.ignore_size_limit and arguments.ignore_cost_limit
     assert not arguments.sandbox
     assert arguments.verbose and not arguments.quiet
     assert arguments.report == Path("r.json")
@@ -38,7 +38,13 @@ def test_the_least_and_its_defaults() -> None:
     assert (arguments.backup, arguments.qubes, arguments.exclude, arguments.target) == ("b", (), (), None)
     assert (arguments.memory, arguments.jobs, arguments.compression_filter) == (None, None, None)
     assert arguments.sandbox
-    assert not (arguments.verbose or arguments.quiet or arguments.ignore_size_limit or arguments.json)
+    assert not (
+        arguments.verbose
+        or arguments.quiet
+        or arguments.ignore_size_limit
+        or arguments.ignore_cost_limit
+        or arguments.json
+    )
 
 
 @pytest.mark.parametrize(

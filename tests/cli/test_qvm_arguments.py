@@ -48,6 +48,7 @@ def test_every_option_of_the_stock_command() -> None:
         dom0_home=False,
         ignore_username_mismatch=True,
         ignore_size_limit=True,
+        ignore_cost_limit=False,
         compression_filter="zstd",
         passphrase_file="-",
         yes=False,

@@ -42,6 +42,8 @@ _CHUNK_EDITS: Mapping[str, tuple[type[errors.RestoreError], Callable[[bytes], by
     "chunk-asks-for-n-of-2-to-the-40": (_COSTLY, lambda data: with_cost(data, 40)),
     "chunk-asks-for-much-time": (_COSTLY, lambda data: with_cost(data, 10, 8, 1 << 26)),
     "chunk-asks-for-much-memory-by-r": (_COSTLY, lambda data: with_cost(data, 10, 1 << 28)),
+    "chunk-asks-for-p-of-2-to-the-24": (_COSTLY, lambda data: with_cost(data, 1, 1, 1 << 24)),
+    "chunk-asks-for-r-of-2-to-the-20": (_COSTLY, lambda data: with_cost(data, 1, 1 << 20)),
     "chunk-with-r-of-zero": (_MALFORMED, lambda data: with_cost(data, 10, 0)),
     "chunk-with-n-of-1": (_MALFORMED, lambda data: with_cost(data, 0)),
 }

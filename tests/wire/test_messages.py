@@ -40,7 +40,8 @@ RULE: Json = {
 FULL: dict[str, Json] = {
     "open": {
         "type": "open", "protocol": 1, "passphrase": PASSPHRASE, "memory": 1, "jobs": 2,
-        "compression_filter": "gzip", "ignore_size_limit": True, "storage": STORAGE, "ahead": True,
+        "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
+        "storage": STORAGE, "ahead": True,
     },
     "start": {"type": "start", "mode": "verify", "keys": ["vm10", "vm11"]},
     "skip_qube": {"type": "skip_qube", "key": "vm10"},
@@ -66,7 +67,10 @@ FULL: dict[str, Json] = {
 
 #: … and the keys that may be left out, with their places.
 OPTIONAL: dict[str, set[str]] = {
-    "open": {"protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "storage", "ahead"},
+    "open": {
+        "protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "ignore_cost_limit",
+        "storage", "ahead",
+    },
     "start": set(),
     "skip_qube": set(),
     "cancel": set(),

@@ -42,8 +42,8 @@ FULL: dict[str, Json] = {
     "open": {
         "type": "open", "protocol": 1, "mode": "restore", "passphrase": PASSPHRASE,
         "location": {"qube": "sys-usb", "text": "/media/usb/a b.qbackup", "service": True},
-        "choice": CHOICE, "compression_filter": "gzip", "ignore_size_limit": True, "pool": "vm-pool",
-        "worker": {"template": "my-dvm", "memory": 4000, "vcpus": 2},
+        "choice": CHOICE, "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
+        "pool": "vm-pool", "worker": {"template": "my-dvm", "memory": 4000, "vcpus": 2},
     },
     "choose": {"type": "choose", "choice": CHOICE},
     "confirm": {"type": "confirm", "plan": 1},
