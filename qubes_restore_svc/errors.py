@@ -157,6 +157,13 @@ class AuthenticationFailed(RestoreError):
     default_advice = "The backup was damaged or tampered with here; look for another copy."
 
 
+class FaultyMachine(RestoreError):
+    """This computer has computed one thing twice, with two results."""
+
+    kind = "faulty-machine"
+    default_advice = "The backup may be good: restore it on another computer, and test this one's memory."
+
+
 class ChunkOutOfOrder(RestoreError):
     """A chunk is missing, repeated, or stands in the wrong place."""
 

@@ -8,8 +8,9 @@ while that stays enough for the largest derivation that waits or runs, in its sm
 was admitted can be derived in the end, and nothing waits for itself.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from qubes_restore_svc.archive.kdf import KdfEngine, KdfParameters
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
@@ -41,6 +42,7 @@ class Budget:
         self._buffers: list[int] = []
         self._located: list[int] = []
         self._derivations: list[int] = []
+        self._set_aside = 0
         self._cancelled = False
 
     def check(self, size: int, parameters: KdfParameters) -> None:
@@ -97,6 +99,30 @@ class Budget:
         others.remove(without)
         return max(others, default=0)
 
+    @contextlib.contextmanager
+    def set_aside(self, size: int) -> Iterator[bool]:
+        """Wait until the arenas leave `size` bytes, and keep them for the caller; True inside, if it can be.
+
+        False at once if they do not fit beside the chunks that are held. Raises Cancelled after `cancel`.
+        """
+        with self.changed:
+            fits = self._chunk_bytes() + size <= self._limit
+            if fits:
+                self._set_aside += (
+                    size  # at once: what runs comes to its end, and nothing new takes its place
+                )
+        try:
+            if fits:
+                with self.changed:
+                    self.changed.wait_for(lambda: self._cancelled or self._running <= self.arena_room)
+                    self._stop_if_cancelled()
+                    self._engine.trim(self.arena_room)
+            yield fits
+        finally:
+            with self.changed:
+                self._set_aside -= size if fits else 0
+                self.changed.notify_all()
+
     @property
     def arena_room(self) -> int:
         """Bytes that all arenas may take together now. To be asked for with `changed` held."""
@@ -119,16 +145,20 @@ class Budget:
         if on_their_way >= (self._max_chunks if buffered else MAX_LOCATED):
             return False
         if not buffered:
-            chunk_bytes = sum(self._buffers) + max([size, *self._located])
+            chunk_bytes = sum(self._buffers) + max([size, *self._located]) + self._set_aside
         else:
             chunk_bytes = self._chunk_bytes() + size
             if self._buffers and chunk_bytes > self._limit * 2 // 5:
                 return False
-        running = self._engine.memory_held - self._engine.memory_idle
-        return chunk_bytes + max([least, running, *self._derivations]) <= self._limit
+        return chunk_bytes + max([least, self._running, *self._derivations]) <= self._limit
+
+    @property
+    def _running(self) -> int:
+        """Bytes of the arenas in which derivations run."""
+        return self._engine.memory_held - self._engine.memory_idle
 
     def _chunk_bytes(self) -> int:
-        return sum(self._buffers) + max(self._located, default=0)
+        return sum(self._buffers) + max(self._located, default=0) + self._set_aside
 
     def _least(self, parameters: KdfParameters) -> int:
         return self._engine.memory(parameters, self._engine.strides[-1])

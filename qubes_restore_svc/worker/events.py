@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from qubes_restore_svc.archive.chunks import ChunkName
 from qubes_restore_svc.archive.container import ContainerHead
+from qubes_restore_svc.archive.kdf import KdfRequest
 from qubes_restore_svc.errors import RestoreError
 
 #: Events that may wait. The budget bounds the chunks, and this the files that come without any.
@@ -26,7 +27,7 @@ class FileStart:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A container of `size` bytes, not authenticated; `key` comes when its derivation is done.
+    """A container of `size` bytes, not authenticated; `key` comes when its derivation, `request`, is done.
 
     Whoever takes it from the queue must call `Intake.release` when done with it. `end` is the position in the
     archive behind it, bytes. `held` is its content, None where that is still in the archive only.
@@ -35,6 +36,7 @@ class Chunk:
     name: ChunkName
     head: ContainerHead
     size: int
+    request: KdfRequest
     key: "Future[bytes]"
     end: int
     held: bytearray | None = None

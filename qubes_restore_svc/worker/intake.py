@@ -12,10 +12,10 @@ Nothing in here looks into a chunk further than its container's head: the MAC ha
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name
-from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, parse_head
-from qubes_restore_svc.archive.kdf import KdfRequest
+from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, keys_match, parse_head
 from qubes_restore_svc.archive.members import Member, MemberReader
 from qubes_restore_svc.errors import (
     ArchiveTruncated,
@@ -24,7 +24,9 @@ from qubes_restore_svc.errors import (
     Cancelled,
     ChunkOutOfOrder,
     ExcessiveCost,
+    FaultyMachine,
     RestoreError,
+    SkippedOnRequest,
 )
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, EventQueue, FileEnd, FileStart
@@ -169,7 +171,8 @@ class Intake:
         start = self._source.position - HEAD_SIZE
         located = self._source.seekable and self._reader.skip(0)
         self._budget.admit(size, head.parameters, buffered=not located, before_waiting=before_waiting)
-        key = self._scheduler.submit(KdfRequest(head.parameters, head.salt, passphrase), urgent=urgent)
+        request = head.request(passphrase)
+        key = self._scheduler.submit(request, urgent=urgent)
         held = None
         try:
             if located:
@@ -183,7 +186,7 @@ class Intake:
             key.cancel()
             self._budget.release(size, head.parameters, buffered=not located)
             raise
-        chunk = Chunk(name, head, size, key, start + size, held)
+        chunk = Chunk(name, head, size, request, key, start + size, held)
         self._outstanding[id(chunk)] = chunk
         return chunk
 
@@ -198,6 +201,34 @@ class Intake:
         if self._source.read_at(chunk.end - chunk.size, view) < chunk.size:
             raise ArchiveTruncated("the archive became shorter while it was read")
         return view
+
+    def fitting_key(self, chunk: Chunk, remark: Callable[[str], None], *, name: str) -> bytes | None:
+        """The key of a chunk; None if none fits its head, whoever derives it. Blocks.
+
+        `remark` is told, in a line about `name`, when one that did not fit was the fault of this computer.
+        Raises FaultyMachine if it must be, SkippedOnRequest if the derivation was taken back, and what
+        engines raise.
+        """
+        try:
+            key = chunk.key.result()
+        except CancelledError:
+            raise SkippedOnRequest("it is not wanted any more") from None
+        if keys_match(chunk.head, key):
+            return key
+        again, by = self._scheduler.derive_again(chunk.request)
+        if keys_match(chunk.head, again):
+            first = self._scheduler.engine_name
+            remark(
+                f"the key of {name} came out wrong from {first} and right from {by}:"
+                " the processor or the memory of this computer may be faulty"
+            )
+            return again
+        if again != key:
+            raise FaultyMachine(
+                "its key was derived twice, with two results, of which none is right: the processor or the"
+                " memory of this computer is faulty"
+            )
+        return None
 
     def release(self, chunk: Chunk) -> None:
         """The chunk's memory is needed no more. A derivation that has not started is taken back."""

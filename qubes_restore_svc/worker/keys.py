@@ -9,17 +9,21 @@ What everything else waits for (the keys of the header and of qubes.xml) is quic
 while there is other work, it has a thread of its own. A few derivations in one thread take hardly longer
 than one of them. So when the last ones are left, and a processor is wanted for the unpacking, the thread with
 the fewest offers them to the others, and rests.
+
+Processors and memory are not always right. So a key that does not fit is derived once more before the backup
+is blamed (`derive_again`), by an engine that shares no code with the first one, where its memory is there.
 """
 
 import contextlib
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfLanes, KdfRequest
+from qubes_restore_svc.archive.kdf import KdfEngine, KdfLanes, KdfRequest, OpensslEngine
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.shares import Situation, choose, least_stride
@@ -54,10 +58,16 @@ class _Offer:
 
 
 class KeyScheduler:
-    """`threads` threads around one `engine`, under the `budget` to which the chunks were admitted before."""
+    """`threads` threads around one `engine`, under the `budget` to which the chunks were admitted before.
 
-    def __init__(self, engine: KdfEngine, budget: Budget, threads: int) -> None:
+    `second` is the engine of `derive_again`; OpenSSL's, unless told otherwise.
+    """
+
+    def __init__(
+        self, engine: KdfEngine, budget: Budget, threads: int, second: KdfEngine | None = None
+    ) -> None:
         self._engine = engine
+        self._second = OpensslEngine() if second is None else second
         self._budget = budget
         self._threads = threads
         self._waiting: deque[_Job] = deque()
@@ -88,13 +98,35 @@ class KeyScheduler:
         `urgent`: nothing can be done before it is there, so it gets the memory that makes it quick.
         """
         job = _Job(request, urgent, Future())
+        self._queue(job, self._waiting.append)
+        return job.result
+
+    def derive_again(self, request: KdfRequest) -> tuple[bytes, str]:
+        """The key of `request` once more, as soon as can be, and the name of what derived it; blocks.
+
+        By the second engine, which needs the full memory; where that is not there, by the first one, in
+        whatever lane and with whatever stride. Raises what engines raise, and Cancelled.
+        """
+        with self._budget.set_aside(self._second.memory(request.parameters)) as fits:
+            if fits:
+                with contextlib.suppress(BudgetTooSmall):  # the first one may do with less
+                    return self._second.derive([request])[0], self._second.name
+        job = _Job(request, True, Future())
+        self._queue(job, self._waiting.appendleft)
+        return job.result.result(), f"{self._engine.name}, once more"
+
+    @property
+    def engine_name(self) -> str:
+        """What derives the keys, for reports."""
+        return self._engine.name
+
+    def _queue(self, job: _Job, put: Callable[[_Job], None]) -> None:
         with self._budget.changed:
             if not self._closed:
-                self._waiting.append(job)
+                put(job)
                 self._budget.changed.notify_all()
-                return job.result
+                return
         _drop(job)
-        return job.result
 
     def close(self) -> None:
         """Give up what runs, within a tenth of a second, and drop what waits."""

@@ -2,12 +2,12 @@
 
 Strategy: the first members in their fixed order, each by the same means as every later chunk. Nothing is
 believed of the header until it equals the content of its container, and nothing of qubes.xml before its
-MAC has been checked. The keys of both are derived at once, but a wrong passphrase shows as soon as the
-first one is there: nobody waits for the other.
+MAC has been checked. The keys of both are derived at once. Each is a witness for the other: a passphrase is
+wrong if neither opens its container, and if only one does, the computation of the other was. So a wrong
+passphrase is told without deriving anything twice, and never because a processor was wrong once.
 """
 
 from collections.abc import Callable, Generator
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 
 from qubes_restore_svc.archive import header as header_format
@@ -23,7 +23,6 @@ from qubes_restore_svc.errors import (
     BadHeader,
     EmptyInput,
     RestoreError,
-    SkippedOnRequest,
     WrongPassphrase,
 )
 from qubes_restore_svc.worker.events import Chunk
@@ -46,17 +45,14 @@ class OpenBackup:
         return header_format.member_passphrase(self.header.backup_id, member, self.passphrase)
 
 
-def open_chunk(intake: Intake, chunk: Chunk) -> VerifiedContainer:
-    """Wait for the chunk's key and check its MAC.
+def open_chunk(intake: Intake, chunk: Chunk, remark: Callable[[str], None]) -> VerifiedContainer:
+    """Wait for the chunk's key and check its MAC. A key that does not fit is derived once more.
 
-    Raises AuthenticationFailed, and SkippedOnRequest if the derivation was taken back meanwhile.
+    Raises AuthenticationFailed, and what `Intake.fitting_key` raises; for `remark` see there.
     """
     try:
-        key = chunk.key.result()
-    except CancelledError:
-        raise SkippedOnRequest("it is not wanted any more") from None
-    try:
-        if not keys_match(chunk.head, key):
+        key = intake.fitting_key(chunk, remark, name=f"chunk {chunk.name.number}")
+        if key is None:
             raise AuthenticationFailed("it does not belong to this backup, or not to this place in it")
         return verify(intake.container(chunk), key)
     except RestoreError as error:
@@ -64,9 +60,15 @@ def open_chunk(intake: Intake, chunk: Chunk) -> VerifiedContainer:
 
 
 def open_backup(
-    intake: Intake, passphrase: str, compression_filter: str | None, *, ahead: bool = False
+    intake: Intake,
+    passphrase: str,
+    compression_filter: str | None,
+    *,
+    remark: Callable[[str], None],
+    ahead: bool = False,
 ) -> OpenBackup:
-    """Read up to the end of qubes.xml. `compression_filter` overrides the header's.
+    """Read up to the end of qubes.xml. `compression_filter` overrides the header's; `remark` gets lines for
+    the person.
 
     The keys of the header and of qubes.xml are derived at once, and with `ahead` those of the volumes that
     follow as well, before the header has been authenticated: its backup id goes into their passphrases,
@@ -76,13 +78,13 @@ def open_backup(
     qubes.xml and its chunks.
     """
     header = _Header(intake, passphrase)
-    xml = _QubesXml(intake, passphrase)
+    xml = _QubesXml(intake, passphrase, remark)
     try:
         untrusted_id = header.untrusted_id()
         complete = xml.begin(untrusted_id, before_waiting=header.settle)
         if ahead and complete:
             intake.start(lambda member: header_format.member_passphrase(untrusted_id, member, passphrase))
-        authentic = header.result()
+        authentic = header.result(xml.opens, remark)
         filter_name = check_filter(
             compression_filter or (authentic.compression_filter if authentic.compressed else "none")
         )
@@ -98,7 +100,8 @@ class _Header:
 
     def __init__(self, intake: Intake, passphrase: str) -> None:
         self._intake = intake
-        self._outcome: BackupHeader | RestoreError | None = None
+        self._container: bytes | None = None
+        self._released = False
         member = intake.next_member()
         if member is None:
             raise EmptyInput("there is nothing in it")
@@ -114,45 +117,39 @@ class _Header:
         if member.size > header_format.MAX_HEADER_SIZE:
             raise BadHeader(f"the header's authenticated copy has {member.size} bytes")
         name = ChunkName(member.name, 0, member.name)
-        self._copy: Chunk | None = intake.take(
-            name, member.size, header_format.header_passphrase(passphrase), urgent=True
-        )
+        self._copy = intake.take(name, member.size, header_format.header_passphrase(passphrase), urgent=True)
 
     def untrusted_id(self) -> str:
         """The backup id that the header claims, in valid form. Raises BadHeader, UnsupportedFormat."""
         return header_format.parse_header(self._untrusted_text).backup_id
 
     def settle(self) -> None:
-        """Wait for the key, compare, and give the copy back; `result` tells what came of it."""
-        if self._copy is None:
-            return
-        try:
-            self._outcome = self._authenticated(self._copy)
-        except RestoreError as error:
-            self._outcome = error
-        finally:
+        """Wait for the key, and give the copy's memory back."""
+        if self._container is None:
+            self._copy.key.exception()
+            self._container = bytes(self._intake.container(self._copy))
             self.release()
 
-    def result(self) -> BackupHeader:
-        """The authenticated header. Raises WrongPassphrase, AuthenticationFailed, BadHeader."""
+    def result(self, witness: Callable[[], bool], remark: Callable[[str], None]) -> BackupHeader:
+        """The authenticated header. `witness` tells whether something else opens with the passphrase.
+
+        Raises WrongPassphrase, AuthenticationFailed, BadHeader, and what `Intake.fitting_key` raises.
+        """
         self.settle()
-        if isinstance(self._outcome, RestoreError):
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
+        assert self._container is not None
+        if not keys_match(self._copy.head, self._copy.key.result()) and not witness():
+            raise WrongPassphrase("the backup does not open with this passphrase")
+        key = self._intake.fitting_key(self._copy, remark, name="the header")
+        if key is None:
+            raise BadHeader("the header's authenticated copy does not open, though the passphrase is right")
+        text = b"".join(verify(self._container, key).plaintext())
+        return header_format.open_header(self._untrusted_text, text)
 
     def release(self) -> None:
         """Give back what is held."""
-        if self._copy is not None:
-            copy, self._copy = self._copy, None
-            self._intake.release(copy)
-
-    def _authenticated(self, copy: Chunk) -> BackupHeader:
-        key = copy.key.result()
-        if not keys_match(copy.head, key):
-            raise WrongPassphrase("the backup does not open with this passphrase")
-        text = b"".join(verify(self._intake.container(copy), key).plaintext())
-        return header_format.open_header(self._untrusted_text, text)
+        if not self._released:
+            self._released = True
+            self._intake.release(self._copy)
 
 
 def _read_qubes_xml(xml: "_QubesXml", filter_name: str) -> BackupContent:
@@ -169,9 +166,10 @@ def _read_qubes_xml(xml: "_QubesXml", filter_name: str) -> BackupContent:
 class _QubesXml:
     """The chunks of qubes.xml, which must come next; nearly always there is one."""
 
-    def __init__(self, intake: Intake, passphrase: str) -> None:
+    def __init__(self, intake: Intake, passphrase: str, remark: Callable[[str], None]) -> None:
         self._intake = intake
         self._passphrase = passphrase
+        self._remark = lambda text: remark(f"{_QUBES_XML}: {text}")
         self._backup_id = ""
         self._sequence = ChunkSequence()
         self._next: Chunk | None = None
@@ -197,12 +195,20 @@ class _QubesXml:
             self._error = error
         return self._over and self._error is None
 
+    def opens(self) -> bool:
+        """Does the key of the first chunk fit? False if it does not, or cannot be had."""
+        if self._next is None:
+            return False
+        key = self._next.key
+        # If something went wrong with it, it is no witness; that is told where the chunk is read.
+        return key.exception() is None and keys_match(self._next.head, key.result())
+
     def pieces(self) -> Generator[bytes, None, None]:
         """The verified content, piece by piece."""
         if self._error is not None:
             raise self._error
         while self._next is not None:
-            yield from open_chunk(self._intake, self._next).plaintext()
+            yield from open_chunk(self._intake, self._next, self._remark).plaintext()
             self.release()
             self._next = None if self._over else self._take()
 

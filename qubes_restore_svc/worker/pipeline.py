@@ -111,7 +111,10 @@ class Pipeline:
 
     def _file(self, place: WantedFile, file: str) -> None:
         qube = place.qube
-        pieces = self._files.pieces(lambda: self._check(qube))
+        pieces = self._files.pieces(
+            lambda: self._check(qube),
+            lambda text: self._warn(qube, f"{place.volume or place.name}: {text}"),
+        )
         error: RestoreError | None = None
         try:
             if qube.stage is Stage.CLOSED:  # the intake was ahead and did not know
@@ -223,7 +226,7 @@ class Pipeline:
             text = f"{place.name} was left out: {error.reason}"
             if place.name == "firewall.xml":
                 text += "; the qube comes back with a firewall that lets nothing through"
-            self._emit(m.Log(level="warning", text=text[:1000], key=place.qube.info.key))
+            self._warn(place.qube, text)
 
     def _cut_off(self, error: RestoreError, last_file: str) -> None:
         """The archive broke off. Of the qube that was being read then, nobody knows what else there was: a
@@ -258,6 +261,9 @@ class Pipeline:
                 error=m.ErrorInfo.of(error),
             )
         )
+
+    def _warn(self, qube: SelectedQube, text: str) -> None:
+        self._emit(m.Log(level="warning", text=text[:1000], key=qube.info.key))
 
     def _check(self, qube: SelectedQube) -> None:
         if self._cancelled:

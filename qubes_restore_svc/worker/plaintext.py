@@ -15,7 +15,7 @@ from qubes_restore_svc.worker.opening import open_chunk
 
 
 class PlaintextFiles:
-    """The files of one pass over the archive. `check` is called often and may raise to stop a file."""
+    """The files of one pass over the archive."""
 
     def __init__(self, intake: Intake, events: EventQueue) -> None:
         self._intake = intake
@@ -41,8 +41,12 @@ class PlaintextFiles:
         self._in_file = True
         return event.name
 
-    def pieces(self, check: Callable[[], None]) -> Generator[bytes, None, None]:
+    def pieces(
+        self, check: Callable[[], None], remark: Callable[[str], None]
+    ) -> Generator[bytes, None, None]:
         """The content of the current file. Raises what is wrong with its chunks, and what `check` raises.
+
+        `check` is called often, and may raise to stop the file; `remark` gets lines for the person.
 
         Whoever does not exhaust it must close it before `drain`: it holds a chunk, and the intake may be
         waiting for its memory.
@@ -53,7 +57,7 @@ class PlaintextFiles:
             self._position = max(self._position, dealt_with)
             with self._holding(event):
                 check()
-                for piece in open_chunk(self._intake, event).plaintext():
+                for piece in open_chunk(self._intake, event, remark).plaintext():
                     check()
                     yield piece
                     dealt_with += len(piece)

@@ -178,7 +178,11 @@ class Session:
         scheduler.expect_more(ahead)
         try:
             backup = open_backup(
-                intake, request.passphrase.get_secret_value(), request.compression_filter, ahead=ahead
+                intake,
+                request.passphrase.get_secret_value(),
+                request.compression_filter,
+                remark=self._warn,
+                ahead=ahead,
             )
         finally:
             if not first.whole:

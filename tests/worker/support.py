@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
-from qubes_restore_svc.archive.kdf import KdfRequest, OpensslEngine
+from qubes_restore_svc.archive.kdf import KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, End, Extent, Header, VolumeDecoder
@@ -151,14 +151,16 @@ class Pass:
         jobs: int = 2,
         engine: Engine | None = None,
         passphrase: str = PASSPHRASE,
+        second: KdfEngine | None = None,
     ) -> None:
         self.engine = engine or Engine()
         self.budget = Budget(memory, self.engine, max_chunks=jobs * self.engine.lanes + 2, own=0)
-        self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
+        self.scheduler = KeyScheduler(self.engine, self.budget, jobs, second)
         self.events = event_queue()
         self.source = ArchiveSource(archive_fd)
         self.intake = Intake(self.source, OuterTarReader(), self.budget, self.scheduler, self.events)
         self.messages: list[m.Message] = []
+        self.remarks: list[str] = []
         self.passphrase = passphrase
         self.backup: OpenBackup
         self.pipeline: Pipeline
@@ -166,7 +168,9 @@ class Pass:
 
     def open(self, compression_filter: str | None = None, *, ahead: bool = False) -> OpenBackup:
         """Read the beginning."""
-        self.backup = open_backup(self.intake, self.passphrase, compression_filter, ahead=ahead)
+        self.backup = open_backup(
+            self.intake, self.passphrase, compression_filter, remark=self.remarks.append, ahead=ahead
+        )
         return self.backup
 
     def start(

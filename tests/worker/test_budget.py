@@ -177,6 +177,53 @@ def test_a_cancel_ends_every_wait_now_and_later() -> None:
         bench.admit(1)
 
 
+def test_what_is_set_aside_waits_for_what_runs_and_lets_nothing_begin() -> None:
+    bench = Bench(100 * MIB)
+    bench.admit(10 * MIB, LARGE)
+    number = bench.begin(LARGE, 2)
+    seen: list[tuple[bool, int]] = []
+    go_on = threading.Event()
+
+    def second() -> None:
+        with bench.budget.set_aside(60 * MIB) as fits:
+            seen.append((fits, bench.engine.memory_held))
+            assert go_on.wait(10)
+
+    thread = in_thread(second)
+    wait_until(lambda: bench.budget.arena_room == 30 * MIB)
+    assert waits(thread) and not seen
+    bench.end(number)  # its memory is idle now, and goes
+    wait_until(lambda: seen)
+    assert seen == [(True, 0)]
+    go_on.set()
+    join(thread)
+    assert bench.budget.arena_room == 90 * MIB
+
+
+def test_what_can_never_be_set_aside_beside_the_chunks_is_refused_at_once() -> None:
+    bench = Bench(100 * MIB)
+    bench.admit(41 * MIB)
+    with bench.budget.set_aside(60 * MIB) as fits:
+        assert not fits
+        assert bench.budget.used == 41 * MIB
+
+
+def test_a_cancel_ends_the_wait_for_what_is_to_be_set_aside() -> None:
+    bench = Bench(100 * MIB)
+    bench.admit(10 * MIB, LARGE)
+    bench.begin(LARGE, 2)
+
+    def second() -> None:
+        with pytest.raises(Cancelled), bench.budget.set_aside(60 * MIB):
+            raise AssertionError("it has come to an end")
+
+    thread = in_thread(second)
+    assert waits(thread)
+    bench.budget.cancel()
+    join(thread)
+    assert bench.budget.arena_room == 90 * MIB
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     limit_mib=st.integers(8, 64),

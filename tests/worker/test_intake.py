@@ -463,7 +463,7 @@ def test_a_file_that_shrinks_before_its_chunk_is_fetched_is_truncated() -> None:
         with pytest.raises(ArchiveTruncated, match="became shorter"):
             bench.intake.container(event)
         with pytest.raises(ArchiveTruncated):
-            open_chunk(bench.intake, event)
+            open_chunk(bench.intake, event, print)
         bench.intake.release(event)
 
 
@@ -480,7 +480,7 @@ def test_content_that_changes_before_it_is_fetched_is_not_authentic(place: int) 
         at = event.end - event.size + place if place >= 0 else event.end + place
         os.pwrite(descriptor, bytes([archive[at] ^ 1]), at)
         with pytest.raises(AuthenticationFailed, match="wrong MAC"):
-            open_chunk(bench.intake, event)
+            open_chunk(bench.intake, event, print)
         bench.intake.release(event)
 
 

@@ -23,7 +23,7 @@ from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import OpenBackup
 
 from ..support.backup_writer import BACKUP_ID, BackupWriter, join_members, sample_qube
-from ..support.damage import DAMAGES, Damage, edited, sample_backup, with_cost
+from ..support.damage import DAMAGES, Damage, edited, flip_bit, sample_backup, with_cost
 from .support import MIB, PATIENCE_S, Engine, Pass, file_with, in_thread, join, pipe_with, wait_until
 
 WRITER = sample_backup(log_n=2)
@@ -79,20 +79,34 @@ def test_the_passphrase_is_in_no_representation() -> None:
     assert WRITER.passphrase not in repr(backup) + repr(run.engine.requests)
 
 
+#: The keys that the opening asks for.
+OPENING = {"backup-header", "qubes.xml.000"}
+
+
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_wrong_passphrase_is_known_without_waiting_for_any_key_but_the_headers(ahead: bool) -> None:
+def test_a_wrong_passphrase_is_known_from_two_keys_side_by_side_and_none_twice(ahead: bool) -> None:
     gate = threading.Event()
-    engine = Engine(lambda request: b"backup-header" in request.passphrase or gate.wait(PATIENCE_S))
+    engine = Engine(lambda request: b"/" not in request.passphrase or gate.wait(PATIENCE_S))
+    second = Engine()
     with file_with(WRITER.to_bytes()) as descriptor:
-        run = Pass(descriptor, passphrase="wrong", engine=engine, jobs=4)
+        run = Pass(descriptor, passphrase="wrong", engine=engine, jobs=4, second=second)
         with pytest.raises(WrongPassphrase):
             run.open(ahead=ahead)
         assert not gate.is_set()
         run.intake.cancel()
         gate.set()
         run.scheduler.close()
-    expected = {"backup-header", "qubes.xml.000"}
-    assert ahead or set(engine.members) <= expected
+    assert ahead or set(engine.members) == OPENING
+    assert second.requests == []
+
+
+def test_a_passphrase_that_opens_qubes_xml_is_not_called_wrong() -> None:
+    members = edited(WRITER.members(), "backup-header.hmac", lambda data: flip_bit(data, 8 * 70))
+    with file_with(join_members(members)) as descriptor:
+        run = Pass(descriptor)
+        with pytest.raises(BadHeader, match="though the passphrase is right"):
+            run.open()
+        run.scheduler.close()
 
 
 def test_the_keys_of_header_and_qubes_xml_are_asked_for_before_either_is_waited_for() -> None:

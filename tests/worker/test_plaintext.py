@@ -92,7 +92,7 @@ def test_each_chunk_gives_its_memory_back_when_it_is_through() -> None:
     with file_with(archive) as descriptor:
         bench = Bench(descriptor, memory=40 * 1024)  # one chunk and its derivation, no more
         files = bench.begin()
-        content = b"".join(files.pieces(lambda: None))
+        content = b"".join(files.pieces(lambda: None, print))
         assert len(content) > 1 << 18
         assert isinstance(files.next_file(), ArchiveEnd)
         bench.finish()
@@ -102,7 +102,7 @@ def test_what_is_left_of_a_file_is_drained_and_its_memory_given_back() -> None:
     with file_with(small_writer().to_bytes()) as descriptor:
         bench = Bench(descriptor, memory=40 * 1024)
         files = bench.begin()
-        pieces = files.pieces(lambda: None)
+        pieces = files.pieces(lambda: None, print)
         next(pieces)
         assert files.chunk == 0
         pieces.close()
@@ -130,7 +130,7 @@ def test_the_check_can_stop_a_file_before_its_first_chunk_is_looked_at() -> None
         bench = Bench(descriptor)
         files = bench.begin()
         with pytest.raises(Cancelled):
-            next(files.pieces(stop))
+            next(files.pieces(stop, print))
         files.drain()
         bench.finish()
 
@@ -143,7 +143,7 @@ def test_the_position_rises_with_what_was_dealt_with_and_never_goes_back() -> No
         bench = Bench(descriptor)
         files = bench.begin()
         positions = [files.position]
-        for _ in files.pieces(lambda: positions.append(files.position)):
+        for _ in files.pieces(lambda: positions.append(files.position), print):
             positions.append(files.position)
         files.next_file()
         files.drain()
