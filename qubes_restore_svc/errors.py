@@ -8,7 +8,25 @@ error of a worker from its kind without trusting the worker's wording.
 This module imports the standard library only, so that both sides of the VM boundary can use it.
 """
 
+import signal
 from typing import ClassVar
+
+
+def how_ended(status: int) -> str:
+    """What is to be said of a program that ended with `status`, which is negative for a signal.
+
+    Shells, qrexec and bubblewrap make 128 + n of signal n.
+    """
+    if status < 0:
+        return f"was killed by {_signal(-status)}"
+    if status - 128 in set(signal.Signals):
+        return f"ended with exit code {status}, as after {_signal(status - 128)}"
+    return f"ended with exit code {status}"
+
+
+def _signal(number: int) -> str:
+    known = number in set(signal.Signals)
+    return f"signal {number} ({signal.Signals(number).name})" if known else f"signal {number}"
 
 
 class RestoreError(Exception):

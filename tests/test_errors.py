@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qubes_restore_svc import errors
-from qubes_restore_svc.errors import ERROR_KINDS, BadImage, HostFailed, NoSpace, RestoreError
+from qubes_restore_svc.errors import ERROR_KINDS, BadImage, HostFailed, NoSpace, RestoreError, how_ended
 
 CLASSES = [
     value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RestoreError)
@@ -85,3 +85,17 @@ def test_errors_need_the_standard_library_only() -> None:
     modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
     assert modules
     assert [name for name in modules if (name or "").split(".")[0] not in sys.stdlib_module_names] == []
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (5, "ended with exit code 5"),
+        (-9, "was killed by signal 9 (SIGKILL)"),
+        (-63, "was killed by signal 63"),
+        (137, "ended with exit code 137, as after signal 9 (SIGKILL)"),
+        (255, "ended with exit code 255"),
+    ],
+)
+def test_the_end_of_a_program_is_told_with_the_name_of_its_signal(status: int, said: str) -> None:
+    assert how_ended(status) == said

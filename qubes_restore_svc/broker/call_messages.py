@@ -1,9 +1,9 @@
 """Plans and reports as messages of `restore_call`, and back.
 
 Strategy: the broker's own values on one side, the wire's models on the other, field by field. What is too
-much for one message is cut, the least important first, and that is said; nothing else is lost that a person
-is shown. A client that speaks for a person (the command in a GUI domain) turns them back, and shows them
-with what shows them in dom0.
+much for one message is shortened until it fits, the least important first, and that is said; nothing else is
+lost that a person is shown. A client that speaks for a person (the command in a GUI domain) turns them back,
+and shows them with what shows them in dom0.
 """
 
 from collections.abc import Iterable
@@ -15,9 +15,10 @@ from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptio
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.errors import ERROR_KINDS, ProtocolViolation, RestoreError
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.framing import MAX_FRAME
 from qubes_restore_svc.wire.messages import ManifestQube, RefusedQube
-from qubes_restore_svc.wire.models import ErrorInfo, encode_message
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import MAX_TEXT, shortened
 
 _DECISIONS: dict[Decision, c.Decision] = {
     Decision.TAKE: "take",
@@ -37,14 +38,17 @@ _DECISION_OF = {word: decision for decision, word in _DECISIONS.items()}
 _PROBLEM_OF = {word: problem for problem, word in _PROBLEMS.items()}
 
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
-_CUT = "there was more to say than one message holds; the report in dom0 has all of it"
+_CUT = "there was more to say than one message holds; the report in dom0 has more of it"
+
+#: Characters of a text and remarks on a qube in a plan that would be too large, from the most to the least.
+_PLAN_ROOMS = ((MAX_TEXT, 1), (300, 1), (100, 0), (20, 0))
 
 
 # --- Plans -----------------------------------------------------------------------------------------
 
 
 def plan_message(plan: Plan, number: int, mode: c.Mode, archive_size: int | None = None) -> c.Plan:
-    """The message that tells a client of `plan`; remarks of qubes are left out if it would be too large."""
+    """The message that tells a client of `plan`, shortened until it fits."""
     message = c.Plan(
         number=number,
         mode=mode,
@@ -55,10 +59,11 @@ def plan_message(plan: Plan, number: int, mode: c.Mode, archive_size: int | None
             RefusedQube(name=_text(qube.name), error=ErrorInfo.of(qube.error)) for qube in plan.unlisted
         ),
     )
-    if _fits(message):
-        return message
-    bare = tuple(qube.model_copy(update={"settings_left_out": (_CUT,)}) for qube in message.qubes)
-    return message.model_copy(update={"qubes": bare})
+    rooms = iter(_PLAN_ROOMS)
+    short = message
+    while _size(short) > MAX_FRAME and (room := next(rooms, None)) is not None:
+        short = _plan_within(message, *room)
+    return short
 
 
 def plan_of(message: c.Plan) -> Plan:
@@ -80,6 +85,30 @@ def choice_message(options: PlanOptions) -> c.Choice:
         dom0_home=options.dom0_home,
         ignore_username_mismatch=options.ignore_username_mismatch,
     )
+
+
+def _plan_within(plan: c.Plan, length: int, remarks: int) -> c.Plan:
+    def error(info: ErrorInfo | None) -> ErrorInfo | None:
+        if info is None:
+            return None
+        texts = {"reason": shortened(info.reason, length), "advice": shortened(info.advice, length)}
+        return info.model_copy(update=texts if remarks else texts | {"advice": ""})
+
+    def qube(whole: c.PlanQube) -> c.PlanQube:
+        return whole.model_copy(
+            update={
+                "remark": shortened(whole.remark, length),
+                "error": error(whole.error),
+                "notes": tuple(shortened(note, length) for note in whole.notes[: 10 * remarks]),
+                "settings_left_out": (_CUT,)[:remarks],
+            }
+        )
+
+    unlisted = tuple(
+        one.model_copy(update={"name": shortened(one.name, length), "error": error(one.error)})
+        for one in plan.unlisted
+    )
+    return plan.model_copy(update={"qubes": tuple(map(qube, plan.qubes)), "unlisted": unlisted})
 
 
 def _plan_qube(planned: PlannedQube) -> c.PlanQube:
@@ -137,9 +166,13 @@ def _planned_qube(qube: c.PlanQube) -> PlannedQube:
 
 
 def report_message(report: Report) -> c.RestoreReport:
-    """The message that tells a client of a closed report; warnings are left out if it would be too large."""
+    """The message that tells a client of a closed report, shortened until it fits."""
+    return _report_message(report.fitting(lambda short: _size(_report_message(short)), MAX_FRAME))
+
+
+def _report_message(report: Report) -> c.RestoreReport:
     assert report.finished is not None, "it is told when it is closed"
-    message = c.RestoreReport(
+    return c.RestoreReport(
         mode=report.mode,
         version=_text(report.version),
         backup_id=report.backup_id,
@@ -150,13 +183,6 @@ def report_message(report: Report) -> c.RestoreReport:
         warnings=_texts(report.warnings),
         qubes=tuple(qube_result(qube) for qube in report.qubes),
     )
-    if _fits(message):
-        return message
-    bare = tuple(
-        qube.model_copy(update={"warnings": qube.warnings[:1], "settings_left_out": ()})
-        for qube in message.qubes
-    )
-    return message.model_copy(update={"qubes": bare, "warnings": (*message.warnings[:10], _CUT)})
 
 
 def report_of(message: c.RestoreReport) -> Report:
@@ -172,6 +198,15 @@ def report_of(message: c.RestoreReport) -> Report:
         warnings=list(message.warnings),
         qubes=[qube_report(qube) for qube in message.qubes],
     )
+
+
+def qube_message(report: QubeReport) -> c.QubeFinished:
+    """The message that tells a client of a qube that is through, shortened until it fits."""
+
+    def message(report: QubeReport) -> c.QubeFinished:
+        return c.QubeFinished(qube=qube_result(report))
+
+    return message(report.fitting(lambda short: _size(message(short)), MAX_FRAME))
 
 
 def qube_result(report: QubeReport) -> c.QubeResult:
@@ -234,12 +269,8 @@ def _error_report(info: ErrorInfo | None) -> ErrorReport | None:
     return ErrorReport(kind=info.kind, reason=info.reason, advice=info.advice, chunk=info.chunk)
 
 
-def _fits(message: c.Plan | c.RestoreReport) -> bool:
-    try:
-        encode_message(message)
-    except ProtocolViolation:
-        return False
-    return True
+def _size(message: c.Plan | c.QubeFinished | c.RestoreReport) -> int:
+    return len(message.model_dump_json().encode())
 
 
 def _moment(text: str) -> datetime:
@@ -255,4 +286,4 @@ def _texts(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _text(text: str) -> str:
-    return strip_control(text[:1000])
+    return shortened(text, MAX_TEXT)

@@ -2,12 +2,13 @@
 
 Strategy: a service to whoever looks for them later, so nothing here can fail the restore; what cannot be
 written is said once, to the `warn` of whoever asked. Both may tell names of qubes, and are for their owner
-and group only.
+and group only, whatever the umask: qrexec starts services of dom0 with 0077, and the group reads them too.
 """
 
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -49,6 +50,9 @@ class LogFile:
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             with open(os.open(self._path, flags, _MODE), "ab") as file:
+                if file.tell() == 0:  # it is new: whatever the umask, the group may read it
+                    with suppress(PermissionError):  # logrotate has created it, with a mode of its own
+                        os.fchmod(file.fileno(), _MODE)
                 file.write(line.encode("utf-8", "replace"))
         except OSError as error:
             self._works = False

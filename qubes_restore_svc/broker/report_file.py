@@ -12,10 +12,17 @@ from qubes_restore_svc.broker.report import Report
 
 _ATTEMPTS = 100
 
+#: Bytes that a report may have; one of 250 qubes has less than a tenth of it.
+MAX_REPORT = 8 << 20
 
-def write_report(path: Path, report: Report, mode: int = 0o666) -> None:
-    """Write `report` as JSON; raises OSError. `mode`: permissions of a new file, less the umask."""
-    content = (report.model_dump_json(indent=2) + "\n").encode()
+
+def write_report(path: Path, report: Report, mode: int | None = None) -> None:
+    """Write `report` as JSON, shortened until it fits MAX_REPORT; raises OSError.
+
+    `mode`: the permissions of a file that is kept for others too, whatever the umask; None leaves them to the
+    umask. What exists and is replaced counts as new.
+    """
+    content = _encoded(report.fitting(lambda short: len(_encoded(short)), MAX_REPORT))
     if path.exists() and not path.is_file():
         # A pipe without a reader would let an ordinary open wait, past every signal.
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -24,9 +31,12 @@ def write_report(path: Path, report: Report, mode: int = 0o666) -> None:
             special.write(content)
         return
     path = Path(os.path.realpath(path))
-    fd, partial = _new_file_beside(path, mode)
+    fd, partial = _new_file_beside(path, 0o666 if mode is None else mode)
     try:
         with open(fd, "wb") as file:
+            if mode is not None:
+                with contextlib.suppress(PermissionError):  # FAT has no modes
+                    os.fchmod(fd, mode)
             file.write(content)
             file.flush()
             with contextlib.suppress(OSError):  # not every file system can
@@ -35,6 +45,10 @@ def write_report(path: Path, report: Report, mode: int = 0o666) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _encoded(report: Report) -> bytes:
+    return (report.model_dump_json(indent=2) + "\n").encode()
 
 
 def _new_file_beside(path: Path, mode: int) -> tuple[int, Path]:

@@ -14,13 +14,12 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.waiting import to_the_end
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.names import last_words, strip_control
 
 #: Makes the error of a program's end from its exit code (negative: a signal) and its last words.
 Explain = Callable[[int, str], RestoreError | None]
 
 _STDERR_KEPT = 4096  #: bytes, from the end
-_LAST_LINE_LENGTH = 300  #: characters of it that an error quotes
 _READ_SIZE = 64 << 10
 #: Seconds that a program may go on after it has closed its output.
 _END_TIMEOUT_S = 5.0
@@ -155,8 +154,7 @@ class ProcessConnection:
                 self._tail = (self._tail + piece)[-_STDERR_KEPT:]
 
     def _last_words(self) -> str:
-        lines = [line for line in self._tail.decode(errors="replace").splitlines() if line.strip()]
-        return strip_control(lines[-1].strip())[:_LAST_LINE_LENGTH] if lines else ""
+        return last_words(self._tail)
 
 
 async def _done_within(timeout_s: float, task: asyncio.Task[int] | asyncio.Task[None] | None) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qubes_restore_svc.client.processes import ProcessConnection, connect_to_program
-from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError
+from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError, how_ended
 
 #: The qrexec client of every qube (qubes-core-qrexec).
 QREXEC_PROGRAM = "/usr/bin/qrexec-client-vm"
@@ -125,12 +125,9 @@ def _program_fault(exit_code: int, words: str) -> RestoreError:
 
 
 def _ended(exit_code: int, words: str) -> RestoreError:
-    if exit_code < 0:
-        how = f" with signal {-exit_code}"
-    else:
-        how = f" with exit code {exit_code}" if exit_code else ""
+    how = how_ended(exit_code) if exit_code else "ended"
     said = f" ({words})" if words else ""
-    return HostFailed(f"the call to dom0 ended{how}, without an answer{said}", advice=_INTERRUPTED)
+    return HostFailed(f"the call to dom0 {how}, without an answer{said}", advice=_INTERRUPTED)
 
 
 def _advice_of(words: str) -> str:

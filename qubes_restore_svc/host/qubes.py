@@ -23,6 +23,10 @@ from qubes_restore_svc.wire.messages import DeviceInfo
 #: Seconds until a qube that was killed must be gone. Its cleaning up takes a few on a busy system.
 DESTROY_TIMEOUT_S = 60.0
 
+#: Bytes of a text that qubesd takes: a request is at most 64 KiB there, with its head
+#: (qubes/api/__init__.py). Of one that is longer, it is the connection that breaks.
+MAX_REQUEST = 65_000
+
 _PAUSE_S = 0.1
 _MAX_TEMPLATES = 4  #: how far a chain of templates is followed; real ones have two
 _COPYING_FAILED = "error copying data"  #: all that the import tells of a disk that is full, or broken
@@ -323,15 +327,28 @@ class QubesSystem:
             self._qube(name).features[key] = value
 
     def set_notes(self, name: str, notes: str) -> None:
-        """Set the qube's notes."""
+        """Set the qube's notes, as far as qubesd takes them; raises HostFailed if that is not all of them."""
+        fitting = notes.encode()[:MAX_REQUEST].decode(errors="ignore")
         with asking("setting its notes", qube=name):
-            self._qube(name).set_notes(notes)
+            self._qube(name).set_notes(fitting)
+        if fitting != notes:
+            raise HostFailed(
+                f"its notes end after {len(fitting.encode())} bytes, which is what Qubes takes at once;"
+                " the whole text stays in the backup, from where `qubes-restore-svc extract` brings it",
+                qube=name,
+            )
 
     def set_firewall(self, name: str, rules: Sequence[str]) -> None:
         """Replace the firewall's rules, given as qubesd writes them; what none of them matches is dropped.
 
         All of them are set or, with HostFailed, none.
         """
+        size = sum(len(rule) + 1 for rule in rules)
+        if size > MAX_REQUEST:
+            raise HostFailed(
+                f"{len(rules)} firewall rules of {size} bytes, and Qubes takes {MAX_REQUEST} at once",
+                qube=name,
+            )
         with asking("setting its firewall rules", qube=name):
             self._qube(name).firewall.rules = [_RuleText(rule) for rule in rules]
 

@@ -12,7 +12,7 @@ import socket
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.errors import HostFailed, how_ended
 from qubes_restore_svc.link.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.link.undoing import tell_what_is_left
 from qubes_restore_svc.waiting import started, to_the_end
@@ -60,10 +60,8 @@ class QrexecCall:
         code = self.exit_code
         if not code or self._ended_here:
             return None
-        if code < 0:
-            return f"{self.name} was ended by signal {-code}"
         meaning = f" ({_MEANINGS[code]})" if code in _MEANINGS else ""
-        return f"{self.name} ended with exit code {code}{meaning}"
+        return f"{self.name} {how_ended(code)}{meaning}"
 
     async def wait(self, timeout_s: float | None = None) -> int | None:
         """Wait until it has ended: the exit code; None if it still lasts after `timeout_s` seconds."""

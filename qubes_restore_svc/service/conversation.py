@@ -11,14 +11,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
-from qubes_restore_svc.broker.call_messages import qube_result
+from qubes_restore_svc.broker.call_messages import qube_message
 from qubes_restore_svc.broker.report import QubeReport
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError
 from qubes_restore_svc.service.channel import MAX_WAITING, Channel
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.names import MAX_TEXT, shortened
 
 #: Seconds within which the client has to say what it wants, …
 OPEN_TIMEOUT_S = 60.0
@@ -102,7 +102,7 @@ class Conversation:
     def log(self, level: str, text: str) -> None:
         """A line, if the client reads."""
         known: Literal["info", "warning"] = "warning" if level == "warning" else "info"
-        self._tell(Log(level=known, text=strip_control(text[:1000])))
+        self._tell(Log(level=known, text=shortened(text, MAX_TEXT)))
 
     def volume_started(self, qube: str, volume: str, image_size: int) -> None:
         """A volume begins."""
@@ -111,12 +111,7 @@ class Conversation:
 
     def qube_finished(self, report: QubeReport) -> None:
         """A qube is through."""
-        result = qube_result(report)
-        try:
-            self._tell(c.QubeFinished(qube=result))
-        except ProtocolViolation:  # too much to say of it; the report in dom0 has it all
-            short = {"warnings": result.warnings[:1], "settings_left_out": ()}
-            self._tell(c.QubeFinished(qube=result.model_copy(update=short)))
+        self._tell(qube_message(report))
 
     def _tell(self, message: Message) -> None:
         if self._may_say(message):

@@ -192,6 +192,8 @@ class Manifest(Message):
         ):
             if len(set(values)) != len(values):
                 raise ValueError(f"a {what} stands twice")
+        if len(self.qubes) + len(self.refused) > MAX_QUBES:
+            raise ValueError(f"more than {MAX_QUBES} qubes")
         return self
 
 

@@ -23,9 +23,11 @@ from qubes_restore_svc.wire.framing import check_json
 from qubes_restore_svc.wire.names import (
     MAX_COUNT,
     MAX_PASSPHRASE,
+    MAX_TEXT,
     Count,
     ErrorKind,
     FreeText,
+    shortened,
     strip_control,
 )
 
@@ -78,10 +80,10 @@ class ErrorInfo(Model):
 
     @classmethod
     def of(cls, error: RestoreError) -> "ErrorInfo":
-        """The message form of `error`; over-long texts are cut."""
+        """The message form of `error`; over-long texts are shortened."""
 
         def cut(text: str) -> str:
-            return strip_control(text[:1000])
+            return shortened(text, MAX_TEXT)
 
         return cls(
             kind=error.kind,

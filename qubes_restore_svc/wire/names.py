@@ -16,6 +16,7 @@ MAX_NUMBER = (1 << 63) - 1  #: largest size or offset in any message, bytes
 MAX_COUNT = 1 << 31  #: largest number of anything that is counted
 MAX_PASSPHRASE = 4096  #: characters
 MAX_NOTES = 256_000  #: bytes
+MAX_TEXT = 1000  #: characters of a line that people read
 
 
 def _pattern(pattern: str, max_length: int) -> StringConstraints:
@@ -66,6 +67,13 @@ Outcome = Literal["ok", "failed", "skipped"]
 Size = Annotated[int, Field(strict=True, ge=0, le=MAX_NUMBER)]  #: bytes
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 
+#: What libqrexec writes before every line: time, program, process, place in its source (log.c there).
+_LOG_MARKS = re.compile(
+    r"^([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8}(\.[0-9]+)? )?"
+    r"([A-Za-z0-9_.-]+\[[0-9]+\]: ?)?([\w./-]+\.c:[0-9]+:\w+: ?)?",
+    re.ASCII,
+)
+
 _FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
@@ -74,9 +82,25 @@ def strip_control(untrusted_text: str) -> str:
 
     That covers escape sequences, new lines, bidirectional overrides and zero-width characters.
     """
+    if untrusted_text.isprintable():  # then it has none of them, and no separator but the space
+        return untrusted_text
     return "".join(
         "\ufffd" if unicodedata.category(char) in _FORBIDDEN_CATEGORIES else char for char in untrusted_text
     )
+
+
+def shortened(text: str, length: int) -> str:
+    """`text` for one line that people read, at most `length` characters long; a cut shows as `…`.
+
+    To be looked for in, a text is taken whole: what matters in it may stand behind the cut.
+    """
+    return strip_control(text if len(text) <= length else f"{text[: length - 1]}\u2026")
+
+
+def last_words(untrusted_output: bytes, length: int = 300) -> str:
+    """The last line of a program's output that says something, for a sentence; without qrexec's log marks."""
+    lines = [line for line in untrusted_output.decode(errors="replace").splitlines() if line.strip()]
+    return shortened(_LOG_MARKS.sub("", lines[-1].strip()), length) if lines else ""
 
 
 def strip_control_lines(untrusted_text: str) -> str:
@@ -109,6 +133,6 @@ def _one_line(untrusted_text: str) -> str:
 #: holds control characters or what UTF-8 cannot carry. At most as many characters as a path has bytes.
 LocationText = Annotated[str, _text(4096), AfterValidator(_one_line)]
 #: One line that people read.
-FreeText = Annotated[str, _text(1000), AfterValidator(strip_control)]
+FreeText = Annotated[str, _text(MAX_TEXT), AfterValidator(strip_control)]
 #: A qube's notes (qubesd allows 256,000 bytes of UTF-8).
 Notes = Annotated[str, _text(MAX_NOTES), AfterValidator(strip_control_lines), AfterValidator(_fits_qubesd)]

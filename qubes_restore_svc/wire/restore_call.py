@@ -246,7 +246,7 @@ class RestoreReport(Message):
     status: Annotated[int, Field(strict=True, ge=0, le=255)]  #: exit status of the command in dom0
     error: ErrorInfo | None = None  #: what ended the whole early
     warnings: _Remarks = ()
-    qubes: Annotated[tuple[QubeResult, ...], Field(fail_fast=True, max_length=2 * MAX_QUBES)] = ()
+    qubes: Annotated[tuple[QubeResult, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
     max_size: ClassVar[int] = MAX_FRAME
 
 

@@ -12,9 +12,9 @@ import subprocess
 import threading
 from dataclasses import dataclass
 
-from qubes_restore_svc.archive.types import shown
-from qubes_restore_svc.errors import ArchiveUnreadable
+from qubes_restore_svc.errors import ArchiveUnreadable, how_ended
 from qubes_restore_svc.wire.messages import Storage
+from qubes_restore_svc.wire.names import last_words
 
 PROGRAM = "qrexec-client-vm"
 SERVICE = "qubes.RestoreById"
@@ -37,8 +37,9 @@ class End:
     untrusted_last_line: bytes = b""
 
     def __str__(self) -> str:
-        code = "was ended" if self.code is None else f"ended with exit code {self.code}"
-        return f"{code} ({shown(self.untrusted_last_line)})" if self.untrusted_last_line else code
+        code = "was ended" if self.code is None else how_ended(self.code)
+        words = last_words(self.untrusted_last_line)
+        return f"{code} ({words})" if words else code
 
 
 class RestoreById:

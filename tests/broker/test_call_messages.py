@@ -8,17 +8,19 @@ from qubes_restore_svc.broker.call_messages import (
     choice_message,
     plan_message,
     plan_of,
+    qube_message,
     qube_result,
     report_message,
     report_of,
 )
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, Problem, UnlistedQube
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
+from qubes_restore_svc.broker.report import CUT, ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.cli.qvm_plan_table import plan_table, settings_left_behind
 from qubes_restore_svc.errors import BadMetadata, NoSpace, ProtocolViolation, QubeExists
 from qubes_restore_svc.host.base import Definition
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import encode_message
+from qubes_restore_svc.wire.names import MAX_QUBES
 
 from .planning import qube
 
@@ -114,6 +116,67 @@ def test_a_plan_with_a_qube_that_cannot_be_is_refused() -> None:
         plan_of(message.model_copy(update={"qubes": (impossible,)}))
 
 
+#: As much as a worker can make a report or a plan say.
+LONG = "\U0001f600" * 300
+LONG_ERROR = ErrorReport(kind="error", reason=LONG, advice=LONG)
+
+
+def the_longest_report() -> Report:
+    qubes = [
+        QubeReport(
+            name=f"q{number}" + "q" * 26,
+            name_in_backup="n" * 31,
+            klass="StandaloneVM",
+            remark=LONG,
+            error=LONG_ERROR,
+            warnings=[LONG] * 2,
+            volumes=[
+                VolumeReport(name=name, outcome="failed", size=1 << 62, sha256="f" * 64, error=LONG_ERROR)
+                for name in ("root", "private", "home")
+            ],
+        )
+        for number in range(MAX_QUBES)
+    ]
+    report = Report(mode="restore", backup_id="b" * 128, started=NOON, warnings=[LONG] * 100, qubes=qubes)
+    report.close(NOON, NoSpace(LONG, advice=LONG))
+    return report
+
+
+def test_the_longest_report_reaches_the_client_with_all_its_outcomes() -> None:
+    message = travelled(report_message(the_longest_report()))
+    assert isinstance(message, c.RestoreReport)
+    assert [qube.outcome for qube in message.qubes] == ["failed"] * MAX_QUBES
+    assert all(qube.error is not None and qube.error.reason.endswith("\u2026") for qube in message.qubes)
+    assert message.status == 1 and message.warnings[-1] == CUT
+
+
+def test_the_longest_plan_reaches_the_client_with_all_its_decisions() -> None:
+    error = BadMetadata(LONG, qube="q", advice=LONG)
+    planned = [
+        PlannedQube(
+            qube(f"q{number}" + "q" * 26, "StandaloneVM", None),
+            "n" * 31,
+            Decision.REFUSE,
+            LONG,
+            error,
+            Problem.ALREADY_EXISTS,
+            (LONG,),
+        )
+        for number in range(MAX_QUBES)
+    ]
+    message = travelled(plan_message(Plan("b" * 128, tuple(planned)), 1, "restore"))
+    assert isinstance(message, c.Plan)
+    assert [qube.decision for qube in message.qubes] == ["refuse"] * MAX_QUBES
+
+
+def test_a_qube_of_which_too_much_is_said_is_told_in_short() -> None:
+    many = ["\U0001f600" * 1000] * 700
+    whole = QubeReport(name="a", klass="AppVM", outcome="restored", warnings=many, settings_left_out=many)
+    message = c.parse_broker_answer(encode_message(qube_message(whole)))
+    assert isinstance(message, c.QubeFinished)
+    assert message.qube.outcome == "restored" and len(message.qube.warnings) == 10
+
+
 def test_a_plan_too_large_for_a_message_loses_the_settings_and_says_so() -> None:
     many = tuple(f"property {'p' * 900}{number}" for number in range(1000))
     qubes = tuple(
@@ -122,7 +185,7 @@ def test_a_plan_too_large_for_a_message_loses_the_settings_and_says_so() -> None
     message = plan_message(Plan("b", qubes), 1, "restore")
     assert travelled(message) == message
     assert {len(one.settings_left_out) for one in message.qubes} == {1}
-    assert "the report in dom0 has all of it" in message.qubes[0].settings_left_out[0]
+    assert "the report in dom0 has more of it" in message.qubes[0].settings_left_out[0]
 
 
 def test_more_remarks_than_a_message_takes_are_cut_with_a_word() -> None:
@@ -171,8 +234,8 @@ def test_a_report_too_large_for_a_message_loses_warnings_and_says_so() -> None:
     message = report_message(report)
     assert travelled(message) == message
     assert [qube.outcome for qube in message.qubes] == ["restored"] * 100
-    assert {len(qube.warnings) for qube in message.qubes} == {1}
-    assert "more to say" in message.warnings[-1] and len(message.warnings) == 11
+    assert {len(qube.warnings) for qube in message.qubes} == {10}
+    assert message.warnings[-1] == CUT and len(message.warnings) == 11
 
 
 def test_control_characters_and_long_texts_are_made_harmless() -> None:

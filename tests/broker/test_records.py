@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from qubes_restore_svc.broker.records import LogFile, LoggedObserver, file_report
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
+from qubes_restore_svc.broker.report import CUT, ErrorReport, QubeReport, Report
+from qubes_restore_svc.broker.report_file import MAX_REPORT, write_report
+from qubes_restore_svc.wire.names import MAX_QUBES
+from tests.broker.test_call_messages import the_longest_report
 from tests.support.restoring import Recorder
 
 
@@ -58,6 +61,24 @@ def test_the_log_has_what_was_said_and_the_observer_hears_it_too(tmp_path: Path)
         "work: failed: no room",
     ]
     assert heard.lines == ["info: é it goes on"]
+
+
+def test_the_group_can_read_what_is_kept_under_any_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)  # qrexec's
+    try:
+        file_report(tmp_path, 2, report(1), print)
+        LogFile(tmp_path / "log", print).write("one")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in tmp_path.iterdir()} == {0o640}
+
+
+def test_what_a_worker_makes_a_report_say_does_not_fill_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_report(path, the_longest_report())
+    assert path.stat().st_size <= MAX_REPORT
+    kept = Report.model_validate_json(path.read_text())
+    assert [qube.outcome for qube in kept.qubes] == ["failed"] * MAX_QUBES and kept.warnings[-1] == CUT
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:

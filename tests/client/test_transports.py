@@ -106,7 +106,7 @@ async def test_what_a_program_says_last_is_told_without_what_steers_a_terminal(t
         tmp_path, ("flood", 2, 1 << 20), ("stderr", "\n\x1b[2Jno \u202eroom" + "y" * 999), ("exit", 3)
     )
     error = await failure(transport)
-    assert "with exit code 3" in error.reason and "\ufffd[2Jno \ufffdroomyyy" in error.reason
+    assert "ended with exit code 3" in error.reason and "\ufffd[2Jno \ufffdroomyyy" in error.reason
     assert len(error.reason) < 500
 
 
@@ -114,7 +114,7 @@ async def test_a_program_that_is_killed(tmp_path: Path) -> None:
     transport = fake_program(tmp_path, ("note", "started"), ("hear", "open"), said(plan()), ("stay",))
     async with RestoreCall(transport, request()) as call:
         os.kill(int((tmp_path / "started").read_text()), signal.SIGKILL)
-        with pytest.raises(HostFailed, match="ended with signal 9"):
+        with pytest.raises(HostFailed, match=r"was killed by signal 9 \(SIGKILL\)"):
             await call.confirm()
 
 

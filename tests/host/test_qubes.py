@@ -12,7 +12,7 @@ from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreErr
 from qubes_restore_svc.host import qubes
 from qubes_restore_svc.host.base import HostQube
 from qubes_restore_svc.host.qubes import QubesSystem, ServiceProcess
-from qubes_restore_svc.host.qubes_faults import QubeInUse
+from qubes_restore_svc.host.qubes_faults import QubeInUse, said_by
 from qubes_restore_svc.wire.messages import DeviceInfo
 from tests.host.qubes_bed import DISPOSABLES, NETVM, TEMPLATE, state_of
 from tests.qubes.qubesd import Qubesd
@@ -368,6 +368,19 @@ def test_a_device_is_assigned_for_all_starts(system: QubesSystem, qubesd: Qubesd
         system.assign_device(NETVM, device.model_copy(update={"backend": "gone"}))
 
 
+def test_notes_longer_than_qubesd_takes_are_cut_and_that_is_said(system: QubesSystem, qubesd: Qubesd) -> None:
+    with pytest.raises(
+        HostFailed, match=r"its notes end after 64998 bytes.*the whole text stays in the backup"
+    ):
+        system.set_notes(NETVM, "\u20ac" * 30_000)
+    assert domain(qubesd, NETVM).notes == "\u20ac" * (qubes.MAX_REQUEST // 3)
+
+
+def test_more_firewall_rules_than_qubesd_takes_are_refused_by_their_size(system: QubesSystem) -> None:
+    with pytest.raises(HostFailed, match="7000 firewall rules of 91000 bytes, and Qubes takes 65000"):
+        system.set_firewall(NETVM, ["action=drop "] * 7000)
+
+
 def test_notes_and_features(system: QubesSystem, qubesd: Qubesd) -> None:
     system.set_notes(NETVM, "naïve\nnotes")
     system.set_feature(NETVM, "service.x", "")
@@ -405,7 +418,12 @@ def test_a_pool_that_is_full_is_told_as_that(system: QubesSystem, qubesd: Qubesd
 
 @pytest.mark.parametrize(
     "message",
-    ["No space left on device", "Insufficient free space: 5 extents needed", "Not enough free disk space"],
+    [
+        "No space left on device",
+        "Insufficient free space: 5 extents needed",
+        "Not enough free disk space",
+        f"CompletedProcess(args=['cp', '{'x' * 400}'], stderr=b'cp: No space left on device')",
+    ],
 )
 def test_what_qubesd_says_of_a_full_disk_is_understood(
     system: QubesSystem, qubesd: Qubesd, message: str
@@ -413,6 +431,12 @@ def test_what_qubesd_says_of_a_full_disk_is_understood(
     qubesd.fail("admin.vm.Create.*", "StoragePoolException", message)
     with pytest.raises(NoSpace):
         system.create("mine", "AppVM", "red", template=TEMPLATE)
+
+
+def test_a_long_error_of_qubesd_is_shown_with_its_end() -> None:
+    shown = said_by(RuntimeError(f"CompletedProcess(args=['cp', '{'x' * 4000}']: Read-only file system"))
+    assert shown.startswith("CompletedProcess(args=") and shown.endswith("Read-only file system")
+    assert len(shown) <= 303
 
 
 # --- Errors --------------------------------------------------------------------------------------

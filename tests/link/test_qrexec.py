@@ -549,7 +549,7 @@ async def test_an_archive_for_a_worker_that_is_gone_is_an_error(
         ("exit 0", "the worker ended the session"),
         ("exit 255", "the worker's qube has shut down, perhaps for want of memory"),
         ("exit 1", "restore.Session in disp-restore-.* ended with exit code 1"),
-        ("kill -9 $$", "restore.Session in disp-restore-.* was ended by signal 9"),
+        ("kill -9 $$", "restore.Session in disp-restore-.* was killed by signal 9 .SIGKILL."),
     ],
 )
 async def test_the_end_of_the_session_is_told_with_its_cause(

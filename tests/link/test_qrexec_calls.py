@@ -59,7 +59,7 @@ async def test_the_end_of_the_process_is_the_end_of_the_socket_and_is_told(syste
         assert await _end_of(calls, "x.None") == (
             "x.None in sys-usb ended with exit code 127 (there is no such service)"
         )
-        assert await _end_of(calls, "x.Killed") == "x.Killed in sys-usb was ended by signal 9"
+        assert await _end_of(calls, "x.Killed") == "x.Killed in sys-usb was killed by signal 9 (SIGKILL)"
         assert await _end_of(calls, "x.Well") is None
 
 

@@ -237,7 +237,7 @@ async def test_a_registration_that_its_qube_ends_is_a_fault(system: FakeQubes, c
     async with StorageAccess(system, calls, PATH) as access:
         while access.fault is None:
             await asyncio.sleep(0.005)
-        assert access.fault == f"{REGISTER_SERVICE} in sys-usb was ended by signal 9"
+        assert access.fault == f"{REGISTER_SERVICE} in sys-usb was killed by signal 9 (SIGKILL)"
     assert access.fault is None
     _answer(system, "read -r x; echo abc")
     async with StorageAccess(system, calls, PATH) as access:

@@ -300,10 +300,10 @@ LONGEST: list[tuple[str, Path, object, object]] = [
     ("skip_qube", ("key",), "k" * 64, "k" * 65),
     ("manifest", ("backup_id",), "b" * 128, "b" * 129),
     ("manifest", ("compression_filter",), "g" * 32, "g" * 33),
-    ("manifest", ("qubes",), [{**QUBE, "key": f"vm{i}", "name": f"n{i}"} for i in range(MAX_QUBES)],
-     [{**QUBE, "key": f"vm{i}", "name": f"n{i}"} for i in range(MAX_QUBES + 1)]),
-    ("manifest", ("refused",), [{"name": "n", "error": ERROR}] * MAX_QUBES,
-     [{"name": "n", "error": ERROR}] * (MAX_QUBES + 1)),
+    ("manifest", ("qubes",), [{**QUBE, "key": f"vm{i}", "name": f"n{i}"} for i in range(MAX_QUBES - 1)],
+     [{**QUBE, "key": f"vm{i}", "name": f"n{i}"} for i in range(MAX_QUBES)]),
+    ("manifest", ("refused",), [{"name": "n", "error": ERROR}] * (MAX_QUBES - 1),
+     [{"name": "n", "error": ERROR}] * MAX_QUBES),
     ("manifest", ("refused", 0, "name"), "n" * 1000, "n" * 1001),
     ("manifest", ("qubes", 0, "key"), "k" * 64, "k" * 65),
     ("manifest", ("qubes", 0, "name"), "n" * 31, "n" * 32),
@@ -692,7 +692,7 @@ def test_an_error_is_cut_and_cleaned_before_it_travels() -> None:
     nasty = "\x1b[2J\ud800\u202e" + "é" * 2000
     info = m.ErrorInfo.of(BadImage(nasty, qube=nasty, volume=nasty, advice=nasty, chunk=1 << 31))
     for text in (info.reason, info.qube, info.volume, info.advice):
-        assert text == "\ufffd[2J\ufffd\ufffd" + "é" * 994
+        assert text == "\ufffd[2J\ufffd\ufffd" + "é" * 993 + "\u2026"
     assert info.chunk == 1 << 31
     m.encode_message(m.Failed(error=info))
 

@@ -223,3 +223,21 @@ def test_notes_are_bounded_in_bytes_as_qubesd_bounds_them() -> None:
 def test_notes_are_measured_after_they_were_cleaned() -> None:
     with pytest.raises(ValidationError):
         TypeAdapter[str](names.Notes).validate_python("\x1b" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (b"", ""),
+        (b"one\ntwo \n \n", "two"),
+        (
+            b"2026-11-28 19:00:01.123 qrexec-client-vm[812]: qrexec-client-vm.c:42:main: Connection refused",
+            "Connection refused",
+        ),
+        (b"qrexec-agent[7]: exec.c:12:fork_it: no such user", "no such user"),
+        (b"cp: /a.c:1: no", "cp: /a.c:1: no"),
+        (b"\x1b[2J" + b"y" * 999, "\ufffd[2J" + "y" * 295 + "\u2026"),
+    ],
+)
+def test_a_program_is_quoted_with_its_last_line_and_without_log_marks(output: bytes, words: str) -> None:
+    assert names.last_words(output) == words

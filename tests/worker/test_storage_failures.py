@@ -19,7 +19,11 @@ from .ways import MakeWay, Way, run
 FAILURES = {
     "refused": ("archive-unreadable", "not allowed to fetch", "/etc/qubes/policy.d"),
     "fails 127": ("archive-unreadable", "does not have the service qubes.RestoreById", "qubes-core-agent"),
-    "fails 1": ("archive-unreadable", "'\\x1b[31mInvalid location ID\\xff'", "is still there"),
+    "fails 1": (
+        "archive-unreadable",
+        "ended with exit code 1 (\ufffd[31mInvalid location ID\ufffd)",
+        "try the command",
+    ),
     "fails 2": ("archive-unreadable", "ended with exit code 2", "try the command there"),
     "fails 125": ("archive-unreadable", "the connection to the qube sys-usb broke off", "is running"),
     "fails 255": ("archive-unreadable", "the connection to the qube sys-usb broke off", "is running"),
