@@ -194,7 +194,10 @@ class ReportConfig(_Section):
     """The report of every restore, a JSON file each."""
 
     directory: _Path | None = _key(
-        Path("/var/log/qubes-restore-svc"), _PATH_OR_NULL, "Where reports are kept. null: nowhere."
+        Path("/var/log/qubes-restore-svc"),
+        _PATH_OR_NULL,
+        "Where reports are kept, each for its owner and the directory's group (mode 0640), at most 8 MiB."
+        " null: nowhere.",
     )
     keep: int = _number(100, 1, 100_000, "How many are kept; older ones are deleted.")
 
@@ -202,7 +205,11 @@ class ReportConfig(_Section):
 class LogConfig(_Section):
     """What is shown during a restore, for later."""
 
-    file: _Path | None = _key(None, _PATH_OR_NULL, "The file that the log is appended to. null: none.")
+    file: _Path | None = _key(
+        None,
+        _PATH_OR_NULL,
+        "The file that the log is appended to; a new one has the mode 0640. null: none.",
+    )
 
 
 class GrantConfig(_Section):
