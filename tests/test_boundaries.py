@@ -30,11 +30,12 @@ OURS: dict[str, set[str]] = {
     "waiting": set(),
     "hardening": set(),
     "holders": set(),
+    "owners": set(),
     "wire": {"wire", "errors"},
     "archive": {"archive", "wire", "errors"},
     "worker": {"worker", "archive", "wire", "errors", "system_memory", "hardening"},
-    "broker": {"broker", "wire", "errors", "waiting", "host.base", "link.base"},
-    "host": {"host", "wire", "errors", "waiting", "holders"},
+    "broker": {"broker", "wire", "errors", "owners", "waiting", "host.base", "link.base"},
+    "host": {"host", "wire", "errors", "waiting", "holders", "owners"},
     "link": {"link", "wire", "errors", "waiting", "system_memory", "holders"},
     "dom0": {"broker", "host", "link", "wire", "errors", "waiting", "holders"},
     "service": {"service", "dom0", "broker", "link.storage", "wire", "errors", "hardening", "holders"},
@@ -222,7 +223,17 @@ def test_the_check_sees_the_whole_package() -> None:
     "part",
     sorted(
         set(OURS)
-        - {"__init__", "__main__", "dom0", "errors", "hardening", "holders", "system_memory", "waiting"}
+        - {
+            "__init__",
+            "__main__",
+            "dom0",
+            "errors",
+            "hardening",
+            "holders",
+            "owners",
+            "system_memory",
+            "waiting",
+        }
     ),
 )
 def test_importing_a_package_runs_no_code(part: str) -> None:

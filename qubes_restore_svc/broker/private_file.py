@@ -4,16 +4,12 @@ Strategy: open once, then look at what was opened. The directory counts too: who
 another file in its place.
 """
 
-import grp
 import os
-import pwd
 import stat
 from pathlib import Path
 
 from qubes_restore_svc.errors import BadConfiguration
-
-#: Groups that may write: their members command dom0 anyway.
-_TRUSTED_GROUPS = ("root", "qubes")
+from qubes_restore_svc.owners import writers_besides
 
 
 def read_private_text(path: Path, max_size: int) -> str | None:
@@ -52,24 +48,6 @@ def read_private_text(path: Path, max_size: int) -> str | None:
         raise BadConfiguration(f"{path}, line {line}: this is not UTF-8") from None
 
 
-def writers_besides(status: os.stat_result, user_id: int) -> str | None:
-    """Who else than root and `user_id` may write to what has this status (a clause's subject), if anybody.
-
-    In a directory where everybody may write, but only delete what is theirs (`/tmp`), the owner counts.
-    """
-    if status.st_uid not in (0, user_id):
-        return f"its owner, {_user_name(status.st_uid)},"
-    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
-        return None
-    if status.st_mode & stat.S_IWOTH:
-        return "everybody"
-    if status.st_mode & stat.S_IWGRP:
-        group = _group_name(status.st_gid)
-        if group not in _TRUSTED_GROUPS:
-            return f"the group {group}"
-    return None
-
-
 def _check_writers(path: Path, status: os.stat_result) -> None:
     writer = writers_besides(status, os.geteuid())
     if writer is not None:
@@ -83,17 +61,3 @@ def _unreadable(path: Path, error: OSError) -> BadConfiguration:
     return BadConfiguration(
         f"{path} cannot be read ({error.strerror})", advice="Without the file, the defaults hold."
     )
-
-
-def _user_name(user_id: int) -> str:
-    try:
-        return pwd.getpwuid(user_id).pw_name
-    except KeyError:
-        return f"user {user_id}"
-
-
-def _group_name(group_id: int) -> str:
-    try:
-        return grp.getgrgid(group_id).gr_name
-    except KeyError:
-        return str(group_id)

@@ -5,10 +5,12 @@ device) is written to where it is, never replaced.
 """
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
 from qubes_restore_svc.broker.report import Report
+from qubes_restore_svc.owners import interference, user_name
 
 _ATTEMPTS = 100
 
@@ -30,7 +32,11 @@ def write_report(path: Path, report: Report, mode: int | None = None) -> None:
         with open(fd, "wb") as special:
             special.write(content)
         return
+    if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, f"{path} is a symbolic link of {user_name(path.lstat().st_uid)}")
     path = Path(os.path.realpath(path))
+    if (why := interference(path.parent)) is not None and os.geteuid() == 0:
+        raise PermissionError(errno.EPERM, f"{why}, who could put another file in its place")
     fd, partial = _new_file_beside(path, 0o666 if mode is None else mode)
     try:
         with open(fd, "wb") as file:

@@ -17,6 +17,7 @@ from qubes_restore_svc.host.base import HostView, NewQube
 from qubes_restore_svc.host.directory_layout import clear_partials, partial_name
 from qubes_restore_svc.host.directory_qube import DirectoryQube
 from qubes_restore_svc.host.filesystem import make_directory, reporting, sync_directory
+from qubes_restore_svc.owners import interference
 from qubes_restore_svc.wire.names import strip_control
 
 _LOCK_ATTEMPTS = 16
@@ -91,6 +92,8 @@ class DirectoryHost:
             partial_name(qube.name)  # raises for what is no name, before the file system is asked for it
             if self._is_taken(qube.name):
                 raise QubeExists(f"{self._shown} has something of that name", qube=qube.name)
+            if not self._is_still(self._directory):
+                raise HostFailed(f"{self._shown} was moved or replaced meanwhile", qube=qube.name)
             transaction = DirectoryQube(self._directory, qube)
             self._qubes.append(transaction)
             return transaction
@@ -125,6 +128,7 @@ class DirectoryHost:
                 # Between opening and locking, the restore that had created it may have removed it.
                 if self._is_still(directory):
                     self._check_writable(directory)
+                    self._check_undisturbed()
                     return directory, created
             except RestoreInProgress:
                 os.close(directory)  # it is in use, whoever created it
@@ -186,6 +190,16 @@ class DirectoryHost:
     def _check_writable(self, directory: int) -> None:
         if not os.access(".", os.W_OK | os.X_OK, dir_fd=directory):
             raise HostFailed(f"{self._shown} cannot be written to")
+
+    def _check_undisturbed(self) -> None:
+        with reporting(f"looking at who may write to {self._shown}"):
+            why = interference(self._path)
+        if why is not None:
+            raise HostFailed(
+                f"{strip_control(why)}, who could put other files in the place of those that are restored",
+                advice="Restore to a directory of your own. As root, that is below /root; or restore as the"
+                " user whose directory it is, without sudo.",
+            )
 
     def _end_qubes(self) -> None:
         with self._mutex:

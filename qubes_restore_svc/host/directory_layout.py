@@ -41,22 +41,24 @@ def partial_name(qube_name: str) -> str:
     return f".{qube_name}.partial"
 
 
-def remove_partial(name: str, *, dir_fd: int) -> None:
-    """Remove a partial directory and our files in it; OSError if something else is left in it.
+def remove_partial(name: str, inside: int, *, dir_fd: int) -> None:
+    """Remove our files in the directory `inside`, and the directory if it still has this name.
 
-    Does nothing if it is not there.
+    OSError if something else is left in it. What has its name instead is not touched.
     """
+    for file in sorted(_FILES):
+        with suppress(FileNotFoundError):
+            os.unlink(file, dir_fd=inside)
+    if leads_to(name, inside, dir_fd=dir_fd):
+        os.rmdir(name, dir_fd=dir_fd)
+
+
+def leads_to(name: str, descriptor: int, *, dir_fd: int) -> bool:
+    """Is it what is open as `descriptor` that has this name, and not a link to it?"""
     try:
-        inside = open_directory(name, dir_fd=dir_fd)
+        return os.path.samestat(os.stat(name, dir_fd=dir_fd, follow_symlinks=False), os.fstat(descriptor))
     except FileNotFoundError:
-        return
-    try:
-        for file in sorted(_FILES):
-            with suppress(FileNotFoundError):
-                os.unlink(file, dir_fd=inside)
-    finally:
-        os.close(inside)
-    os.rmdir(name, dir_fd=dir_fd)
+        return False
 
 
 def clear_partials(directory: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -72,9 +74,13 @@ def clear_partials(directory: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
             continue
         outcome = kept
         with suppress(OSError):
-            if _holds_only_ours(name, directory):
-                remove_partial(name, dir_fd=directory)
-                outcome = cleared
+            inside = open_directory(name, dir_fd=directory)
+            try:
+                if _holds_only_ours(inside):
+                    remove_partial(name, inside, dir_fd=directory)
+                    outcome = cleared
+            finally:
+                os.close(inside)
         outcome.append(name)
     return tuple(cleared), tuple(kept)
 
@@ -113,15 +119,11 @@ def record(qube: NewQube, settings: QubeSettings, sizes: Mapping[VolumeName, int
     return text.encode("utf-8", "backslashreplace")
 
 
-def _holds_only_ours(name: str, directory: int) -> bool:
-    inside = open_directory(name, dir_fd=directory)
-    try:
-        return all(
-            file in _FILES and stat.S_ISREG(os.stat(file, dir_fd=inside, follow_symlinks=False).st_mode)
-            for file in os.listdir(inside)
-        )
-    finally:
-        os.close(inside)
+def _holds_only_ours(inside: int) -> bool:
+    return all(
+        file in _FILES and stat.S_ISREG(os.stat(file, dir_fd=inside, follow_symlinks=False).st_mode)
+        for file in os.listdir(inside)
+    )
 
 
 def _rules(settings: QubeSettings) -> list[dict[str, object]] | None:

@@ -18,6 +18,7 @@ from qubes_restore_svc.host.base import Definition, NewQube
 from qubes_restore_svc.host.directory_layout import (
     RECORD,
     VOLUME_FILES,
+    leads_to,
     partial_name,
     record,
     remove_partial,
@@ -229,9 +230,11 @@ class DirectoryQube:
                 sink.abandon()
             for sink in self._sinks.values():
                 sink.wait_ended()
-            self._leave(State.GONE)
-            with reporting(f"removing {self._partial}", qube=self._qube.name):
-                remove_partial(self._partial, dir_fd=self._directory)
+            try:
+                with reporting(f"removing {self._partial}", qube=self._qube.name):
+                    remove_partial(self._partial, self._inside, dir_fd=self._directory)
+            finally:
+                self._leave(State.GONE)
 
     def _check_open(self) -> None:
         if self._state is not State.OPEN:
@@ -261,6 +264,10 @@ class DirectoryQube:
             if error.errno not in NAME_TAKEN:
                 raise
             raise QubeExists("something of that name has appeared in the directory", qube=name) from error
+        if not leads_to(name, self._inside, dir_fd=self._directory):
+            raise self._failure(
+                f"what is called {name} now is not what was restored: somebody else changes the directory"
+            )
         try:
             sync_directory(self._directory)
         except OSError:

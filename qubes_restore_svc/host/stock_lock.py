@@ -24,7 +24,7 @@ def stock_lock(path: Path = STOCK_LOCK) -> Iterator[None]:
     """Hold the lock file, which stays where it is, as with the stock command. Raises RestoreInProgress while
     that runs, HostFailed if the file cannot be had."""
     with reporting(f"locking {path}"):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _MODE)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, _MODE)
     try:
         with reporting(f"locking {path}"):
             try:

@@ -16,8 +16,8 @@ from qubes_restore_svc.broker.config import (
     parse_config,
 )
 from qubes_restore_svc.broker.config_keys import has_names, keys_of, sections_of
-from qubes_restore_svc.broker.private_file import writers_besides
 from qubes_restore_svc.errors import BadConfiguration, UsageError
+from qubes_restore_svc.owners import writers_besides
 from qubes_restore_svc.wire.messages import ManifestQube
 from tests.broker import configuration_pages as pages
 

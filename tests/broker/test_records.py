@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 from qubes_restore_svc.broker.records import LogFile, LoggedObserver, file_report
 from qubes_restore_svc.broker.report import CUT, ErrorReport, QubeReport, Report
 from qubes_restore_svc.broker.report_file import MAX_REPORT, write_report
@@ -91,3 +93,24 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
         log.write("two")
         assert [text.split(" to ")[0] for text in warnings] == ["the log cannot be written"]
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_root_writes_no_report_where_another_user_leads_it(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+    (tmp_path / "mine.json").write_text("precious")
+    link = tmp_path / "link.json"
+    link.symlink_to("mine.json")
+    write_report(link, report(1))  # a link of one's own is followed
+    (tmp_path / "mine.json").write_text("precious")
+    os.chown(link, 4321, -1, follow_symlinks=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 4321, -1)
+    for path, reason in (
+        (link, "a symbolic link of user 4321"),
+        (home / "r.json", "home belongs to user 4321"),
+    ):
+        with pytest.raises(PermissionError, match=reason):
+            write_report(path, report(1))
+    assert (tmp_path / "mine.json").read_text() == "precious" and os.listdir(home) == []

@@ -201,6 +201,58 @@ def test_a_directory_that_may_not_be_written_to_is_refused_before_anything_happe
     as_ordinary_user(action)
 
 
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A directory of another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory to another user")
+    path = tmp_path / "home"
+    path.mkdir()
+    os.chown(path, 4321, -1)
+    return path
+
+
+@pytest.mark.parametrize("below", [".", "restored", "link"])
+def test_root_does_not_restore_where_another_user_can_change_it(foreign: Path, below: str) -> None:
+    (foreign / "link").symlink_to(foreign.parent)
+    with pytest.raises(HostFailed, match="home belongs to user 4321, who could put other files") as caught:
+        DirectoryHost(foreign / below).lock().__enter__()
+    assert "without sudo" in caught.value.advice
+    assert os.listdir(foreign) == ["link"]
+
+
+def test_root_does_not_restore_where_everybody_can_write(target: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("an ordinary user may share a directory")
+    target.chmod(0o777)
+    with pytest.raises(HostFailed, match="everybody may write to"):
+        DirectoryHost(target).lock().__enter__()
+    target.chmod(0o1777)
+    with DirectoryHost(target).lock():
+        pass
+
+
+def test_a_user_does_not_restore_to_a_directory_of_somebody_else(open_place: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory to another user")
+    os.chown(open_place, 4321, -1)
+
+    def refused() -> None:
+        with pytest.raises(HostFailed, match="belongs to user 4321"):
+            DirectoryHost(open_place).lock().__enter__()
+
+    as_ordinary_user(refused)
+
+
+def test_a_directory_that_was_moved_away_takes_no_more_qubes(target: Path) -> None:
+    host = DirectoryHost(target)
+    with host.lock():
+        target.rename(target.with_name("away"))
+        target.mkdir()
+        with pytest.raises(HostFailed, match="was moved or replaced meanwhile"):
+            host.begin(new_qube())
+
+
 def test_a_path_is_shown_without_its_control_characters(tmp_path: Path) -> None:
     with pytest.raises(HostFailed) as caught, DirectoryHost(tmp_path / "\x1b[2J/\udcff").lock():
         pass

@@ -107,7 +107,7 @@ def test_a_leftover_that_holds_a_link_or_a_directory_is_kept(directory: int, tmp
 
 
 def test_removing_what_is_not_there_does_nothing(directory: int) -> None:
-    remove_partial(".a.partial", dir_fd=directory)
+    remove_partial(".a.partial", directory, dir_fd=directory)
 
 
 def test_the_record_holds_everything_that_the_backup_says() -> None:

@@ -110,6 +110,30 @@ def test_the_settings_of_another_qube_are_refused(tmp_path: Path, qube: Director
     assert os.listdir(tmp_path) == [".work.partial"]
 
 
+def test_a_directory_put_in_the_place_of_the_unfinished_one_is_no_success(
+    tmp_path: Path, qube: DirectoryQube
+) -> None:
+    sink = qube.create_volume("private", 3)
+    sink.write(0, memoryview(b"our"))
+    sink.finish(3)
+    (tmp_path / ".work.partial").rename(tmp_path / "away")
+    (tmp_path / ".work.partial").mkdir()
+    (tmp_path / ".work.partial/private.img").write_text("foreign")
+    with pytest.raises(HostFailed, match="is not what was restored"):
+        qube.commit(settings())
+    qube.rollback()
+    assert os.listdir(tmp_path / "away") == []
+    assert (tmp_path / "work/private.img").read_text() == "foreign"
+
+
+def test_a_rollback_touches_nothing_that_has_only_the_name(tmp_path: Path, qube: DirectoryQube) -> None:
+    (tmp_path / ".work.partial").rename(tmp_path / "away")
+    (tmp_path / "private.img").write_text("foreign")
+    (tmp_path / ".work.partial").symlink_to(tmp_path)
+    qube.rollback()
+    assert (tmp_path / "private.img").exists() and (tmp_path / ".work.partial").is_symlink()
+
+
 def test_everything_is_on_disk_before_the_name_and_the_name_before_commit_returns(
     tmp_path: Path, qube: DirectoryQube, monkeypatch: pytest.MonkeyPatch
 ) -> None:

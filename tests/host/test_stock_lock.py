@@ -53,3 +53,10 @@ def test_a_stock_restore_that_runs_is_told(tmp_path: Path) -> None:
 def test_a_place_where_no_lock_can_be_is_told(tmp_path: Path) -> None:
     with pytest.raises(HostFailed, match="locking"), stock_lock(tmp_path / "missing" / "lock"):
         pass
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HostFailed, match="locking"), stock_lock(tmp_path / "lock"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

@@ -1,0 +1,72 @@
+"""Who else could change a file or a directory: asked before anything depends on what is in it."""
+
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Groups that may write: their members command dom0 anyway.
+_TRUSTED_GROUPS = ("root", "qubes")
+
+
+def writers_besides(status: os.stat_result, user_id: int) -> str | None:
+    """Who else than root and `user_id` may write to what has this status (a clause's subject), if anybody.
+
+    In a directory where everybody may write, but only delete what is theirs (`/tmp`), the owner counts.
+    """
+    if status.st_uid not in (0, user_id):
+        return f"its owner, {user_name(status.st_uid)},"
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
+        return None
+    if status.st_mode & stat.S_IWOTH:
+        return "everybody"
+    if status.st_mode & stat.S_IWGRP:
+        group = _group_name(status.st_gid)
+        if group not in _TRUSTED_GROUPS:
+            return f"the group {group}"
+    return None
+
+
+def interference(directory: Path) -> str | None:
+    """Who could put other files in the place of what is written to `directory`, a clause, if anybody could.
+
+    For root, nobody but root may write to it, or to a directory on the way to it. Other users may share a
+    directory with a group or with everybody, but it must be theirs, or root's.
+    """
+    user_id = os.geteuid()
+    if user_id != 0:
+        status = os.stat(directory)
+        if status.st_uid not in (0, user_id):
+            return f"{directory} belongs to {user_name(status.st_uid)}"
+        return None
+    for place in _way_to(directory):
+        status = os.stat(place)
+        if status.st_uid != 0:
+            return f"{place} belongs to {user_name(status.st_uid)}"
+        writer = writers_besides(status, 0)
+        if writer is not None:
+            return f"{writer} may write to {place}"
+    return None
+
+
+def user_name(user_id: int) -> str:
+    """The user's name, or `user 1000` if it has none."""
+    try:
+        return pwd.getpwuid(user_id).pw_name
+    except KeyError:
+        return f"user {user_id}"
+
+
+def _way_to(directory: Path) -> Iterator[Path]:
+    """The directory and those above it, as it is named and as it is after all symbolic links."""
+    named, real = directory.absolute(), Path(os.path.realpath(directory))
+    yield from dict.fromkeys((named, *named.parents, real, *real.parents))
+
+
+def _group_name(group_id: int) -> str:
+    try:
+        return grp.getgrgid(group_id).gr_name
+    except KeyError:
+        return str(group_id)
