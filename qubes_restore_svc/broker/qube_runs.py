@@ -15,6 +15,9 @@ from qubes_restore_svc.broker.report import QubeReport, VolumeReport
 from qubes_restore_svc.host.base import Definition, QubeTransaction
 from qubes_restore_svc.wire import messages as m
 
+#: Bytes of settings that may wait until templates and netvms are finished: 4096 qubes have 16 KiB each.
+MAX_WAITING_SETTINGS = 64 << 20
+
 #: Most warnings that a report keeps for one qube, or for none.
 MAX_WARNINGS = 100
 
@@ -37,7 +40,7 @@ class QubeRun:
     definition: Definition | None
     stage: Stage = Stage.WAITING
     transaction: QubeTransaction | None = None
-    settings: m.QubeSettings | None = None
+    settings: bytes = b""  #: the message as JSON, while it waits for what it needs
 
     @property
     def key(self) -> str:
@@ -53,6 +56,20 @@ class QubeRun:
     def finished(self) -> bool:
         """Is there nothing more to be done with it?"""
         return self.stage is Stage.FINISHED
+
+    def settle(self, settings: m.QubeSettings) -> None:
+        """All of it is here: keep its settings, in their smallest form, until `take_settings`."""
+        self.settings = settings.model_dump_json(exclude_defaults=True).encode()
+        self.stage = Stage.SETTLED
+
+    def take_settings(self) -> m.QubeSettings:
+        """The settings that were kept, which are kept no longer."""
+        kept, self.settings = self.settings, b""
+        return m.QubeSettings.model_validate_json(kept)
+
+    def finish(self) -> None:
+        """There is nothing more to be done with it, and nothing to be kept but its report."""
+        self.stage, self.settings = Stage.FINISHED, b""
 
     def volume(self, name: str) -> VolumeReport:
         """The report of one of its volumes."""
@@ -87,6 +104,11 @@ class QubeRuns:
         """Their keys, in the order of the backup."""
         return tuple(self._by_key)
 
+    @property
+    def waiting_settings(self) -> int:
+        """Bytes of settings that wait."""
+        return sum(len(qube.settings) for qube in self)
+
     def unfinished_template_of(self, qube: QubeRun) -> QubeRun | None:
         """The template of `qube`, if this run is still to bring it."""
         template = self.get(qube.planned.template_key)
@@ -98,11 +120,12 @@ class QubeRuns:
 
     def next_ready(self) -> QubeRun | None:
         """A settled qube of which all that it needs is finished."""
-        for qube in self:
-            needed = (self.get(qube.planned.template_key), self.get(qube.planned.netvm_key))
-            if qube.stage is Stage.SETTLED and all(other is None or other.finished for other in needed):
-                return qube
-        return None
+        return next((qube for qube in self if self.is_ready(qube)), None)
+
+    def is_ready(self, qube: QubeRun) -> bool:
+        """Is it settled, and all that it needs finished?"""
+        needed = (self.get(qube.planned.template_key), self.get(qube.planned.netvm_key))
+        return qube.stage is Stage.SETTLED and all(other is None or other.finished for other in needed)
 
     def resolve_references(self, qube: QubeRun) -> Iterator[str]:
         """Adapt the definition of a qube that is ready to what has become of the others; yields warnings."""

@@ -15,10 +15,18 @@ from typing import Literal, Protocol
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
 from qubes_restore_svc.broker.ledger import Ledger, believed_error
 from qubes_restore_svc.broker.plan import Plan
-from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS, QubeRun, QubeRuns, Stage, without_dispvm
+from qubes_restore_svc.broker.qube_runs import (
+    MAX_WAITING_SETTINGS,
+    MAX_WARNINGS,
+    QubeRun,
+    QubeRuns,
+    Stage,
+    without_dispvm,
+)
 from qubes_restore_svc.broker.receiver import VolumeCopy
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport
 from qubes_restore_svc.errors import (
+    BadMetadata,
     Cancelled,
     MissingDependency,
     ProtocolViolation,
@@ -31,6 +39,11 @@ from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.waiting import in_thread, to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
+
+_TOO_MUCH_WAITS = (
+    "its settings would have to wait for its template or its netvm, which come later in the backup; and"
+    f" {MAX_WAITING_SETTINGS >> 20} MiB of settings wait already, far more than real qubes have"
+)
 
 
 class Observer(Protocol):
@@ -255,11 +268,13 @@ class RestoreRun:
             if not qube.finished:
                 await self._fail(qube, error)
             return
-        qube.settings, qube.stage = settings, Stage.SETTLED
+        qube.settle(settings)
+        if self._qubes.waiting_settings > MAX_WAITING_SETTINGS and not self._qubes.is_ready(qube):
+            await self._fail(qube, BadMetadata(_TOO_MUCH_WAITS, advice="Restore fewer qubes at a time."))
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:
-        transaction, settings = qube.transaction, qube.settings
-        assert transaction is not None and settings is not None
+        transaction, settings = qube.transaction, qube.take_settings()
+        assert transaction is not None
         for warning in self._qubes.resolve_references(qube):
             self._warn(qube, warning)
 
@@ -328,12 +343,12 @@ class RestoreRun:
         self._observer.log("warning", f"{qube.name}: {text}")
 
     def _note_error(self, qube: QubeRun, error: RestoreError) -> None:
-        qube.stage = Stage.FINISHED
+        qube.finish()
         if qube.report.error is None:
             qube.report.error = ErrorReport.of(error)
 
     def _conclude(self, qube: QubeRun, outcome: Literal["restored", "verified", "failed"]) -> None:
-        qube.stage = Stage.FINISHED
+        qube.finish()
         qube.report.outcome = outcome
         self._observer.qube_finished(qube.report)
 

@@ -248,8 +248,9 @@ class Pipeline:
             return
         for volume in list(qube.volumes_left):
             self._report_failed(qube, volume, _why_missing(qube, volume, archive_error))
+        settings = _sendable(qube)
         qube.close()
-        self._emit(_sendable(qube))
+        self._emit(settings)
 
     def _report_failed(self, qube: SelectedQube, volume: VolumeName, error: RestoreError) -> None:
         qube.volumes_left.remove(volume)

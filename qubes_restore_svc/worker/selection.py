@@ -56,9 +56,10 @@ class SelectedQube:
                 self.stage = Stage.GIVEN_UP
 
     def close(self) -> None:
-        """Nothing more may come."""
+        """Nothing more may come. Its settings are dropped: they have been sent."""
         with self._moving:
             self.stage = Stage.CLOSED
+            self.firewall = self.notes = self.appmenus = None
 
     def settings(self) -> m.QubeSettings:
         """Its settings as a message; none of them if something is wrong with the qube."""

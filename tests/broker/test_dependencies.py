@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import pytest
 
+from qubes_restore_svc.broker import restore as restore_module
 from qubes_restore_svc.broker.allowlist import AllowedSettings
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import HostFailed
@@ -116,6 +117,31 @@ def test_a_template_that_comes_later_begins_before_the_qube_and_is_committed_bef
 def test_a_template_that_comes_first_is_committed_when_it_is_complete(restore: Callable[..., Run]) -> None:
     done = restore(TEMPLATE, APP)
     assert done.calls("begin", "commit") == ["begin mine", "commit mine", "begin app", "commit app"]
+
+
+def test_settings_that_wait_for_a_template_are_bounded_in_bytes(
+    restore: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps = [qube(f"vm2{number}", f"app{number}", template="mine") for number in range(4)]
+    monkeypatch.setattr(restore_module, "MAX_WAITING_SETTINGS", 2 * len('{"key":"vm20"}'))
+    done = restore(*apps, TEMPLATE)
+    assert done.outcome.outcomes == {
+        **{"app0": "restored", "app1": "restored", "app2": "failed", "app3": "failed"},
+        "mine": "restored",
+    }
+    for name in ("app2", "app3"):
+        error = done.outcome.qube(name).error
+        assert error is not None and "of settings wait already" in error.reason
+
+
+def test_settings_that_need_not_wait_or_were_applied_do_not_count_as_waiting(
+    restore: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps = [qube(f"vm2{number}", f"app{number}", template="mine") for number in range(4)]
+    late, its_template = qube("vm30", "late", template="other"), qube("vm31", "other", "TemplateVM")
+    monkeypatch.setattr(restore_module, "MAX_WAITING_SETTINGS", len('{"key":"vm20"}'))
+    done = restore(TEMPLATE, *apps, late, its_template)
+    assert set(done.outcome.outcomes.values()) == {"restored"}
 
 
 @pytest.mark.parametrize("call", ["begin mine", "create mine/root", "write mine/root 1", "commit mine"])

@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
+from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
 from qubes_restore_svc.wire.service import READY
 
 from ..support.backup_writer import PASSPHRASE, BackupWriter, QubePlan, sample_image
@@ -23,6 +23,8 @@ CHUNK = 32 * MIB
 #: 128 MiB for each derivation; seven at once, with a chunk, would take 928 MiB, and the worker itself.
 LOG_N = 17
 JOBS = 2
+#: The least memory that a worker may be given.
+LEAST_MIB = 144
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ class Worker:
         self._session.sendall(encode_frame(m.encode_message(message)))
 
     def listen(self) -> Iterator[m.WorkerMessage]:
-        decoder = FrameDecoder(MAX_FRAME)
+        decoder = FrameDecoder(m.QubeSettings.max_size)
         while data := self._session.recv(1 << 16):
             for payload in decoder.feed(data):
                 yield m.parse_worker_message(payload)
@@ -105,6 +107,27 @@ def test_the_peak_memory_of_a_worker_stays_within_its_budget(backup: Path, budge
     assert status == 0
     assert peak <= budget_mib * MIB
     assert peak >= 0.6 * budget_mib * MIB, "what could have been used was not: the test proves nothing"
+
+
+def test_what_a_worker_keeps_of_each_qube_stays_within_the_budget(tmp_path: Path) -> None:
+    """The settings of these qubes, all together, would be far more than it may use."""
+    menus = [f"{'x' * 200}-{number}.desktop" for number in range(4000)]
+    qubes = [QubePlan(f"qube{number}", appmenus=menus) for number in range(100)]
+    BackupWriter(qubes, log_n=1).write(tmp_path / "backup")
+    worker = Worker(tmp_path / "backup")
+    try:
+        worker.say(m.Open(passphrase=SecretStr(PASSPHRASE), memory=LEAST_MIB * MIB, jobs=1))
+        closed = 0
+        for message in worker.listen():
+            if isinstance(message, m.Manifest):
+                worker.say(m.Start(mode="verify", keys=tuple(qube.key for qube in message.qubes)))
+            elif isinstance(message, m.QubeSettings):
+                closed += message.appmenus is not None
+        assert closed == len(qubes)
+        peak = worker.peak_memory()
+    finally:
+        worker.end()
+    assert peak <= LEAST_MIB * MIB
 
 
 def test_a_worker_opens_no_file_for_writing(backup: Path) -> None:

@@ -123,6 +123,14 @@ def test_a_closed_qube_stays_closed() -> None:
     assert qubes["work"].settings().error is None
 
 
+def test_a_closed_qube_keeps_none_of_its_settings() -> None:
+    _, qubes = select("work")
+    qubes["work"].firewall, qubes["work"].notes, qubes["work"].appmenus = (), "notes", ("a.desktop",)
+    assert qubes["work"].settings().notes == "notes"
+    qubes["work"].close()
+    assert qubes["work"].settings() == m.QubeSettings(key="vm10")
+
+
 def test_skipping_knows_only_what_was_selected() -> None:
     selection, qubes = select("work")
     selection.skip("vm11")

@@ -446,6 +446,19 @@ async def test_who_says_more_than_the_broker_reads_has_to_wait() -> None:
     assert received == messages
 
 
+async def test_settings_wait_in_the_outbox_only_up_to_their_bytes() -> None:
+    outbox = Outbox(asyncio.get_running_loop())
+    large = m.QubeSettings(key="vm10", appmenus=(f"{'x' * 200}.desktop",) * 4000)
+    speaker = in_thread(lambda: say_all(outbox, [large] * 5))
+    for left in (4, 3, 2, 1, 0):
+        assert await outbox.get() == large
+        await asyncio.to_thread(speaker.join, 0.05)
+        assert outbox._messages.qsize() == 0
+        assert speaker.is_alive() == (left > 0)
+        outbox.sent()
+    await asyncio.to_thread(join, speaker)
+
+
 async def test_closing_the_outbox_frees_who_waits_and_drops_what_comes() -> None:
     outbox = Outbox(asyncio.get_running_loop())
     speaker = in_thread(lambda: say_all(outbox, [m.Log(level="info", text="x")] * 100))
