@@ -2,7 +2,8 @@
 
 Strategy: each `<device>` is read by itself into the model of the session protocol. What that does not accept,
 or what could only be given back as more than it was, is left out with a warning. qubesd wrote neither of both
-at first (the device was required), then `required="no"`, and since R4.3 `mode="auto-attach"`.
+at first (the device was required), then `required="no"`, and since R4.3 `mode="auto-attach"`. Since then an
+assignment may also be to one device only (`identity`): without it, another one in the port would be attached.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from qubes_restore_svc.wire.messages import DeviceInfo
 
 MAX_DEVICES = 256  #: of one qube; see ManifestQube
 
+_ANY_DEVICE = "*"
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 #: qubesd's AssignmentMode, as far as an assignment can be made again: is the device required? One that was
@@ -46,9 +48,17 @@ def _device(untrusted_port: tuple[str, str, str], untrusted_device: Element) -> 
     bus, backend, port = untrusted_port
     options = {option.get("name", ""): option.text or "" for option in untrusted_device.findall("./option")}
     required = _required(untrusted_device, options.pop("required", None))
+    untrusted_identity = options.pop("identity", None) or untrusted_device.get("identity", _ANY_DEVICE)
     try:
         return DeviceInfo.model_validate(
-            {"bus": bus, "backend": backend, "port": port, "required": required, "options": options}
+            {
+                "bus": bus,
+                "backend": backend,
+                "port": port,
+                "identity": None if untrusted_identity == _ANY_DEVICE else untrusted_identity,
+                "required": required,
+                "options": options,
+            }
         )
     except ValidationError:
         return None

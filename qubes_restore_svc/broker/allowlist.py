@@ -97,7 +97,7 @@ class SettingsPolicy:
         tags = dict.fromkeys(qube.tags, "")
         tags = dict(self._chosen(self._tags, tags.items(), qube.klass, told))
         devices = tuple(self._chosen_devices(qube.devices, told))
-        notes += [*_named_in_full("property", properties), *_named_in_full("feature", features)]
+        notes += [*_asked_for("property", properties), *_asked_for("feature", features)]
         return AllowedSettings(
             properties, features, tuple(tags), devices, _shortened(tuple(told)), _shortened(tuple(notes))
         )
@@ -195,11 +195,12 @@ class _List:
         self.matches: Callable[[str], bool] = lambda name: any(p.fullmatch(name) for p in patterns)
 
 
-def _named_in_full(kind: Kind, settings: Mapping[str, str]) -> Iterator[str]:
-    """Notes on what comes back only because the configuration names it: it may give rights."""
+def _asked_for(kind: Kind, settings: Mapping[str, str]) -> Iterator[str]:
+    """Notes on what comes back only because the configuration asks for just that: it may give rights."""
     for name, value in settings.items():
         rule = rule_for(kind, name)
-        if rule.standing is Standing.NAMED and not rule.silent:
+        usual = rule.standing in (Standing.RESTORED, Standing.LISTED) or value in rule.free_values
+        if not usual and not rule.silent and value not in rule.silent_values:
             yield f"{kind} {name} is {value[:_MAX_SHOWN]!r}, as the configuration allows"
 
 

@@ -12,6 +12,9 @@ from qubes_restore_svc.host.base import Definition, QubesView
 #: What a qube gets whose label does not exist here, as with the stock command: the least trusted one.
 LABEL_FOR_UNKNOWN = "red"
 
+#: Most devices of one qube that are told one by one.
+MAX_TOLD = 20
+
 #: What is decided here, or by qubesd, and not by a backup, whatever an allow-list says.
 _NOT_AS_PROPERTY = frozenset(
     {"name", "klass", "qid", "uuid", "dispid", "label", "template", "netvm", "default_dispvm"}
@@ -50,5 +53,10 @@ def set_up(qube: Candidate, references: References, system: QubesView) -> SetUp:
     left_out = (
         f"device {device.bus} {device.backend}:{device.port} (its backend is not here)" for device in stranded
     )
-    notes = (*references.notes, *change, *allowed.notes)
+    assigned = (
+        f"device {device.bus} {device.backend}:{device.port} is assigned, as the configuration allows"
+        for device in devices[:MAX_TOLD]
+    )
+    more = (f"{len(devices) - MAX_TOLD} more devices are assigned",) if len(devices) > MAX_TOLD else ()
+    notes = (*references.notes, *change, *allowed.notes, *assigned, *more)
     return SetUp(definition, notes, (*allowed.left_out, *left_out))

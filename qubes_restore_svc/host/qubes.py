@@ -361,7 +361,7 @@ class QubesSystem:
                 backend_domain=self._qube(device.backend),
                 port_id=device.port,
                 devclass=device.bus,
-                device_id=None,
+                device_id=device.identity,
                 options=dict(device.options),
                 mode="required" if device.required else "auto-attach",
             )

@@ -17,6 +17,7 @@ from qubes_restore_svc.wire.names import (
     AppmenuName,
     BackupId,
     DeviceClass,
+    DeviceIdentity,
     DevicePort,
     FeatureName,
     FilterName,
@@ -57,6 +58,7 @@ class DeviceInfo(Model):
     bus: DeviceClass
     backend: QubeName
     port: DevicePort
+    identity: DeviceIdentity | None = None  #: the one device that it must be; None: whichever is there
     required: bool = False  #: without it the qube does not start
     options: Annotated[dict[FeatureName, SettingValue], Field(max_length=16)] = Field(default_factory=dict)
 

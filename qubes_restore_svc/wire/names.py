@@ -48,6 +48,8 @@ LocationId = Annotated[str, _pattern(r"^[A-Za-z0-9]+$", 64)]
 #: What qubes.xml calls a class of devices (`pci`), and one of them within its backend (`00_14.0`).
 DeviceClass = Annotated[str, _pattern(r"^[a-z][a-z0-9]*$", 16)]
 DevicePort = Annotated[str, _pattern(r"^[a-zA-Z0-9_.:-]+$", 128)]
+#: Which device it is, whatever port it is in (`0x8086:0x1e31::p0c0330`).
+DeviceIdentity = Annotated[str, _pattern(r"^[a-zA-Z0-9:?*_.,+-]+$", 128)]
 BackupId = Annotated[str, _pattern(r"^[A-Za-z0-9-]+$", 128)]
 FilterName = Annotated[str, _pattern(r"^[a-z0-9-]+$", 32)]
 ErrorKind = Annotated[str, _pattern(r"^[a-z-]+$", 64)]

@@ -39,7 +39,7 @@ def option(name: str, value: str) -> str:
         (device("", option("required", "True")), True),
         (device("", option("required", "False")), False),
         (device('mode="required" identity="*"'), True),  # since R4.3
-        (device('mode="auto-attach" identity="0x8086:0x1e31::p0c0330"'), False),
+        (device('mode="auto-attach"'), False),
         # The older word counts, as for qubesd.
         (device('required="no" mode="required"'), False),
     ],
@@ -49,6 +49,31 @@ def test_each_form_says_whether_the_device_is_required(written: str, required: b
         (DeviceInfo(bus="pci", backend="dom0", port="00_14.0", required=required),),
         [],
     )
+
+
+ONE = "0x8086:0x1e31::p0c0330"
+
+
+@pytest.mark.parametrize(
+    ("written", "identity"),
+    [
+        (device(f'identity="{ONE}"'), ONE),
+        (device("", option("identity", ONE)), ONE),
+        (device('identity="*"'), None),
+        (device(), None),
+    ],
+)
+def test_an_assignment_stays_with_its_one_device(written: str, identity: str | None) -> None:
+    assert read(written) == (
+        (DeviceInfo(bus="pci", backend="dom0", port="00_14.0", identity=identity, required=True),),
+        [],
+    )
+
+
+@pytest.mark.parametrize("identity", ["", "a b", "ü", "x" * 129])
+def test_a_device_whose_identity_cannot_be_read_is_left_out(identity: str) -> None:
+    found, warnings = read(device(f'identity="{identity}"'))
+    assert (found, len(warnings)) == ((), 1)
 
 
 def test_options_come_along() -> None:

@@ -259,10 +259,11 @@ def test_a_value_is_checked_whoever_let_the_setting_in() -> None:
     given = {"guivm": "sys gui", "kernel": "../x", "kernelopts": "a" * 513, "autostart": "perhaps"}
     assert properties(given, policy).properties == {}
     given = {"guivm": "sys-gui", "kernel": "6.6.2", "kernelopts": "quiet", "autostart": "True"}
-    expected = AllowedSettings(
-        properties=given, notes=("property guivm is 'sys-gui', as the configuration allows",)
+    notes = tuple(
+        f"property {name} is {value!r}, as the configuration allows" for name, value in given.items()
     )
-    assert properties(given, policy) == expected
+    assert properties(given, policy) == AllowedSettings(properties=given, notes=notes)
+    assert properties({"kernel": "", "autostart": "False"}, policy).notes == ()
 
 
 def test_what_guards_the_qube_is_not_lost_for_its_value() -> None:

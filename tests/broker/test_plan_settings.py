@@ -55,6 +55,7 @@ def test_a_device_comes_back_only_if_its_backend_is_here() -> None:
     assert planned.definition is not None
     assert [device.backend for device in planned.definition.devices] == ["dom0"]
     assert planned.left_out == ("device block sys-usb:sda (its backend is not here)",)
+    assert planned.notes == ("device pci dom0:00_14.0 is assigned, as the configuration allows",)
 
 
 def test_notes_come_in_the_order_of_what_a_person_asks_first() -> None:

@@ -364,6 +364,9 @@ def test_a_device_is_assigned_for_all_starts(system: QubesSystem, qubesd: Qubesd
     [(key, (mode, text))] = domain(qubesd, NETVM).devices.items()
     assert (key[:3], mode) == (("block", "dom0", "sda1"), "auto-attach")
     assert "read-only" in text or "read_only" in text
+    one = device.model_copy(update={"identity": "0x1:0x2::p0c0330"})
+    system.assign_device(NETVM, one)
+    assert {key[3] for key in domain(qubesd, NETVM).devices} == {"*", "0x1:0x2::p0c0330"}
     with pytest.raises(HostFailed, match="no such qube"):
         system.assign_device(NETVM, device.model_copy(update={"backend": "gone"}))
 

@@ -26,7 +26,8 @@ QUBE: Json = {
     "volumes": [{"name": "private", "size": 5}],
     "properties": {"memory": "400"}, "features": {"service.cups": "1"}, "tags": ["created-by-dom0"],
     "devices": [{
-        "bus": "pci", "backend": "dom0", "port": "00_14.0", "required": True,
+        "bus": "pci", "backend": "dom0", "port": "00_14.0", "identity": "0x8086:0x1e31::p0c0330",
+        "required": True,
         "options": {"no-strict-reset": "True"},
     }],
 }  # fmt: skip
@@ -79,8 +80,8 @@ OPTIONAL: dict[str, set[str]] = {
         "refused.0.error.advice", "qubes.0.template", "qubes.0.netvm", "qubes.0.home_user",
         "qubes.0.backup_size", "qubes.0.volumes", "qubes.0.volumes.0.size", "qubes.0.properties",
         "qubes.0.features", "qubes.0.tags", "qubes.0.properties.memory",
-        "qubes.0.features.service.cups", "qubes.0.devices", "qubes.0.devices.0.required",
-        "qubes.0.devices.0.options", "qubes.0.devices.0.options.no-strict-reset",
+        "qubes.0.features.service.cups", "qubes.0.devices", "qubes.0.devices.0.identity",
+        "qubes.0.devices.0.required", "qubes.0.devices.0.options", "qubes.0.devices.0.options.no-strict-reset",
     },
     "volume_ready": set(),
     "volume_done": {
@@ -101,6 +102,7 @@ NULLABLE = {
     "open": {"memory", "jobs", "compression_filter", "storage"},
     "manifest": {
         "qubes.0.template", "qubes.0.netvm", "qubes.0.home_user", "qubes.0.volumes.0.size",
+        "qubes.0.devices.0.identity",
         "refused.0.error.qube", "refused.0.error.volume", "refused.0.error.chunk",
     },
     "volume_done": {"sha256", "error.qube", "error.volume", "error.chunk"},
@@ -325,6 +327,7 @@ LONGEST: list[tuple[str, Path, object, object]] = [
     ("manifest", ("qubes", 0, "devices", 0, "bus"), "b" * 16, "b" * 17),
     ("manifest", ("qubes", 0, "devices", 0, "backend"), "n" * 31, "n" * 32),
     ("manifest", ("qubes", 0, "devices", 0, "port"), "p" * 128, "p" * 129),
+    ("manifest", ("qubes", 0, "devices", 0, "identity"), "i" * 128, "i" * 129),
     ("manifest", ("qubes", 0, "devices", 0, "options"), blank("o", 16), blank("o", 17)),
     ("manifest", ("qubes", 0, "devices", 0, "options"), {"o": "v" * 16384}, {"o": "v" * 16385}),
     ("volume_ready", ("key",), "k" * 64, "k" * 65),
