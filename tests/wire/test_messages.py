@@ -81,7 +81,8 @@ OPTIONAL: dict[str, set[str]] = {
         "qubes.0.backup_size", "qubes.0.volumes", "qubes.0.volumes.0.size", "qubes.0.properties",
         "qubes.0.features", "qubes.0.tags", "qubes.0.properties.memory",
         "qubes.0.features.service.cups", "qubes.0.devices", "qubes.0.devices.0.identity",
-        "qubes.0.devices.0.required", "qubes.0.devices.0.options", "qubes.0.devices.0.options.no-strict-reset",
+        "qubes.0.devices.0.required", "qubes.0.devices.0.options",
+        "qubes.0.devices.0.options.no-strict-reset",
     },
     "volume_ready": set(),
     "volume_done": {
