@@ -8,7 +8,9 @@ error of a worker from its kind without trusting the worker's wording.
 This module imports the standard library only, so that both sides of the VM boundary can use it.
 """
 
+import errno
 import signal
+from pathlib import PurePath
 from typing import ClassVar
 
 
@@ -270,6 +272,13 @@ class WorkerMissing(RestoreError):
     kind = "worker-missing"
 
 
+class ResourcesExhausted(RestoreError):
+    """A limit on processes, threads, open files or memory was reached."""
+
+    kind = "resources-exhausted"
+    default_advice = "Close other programs, or raise the limit, and try again."
+
+
 # --- The host ------------------------------------------------------------------------------------
 
 
@@ -351,3 +360,50 @@ def _subclasses(base: type[RestoreError]) -> list[type[RestoreError]]:
 
 #: Every kind of error by its word, as used in reports and on the wire.
 ERROR_KINDS: dict[str, type[RestoreError]] = {cls.kind: cls for cls in _subclasses(RestoreError)}
+
+_PROCESSES = (
+    "no more processes or threads can be started",
+    "Close other programs, or raise the limit (ulimit -u, ulimit -v, TasksMax= of a service), and try again.",
+)
+_MEMORY = ("there is no memory left", "Close other programs, or give --memory MIB with a smaller number.")
+_EXHAUSTED = {
+    errno.EAGAIN: _PROCESSES,
+    errno.EMFILE: (
+        "one process has too many files open",
+        "Raise the limit (ulimit -n), and try again.",
+    ),
+    errno.ENFILE: ("the system has too many files open", "Close other programs, and try again."),
+    errno.ENOMEM: _MEMORY,
+    errno.ENOBUFS: _MEMORY,
+}
+
+
+def exhausted(error: BaseException, where: str = "on this machine") -> ResourcesExhausted | None:
+    """The error to tell if `error` means that a resource has run out; `where` says whose it is."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, RuntimeError) and "start new thread" in str(error):
+        number = errno.EAGAIN
+    if number not in _EXHAUSTED:
+        return None
+    reason, advice = _EXHAUSTED[number]
+    return ResourcesExhausted(f"{reason} {where}", advice=advice)
+
+
+def unforeseen(error: BaseException, where: str = "on this machine") -> RestoreError:
+    """The error to tell for one that nobody has provided for.
+
+    Its text is left out: it might quote what is secret, or what the archive says.
+    """
+    found = error if isinstance(error, RestoreError) else exhausted(error, where)
+    if found is not None:
+        return found
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        place = f", {PurePath(trace.tb_frame.f_code.co_filename).name} line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return RestoreError(
+        f"something failed that must not fail ({type(error).__name__}{place})",
+        advice="This is a mistake of the program; please report it.",
+    )

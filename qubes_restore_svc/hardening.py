@@ -49,3 +49,9 @@ def _open_standard_streams() -> None:
             os.fstat(standard)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+def close_read(fd: int) -> None:
+    """Close what was only read from: an error that comes now changes nothing."""
+    with contextlib.suppress(OSError):
+        os.close(fd)

@@ -1,6 +1,7 @@
 """Errors: one class a kind, and a text that says where, what and what to do."""
 
 import ast
+import errno
 import inspect
 import re
 import sys
@@ -8,7 +9,16 @@ import sys
 import pytest
 
 from qubes_restore_svc import errors
-from qubes_restore_svc.errors import ERROR_KINDS, BadImage, HostFailed, NoSpace, RestoreError, how_ended
+from qubes_restore_svc.errors import (
+    ERROR_KINDS,
+    BadImage,
+    HostFailed,
+    NoSpace,
+    RestoreError,
+    exhausted,
+    how_ended,
+    unforeseen,
+)
 
 CLASSES = [
     value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RestoreError)
@@ -77,6 +87,43 @@ def test_a_full_disk_is_a_failure_of_the_host() -> None:
     assert ERROR_KINDS["no-space"] is NoSpace
     assert ERROR_KINDS["host-failed"] is HostFailed
     assert ERROR_KINDS["error"] is RestoreError
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (BlockingIOError(errno.EAGAIN, "x"), "no more processes or threads can be started in the worker"),
+        (RuntimeError("can't start new thread"), "no more processes or threads can be started in the worker"),
+        (OSError(errno.EMFILE, "x"), "one process has too many files open in the worker"),
+        (OSError(errno.ENFILE, "x"), "the system has too many files open in the worker"),
+        (OSError(errno.ENOMEM, "x"), "there is no memory left in the worker"),
+        (OSError(errno.ENOBUFS, "x"), "there is no memory left in the worker"),
+        (MemoryError(), "there is no memory left in the worker"),
+    ],
+)
+def test_what_has_run_out_is_named_with_what_to_do(error: Exception, words: str) -> None:
+    found = exhausted(error, "in the worker")
+    assert found is not None and found.reason == words
+    assert found.advice
+    assert unforeseen(error, "in the worker").reason == words
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), RuntimeError("x"), KeyError("secret"), OSError()])
+def test_what_nobody_provided_for_is_told_without_its_text(error: Exception) -> None:
+    assert exhausted(error) is None
+    with pytest.raises(type(error)) as caught:
+        raise error
+    told = unforeseen(caught.value)
+    assert type(told) is RestoreError
+    assert re.fullmatch(
+        rf"something failed that must not fail \({type(error).__name__}, test_errors.py line \d+\)",
+        told.reason,
+    )
+
+
+def test_an_error_that_is_known_stays_what_it_is() -> None:
+    error = BadImage("r")
+    assert unforeseen(error) is error
 
 
 def test_errors_need_the_standard_library_only() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pydantic import SecretStr, ValidationError
 
 from qubes_restore_svc.broker.ledger import believed_error
-from qubes_restore_svc.errors import ProtocolViolation, UsageError, WorkerLost, WorkerStalled
+from qubes_restore_svc.errors import ProtocolViolation, UsageError, WorkerLost, WorkerStalled, exhausted
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
@@ -125,8 +125,10 @@ class SessionClient:
                 await self._writer.drain()
         except TimeoutError:
             raise WorkerStalled("the worker takes no messages") from None
-        except OSError:
-            pass  # its last words may still be there to be read, and the end after them
+        except OSError as error:
+            if (found := exhausted(error)) is not None:
+                raise found from error
+            # Its last words may still be there to be read, and the end after them.
 
     async def _receive(self) -> m.WorkerMessage:
         """The next message; a `failed` is raised as its error."""
@@ -159,6 +161,8 @@ class SessionClient:
         except OSError as error:
             if error is self._failure:
                 raise
+            if (found := exhausted(error)) is not None:
+                raise found from error
             untrusted_data = b""
         if not untrusted_data:
             raise await self.lost()

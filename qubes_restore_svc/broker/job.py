@@ -15,7 +15,7 @@ from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
 from qubes_restore_svc.broker.restore import Observer, RestoreRun
-from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError, exhausted
 from qubes_restore_svc.host.base import Host
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.waiting import ask, in_thread
@@ -63,6 +63,10 @@ async def run_job(
         error = caught
     except asyncio.CancelledError:
         error = Cancelled("it was cancelled", advice="")
+    except Exception as caught:
+        error = exhausted(caught)
+        if error is None:  # a mistake of ours
+            raise
     report.close(_now(), error)
     return report
 

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost
+from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost, exhausted
 from qubes_restore_svc.host.base import VolumeSink
 from qubes_restore_svc.waiting import in_thread, started, to_the_end
 from qubes_restore_svc.wire import messages as m
@@ -116,6 +116,8 @@ class VolumeCopy:
             return error
         except Exception as mistake:
             _hang_up(self._connection)
+            if (found := exhausted(mistake)) is not None:
+                return found
             self._end_session(mistake)
             raise
 
@@ -159,7 +161,9 @@ def _receive(connection: socket.socket, target: memoryview) -> int:
     """How many bytes have come; 0 when no more will, in whichever way the stream ended."""
     try:
         return connection.recv_into(target)
-    except OSError:
+    except OSError as error:
+        if (found := exhausted(error)) is not None:
+            raise found from error
         return 0
 
 

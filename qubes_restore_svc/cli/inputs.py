@@ -50,9 +50,17 @@ def check_target(target: Path) -> None:
     The host looks again, more closely, when it takes its lock.
     """
     shown = strip_control(str(target))
+    is_there = True
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        is_there = False
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "that is no name of a directory"
+        raise UsageError(f"{shown} cannot be used: {reason}", advice="Name another one after --to.") from None
     if target.is_dir():
         writable = target
-    elif os.path.lexists(target):
+    elif is_there:
         raise UsageError(f"{shown} is not a directory", advice="Name another one after --to.")
     else:
         writable = target.absolute().parent

@@ -6,7 +6,6 @@ the exit status.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Never
@@ -25,6 +24,7 @@ from qubes_restore_svc.cli.results import keep_report, show_report
 from qubes_restore_svc.cli.tables import manifest_table
 from qubes_restore_svc.cli.terminal import print_result, say_wrapped
 from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.directory import DirectoryHost
 from qubes_restore_svc.link.local import LocalLink
 from qubes_restore_svc.link.sandbox import find_bubblewrap
@@ -50,7 +50,7 @@ def run(argv: Sequence[str] | None, interruption: Interruption) -> int:
     try:
         return _run(arguments, archive_fd, interruption)
     finally:
-        os.close(archive_fd)
+        close_read(archive_fd)
 
 
 def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
@@ -81,9 +81,9 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         display.close()
     written = keep_report(_PROGRAM, arguments.report, report)
     interruption.resume()
-    show_report(_PROGRAM, report, quiet=arguments.quiet)
-    # Whoever asked for a report relies on it.
-    return report.status if written or report.status != COMPLETE else PARTLY
+    shown = show_report(_PROGRAM, report, quiet=arguments.quiet)
+    # Whoever asked for a report, or for the table, relies on it.
+    return report.status if (written and shown) or report.status != COMPLETE else PARTLY
 
 
 def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
@@ -121,7 +121,7 @@ def _show_manifest(manifest: Manifest, *, as_json: bool) -> int:
     shown = print_result(_PROGRAM, _manifest_json(manifest) if as_json else manifest_table(manifest))
     for refused in manifest.refused:
         say_wrapped(f"not listed: {refused.name}: {refused.error.reason}")
-    return NOTHING if not shown else PARTLY if manifest.refused else COMPLETE
+    return NOTHING if shown is False else PARTLY if manifest.refused else COMPLETE
 
 
 def _manifest_json(manifest: Manifest) -> str:

@@ -5,13 +5,15 @@ for all commands, and only here the process ends.
 """
 
 import sys
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Never
 
-from qubes_restore_svc.broker.report import CANCELLED, NOTHING, USAGE
+from qubes_restore_svc.broker.report import CANCELLED, COMPLETE, NOTHING, USAGE
 from qubes_restore_svc.cli.interruption import Interruption
-from qubes_restore_svc.cli.terminal import say, say_wrapped
-from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
+from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped
+from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError, unforeseen
 from qubes_restore_svc.hardening import prepare_process
 
 
@@ -22,7 +24,21 @@ def carry_out(program: str, work: Callable[[Interruption], int]) -> Never:
     interruption.install()
     status = _status(program, work, interruption)
     interruption.finish()
+    # What the help or the version could not be written for shows only now.
+    if print_result(program, "", end="") is False and status == COMPLETE:
+        status = NOTHING
     sys.exit(status)
+
+
+def last_resort(program: str, error: Exception, words: Sequence[str]) -> int:
+    """Say what was not provided for, in a line; with -v also where it came from. The exit status."""
+    # Where there is no event loop to be had, Python complains of what could not even begin.
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = lambda _: None
+    if {"-v", "--verbose"} & set(words):
+        say("".join(traceback.format_tb(error.__traceback__)).rstrip())
+    say_wrapped(f"{program}: {unforeseen(error)}")
+    return NOTHING
 
 
 def _status(program: str, work: Callable[[Interruption], int], interruption: Interruption) -> int:
@@ -37,3 +53,7 @@ def _status(program: str, work: Callable[[Interruption], int], interruption: Int
     except RestoreError as error:
         say_wrapped(f"{program}: {error}")
         return NOTHING
+    except SystemExit as end:  # argparse: help, version, a mistake in the arguments
+        return end.code if isinstance(end.code, int) else COMPLETE if end.code is None else NOTHING
+    except Exception as error:  # noqa: BLE001 - the last one that can say it in words
+        return last_resort(program, error, sys.argv[1:])

@@ -5,7 +5,6 @@ asyncio task that a signal cancels, in which the plan is shown and the question 
 table, the exit status. Who carries it out comes from `qvm_parts`; a test can give it somebody else.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_error, show_report
 from qubes_restore_svc.errors import RestoreError, UsageError
+from qubes_restore_svc.hardening import close_read
 
 PROGRAM = "qvm-backup-restore"
 
@@ -81,10 +81,11 @@ def _run(
     interruption.resume()
     if review.seen and not review.accepted:
         show_error(PROGRAM, report)  # the table has been seen, and nothing has happened since
+        shown = True
     else:
-        show_report(PROGRAM, report, quiet=quiet)
-    # Whoever asked for a report relies on it.
-    return report.status if written or report.status != COMPLETE else PARTLY
+        shown = show_report(PROGRAM, report, quiet=quiet)
+    # Whoever asked for a report, or for the table, relies on it.
+    return report.status if (written and shown) or report.status != COMPLETE else PARTLY
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
     try:
         yield archive_fd
     finally:
-        os.close(archive_fd)
+        close_read(archive_fd)
 
 
 def _session_options(arguments: RestoreArguments) -> SessionOptions:

@@ -13,11 +13,13 @@ from qubes_restore_svc.cli.tables import failures, left_out, report_table
 from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
 
 
-def show_report(program: str, report: Report, *, quiet: bool) -> None:
-    """The table, the failures with their reasons, what was left out, and one line to sum it up."""
+def show_report(program: str, report: Report, *, quiet: bool) -> bool:
+    """The table, the failures with their reasons, what was left out, and one line to sum it up.
+
+    False if the table could not be written; that has been said, then.
+    """
     table = report_table(report, width_of(sys.stdout))
-    if table and not quiet:
-        print_result(program, table)
+    shown = quiet or not table or print_result(program, table) is not False
     width = width_of(sys.stderr)
     for line in failures(report, width):
         say(line)
@@ -30,6 +32,7 @@ def show_report(program: str, report: Report, *, quiet: bool) -> None:
         done = sum(qube.succeeded for qube in wanted)
         verb = "verified" if report.mode == "verify" else "restored"
         say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}.")
+    return shown
 
 
 def show_error(program: str, report: Report) -> None:

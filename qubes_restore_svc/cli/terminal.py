@@ -48,19 +48,21 @@ def say_wrapped(text: str) -> None:
     say(wrapped(text, width_of(sys.stderr)))
 
 
-def print_result(program: str, text: str) -> bool:
-    """`text` on standard output; False if it could not be written, which has been said if it is a fault.
+def print_result(program: str, text: str, end: str = "\n") -> bool | None:
+    """`text` on standard output; False if it could not be written, which has been said.
 
-    A reader that has gone away, as `| head` does, is none.
+    None if nobody is there to read it: standard output was closed, or the reader has had enough, as in
+    `| head`. That is no fault.
     """
     if sys.stdout is None:
-        return False
+        return None
     try:
-        print(text, flush=True)  # noqa: T201 - the result of the command
+        print(text, end=end, flush=True)  # noqa: T201 - the result of the command
     except OSError as error:
         _silence(sys.stdout)
-        if not isinstance(error, BrokenPipeError):
-            say(f"{program}: standard output cannot be written: {error.strerror}")
+        if isinstance(error, BrokenPipeError):
+            return None
+        say(f"{program}: standard output cannot be written: {error.strerror}")
         return False
     return True
 

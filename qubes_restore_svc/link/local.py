@@ -15,7 +15,7 @@ from fcntl import F_GETFL, fcntl
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost
+from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost, exhausted
 from qubes_restore_svc.link.interpreter import worker_command
 from qubes_restore_svc.link.process import SandboxFailed, WorkerProcess
 from qubes_restore_svc.link.sandbox import find_bubblewrap, sandbox_failed
@@ -107,6 +107,8 @@ class LocalLink:
         try:
             await worker.start(self._command or worker_command(), self._archive_fd, limit)
         except OSError as error:
+            if (found := exhausted(error)) is not None:
+                raise found from error
             reason = f"the worker cannot be started: {error.strerror or error}"
             raise (SandboxUnavailable(reason) if bubblewrap else WorkerLost(reason)) from error
         return worker

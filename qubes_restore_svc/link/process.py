@@ -17,7 +17,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from qubes_restore_svc.errors import WorkerLost
+from qubes_restore_svc.errors import WorkerLost, exhausted
 from qubes_restore_svc.link.limits import limit_resources
 from qubes_restore_svc.link.pipes import Tail, readable, tail_of_pipe
 from qubes_restore_svc.link.sandbox import sandbox_command
@@ -91,6 +91,8 @@ class WorkerProcess:
             except BlockingIOError:
                 raise WorkerLost("the worker takes no calls any more") from None
             except OSError as error:
+                if (found := exhausted(error)) is not None:
+                    raise found from error
                 raise WorkerLost(f"the worker cannot be called: {error.strerror}") from error
             undo.pop_all()
         return ours

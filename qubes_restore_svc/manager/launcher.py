@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qubes_restore_svc import __version__
+from qubes_restore_svc.errors import unforeseen
 
 _PROGRAM = "qubes-restore-manager"
 #: Modules of others, and the packages that bring them.
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"the installed Qubes Manager is another than this was made for ({error}). Update it, or use"
             " “qvm-backup-restore --mgmt-vm” in a terminal."
         )
+    except Exception as error:  # noqa: BLE001 - the last one that can say it in words
+        _fail(str(unforeseen(error)))
 
 
 def _parse(arguments: Sequence[str] | None) -> str:

@@ -21,7 +21,7 @@ from qubes_restore_svc.broker.job import read_manifest
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.report import CANCELLED
 from qubes_restore_svc.dom0 import PLACES, Dom0Restore, Places, Wishes, dom0_restore
-from qubes_restore_svc.errors import BadConfiguration, Cancelled, RestoreError, UsageError
+from qubes_restore_svc.errors import BadConfiguration, Cancelled, RestoreError, UsageError, unforeseen
 from qubes_restore_svc.holders import Activity
 from qubes_restore_svc.link.storage import Dom0File, Location, QubePath, QubeService
 from qubes_restore_svc.service.conversation import Conversation, Final
@@ -87,6 +87,9 @@ class Call:
                 final = self._refused(error)
             except asyncio.CancelledError:
                 final = self._refused(Cancelled("it was cancelled", advice=""))
+            except Exception as error:  # noqa: BLE001 - the client waits for a last word
+                final = self._refused(unforeseen(error, "in dom0"))
+                self._note(f"{final.error.reason}")
             self._note(f"ended: {_outcome(final)}")
             return await self._conversation.finish(final)
 

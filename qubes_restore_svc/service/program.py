@@ -18,7 +18,7 @@ from typing import Never
 
 from qubes_restore_svc.broker.grants import MODES
 from qubes_restore_svc.dom0 import PLACES, Places, dom0_restore
-from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.errors import unforeseen
 from qubes_restore_svc.hardening import prepare_process
 from qubes_restore_svc.service.call import Assemble, Call
 from qubes_restore_svc.wire.names import strip_control
@@ -47,8 +47,8 @@ def carry_out(service: str, caller: str, places: Places = PLACES, assemble: Asse
     call = Call(service, caller, say, places, assemble)
     try:
         delivered = asyncio.run(_served(call, read_fd, write_fd))
-    except RestoreError as error:
-        say(error.reason)
+    except Exception as error:  # noqa: BLE001 - the last one that can say it in words
+        say(unforeseen(error).reason)
         sys.exit(FAILED)
     sys.exit(DELIVERED if delivered else FAILED)
 

@@ -6,7 +6,6 @@ import os
 import resource
 import socket
 import sys
-import traceback
 from collections.abc import Sequence
 
 from qubes_restore_svc.archive.kdf import KdfEngine, best_engine
@@ -15,6 +14,7 @@ from qubes_restore_svc.hardening import forbid_core_dumps
 from qubes_restore_svc.system_memory import available_memory
 from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
 from qubes_restore_svc.worker.daemon import Daemon
+from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.system_calls import forbid_the_rest
 
 #: Bytes that stay free for the kernel, the sockets and what else runs in the qube, unless told otherwise.
@@ -61,8 +61,8 @@ async def _serve(accept: Accept, engine: KdfEngine, archive_fd: int | None, *, m
     try:
         await Daemon(accept, engine, memory=memory, jobs=jobs, archive_fd=archive_fd).serve()
         status = 0
-    except Exception:  # noqa: BLE001 - a mistake of ours; its traceback goes to the link's log
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - its last line is what the link tells of the reason
+        sys.stderr.write(f"{as_restore_error(error).reason}\n")
     # A derivation takes seconds and cannot be interrupted, a read from a pipe perhaps never ends, and an
     # orderly end of the interpreter would wait for both. Nobody is interested in them any more.
     sys.stderr.flush()

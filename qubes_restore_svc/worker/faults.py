@@ -2,14 +2,14 @@
 
 Strategy: a thread that dies without a word leaves the others waiting for ever. So each of them catches
 everything at its outermost place, and here it becomes an error that can be sent: errors of the archive are
-that already, want of memory has its own words, and everything else is a mistake of this program, which is
+that already, what has run out has its own words, and everything else is a mistake of this program, which is
 named by its type only. Its text might quote what is secret, or what the archive says.
 """
 
 import sys
 import traceback
 
-from qubes_restore_svc.errors import BudgetTooSmall, RestoreError
+from qubes_restore_svc.errors import BudgetTooSmall, RestoreError, exhausted
 
 
 def as_restore_error(error: BaseException) -> RestoreError:
@@ -27,6 +27,9 @@ def as_restore_error(error: BaseException) -> RestoreError:
             "the system has less memory than the worker was told it may use",
             advice="Close other programs, or give --memory MIB with a smaller number.",
         )
+    found = exhausted(error, "in the worker")
+    if found is not None:
+        return found
     traceback.print_tb(error.__traceback__)
     print(type(error).__name__, file=sys.stderr, flush=True)  # noqa: T201 - the worker's log
     return RestoreError(

@@ -43,6 +43,11 @@ class Outbox:
             if not self._count:
                 self._add(message, 0)
 
+    def put_at_once(self, message: m.Message) -> None:
+        """Queue a message, however many wait; on the event loop, for the last word."""
+        with self._changed:
+            self._add(message, 0)
+
     async def get(self) -> m.Message:
         """The next message; `sent` must follow."""
         message, self._size = await self._messages.get()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import SkippedOnRequest
+from qubes_restore_svc.errors import SkippedOnRequest, exhausted
 from qubes_restore_svc.wire.volume import MAX_RECORD, encode_end, encode_header, encode_record
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -143,4 +143,5 @@ class VolumeStream:
             if data is not None:
                 self._connection.sendall(data[sent - len(header) :])
         except OSError as error:
-            raise SkippedOnRequest("the receiver stopped taking it") from error
+            found = exhausted(error, "in the worker")
+            raise found or SkippedOnRequest("the receiver stopped taking it") from error

@@ -107,7 +107,15 @@ class Session:
                 if isinstance(message, m.Cancel):
                     return
                 if not late:
-                    self._act(message)
+                    self._try_to(message)
+
+    def _try_to(self, message: m.BrokerMessage) -> None:
+        try:
+            self._act(message)
+        except ProtocolViolation:
+            raise
+        except Exception as error:  # noqa: BLE001 - no thread or no memory is left: the broker waits for a word
+            self._outbox.put_at_once(m.Failed(error=m.ErrorInfo.of(as_restore_error(error))))
 
     def _act(self, message: m.BrokerMessage) -> None:
         if isinstance(message, m.Open):

@@ -1,6 +1,7 @@
 """A volume's stream becomes writes; nothing that is not one does."""
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qubes_restore_svc.broker.receiver import VolumeCopy, receive_volume
-from qubes_restore_svc.errors import NoSpace, ProtocolViolation, RestoreError, WorkerLost
+from qubes_restore_svc.errors import NoSpace, ProtocolViolation, ResourcesExhausted, RestoreError, WorkerLost
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_RECORD, encode_end, encode_header, encode_record
 from tests.broker.fake_worker import Image
@@ -113,6 +114,18 @@ def test_nothing_of_a_record_is_written_before_all_of_it_is_there(
     with pytest.raises(WorkerLost):
         receive_volume(ours, sink, IMAGE.size)
     assert sink.calls == []
+
+
+class Exhausted:
+    """A connection for whose next bytes there is no memory."""
+
+    def recv_into(self, _: memoryview) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_want_of_memory_in_a_receive_is_not_blamed_on_the_worker() -> None:
+    with pytest.raises(ResourcesExhausted, match="there is no memory left on this machine"):
+        receive_volume(Exhausted(), Sink(), IMAGE.size)  # type: ignore[arg-type] # as much of one as it takes
 
 
 def test_a_broken_connection_is_a_lost_worker(pair: tuple[socket.socket, socket.socket]) -> None:

@@ -184,3 +184,22 @@ def test_a_prompt_that_is_not_answered(
     with pytest.raises(expected) as ended:
         read_passphrase(None, stdin_is_backup=False)
     assert "secret" not in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x" * 300, "cannot be used: File name too long"),
+        ("a\0b", "cannot be used: that is no name of a directory"),
+        ("missing/out", "missing is no directory. Create it first."),
+        ("file", "is not a directory"),
+        ("file/out", "cannot be used: Not a directory"),
+        ("loop/out", "cannot be used: Too many levels of symbolic links"),
+    ],
+)
+def test_a_target_that_cannot_be_one_is_a_mistake_of_the_call(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError) as caught:
+        check_target(tmp_path / name)
+    assert words in str(caught.value)

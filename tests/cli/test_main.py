@@ -6,6 +6,8 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +18,10 @@ from qubes_restore_svc.broker.report import PARTLY, Report
 from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli import interruption as interruption_module
 from qubes_restore_svc.cli.interruption import Interruption
+from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.errors import Cancelled, UsageError
+from qubes_restore_svc.hardening import close_read
 from tests.support.backup_writer import PASSPHRASE
 from tests.system.support import command, small_backup
 
@@ -301,3 +305,49 @@ def test_a_job_that_does_not_come_back_is_cancelled(interruption: Interruption) 
 
     with pytest.raises(Cancelled):
         interruption.run(job())
+
+
+# --- What nobody provided for -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("can't start new thread"),
+            "program: no more processes or threads can be started on this machine. Close other programs, or"
+            " raise the limit (ulimit -u, ulimit -v, TasksMax= of a service), and try again.\n",
+        ),
+        (MemoryError(), "program: there is no memory left on this machine."),
+        (KeyError("secret"), "program: something failed that must not fail (KeyError, test_main.py line "),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["-v"]])
+def test_the_last_resort_is_one_line_and_a_status(
+    error: Exception,
+    line: str,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interruption: Interruption,
+) -> None:
+    def fail(_: Interruption) -> int:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # as it is, afterwards
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        carry_out("program", fail)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said[said.index("program: ") :].startswith(line)
+    assert said.count("\n") == 1 or words
+    assert ("in fail" in said) == bool(words)
+    assert "secret" not in said
+
+
+def test_what_closing_a_file_says_that_was_only_read_changes_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    close_read(reader)
+    close_read(reader)  # EBADF stands for the EIO of a network file system

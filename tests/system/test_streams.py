@@ -37,14 +37,34 @@ def test_the_status_is_that_of_the_work_when_the_reader_of_the_table_has_gone(
         assert run.process.wait(30) == 0
 
 
-def test_a_disk_that_is_full_of_our_table_is_said(backup: Path, passphrase: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "status"), {"list": 1, "verify": 3, "extract": 3, "--help": 1, "--version": 1}.items()
+)
+def test_a_result_that_cannot_be_written_is_told_and_shows_in_the_status(
+    words: str, status: int, backup: Path, passphrase: Path, tmp_path: Path
+) -> None:
+    rest = () if words.startswith("-") else (backup, "-p", passphrase)
+    target = ("--to", tmp_path / "out") if words == "extract" else ()
     with Path("/dev/full").open("w") as full:
-        words = command("list", backup, "-p", passphrase)
         ended = subprocess.run(
-            words, env=environment("x"), cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True
+            command(words, *rest, *target),
+            env=environment("x"),
+            cwd=REPOSITORY,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    assert ended.returncode == 1
-    assert ended.stderr == "qubes-restore-svc: standard output cannot be written: No space left on device\n"
+    assert ended.returncode == status
+    line = "qubes-restore-svc: standard output cannot be written: No space left on device\n"
+    assert ended.stderr.count(line) == 1
+    assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+
+
+def test_a_reader_that_has_had_enough_of_a_list_is_no_failure(backup: Path, passphrase: Path) -> None:
+    with running("list", backup, "-p", passphrase) as run:
+        assert run.process.stdout is not None
+        run.process.stdout.close()
+        assert run.process.wait(30) == 0
 
 
 def test_no_file_of_the_restore_takes_the_place_of_a_closed_standard_stream(

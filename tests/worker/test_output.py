@@ -1,5 +1,6 @@
 """Where extents go: the hash sees the whole image, the stream only what is not a hole."""
 
+import errno
 import hashlib
 import socket
 import threading
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.types import Buffer
-from qubes_restore_svc.errors import Cancelled, SkippedOnRequest
+from qubes_restore_svc.errors import Cancelled, ResourcesExhausted, SkippedOnRequest
 from qubes_restore_svc.wire.volume import MAX_RECORD
 from qubes_restore_svc.worker.output import ImageHash, VolumeStream
 
@@ -167,3 +168,16 @@ def test_who_waits_for_a_broker_that_does_not_read_can_be_freed_from_another_thr
     assert ended == ["freed"]
     stream.close()
     stream.abort()  # too late, and harmless
+
+
+class Exhausted:
+    """A connection that the system has no memory for."""
+
+    def sendmsg(self, _: object) -> int:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+
+def test_want_of_memory_in_a_send_is_not_the_broker_that_has_hung_up() -> None:
+    stream = VolumeStream(Exhausted(), 10)  # type: ignore[arg-type] # as much of one as it takes
+    with pytest.raises(ResourcesExhausted, match="there is no memory left in the worker"):
+        stream.begin()

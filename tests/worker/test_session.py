@@ -90,6 +90,18 @@ async def test_the_number_of_jobs_is_the_brokers_to_choose() -> None:
         assert most == jobs
 
 
+async def test_want_of_threads_is_told_and_no_mistake_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with session_over(ARCHIVE) as (_, peer):
+        monkeypatch.setattr(session, "KeyScheduler", refuse)
+        peer.open()
+        failed = await peer.expect(m.Failed)
+    assert failed.error.kind == "resources-exhausted"
+    assert failed.error.reason == "no more processes or threads can be started in the worker"
+
+
 # --- What ends it with Failed --------------------------------------------------------------------------
 
 FAILURES = {
