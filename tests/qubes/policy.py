@@ -96,7 +96,7 @@ def answer(question: Decision, chosen: str | None) -> Decision:
 def requested_target(target: str, qubes: Mapping[str, Qube]) -> tuple[str, str]:
     """What a service of dom0 is told of the target that its caller named: ("name", "dom0") or ("keyword",
     "adminvm"); a qube that is not there is the keyword `default`. Raises ValueError as `judge` would deny."""
-    known = target if _intended(target, qubes) != "@default" else "@default"
+    known = _intended(target, qubes)
     return ("keyword", known[1:]) if known.startswith("@") else ("name", known)
 
 
@@ -104,7 +104,7 @@ def requested_target(target: str, qubes: Mapping[str, Qube]) -> tuple[str, str]:
 
 
 def _intended(target: str, qubes: Mapping[str, Qube]) -> str:
-    """The target as rules see it; raises ValueError for one that no caller may name."""
+    """The target as rules see it, in its own spelling; raises ValueError for one that no caller may name."""
     check_token(target or "@default", "intended")
     if target in ("", "@default"):
         return "@default"
@@ -112,12 +112,9 @@ def _intended(target: str, qubes: Mapping[str, Qube]) -> str:
         template = _by_name(target.removeprefix("@dispvm:"), qubes)
         if template is None or not qubes[template].template_for_dispvms:
             raise ValueError(f"not a template for dispvm: {target}")
-        return "@dispvm:" + template
-    if target in ("@adminvm", "@dispvm"):
         return target
-    if target in DOM0_NAMES:
-        return "dom0"
-    return _by_name(target, qubes) or "@default"
+    known = target == "@dispvm" or target in DOM0_NAMES or _by_name(target, qubes)
+    return target if known else "@default"
 
 
 def _matches(token: str, other: str, source: str | None, qubes: Mapping[str, Qube]) -> bool:
@@ -128,15 +125,21 @@ def _matches(token: str, other: str, source: str | None, qubes: Mapping[str, Qub
         return other in DOM0_NAMES
     if token == "@anyvm":
         return other not in DOM0_NAMES
-    if token.startswith("@type:"):
-        return other in qubes and qubes[other].klass == token.removeprefix("@type:")
-    if token.startswith("@tag:"):
-        return other in qubes and token.removeprefix("@tag:") in qubes[other].tags
+    if token.startswith(("@type:", "@tag:")):
+        name = _by_name(other, qubes)
+        kind, _, value = token.partition(":")
+        return name is not None and value in ((qubes[name].klass,) if kind == "@type" else qubes[name].tags)
     if token.startswith("@dispvm:"):
         return source is not None and _matches_disposable(token, other, source, qubes)
-    if token.startswith("uuid:"):
-        return _by_name(token, qubes) == other
-    return token == other
+    return _same(token, other, qubes)
+
+
+def _same(token: str, other: str, qubes: Mapping[str, Qube]) -> bool:
+    """Do two spellings name the same? Of a name and a uuid, the qube that has both decides."""
+    if token.startswith("uuid:") == other.startswith("uuid:"):
+        return token == other
+    name = _by_name(token, qubes)
+    return name is not None and name == _by_name(other, qubes)
 
 
 def _matches_disposable(token: str, target: str, source: str, qubes: Mapping[str, Qube]) -> bool:
@@ -145,11 +148,11 @@ def _matches_disposable(token: str, target: str, source: str, qubes: Mapping[str
         return False
     wanted = token.removeprefix("@dispvm:")
     if wanted.startswith("@tag:"):
-        qube = qubes[template]
+        qube = qubes[_by_name(template, qubes) or template]
         return qube.template_for_dispvms and wanted.removeprefix("@tag:") in qube.tags
     if target == "@dispvm":  # then the real one compares names only, not a rule's uuid
         return wanted == template
-    return (_by_name(wanted, qubes) or wanted) == template
+    return _same(wanted, template, qubes)
 
 
 def _disposable(target: str, source: str, qubes: Mapping[str, Qube]) -> str | None:
@@ -176,13 +179,27 @@ def _decide(rule: Rule, source: str, intended: str, qubes: Mapping[str, Qube]) -
         if template is None:
             return denied("allowed to @dispvm, but no template for it is set")
         target = "@dispvm:" + template
-    if target in DOM0_NAMES:
+    if target == "@adminvm":
         target = "dom0"
-    elif rule.parameters.get("autostart") == "no" and (target not in qubes or not qubes[target].running):
+    if rule.parameters.get("autostart") == "no" and not _runs(target, qubes):
         return denied("denied because it would require autostart")
-    if target == source:
+    if target == source:  # the original compares them as they are spelled
         return denied("loopback qrexec connection not supported")
-    return Decision("allow", target, rule, rule.place)
+    return Decision("allow", _resolved(target, qubes), rule, rule.place)
+
+
+def _runs(target: str, qubes: Mapping[str, Qube]) -> bool:
+    name = _by_name(target, qubes)
+    return target in DOM0_NAMES or (name is not None and qubes[name].running)
+
+
+def _resolved(target: str, qubes: Mapping[str, Qube]) -> str:
+    """By its name, whatever it was spelled like."""
+    if target in DOM0_NAMES:
+        return "dom0"
+    prefix = "@dispvm:" if target.startswith("@dispvm:") else ""
+    name = target.removeprefix(prefix)
+    return prefix + (_by_name(name, qubes) or name)
 
 
 # --- Asking ----------------------------------------------------------------------------------------
@@ -194,16 +211,20 @@ def _ask(rule: Rule, rules: Collection[Rule], source: str, qubes: Mapping[str, Q
     if redirect is not None:
         choices = {"dom0" if redirect in DOM0_NAMES else redirect}
     else:
-        choices = _offered(rules, source, qubes)
+        try:
+            choices = _offered(rules, source, qubes)
+        except LookupError as error:
+            return Decision("deny", None, rule, f"{error} ({rule.place})")
     if rule.parameters.get("autostart") == "no":
-        choices = {name for name in choices if name == "dom0" or (name in qubes and qubes[name].running)}
+        choices = {target for target in choices if _runs(target, qubes)}
     if default == "@dispvm":
         template = _disposable("@dispvm", source, qubes)
         default = template and f"@dispvm:{template}"
     elif default in DOM0_NAMES:
         default = "dom0"
-    preselected = default if default in choices else None
-    return Decision("ask", None, rule, f"to be asked ({rule.place})", frozenset(choices), preselected)
+    preselected = _resolved(default, qubes) if default is not None and default in choices else None
+    offered = frozenset(_resolved(target, qubes) for target in choices)
+    return Decision("ask", None, rule, f"to be asked ({rule.place})", offered, preselected)
 
 
 def _offered(rules: Collection[Rule], source: str, qubes: Mapping[str, Qube]) -> set[str]:
@@ -230,6 +251,9 @@ def _expand(token: str, qubes: Mapping[str, Qube]) -> Iterator[str]:
     elif token.startswith(("@type:", "@tag:")):
         yield from (name for name in qubes if _matches(token, name, None, qubes))
     elif token.startswith("@dispvm:"):
+        wanted = token.removeprefix("@dispvm:")
+        if not wanted.startswith("@tag:") and _by_name(wanted, qubes) is None:
+            raise LookupError(f"the original stumbles over {token}, which is not there")
         templates = (f"@dispvm:{name}" for name, qube in qubes.items() if qube.template_for_dispvms)
         yield from (target for target in templates if _matches_disposable(token, target, "", qubes))
     elif name := _by_name(token, qubes):

@@ -42,7 +42,9 @@ SERVICES = (
     "qubes.NotifyUpdates", "qubes.SyncAppMenus", "qubes.Notifications", "qubes.UpdatesProxy",
     "qubes.ConnectTCP", "qubes.GetRandomizedTime", "policy.RegisterArgument", "qubes.Restore",
     "qubes.RegisterBackupLocation",
-    "qubes.Backup", "my.Own",
+    "qubes.Backup", "my.Own", "qubes.VMRootShell", "qubes.VMExecGUI", "qubes.ReceiveUpdates",
+    "admin.vm.property.GetAll", "admin.property.GetAll", "whonix.SdwdateStatus", "whonix.NewStatus",
+    "whonix.GatewayCommand",
 )  # fmt: skip
 #: What the stock paranoid mode grants its disposable: each with its argument and the target in that rule.
 STOCK_GRANTS = (
@@ -120,6 +122,21 @@ def test_what_the_stock_restore_grants_its_disposable_is_denied_to_the_worker(
 ) -> None:
     assert action(policy, "during", "stock-mgmt", target, service, argument) == "allow"
     assert action(policy, "during", WORKER, target, service, argument) == "deny"
+
+
+def test_a_worker_of_an_anonymous_template_gets_nothing_that_whonix_grants(policy: Policy) -> None:
+    tags = {"anon-vm", "anon-gateway", "whonix-updatevm"}
+    qubes = {**QUBES, "sys-whonix": Qube(tags={"anon-gateway"}), "anon": Qube(tags={"anon-vm"})}
+    calls = (
+        ("sys-whonix", "whonix.NewStatus", "status"),
+        ("anon", "whonix.GatewayCommand", "restart"),
+        ("anon", "whonix.SdwdateStatus", ""),
+        ("@default", "qubes.UpdatesProxy", ""),
+    )
+    for worker_tag, action in ((set(), "allow"), ({"restore-svc-worker"}, "deny")):
+        qubes[WORKER] = replace(QUBES[WORKER], tags=tags | worker_tag)
+        for target, service, argument in calls:
+            assert policy.judge(WORKER, target, service, argument, qubes).action == action
 
 
 @pytest.mark.parametrize(("service", "argument", "target"), STOCK_GRANTS)

@@ -137,6 +137,10 @@ def test_what_a_caller_may_not_name_is_denied_whatever_is_allowed(tmp_path: Path
     [
         ("* * work vault allow", "vault", "vault"),
         ("* * work vault allow", "uuid:22222222-2222-2222-2222-222222222222", "vault"),
+        ("* * work @anyvm allow target=uuid:22222222-2222-2222-2222-222222222222", "dvm", "vault"),
+        (f"* * work @anyvm allow target=uuid:{DOM0_UUID}", "vault", "dom0"),
+        # It looks for a call that comes back to its caller by the spelling only.
+        ("* * work @anyvm allow", "uuid:11111111-1111-1111-1111-111111111111", "work"),
         ("* * work @anyvm allow target=dom0", "vault", "dom0"),
         ("* * work dom0 allow", "@adminvm", "dom0"),
         ("* * work @default allow target=vault", "", "vault"),
@@ -252,6 +256,9 @@ def test_a_file_whose_name_qrexec_does_not_take_spoils_the_policy(tmp_path: Path
         ("* * work dom0 ask\n* * work @dispvm:other-dvm ask", {"dom0", "@dispvm:other-dvm"}),
         ("* * work dom0 ask\n* * work @dispvm:vault ask", {"dom0"}),
         ("* * work dom0 ask\n* * work no-such-qube ask", {"dom0"}),
+        ("* * work dom0 ask target=uuid:22222222-2222-2222-2222-222222222222", {"vault"}),
+        (f"* * work dom0 ask target=uuid:{DOM0_UUID}", {"dom0"}),
+        ("* * work dom0 ask autostart=no target=uuid:22222222-2222-2222-2222-222222222222", {"vault"}),
         (
             "* * work * ask",
             {*QUBES, "@dispvm:dvm", "@dispvm:other-dvm"} - {"work"},
@@ -266,6 +273,11 @@ def test_a_question_offers_what_the_rules_leave(tmp_path: Path, rules: str, choi
     decision = judge(tmp_path, rules, target="dom0")
     assert decision.action == "ask"
     assert decision.choices == choices
+
+
+def test_a_question_that_would_offer_a_disposable_that_is_not_there_is_denied(tmp_path: Path) -> None:
+    rules = "* * work dom0 ask\n* * work @dispvm:no-such-qube ask"
+    assert judge(tmp_path, rules, target="dom0").action == "deny"
 
 
 def test_what_is_preselected_must_be_a_choice(tmp_path: Path) -> None:
