@@ -321,6 +321,14 @@ class QubesSystem:
                 raise HostFailed(f"setting property {key} failed: it has none that could be set", qube=name)
             setattr(qube, key, qubesadmin.DEFAULT if value is None else value)
 
+    def set_default_dispvm(self, name: str, dispvm: str) -> None:
+        """Give the qube its disposable template; "" is none. qubesd itself would take any qube for one."""
+        if dispvm and not self.is_disposable_template(dispvm):
+            raise HostFailed(
+                f"setting property default_dispvm failed: {dispvm} is no disposable template", qube=name
+            )
+        self.set_property(name, "default_dispvm", dispvm)
+
     def set_feature(self, name: str, key: str, value: str) -> None:
         """Set a feature; "" means false."""
         with asking(f"setting feature {key}", qube=name):

@@ -140,7 +140,7 @@ class QubesHost:
 
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """Give a finished qube its disposable template. Raises HostFailed."""
-        self._system.set_property(qube, "default_dispvm", default_dispvm)
+        self._system.set_default_dispvm(qube, default_dispvm)
 
     # --- Ending ----------------------------------------------------------------------------------
 

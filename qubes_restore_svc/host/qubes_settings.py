@@ -68,8 +68,8 @@ class _Settings:
             self._set_menu(settings.appmenus)
         if definition.default_dispvm is not None:
             dispvm = definition.default_dispvm
-            if not self._attempt(system.set_property, name, "default_dispvm", dispvm) and dispvm:
-                self._attempt(system.set_property, name, "default_dispvm", "")
+            if not self._attempt(system.set_default_dispvm, name, dispvm) and dispvm:
+                self._attempt(system.set_default_dispvm, name, "")
         is_guarded = self._set_firewall(settings.firewall)
         if definition.netvm != "":
             self._connect(definition.netvm, is_guarded)

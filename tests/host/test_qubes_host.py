@@ -29,6 +29,7 @@ from tests.host.qubes_bed import (
     settings,
     state_of,
 )
+from tests.qubes.daemon.state import NEW_TAGS
 from tests.qubes.qubesd import Qubesd
 
 from ..support.descriptors import open_descriptors
@@ -236,7 +237,7 @@ def test_a_finished_qube_loses_the_tag_that_was_left_on_it(host: QubesHost, qube
     other.tags.add("restored-from-backup-x")
     with host.lock() as remarks:
         assert "the tag restore-svc-unfinished" in remarks[0]
-    assert qubesd.system.domains["other"].tags == {"created-by-dom0", "restored-from-backup-x"}
+    assert qubesd.system.domains["other"].tags == {*NEW_TAGS, "restored-from-backup-x"}
 
 
 def test_an_unfinished_qube_that_others_use_is_told_and_left(host: QubesHost, qubesd: Qubesd) -> None:
