@@ -15,6 +15,7 @@ from qubes_restore_svc.host.qubes import QubesSystem, ServiceProcess
 from qubes_restore_svc.host.qubes_faults import QubeInUse, said_by
 from qubes_restore_svc.wire.messages import DeviceInfo
 from tests.host.qubes_bed import DISPOSABLES, NETVM, TEMPLATE, state_of
+from tests.qubes.daemon.state import NEW_TAGS
 from tests.qubes.qubesd import Qubesd
 
 WORKER = "disp-restore-0001"
@@ -242,7 +243,7 @@ def test_a_qube_is_announced_from_before_it_exists_until_it_has_its_tags(
             told.append((name, name in qubesd.system.domains))
 
         def created(self, name: str) -> None:
-            told.append((name, sorted(qubesd.system.domains[name].tags - {"created-by-dom0"})))
+            told.append((name, sorted(qubesd.system.domains[name].tags - NEW_TAGS)))
 
     with system.watched_by(Watcher()), system.watched_by(Watcher()):
         system.create("mine", "AppVM", "red", template=TEMPLATE, tags=["x"])

@@ -29,6 +29,7 @@ from tests.host.qubes_bed import (
     settings,
     state_of,
 )
+from tests.qubes.daemon.state import NEW_TAGS
 from tests.qubes.qubesd import Qubesd
 
 TAGS = {IN_PROGRESS_TAG, UNFINISHED_TAG}
@@ -63,7 +64,7 @@ def test_a_restored_qube_is_an_ordinary_one_with_the_volume_of_its_backup(
         assert restore(host) == ()
     made = qubesd.system.domains["work"]
     assert (made.klass, made.properties["label"], made.properties["template"]) == ("AppVM", "blue", TEMPLATE)
-    assert made.tags == {"created-by-dom0", "restored-from-backup-20260101T010203-1234"}
+    assert made.tags == {*NEW_TAGS, "restored-from-backup-20260101T010203-1234"}
     assert "netvm" not in made.properties  # the system's default
     assert made.firewall == ["action=accept"]
     assert qubesd.volume_path("work", "private").read_bytes() == image()
@@ -365,7 +366,7 @@ def test_what_got_no_tag_and_could_not_be_removed_is_removed_at_the_end(
         qubesd.fail("admin.vm.Remove+", message="not now")
         with pytest.raises(HostFailed, match="not now"):
             host.begin(new_qube())
-        assert qubesd.system.domains["work"].tags == {"created-by-dom0"}
+        assert qubesd.system.domains["work"].tags == NEW_TAGS
     assert state_of(tmp_path, qubesd) == before
 
 

@@ -23,6 +23,7 @@ from tests.qubes.daemon.lifecycle import Lifecycle, Machines
 from tests.qubes.daemon.state import Domain, Pool, System, Value
 from tests.qubes.daemon.table import TABLE
 from tests.qubes.daemon.volumes import GIB, Volumes
+from tests.qubes.policy import DOM0_UUID
 from tests.qubes.trigger import listen_unix
 
 #: Importing them puts their methods into the table that `answer` looks in.
@@ -272,6 +273,6 @@ def _furnish(system: System) -> None:
     system.properties.update(
         {"default_pool": "vm-pool", "default_pool_kernel": "linux-kernel", "default_kernel": "6.12.59-1.fc41"}
     )
-    dom0 = Domain("dom0", "AdminVM", {"name": "dom0", "qid": 0, "uuid": "0" * 32, "label": "black"})
+    dom0 = Domain("dom0", "AdminVM", {"name": "dom0", "qid": 0, "uuid": DOM0_UUID, "label": "black"})
     dom0.power_state = "Running"
     system.domains["dom0"] = dom0

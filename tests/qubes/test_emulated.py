@@ -15,6 +15,7 @@ from qubesadmin import exc
 from qubesadmin.device_protocol import DeviceAssignment
 from qubesadmin.firewall import Rule
 
+from tests.qubes.daemon.state import NEW_TAGS
 from tests.qubes.emulated import EmulatedQubes
 from tests.qubes.snapshot import content_hash
 
@@ -250,7 +251,7 @@ def test_two_systems_one_after_the_other_know_nothing_of_each_other(tmp_path: Pa
     for name in ("first", "second"):
         with EmulatedQubes(tmp_path / name) as qubes:
             qubes.app().domains["personal"].tags.add(name)
-            assert set(qubes.app().domains["personal"].tags) == {"created-by-dom0", name}
+            assert set(qubes.app().domains["personal"].tags) == {*NEW_TAGS, name}
     assert qubesadmin.config.VARIABLE not in os.environ
     with pytest.raises(exc.QubesDaemonCommunicationError):
         qubesadmin.Qubes().domains.keys()

@@ -99,7 +99,7 @@ def test_only_one_import_at_a_time(app: qubesadmin.Qubes) -> None:
 
 @pytest.mark.parametrize("size", [b"01", b"1x", b"9" * 20, b"-1"])
 def test_a_size_that_is_no_number_is_refused(app: qubesadmin.Qubes, size: bytes) -> None:
-    with pytest.raises(exc.ProtocolError):
+    with pytest.raises(exc.QubesDaemonAccessError):
         app.domains["work"].qubesd_call(None, "internal.vm.volume.ImportBegin", "private", size)
 
 

@@ -17,7 +17,7 @@ class AdminError(Exception):
 
 
 class StumbleError(Exception):
-    """An exception that the original does not catch: the client gets an empty answer."""
+    """What the original keeps to itself, a refusal or a mistake of its own: the answer is empty."""
 
 
 def not_found(name: str) -> AdminError:
@@ -42,14 +42,14 @@ def bad_property(message: str) -> AdminError:
     return AdminError("QubesPropertyValueError", message)
 
 
-def protocol(message: str) -> AdminError:
-    """The request itself is malformed; not a `QubesException` on the client's side."""
-    return AdminError("ProtocolError", message)
+def protocol(message: str) -> StumbleError:
+    """The request itself is malformed, which the original only writes into its journal."""
+    return StumbleError(message)
 
 
-def denied(message: str) -> AdminError:
-    """Nobody may do that; not a `QubesException` on the client's side."""
-    return AdminError("PermissionDenied", message)
+def denied(message: str) -> StumbleError:
+    """Nobody may do that, which the original only writes into its journal."""
+    return StumbleError(message)
 
 
 def storage(message: str) -> AdminError:

@@ -3,6 +3,7 @@
 import re
 import string
 
+from tests.qubes.daemon import properties
 from tests.qubes.daemon.errors import AdminError, StumbleError, bad_value, denied, protocol
 from tests.qubes.daemon.state import Domain, System
 
@@ -18,17 +19,22 @@ def set_feature(domain: Domain, name: str, payload: bytes) -> None:
         raise protocol("Feature value contains non-ASCII characters")
     value = payload.decode("ascii")
     if not re.fullmatch(r"[a-zA-Z0-9_.-]+", name):
-        raise protocol("feature name contains illegal characters")
+        raise bad_value("feature name contains illegal characters")
     if not re.fullmatch(r"[\x20-\x7E]*", value):
-        raise protocol(f"{name} value contains illegal characters")
+        raise bad_value(f"{name} value contains illegal characters")
     check_allowed(name)
-    service, config = name.removeprefix("service."), name.removeprefix("vm-config.")
-    if name.startswith("service.") and (service in ("", ".", "..") or "/" in service):
-        raise bad_value("Service name cannot be empty or a directory")
+    if name == "service.":
+        raise bad_value("Service name cannot be empty")
     domain.features[name] = value
     # These come after the feature has been set, and leave it set.
-    if name.startswith("vm-config.") and not re.fullmatch(r"[a-zA-Z].{0,51}", config):
-        raise bad_value("Config name must start with an ASCII letter, and not be longer than 52 bytes")
+    if name.startswith("vm-config."):
+        config = name.removeprefix("vm-config.")
+        if len(config) > 52:
+            raise bad_value("VM config name must not exceed 46 bytes")  # the original's number
+        if not config:
+            raise bad_value("Empty config name not allowed")
+        if not config[0].isalpha():
+            raise bad_value("Config name must start with an ASCII letter")
     if name == "service.meminfo-writer":
         if value:
             domain.properties.pop("maxmem", None)
@@ -54,10 +60,8 @@ def missing_feature(domain: Domain, name: str) -> AdminError:
 
 
 def check_tag(tag: str) -> None:
-    if not tag:
-        raise AdminError("QubesInvalidTagError", "tag cannot be empty")
     if not set(tag) <= _TAG:
-        raise AdminError("QubesInvalidTagError", "disallowed characters")
+        raise denied("disallowed characters")
 
 
 def add_tag(system: System, domain: Domain, tag: str) -> None:
@@ -70,6 +74,14 @@ def add_tag(system: System, domain: Domain, tag: str) -> None:
         if creator is None:
             raise StumbleError(f"no such creator: {tag}")
         domain.tags.update(creator.features.get("tag-created-vm-with", "").split())
+
+
+def follow_reference(system: System, domain: Domain, reference: str) -> None:
+    """Give a qube the tag that names its `guivm` or `audiovm`, and take those that name others."""
+    if reference in system.table[domain.klass]:
+        domain.tags -= {tag for tag in domain.tags if tag.startswith(f"{reference}-")}
+        if (name := properties.read(system, domain, reference)) is not None:
+            domain.tags.add(f"{reference}-{name}")
 
 
 def remove_tag(domain: Domain, tag: str) -> None:

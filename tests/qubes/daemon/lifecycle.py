@@ -6,12 +6,21 @@ stops apart.
 """
 
 import threading
+import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.qubes.daemon import features, properties, rules
-from tests.qubes.daemon.errors import AdminError, bad_property, bad_value, not_started, protocol
+from tests.qubes.daemon.errors import (
+    AdminError,
+    bad_property,
+    bad_value,
+    denied,
+    not_found,
+    not_started,
+    protocol,
+)
 from tests.qubes.daemon.state import IN_PROGRESS, KLASSES, Domain, System, validate_name
 from tests.qubes.daemon.table import NOT_CLONED
 from tests.qubes.daemon.volumes import Volumes
@@ -54,21 +63,18 @@ class Lifecycle:
         if klass not in KLASSES:
             raise protocol(f"no such VM class: {klass!r}")
         if argument and "template" not in system.table[klass]:
-            raise protocol(f"{klass} cannot be based on template")
-        options, pool, pools = _creation_options(payload, in_pool)
+            raise bad_value(f"{klass} cannot be based on template")
+        if argument and argument not in system.domains:
+            raise not_found(argument)
+        options, pool, pools = _creation_options(system, payload, in_pool)
         name, label = options["name"], options["label"]
         if name in system.domains:
-            raise AdminError("QubesVMAlreadyExistsError", f"Qube already exists: {name}")
-        if argument and argument not in system.domains:
-            raise AdminError("QubesVMNotFoundError", f"No such domain: {argument!r}")
-        if label not in system.labels:
-            raise AdminError("QubesLabelNotFoundError", "Label does not exist: untrusted label")
-        for place in (*([pool] if pool else []), *pools.values()):
-            if place not in system.pools:
-                raise AdminError("QubesException", f"Unknown storage pool {place}")
+            raise bad_value(f"VM {name} already exists")
         used = {vm.properties["qid"] for vm in system.domains.values()}
         qid = next(number for number in range(10000) if number not in used)
-        domain = Domain(name, klass, {"name": name, "qid": qid, "label": label, "uuid": f"{qid:032x}"})
+        domain = Domain(
+            name, klass, {"name": name, "qid": qid, "label": label, "uuid": str(uuid.UUID(int=qid))}
+        )
         if "template" in system.table[klass]:
             self._set_template(domain, argument)
         self._volumes.create(domain, pool, pools)
@@ -76,6 +82,8 @@ class Lifecycle:
         if klass == "DispVM":
             self._take_over(domain)
         features.add_tag(system, domain, "created-by-dom0")
+        for reference in ("guivm", "audiovm"):
+            features.follow_reference(system, domain, reference)
 
     def start(self, name: str) -> None:
         """Start a qube and wait until it runs; nothing happens if it does already."""
@@ -138,12 +146,14 @@ class Lifecycle:
             raise bad_value("Template for the qube not specified, nor default template set.")
         klass = system.domains[str(template)].klass
         if domain.klass == "AppVM" and klass != "TemplateVM":
-            raise bad_property(f"wrong VM class: {template!r} is of type {klass} and not TemplateVM")
-        if domain.klass == "DispVM":
-            try:
-                rules.check_template_of_disposable(system, domain, template)
-            except AdminError as error:
-                raise bad_value(str(error)) from None
+            raise bad_property(
+                f"wrong VM class: domains[{system.domains[str(template)]!r}] is of type {klass}"
+                " and not TemplateVM"
+            )
+        if domain.klass == "DispVM" and not rules.is_disposable_template(system, str(template)):
+            raise bad_value(
+                f"template for disposable ({template}) needs to be an AppVM with template_for_dispvms=True"
+            )
         domain.properties["template"] = template
 
     def _take_over(self, domain: Domain) -> None:
@@ -205,7 +215,9 @@ class Lifecycle:
         return memory
 
 
-def _creation_options(payload: bytes, in_pool: bool) -> tuple[dict[str, str], str | None, dict[str, str]]:
+def _creation_options(
+    system: System, payload: bytes, in_pool: bool
+) -> tuple[dict[str, str], str | None, dict[str, str]]:
     """Name and label, the pool for all volumes, pools for single ones."""
     options: dict[str, str] = {}
     pools: dict[str, str] = {}
@@ -221,9 +233,11 @@ def _creation_options(payload: bytes, in_pool: bool) -> tuple[dict[str, str], st
         if key == "name":
             validate_name(value)
         elif key == "label":
-            _check_label(value)
+            _check_label(system, value)
         elif not in_pool or (key != "pool" and volume not in ("root", "private", "volatile", "kernel")):
             raise protocol("Options does not match: name, label, pool, pool:")
+        elif value not in system.pools:
+            raise AdminError("QubesException", f"Unknown storage pool {value}")
         if key.startswith("pool:"):
             pools[volume] = value
         else:
@@ -235,8 +249,8 @@ def _creation_options(payload: bytes, in_pool: bool) -> tuple[dict[str, str], st
     return options, options.get("pool"), pools
 
 
-def _check_label(label: str) -> None:
-    if not label or label.isdigit() or not label.isascii():
-        raise AdminError("QubesInvalidLabelError", "Label must be a name")
-    if not all(character.isalnum() or character in "-_." for character in label):
-        raise AdminError("QubesInvalidLabelError", "Label must be in safe set")
+def _check_label(system: System, label: str) -> None:
+    if label.isdigit() or not all(character.isalnum() or character in "-_." for character in label):
+        raise denied("Label must be a name")
+    if label not in system.labels:
+        raise AdminError("QubesLabelNotFoundError", f"Label does not exist: {label}")

@@ -75,7 +75,7 @@ def _notes(call: Call) -> Answer:
     return call.dest.notes
 
 
-@method("admin.vm.notes.Set", payload=True, dom0=False)
+@method("admin.vm.notes.Set", arg=None, payload=None, dom0=False)
 def _set_notes(call: Call) -> Answer:
     if len(call.payload) > _NOTES_LIMIT:
         raise protocol(f"Maximum note size is {_NOTES_LIMIT} bytes ({len(call.payload)} bytes received)")
@@ -131,6 +131,7 @@ def _property_set(call: Call) -> Answer:
     properties.write(call.system, call.holder, call.arg, call.payload)
     if call.arg == "template":
         call.parts.volumes.follow_template(call.dest)
+    _follow(call)
     return None
 
 
@@ -138,7 +139,19 @@ def _property_set(call: Call) -> Answer:
 @method("admin.vm.property.Reset", arg=True)
 def _property_reset(call: Call) -> Answer:
     properties.reset(call.system, call.holder, call.arg)
+    _follow(call)
     return None
+
+
+def _follow(call: Call) -> None:
+    """What changes with a property: the tags that name the GUI and audio domains."""
+    for key in ("guivm", "audiovm"):
+        if call.arg == key:
+            features.follow_reference(call.system, call.dest, key)
+        elif call.arg == f"default_{key}":
+            for vm in call.system.domains.values():
+                if key not in vm.properties:
+                    features.follow_reference(call.system, vm, key)
 
 
 def _property(call: Call, name: str) -> str:
@@ -159,20 +172,20 @@ def _tag_list(call: Call) -> Answer:
     return lines(sorted(call.dest.tags))
 
 
-@method("admin.vm.tag.Get", arg=True)
+@method("admin.vm.tag.Get", arg=None)
 def _tag_get(call: Call) -> Answer:
     features.check_tag(call.arg)
     return "1" if call.arg in call.dest.tags else "0"
 
 
-@method("admin.vm.tag.Set", arg=True)
+@method("admin.vm.tag.Set", arg=None)
 def _tag_set(call: Call) -> Answer:
     features.check_tag(call.arg)
     features.add_tag(call.system, call.dest, call.arg)
     return None
 
 
-@method("admin.vm.tag.Remove", arg=True)
+@method("admin.vm.tag.Remove", arg=None)
 def _tag_remove(call: Call) -> Answer:
     features.check_tag(call.arg)
     features.remove_tag(call.dest, call.arg)
@@ -184,14 +197,14 @@ def _feature_list(call: Call) -> Answer:
     return lines(list(call.dest.features))
 
 
-@method("admin.vm.feature.Get", arg=True)
+@method("admin.vm.feature.Get", arg=None)
 def _feature_get(call: Call) -> Answer:
     if call.arg not in call.dest.features:
         raise features.missing_feature(call.dest, call.arg)
     return call.dest.features[call.arg]
 
 
-@method("admin.vm.feature.CheckWithTemplate", arg=True)
+@method("admin.vm.feature.CheckWithTemplate", arg=None)
 def _feature_check(call: Call) -> Answer:
     for vm in call.system.chain(call.dest):
         if call.arg in vm.features:
@@ -199,13 +212,13 @@ def _feature_check(call: Call) -> Answer:
     raise features.missing_feature(call.dest, call.arg)
 
 
-@method("admin.vm.feature.Set", arg=True, payload=None)
+@method("admin.vm.feature.Set", arg=None, payload=None)
 def _feature_set(call: Call) -> Answer:
     features.set_feature(call.dest, call.arg, call.payload)
     return None
 
 
-@method("admin.vm.feature.Remove", arg=True)
+@method("admin.vm.feature.Remove", arg=None)
 def _feature_remove(call: Call) -> Answer:
     features.remove_feature(call.dest, call.arg)
     return None

@@ -2,7 +2,7 @@
 
 from tests.qubes.daemon import devices, firewall
 from tests.qubes.daemon.calls import Answer, Call, lines, method
-from tests.qubes.daemon.errors import AdminError, denied, protocol
+from tests.qubes.daemon.errors import bad_value, denied, protocol
 from tests.qubes.daemon.state import DEVICE_CLASSES
 
 # --- Firewall and devices ------------------------------------------------------------------------
@@ -13,7 +13,7 @@ def _firewall_get(call: Call) -> Answer:
     return lines(firewall.current(call.dest.firewall))
 
 
-@method("admin.vm.firewall.Set", payload=True, dom0=False)
+@method("admin.vm.firewall.Set", payload=None, dom0=False)
 def _firewall_set(call: Call) -> Answer:
     if not call.payload.isascii():
         raise protocol("Rules contains non-ASCII characters")
@@ -54,7 +54,7 @@ def _label_list(call: Call) -> Answer:
 @method("admin.label.Get", "admin.label.Index", arg=True, dom0=True)
 def _label(call: Call) -> Answer:
     if call.arg not in call.system.labels:
-        raise AdminError("QubesLabelNotFoundError", f"Label does not exist: {call.arg}")
+        raise bad_value("")
     index, color = call.system.labels[call.arg]
     return color if call.method.endswith("Get") else str(index)
 

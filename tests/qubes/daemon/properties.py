@@ -7,6 +7,7 @@ read as its type, does the property accept it, does the rest of the system. What
 
 import ipaddress
 import string
+import uuid
 
 from tests.qubes.daemon.errors import AdminError, StumbleError, bad_property, bad_value
 from tests.qubes.daemon.state import Domain, Property, System, Value, validate_name
@@ -39,9 +40,9 @@ def write(system: System, domain: Domain, name: str, payload: bytes) -> None:
     if row.once:
         raise StumbleError(f"{name} is write-once and already set")
     if row.kind == "vm":
-        value = _reference(system, row, str(value))
-    elif row.kind == "label" and value not in system.labels:
-        raise AdminError("QubesLabelNotFoundError", f"Label does not exist: {value}")
+        value = _reference(system, domain, row, str(value))
+    elif row.kind == "label":
+        value = _label(system, str(value))
     value = row.check(system, domain, value)
     try:
         old = read(system, domain, name)
@@ -57,7 +58,9 @@ def reset(system: System, domain: Domain, name: str) -> None:
     if row.once:
         raise StumbleError(f"{name} is write-once and already set")
     if name == "template":
-        raise bad_value("Cannot unset template")
+        instead = system.properties.get("default_template") if domain.klass == "AppVM" else None
+        hint = f". You can set it to the current default ({instead}) instead" if instead else ""
+        raise bad_value(f"Cannot unset template{hint}")
     if name in domain.properties:
         new = None
         if row.default is not None:
@@ -80,7 +83,7 @@ def _parsed(row: Property, payload: bytes) -> Value:
     try:
         text = payload.decode("ascii")
     except UnicodeDecodeError:
-        raise bad_value("Non-ASCII bytes in property value") from None
+        raise bad_value("" if row.kind == "vm" else "Non-ASCII bytes in property value") from None
     if row.kind == "vm":
         if text:
             validate_name(text)
@@ -94,20 +97,31 @@ def _parsed(row: Property, payload: bytes) -> Value:
     try:
         if row.kind == "int":
             return int(text)
+        if row.kind == "uuid":
+            return str(uuid.UUID(text))
         if row.kind in ("ip", "ip6"):
             return str((ipaddress.IPv4Address if row.kind == "ip" else ipaddress.IPv6Address)(text))
     except ValueError:
-        raise bad_value(f"Failed to parse property value as {row.kind}") from None
+        kind = {"ip": "IPv4Address", "ip6": "IPv6Address", "uuid": "UUID"}.get(row.kind, row.kind)
+        raise bad_value(f"Failed to parse property value as {kind}") from None
     if not set(text) <= set(string.printable):
         raise bad_value("Invalid characters in property value")
     return text
 
 
-def _reference(system: System, row: Property, name: str) -> Value:
+def _label(system: System, text: str) -> str:
+    """The label of that name, or that number."""
+    for name, (index, _color) in system.labels.items():
+        if text in (name, str(index)):
+            return name
+    raise AdminError("QubesLabelNotFoundError", f"Label does not exist: {text}")
+
+
+def _reference(system: System, domain: Domain, row: Property, name: str) -> Value:
     if not name:
         if row.none:
             return None
-        raise bad_property(f"Invalid value None for property {row.name!r}")
+        raise bad_property(f"Invalid value None for property {row.name!r} of {domain!r}")
     if name not in system.domains:
         raise bad_property(f"Can't set {row.name} to non-existing qube {name}")
     klass = system.domains[name].klass

@@ -7,18 +7,12 @@ while a property is reset, where the new value is its default.
 from collections.abc import Iterator
 
 from tests.qubes.daemon import properties
-from tests.qubes.daemon.errors import AdminError, bad_property, bad_value, not_halted
+from tests.qubes.daemon.errors import AdminError, StumbleError, bad_property, bad_value, not_halted
 from tests.qubes.daemon.state import Domain, System, Value
 
 
-def check_disposable_template(system: System, _domain: Domain, value: Value) -> Value:
-    if value and not _flag(system, str(value), "template_for_dispvms"):
-        raise bad_property(f"Cannot set invalid property, {value!r} has template_for_dispvms set to False")
-    return value
-
-
 def check_template_of_disposable(system: System, _domain: Domain, value: Value) -> Value:
-    if not _flag(system, str(value), "template_for_dispvms"):
+    if not is_disposable_template(system, str(value)):
         raise bad_property("template for disposable must have template_for_dispvms=True")
     return value
 
@@ -34,19 +28,22 @@ def accept_template(system: System, domain: Domain, old: Value, new: Value) -> N
 def accept_template_for_dispvms(system: System, domain: Domain, old: Value, new: Value) -> None:
     if new or not old:
         return
-    users = [vm.name for vm in based_on(system, domain.name)]
-    wanted = ("default_dispvm", "management_dispvm")
-    users += [holder for holder, name in needed_by(system, domain.name) if name in wanted]
-    if users:
-        message = f"Cannot change template_for_dispvms to False while it is in use: {', '.join(users)}"
-        raise AdminError("QubesVMInUseError", message)
+    if any(based_on(system, domain.name)):
+        # The original makes a tuple of its text.
+        message = (
+            "Cannot change template_for_dispvms to False while there are some disposables based on this"
+            " disposable template",
+        )
+        raise AdminError("QubesVMInUseError", str(message))
 
 
 def check_netvm(system: System, domain: Domain, value: Value) -> Value:
     if value is None:
         return None
     name = str(value)
-    if not _flag(system, name, "provides_network"):
+    if "provides_network" not in system.table[system.domains[name].klass]:
+        raise StumbleError(f"{name} has no property provides_network")
+    if not properties.read(system, system.domains[name], "provides_network"):
         raise bad_value(f"The {name} qube does not provide network")
     seen = set()
     upstream: Value = name
@@ -55,6 +52,19 @@ def check_netvm(system: System, domain: Domain, value: Value) -> Value:
             raise bad_value("Loops in network are unsupported")
         seen.add(upstream)
         upstream = properties.read(system, system.domains[upstream], "netvm")
+    return value
+
+
+def check_default_netvm(system: System, _domain: Domain, value: Value) -> Value:
+    if value is not None and system.domains[str(value)].klass == "AdminVM":
+        raise StumbleError("dom0 is no netvm")
+    for vm in system.domains.values():
+        if value is not None and "netvm" in system.table[vm.klass] and "netvm" not in vm.properties:
+            behind = {vm.name}
+            while more := {other.name for name in behind for other in connected_to(system, name)} - behind:
+                behind |= more
+            if value in behind:
+                raise bad_property(f"Network loop on {vm.name!r}")
     return value
 
 
@@ -105,16 +115,16 @@ def check_removal(system: System, domain: Domain) -> None:
     """Whether a qube can go."""
     if not domain.halted:
         raise not_halted(domain.name)
-    users = ", ".join(f"{holder}:{name}" for holder, name in needed_by(system, domain.name))
-    if users:
-        raise AdminError("QubesVMInUseError", f"Domain is in use: {domain.name!r} by {users}")
+    if any(needed_by(system, domain.name)):
+        message = f"Domain is in use: {domain.name!r};  see 'journalctl -u qubesd -e' in dom0 for details"
+        raise AdminError("QubesVMInUseError", message)
     for other in system.domains.values():
         if other.name != domain.name and any(key[1] == domain.name for key in other.devices):
             raise AdminError("QubesVMInUseError", "VM has devices assigned to other VMs")
 
 
-def _flag(system: System, name: str, flag: str) -> bool:
+def is_disposable_template(system: System, name: str) -> bool:
     domain = system.domains[name]
-    if flag not in system.table[domain.klass]:
+    if "template_for_dispvms" not in system.table[domain.klass]:
         return False
-    return bool(properties.read(system, domain, flag))
+    return bool(properties.read(system, domain, "template_for_dispvms"))

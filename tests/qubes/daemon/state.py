@@ -8,13 +8,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from tests.qubes.daemon.errors import bad_value, not_found
+from tests.qubes.daemon.errors import AdminError, bad_value, not_found
 
 Value = str | int | bool | None
 
 KLASSES = ("TemplateVM", "AppVM", "StandaloneVM", "DispVM")
 DEVICE_CLASSES = ("block", "mic", "pci", "usb")
 KERNELS = ("6.12.59-1.fc41", "pvgrub2-pvh")
+#: The tags of every new qube that dom0 creates, while dom0 has the screen and the sound.
+NEW_TAGS = frozenset({"audiovm-dom0", "created-by-dom0", "guivm-dom0"})
 IN_PROGRESS = "backup-restore-in-progress"
 
 
@@ -42,7 +44,7 @@ class Pool:
     size: int | None
 
 
-@dataclass
+@dataclass(repr=False)
 class Domain:
     """A qube, or dom0."""
 
@@ -57,6 +59,9 @@ class Domain:
     #: (class, backend, port, device id): (mode, all that was sent with it)
     devices: dict[tuple[str, str, str, str], tuple[str, str]] = field(default_factory=dict)
     power_state: str = "Halted"
+
+    def __repr__(self) -> str:
+        return f"<{self.klass} at 0x7f0123456789 name={self.name!r} and all other properties>"
 
     @property
     def halted(self) -> bool:
@@ -108,10 +113,17 @@ class System:
     @property
     def holder(self) -> Domain:
         """The system's own properties, held like those of a qube."""
-        return Domain("system", "", self.properties)
+        return Domain("Qubes", "", self.properties)
 
     def domain(self, name: str) -> Domain:
-        """The qube of that name; says no as the Admin API does if the name is wrong or free."""
+        """The qube of that name, or `uuid:…`; says no as the Admin API does if that is wrong or free."""
+        if name.startswith("uuid:"):
+            if not re.fullmatch(r"uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name):
+                raise AdminError("QubesVMInvalidUUIDError", f"VM UUID is not valid: {name[5:]!r}")
+            for domain in self.domains.values():
+                if domain.properties["uuid"] == name[5:]:
+                    return domain
+            raise not_found(name[5:])
         validate_name(name)
         if name not in self.domains:
             raise not_found(name)

@@ -1,10 +1,11 @@
 """Which properties there are: of which type, with which default, and what they refuse."""
 
 import re
+import string
 from collections.abc import Callable, Mapping
 
 from tests.qubes.daemon import rules
-from tests.qubes.daemon.errors import StumbleError, bad_property
+from tests.qubes.daemon.errors import StumbleError, bad_property, bad_value
 from tests.qubes.daemon.properties import NoValueError, read
 from tests.qubes.daemon.state import KERNELS, Domain, Property, System, Value
 
@@ -65,6 +66,10 @@ def _icon(system: System, domain: Domain) -> Value:
     return f"{kind}-{read(system, domain, 'label')}"
 
 
+def _if_connected(text: str) -> Default:
+    return lambda system, domain: text if read(system, domain, "netvm") else ""
+
+
 def _not_auto_cleanup(system: System, domain: Domain) -> Value:
     return not read(system, domain, "auto_cleanup")
 
@@ -77,11 +82,11 @@ def _xid(_system: System, domain: Domain) -> Value:
 # --- What a property refuses ---------------------------------------------------------------------
 
 
-def _at_least(least: int) -> Check:
+def _at_least(least: int, name: str) -> Check:
     def check(_system: System, _domain: Domain, value: Value) -> Value:
         assert isinstance(value, int)
         if value < least:
-            raise bad_property("value must be positive" if least else "value must be positive or zero")
+            raise bad_property(f"{name} must be positive{'' if least else ' or zero'}")
         return value
 
     return check
@@ -89,7 +94,7 @@ def _at_least(least: int) -> Check:
 
 def _matching(pattern: str, message: str) -> Check:
     def check(_system: System, _domain: Domain, value: Value) -> Value:
-        if not re.fullmatch(pattern, str(value)):
+        if not re.fullmatch(pattern, str(value), re.DOTALL):
             raise bad_property(message)
         return value
 
@@ -111,8 +116,8 @@ def _mode(_system: System, domain: Domain, value: Value) -> Value:
     return mode
 
 
-def _kernel(_system: System, _domain: Domain, value: Value) -> Value:
-    if "/" in str(value):
+def _kernel(_system: System, domain: Domain, value: Value) -> Value:
+    if "/" in str(value) and domain.klass:
         raise bad_property("Kernel name cannot contain '/'")
     if value and value not in KERNELS:
         raise bad_property(f"Kernel {value!r} not installed")
@@ -128,9 +133,37 @@ def _pool(system: System, _domain: Domain, value: Value) -> Value:
 # --- The rows ------------------------------------------------------------------------------------
 
 
-_KBD = _matching(r"[a-zA-Z]+\+[a-zA-Z0-9_-]*\+[a-zA-Z0-9_:,-]*", "Invalid keyboard layout provided")
-_USER = _matching(r"[a-zA-Z0-9_+,.-]*", "Username can contain only certain characters")
-_DENIED = _matching(r"([bump*][0-9a-f*]{6})*", "Interface code list should be in the form chhhhhhchhhhhh...")
+def _keyboard(_system: System, _domain: Domain, value: Value) -> Value:
+    parts = str(value).split("+")
+    if len(parts) != 3:
+        raise bad_property("invalid number of keyboard layout parameters")
+    for part, pattern, what in zip(
+        parts, (r"[a-zA-Z]+", r"[a-zA-Z0-9_-]*", r"[a-zA-Z0-9_:,-]*"),
+        ("keyboard layout", "layout variant", "layout options"), strict=True,
+    ):  # fmt: skip
+        if not re.fullmatch(pattern, part):
+            raise bad_property(f"Invalid {what} provided")
+    return value
+
+
+_USER = _matching(
+    r"[a-zA-Z0-9_+,.-]*",
+    f"Username can contain only those characters: {string.ascii_letters}{string.digits}_-+,.",
+)
+
+
+def _denied(_system: System, _domain: Domain, value: Value) -> Value:
+    text = str(value)
+    if len(text) % 7:
+        raise bad_value(f"Invalid length of interfaces={text!r} (is {len(text)}, expected multiple of 7)")
+    if not re.fullmatch(r"([bump*][0-9a-f*]{6})*", text):
+        raise bad_property(
+            "Interface code list should be in the form chhhhhhchhhhhh...,"
+            'where c is one of "b", "u", "m", "p", "*" and h is a hexdigit or "*".'
+        )
+    return value
+
+
 _TEMPLATE_FOR_DISPVMS = Property(
     "template_for_dispvms", "bool", _is(False), accept=rules.accept_template_for_dispvms
 )
@@ -138,16 +171,14 @@ _TEMPLATE_FOR_DISPVMS = Property(
 _BASE = (
     Property("name", "str", once=True),
     Property("qid", "int", once=True),
-    Property("uuid", "str", once=True),
+    Property("uuid", "uuid", once=True),
     Property("label", "label"),
     Property("klass", "str", lambda _system, domain: domain.klass, fixed=True),
     Property("icon", "str", _icon, fixed=True),
-    Property(
-        "default_dispvm", "vm", _of_system("default_dispvm"), rules.check_disposable_template, none=True
-    ),
+    Property("default_dispvm", "vm", _of_system("default_dispvm"), none=True),
     Property("include_in_backups", "bool", _is(True)),
-    Property("devices_denied", "str", _is(""), _DENIED),
-    Property("keyboard_layout", "str", _is("us++"), _KBD),
+    Property("devices_denied", "str", _is(""), _denied),
+    Property("keyboard_layout", "str", _is("us++"), _keyboard),
 )
 
 _QUBE = (
@@ -157,21 +188,23 @@ _QUBE = (
     Property("audiovm", "vm", _of_system("default_audiovm"), none=True),
     Property("virt_mode", "str", _virt_mode, _mode),
     Property("installed_by_rpm", "bool", _is(False)),
-    Property("memory", "int", _of_template("memory", _is(400)), _at_least(1)),
-    Property("maxmem", "int", _maxmem, _at_least(0), rules.accept_maxmem),
-    Property("stubdom_mem", "int", _is(None), _at_least(1)),
-    Property("vcpus", "int", _of_template("vcpus", _is(2)), _at_least(1)),
+    Property("memory", "int", _of_template("memory", _is(400)), _at_least(1, "memory")),
+    Property("maxmem", "int", _maxmem, _at_least(0, "maxmem"), rules.accept_maxmem),
+    Property("stubdom_mem", "int", _is(None), _at_least(1, "stubdom_mem")),
+    Property("vcpus", "int", _of_template("vcpus", _is(2)), _at_least(1, "vcpus")),
     Property("kernel", "str", _of_template("kernel", _of_system("default_kernel")), _kernel),
     Property("kernelopts", "str", _of_template("kernelopts", _is("swiotlb=2048")),
              _matching(r".{0,512}", "Kernelopts value too long (512 chars max)")),
     Property("debug", "bool", _is(False)),
     Property("default_user", "str", _of_template("default_user", _is("user")), _USER),
-    Property("qrexec_timeout", "int", _of_template("qrexec_timeout", _is(60)), _at_least(1)),
-    Property("shutdown_timeout", "int", _of_template("shutdown_timeout", _is(60)), _at_least(1)),
+    Property("qrexec_timeout", "int", _of_template("qrexec_timeout", _is(60)),
+             _at_least(1, "qrexec_timeout")),
+    Property("shutdown_timeout", "int", _of_template("shutdown_timeout", _is(60)),
+             _at_least(1, "shutdown_timeout")),
     Property("autostart", "bool", _is(False)),
     Property("backup_timestamp", "int", _is(None)),
     Property("management_dispvm", "vm", _of_template("management_dispvm", _of_system("management_dispvm")),
-             rules.check_disposable_template, none=True),
+             none=True),
     Property("updateable", "bool", lambda _system, domain: "template" not in domain.properties, fixed=True),
     Property("mac", "str", _is("00:16:3e:5e:6c:00"), _mac),
     Property("ip", "ip", _ip),
@@ -182,6 +215,12 @@ _QUBE = (
     Property("stubdom_xid", "int", _is(-1), fixed=True),
     Property("stubdom_uuid", "str", _is(""), fixed=True),
     Property("visible_ip", "str", _ip, fixed=True),
+    *(Property(name, "str", _is(""), fixed=True)
+      for name in ("gateway6", "start_time", "visible_gateway6", "visible_ip6")),
+    Property("dns", "str", _if_connected("10.139.1.1 10.139.1.2"), fixed=True),
+    Property("visible_netmask", "str", _if_connected("255.255.255.255"), fixed=True),
+    Property("visible_gateway", "str", lambda system, domain: _ip(system, system.domains[str(netvm)])
+             if (netvm := read(system, domain, "netvm")) else None, fixed=True),
     Property("gateway", "str", lambda system, domain: _ip(system, domain)
              if read(system, domain, "provides_network") else None, fixed=True),
 )  # fmt: skip
@@ -189,13 +228,13 @@ _QUBE = (
 _GLOBAL = (
     Property("default_guivm", "vm", _is("dom0"), none=True),
     Property("default_audiovm", "vm", _is("dom0"), none=True),
-    Property("default_netvm", "vm", _is(None), none=True),
+    Property("default_netvm", "vm", _is(None), rules.check_default_netvm, none=True),
     Property("default_template", "vm", none=True, klass="TemplateVM"),
     Property("updatevm", "vm", _is(None), none=True),
     Property("clockvm", "vm", _is(None), none=True),
     Property("default_kernel", "str", None, _kernel),
-    Property("default_dispvm", "vm", _is(None), rules.check_disposable_template, none=True),
-    Property("management_dispvm", "vm", _is(None), rules.check_disposable_template, none=True),
+    Property("default_dispvm", "vm", _is(None), none=True),
+    Property("management_dispvm", "vm", _is(None), none=True),
     Property("default_pool", "str", None, _pool),
     *(Property(f"default_pool_{volume}", "str", _of_system("default_pool"), _pool)
       for volume in ("private", "root", "volatile", "kernel")),
@@ -233,7 +272,7 @@ TABLE: Mapping[str, Mapping[str, Property]] = {
         Property("auto_cleanup", "bool", _is(False)),
         Property("include_in_backups", "bool", _not_auto_cleanup),
         Property("default_dispvm", "vm", lambda _system, domain: domain.properties["template"],
-                 rules.check_disposable_template, none=True),
+                 none=True),
         Property("is_preload", "bool", _is(False), fixed=True),
     ),
 }  # fmt: skip

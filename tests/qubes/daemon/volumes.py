@@ -40,10 +40,16 @@ class Volumes:
             if from_template:
                 origin = self._origin(domain, name)
                 place, source, size = origin.pool, origin.vid, origin.size
-                if name in pools:
-                    raise AdminError("QubesException", f"cannot move to pool {pools[name]}")
+                if pools.get(name, place) != place:
+                    raise AdminError(
+                        "QubesException",
+                        f"Snapshot volume {name} must be in the same pool as its origin ({name} volume of"
+                        f" template),cannot move to pool {pools[name]} ",
+                    )
             elif name in pools or (pool and name != "kernel"):
                 place = pools.get(name) or pool
+                if name != "kernel" and self._system.pools[str(place)].driver == "linux-kernel":
+                    raise StumbleError("a pool of kernels takes no other volumes")
             volume = Volume(
                 name,
                 pool=str(place),
@@ -86,7 +92,10 @@ class Volumes:
         if not volume.rw:
             raise storage(f"Cannot resize: {volume.vid} is read-only")
         if size < volume.size:
-            raise storage(f"Cannot shrink {volume.vid}")
+            raise storage(
+                f"For your own safety, shrinking of {volume.name} is disabled ({size} < {volume.size})."
+                f" If you really know what you are doing, use `lvresize` on {volume.vid} manually."
+            )
         volume.size = size
         if volume.save_on_stop:
             os.truncate(self.path(volume), size)

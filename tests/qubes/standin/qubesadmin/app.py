@@ -264,7 +264,9 @@ class QubesLocal(QubesBase):
 def read_answer(response: bytes) -> bytes:
     """What qubesd says, or the exception that it says instead."""
     if not response:
-        raise qubesadmin.exc.QubesDaemonAccessError("Got empty response from qubesd.")
+        raise qubesadmin.exc.QubesDaemonAccessError(
+            "Got empty response from qubesd. See journalctl in dom0 for details."
+        )
     if response.startswith(b"0\0"):
         return response[2:]
     if not response.startswith(b"2\0"):

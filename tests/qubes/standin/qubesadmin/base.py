@@ -48,7 +48,7 @@ class PropertyHolder:
 
     def property_is_default(self, item: str) -> bool:
         """Whether the property has its default value, which may change with the rest of the system."""
-        return self._get(item)[0]
+        return self._guarded("Get", item).startswith(b"default=True ")
 
     def property_get_default(self, item: str) -> VMProperty:
         """The value that the property would have if it were reset."""
@@ -61,7 +61,8 @@ class PropertyHolder:
     def __getattr__(self, item: str) -> VMProperty:
         if item.startswith("_"):
             raise AttributeError(item)
-        return self._get(item)[1]
+        _, kind, value = self._guarded("Get", item).split(b" ", 2)
+        return self._value(item, kind, value)
 
     def __setattr__(self, key: str, value: object) -> None:
         if key.startswith("_") or key in self._local_properties():
@@ -91,10 +92,6 @@ class PropertyHolder:
             return self._property_call(what, item, payload)
         except (qubesadmin.exc.QubesDaemonNoResponseError, qubesadmin.exc.QubesVMNotFoundError):
             raise qubesadmin.exc.QubesPropertyAccessError(item) from None
-
-    def _get(self, item: str) -> tuple[bool, VMProperty]:
-        default, kind, value = self._guarded("Get", item).split(b" ", 2)
-        return default == b"default=True", self._value(item, kind, value)
 
     def _value(self, item: str, kind: bytes, data: bytes) -> VMProperty:
         value = data.decode()

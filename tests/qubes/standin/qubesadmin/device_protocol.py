@@ -74,13 +74,20 @@ class VirtualDevice:
 
     @classmethod
     def from_qarg(
-        cls, representation: str, devclass: str | None, domains: "VMCollection", blind: bool = False
+        cls,
+        representation: str,
+        devclass: str | None,
+        domains: "VMCollection",
+        blind: bool = False,
+        backend: "QubesVM | None" = None,
     ) -> "VirtualDevice":
+        if backend is not None:
+            raise NotImplementedError
         get: Callable[[str], QubesVM] = domains.get_blind if blind else domains.__getitem__
-        backend, _, identity = representation.partition("+")
+        backend_name, _, identity = representation.partition("+")
         port_id, _, device_id = identity.replace("+", ":").partition(":")
         device_id = device_id.replace("_" * len(_UNKNOWN_INTERFACE), _UNKNOWN_INTERFACE)
-        port = Port(None if backend in "_*" else get(backend), _star(port_id), devclass)
+        port = Port(None if backend_name in "_*" else get(backend_name), _star(port_id), devclass)
         return cls(port, _star(device_id) or None)
 
     def serialize(self) -> bytes:
@@ -208,9 +215,9 @@ class DeviceAssignment:
 
 def _packed(key: str, value: object) -> bytes:
     text = str(value).replace("'", r"\'")
-    for characters, allowed in ((key, _KEY), (text, _VALUE)):
+    for what, characters, allowed in (("name", key, _KEY), ("value", text, _VALUE)):
         if wrong := set(characters) - allowed:
-            raise ProtocolError(f"Invalid chars in property: {wrong!r}")
+            raise ProtocolError(f"Invalid chars in property {what}: {wrong!r}")
     return f"{key}='{text}'".encode("ascii")
 
 

@@ -62,10 +62,6 @@ class QubesNoTemplateError(QubesVMError):
     pass
 
 
-class QubesVMAlreadyStartedError(QubesVMError):
-    pass
-
-
 class QubesPoolInUseError(QubesException):
     pass
 

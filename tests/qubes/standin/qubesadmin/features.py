@@ -50,13 +50,13 @@ class Features:
             return default
 
     @typing.overload
-    def check_with_template(self, item: str) -> str | None: ...
+    def check_with_template(self, feature: str) -> str | None: ...
     @typing.overload
-    def check_with_template(self, item: str, default: T) -> str | T: ...
-    def check_with_template(self, item: str, default: object = None) -> object:
+    def check_with_template(self, feature: str, default: T) -> str | T: ...
+    def check_with_template(self, feature: str, default: object = None) -> object:
         """The qube's own feature, or that of its template, or of the template's template."""
         try:
-            answer = self.vm.qubesd_call(self.vm.name, "admin.vm.feature.CheckWithTemplate", item)
+            answer = self.vm.qubesd_call(self.vm.name, "admin.vm.feature.CheckWithTemplate", feature)
         except KeyError:
             if default is self.NO_DEFAULT:
                 raise

@@ -38,36 +38,34 @@ class RuleOption:
 class RuleChoice(RuleOption):
     """An element that has one of a few values, which are attributes of its class."""
 
-    key: typing.ClassVar[str]
+    _key: typing.ClassVar[str]
 
     def __init__(self, value: object) -> None:
         super().__init__(value)
-        choices = [
-            text for name, text in vars(type(self)).items() if name != "key" and not name.startswith("_")
-        ]
+        choices = [text for name, text in vars(type(self)).items() if not name.startswith("_")]
         if value not in choices:
             raise ValueError(value)
 
     @property
     def rule(self) -> str:
-        return f"{self.key}={self}"
+        return f"{self._key}={self}"
 
 
 class Action(RuleChoice):
-    key = "action"
+    _key = "action"
     accept = "accept"
     drop = "drop"
 
 
 class Proto(RuleChoice):
-    key = "proto"
+    _key = "proto"
     tcp = "tcp"
     udp = "udp"
     icmp = "icmp"
 
 
 class SpecialTarget(RuleChoice):
-    key = "specialtarget"
+    _key = "specialtarget"
     dns = "dns"
 
 
@@ -91,7 +89,7 @@ class DstHost(RuleOption):
         self.type = "dst4" if family == socket.AF_INET else "dst6"
         self.prefixlen = int(prefix) if slash else longest if prefixlen is None else prefixlen
         if not 0 <= self.prefixlen <= longest:
-            raise ValueError(f"netmask must be between 0 and {longest}")
+            raise ValueError(f"netmask for IPv{4 if longest == 32 else 6} must be <= {longest}")
         super().__init__(value if slash else f"{host}/{self.prefixlen}")
 
     @property
@@ -225,7 +223,8 @@ class Rule:
     def _set(self, name: str, value: object) -> None:
         protos = _NEEDS_PROTO.get(name)
         if protos and self._options.get("proto") not in protos:
-            raise ValueError(f"{name} valid only for {', '.join(protos)}")
+            names = " and ".join(repr(proto) for proto in protos)
+            raise ValueError(f"{name} valid only for {names} protocol{'s' * (len(protos) > 1)}")
         kind = _CLASSES[name]
         # The classes check their argument themselves, whatever it is.
         self._options[name] = value if isinstance(value, kind) else kind(value)

@@ -18,10 +18,6 @@ class Volume:
         self._vm_name = vm_name
 
     @property
-    def vm(self) -> str:
-        return self._vm
-
-    @property
     def name(self) -> str:
         return self._vm_name
 
@@ -64,12 +60,8 @@ class Volume:
     def revisions_to_keep(self) -> int:
         return int(self._info("revisions_to_keep"))
 
-    def resize(self, size: int, *, allow_shrink: bool = False) -> None:
-        """Make it `size` bytes long."""
-        if not allow_shrink and size < (current := self.size):
-            raise qubesadmin.exc.StoragePoolException(
-                f"Refusing to shrink volume {self.vm}:{self.name} from {current} to {size} bytes."
-            )
+    def resize(self, size: int) -> None:
+        """Make it `size` bytes long, which is not less than it is."""
         self._call("Resize", str(size).encode("ascii"))
 
     def import_data(self, stream: IO[bytes]) -> None:
@@ -105,7 +97,7 @@ class Volume:
 
     def __lt__(self, other: object) -> bool:
         if isinstance(other, Volume):
-            return (self.vm, self.name) < (other.vm, other.name)
+            return (self._vm, self._vm_name) < (other._vm, other._vm_name)
         return NotImplemented
 
     __hash__ = None  # type: ignore[assignment] # as in the original: compared by value, which can change
