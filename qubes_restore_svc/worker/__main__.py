@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 
 from qubes_restore_svc.archive.kdf import KdfEngine, best_engine
@@ -20,6 +21,8 @@ from qubes_restore_svc.worker.system_calls import forbid_the_rest
 #: Bytes that stay free for the kernel, the sockets and what else runs in the qube, unless told otherwise.
 _RESERVE = 176 << 20
 _LEAST_MEMORY = 144 << 20
+#: Bytes of stack for a thread: what `ulimit -s` grants can be more than the worker may take in all.
+_STACK_SIZE = 2 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         listener = inherited_listener() if options.listen else None
     except UsageError as error:
         parser.error(str(error))
+    threading.stack_size(_STACK_SIZE)
     engine = best_engine()
     _restrict_process()
     available = options.memory_limit or available_memory()

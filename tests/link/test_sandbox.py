@@ -15,6 +15,7 @@ import pytest
 
 from qubes_restore_svc.errors import SandboxUnavailable
 from qubes_restore_svc.link import sandbox
+from qubes_restore_svc.link.limits import memory_reserve
 from qubes_restore_svc.link.local import LocalLink
 from qubes_restore_svc.worker import system_calls
 from tests.link.probes import INTERPRETER, UNFILTERED, inside, needs_bubblewrap, opened, worker_process
@@ -129,7 +130,7 @@ async def test_its_resources_are_limited(link: LocalLink) -> None:
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 256,
         resource.RLIMIT_NPROC: 1024,
-        resource.RLIMIT_DATA: MEMORY + (2 << 30),
+        resource.RLIMIT_DATA: MEMORY + memory_reserve(),
         resource.RLIMIT_AS: MEMORY + (16 << 30),
     }
     for kind, limit in expected.items():
@@ -141,7 +142,7 @@ async def test_more_memory_than_granted_cannot_be_taken(link: LocalLink) -> None
     text = """
 result = 'done'
 try:
-    bytearray(3 << 30)
+    bytearray(2 << 30)
 except MemoryError:
     result = 'no memory'
 """
