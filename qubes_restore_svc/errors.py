@@ -125,6 +125,13 @@ class BadArchive(RestoreError):
     default_advice = "The file is damaged or was made to attack; do not trust it."
 
 
+class ArchiveDamaged(RestoreError):
+    """A part of the archive is not as it was written, and was passed over."""
+
+    kind = "archive-damaged"
+    default_advice = "The medium or the copy is damaged; look for another copy of what is lost."
+
+
 class BadHeader(RestoreError):
     """backup-header is malformed, or differs from its authenticated copy."""
 

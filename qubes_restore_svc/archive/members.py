@@ -40,6 +40,24 @@ class Member:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes `start` to `end` of the archive that are not as a writer made them, and were passed over.
+
+    `untrusted_name` is what the header there seems to name, in its damaged state. `harmless`: there is no
+    room in it for a file that might be lost.
+    """
+
+    start: int
+    end: int
+    reason: str
+    untrusted_name: bytes = b""
+    harmless: bool = False
+
+    def __str__(self) -> str:
+        return f"the archive is damaged from byte {self.start} to {self.end} ({self.reason})"
+
+
 class MemberReader(Protocol):
     """Reads the outer archive. After a RestoreError the reader is of no further use.
 
@@ -61,6 +79,10 @@ class MemberReader(Protocol):
 
         Raises BadArchive, NotABackup.
         """
+        ...
+
+    def take_damage(self) -> Damage | None:
+        """What was passed over before the last member, or the end, that was found; once."""
         ...
 
     def content(self, data: Buffer) -> None:

@@ -5,17 +5,25 @@ behind a content. A header block is either zero (the filling between two archive
 pax header (`x`) for the file that must follow at once, or a regular file. Everything else that a tar
 archive may hold (links, devices, directories, GNU's extensions) is refused: a Qubes backup has none of it.
 
-Whatever is wrong before the first member was seen means that this is no backup; later, that it is a bad one.
+Whatever is wrong before the first member was seen means that this is no backup; before the first chunk, that
+it is a bad one. Behind the first chunk it is damage, which costs what it hit: the reader goes on block by
+block to the next header that is valid and names a chunk. Nothing false can come in that way, because the MAC
+of a chunk binds its name and place. Each block is looked at once, so a search costs no more than reading.
 """
 
+import contextlib
 import re
+from dataclasses import replace
 from enum import Enum, auto
 from typing import NoReturn
 
-from qubes_restore_svc.archive.members import MAX_MEMBER_SIZE, Member, check_member_name
+from qubes_restore_svc.archive.chunks import parse_chunk_name
+from qubes_restore_svc.archive.container import OVERHEAD
+from qubes_restore_svc.archive.members import MAX_MEMBER_SIZE, Damage, Member, check_member_name
 from qubes_restore_svc.archive.tar_header import (
     BLOCK,
     MAX_PAX_SIZE,
+    POSIX_MAGIC,
     BadTarHeader,
     TarHeader,
     is_zero_block,
@@ -28,6 +36,7 @@ from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, N
 
 _REGULAR_TYPES = (b"0", b"\0")
 _PAX_TYPE = b"x"
+_CHUNK_SUFFIX = ".enc"
 _REFUSED_TYPES = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -45,6 +54,16 @@ _REFUSED_TYPES = {
 
 #: A size in a pax record: decimal, one spelling for each number.
 _PAX_NUMBER = re.compile(rb"0|[1-9][0-9]{0,14}")
+
+#: Most zeros between two members, bytes: two closing blocks, and what fills up 10,240 bytes.
+_MAX_FILLING = 2 * BLOCK + 10240 - BLOCK
+
+#: Other bytes in a block that still count as filling: a bit has changed, and no header was there.
+_MAX_NOISE = 4
+
+#: Longest pax header with its one block of records, and the header behind it: what can be lost without
+#: losing a file, bytes.
+_MAX_HARMLESS = 3 * BLOCK
 
 
 class _State(Enum):
@@ -71,6 +90,12 @@ class OuterTarReader:
         self._content_left = 0
         self._padding = 0
         self._last_name: str | None = None
+        self._found_chunk = False
+        self._record_start = 0  # of the header block, or of the pax header before it
+        self._filling = 0  # bytes of it since the last member
+        self._searching: Damage | None = None  # its end is not known yet
+        self._zeros_passed = False  # in the search
+        self._damage: Damage | None = None
 
     @property
     def wanted(self) -> int:
@@ -86,12 +111,19 @@ class OuterTarReader:
         member = None
         if self._state is _State.PADDING:
             self._want(_State.HEADER)
-        elif self._state is _State.PAX_BODY:
-            self._take_pax_body(bytes(untrusted_data[: self._pax_size]))
-        elif not self._is_filling(untrusted_data):
-            member = self._take_header(untrusted_data)
+        else:
+            try:
+                member = self._feed_header(untrusted_data)
+            except BadArchive as error:
+                if not self._found_chunk:
+                    raise
+                self._search_from(untrusted_data, error)
         self._offset += len(untrusted_data)
         return member
+
+    def take_damage(self) -> Damage | None:
+        damage, self._damage = self._damage, None
+        return damage
 
     def content(self, data: Buffer) -> None:
         self._count(len(data))
@@ -106,18 +138,83 @@ class OuterTarReader:
             raise EmptyInput("the file is empty")
         if self._offset == 0:
             raise NotABackup(f"it has only {end} bytes, less than the first block of a backup")
+        if self._searching is not None:
+            self._damage = replace(self._searching, end=end)
+            raise BadArchive(
+                f"it is damaged at byte {self._searching.start}, after {self._last_shown()}"
+                f" ({self._searching.reason}), and no more files can be found behind that"
+            )
+        if self._filling > _MAX_FILLING:
+            self._note_zeros(end)
         if self._state in (_State.CONTENT, _State.PADDING):
             raise ArchiveTruncated(f"it ends in the middle of {self._last_shown()}, at byte {end}")
         if self._state is not _State.HEADER or untrusted_rest:
             raise ArchiveTruncated(f"it ends in the middle of a header, at byte {end}")
 
+    def _feed_header(self, untrusted_data: Buffer) -> Member | None:
+        """Take the next part of a header, or filling."""
+        if self._state is _State.PAX_BODY:
+            self._take_pax_body(bytes(untrusted_data[: self._pax_size]))
+            return None
+        if self._state is _State.HEADER:
+            if self._is_filling(untrusted_data):
+                return None
+            self._record_start = self._offset
+        return self._take_header(untrusted_data)
+
     def _is_filling(self, untrusted_block: Buffer) -> bool:
         """A zero block where one may stand: not at the very beginning, not after a pax header."""
-        may_stand = self._state is _State.HEADER and self._last_name is not None
-        return may_stand and is_zero_block(untrusted_block)
+        if self._last_name is None:
+            return False
+        if is_zero_block(untrusted_block):
+            self._zeros_passed = True
+            self._filling += BLOCK
+            return True
+        if not self._found_chunk or self._searching is not None:
+            return False
+        if len(untrusted_block) - bytes(untrusted_block).count(0) > _MAX_NOISE:
+            return False
+        reason = "in the filling between two files"
+        self._damage = Damage(self._offset, self._offset + BLOCK, reason, harmless=True)
+        self._filling += BLOCK
+        return True
+
+    def _search_from(self, untrusted_data: Buffer, error: BadArchive) -> None:
+        """What was just fed is no part of an archive: go on with the next block."""
+        state, start = self._state, self._record_start
+        self._pax_path = self._pax_file_size = None
+        self._want(_State.HEADER)
+        if self._searching is None:
+            self._zeros_passed = False
+            untrusted_name = (
+                b"" if state is _State.PAX_BODY else bytes(untrusted_data[:100]).partition(b"\0")[0]
+            )
+            self._searching = Damage(start, start, error.reason, untrusted_name)
+        if state is _State.FILE_HEADER:  # no file for a pax header; it may be the next one
+            self._record_start = self._offset
+            with contextlib.suppress(BadArchive):
+                self._take_header(untrusted_data)
+
+    def _end_search(self) -> None:
+        """A member was found: what was passed over on the way to it?"""
+        if self._searching is not None:
+            short = self._record_start - self._searching.start <= _MAX_HARMLESS
+            self._damage = replace(
+                self._searching, end=self._record_start, harmless=short and not self._zeros_passed
+            )
+            self._searching = None
+        elif self._filling > _MAX_FILLING and self._found_chunk:
+            self._note_zeros(self._record_start)
+        self._filling = 0
+
+    def _note_zeros(self, end: int) -> None:
+        reason = f"{self._filling} bytes of zeros, more than stand between two files"
+        self._damage = Damage(end - self._filling, end, reason)
 
     def _take_header(self, untrusted_block: Buffer) -> Member | None:
         """Read a header block that is not mere filling, and set what comes after it."""
+        if self._searching is not None and untrusted_block[257:265] != POSIX_MAGIC:
+            raise BadArchive("no header")  # said quickly: there may be millions of blocks
         try:
             header = parse_tar_header(untrusted_block)
         except BadTarHeader as error:
@@ -162,8 +259,14 @@ class OuterTarReader:
         size = header.size if self._pax_file_size is None else self._pax_file_size
         if size > MAX_MEMBER_SIZE:
             self._refuse(f"{shown(name)} claims to have {human_size(size)}")
+        if self._searching is not None:
+            parse_chunk_name(name)
+            if size < OVERHEAD:
+                self._refuse("a chunk that is too small")
+        self._end_search()
         self._pax_path = self._pax_file_size = None
         self._last_name = name
+        self._found_chunk = self._found_chunk or name.endswith(_CHUNK_SUFFIX)
         self._content_left = size
         self._padding = padded(size) - size
         self._want(_State.CONTENT, self._padding or BLOCK)
@@ -194,7 +297,8 @@ class OuterTarReader:
     def _refuse(self, what: str) -> NoReturn:
         if self._last_name is None:
             raise NotABackup(f"this is not a Qubes backup ({what})")
-        raise BadArchive(f"at byte {self._offset}, after {self._last_shown()}: {what}")
+        where = "" if self._found_chunk else f"at byte {self._offset}, after {self._last_shown()}: "
+        raise BadArchive(f"{where}{what}")
 
     def _last_shown(self) -> str:
         return shown(self._last_name or "")

@@ -30,6 +30,7 @@ from qubes_restore_svc.wire.messages import (
     encode_message,
 )
 from qubes_restore_svc.wire.names import (
+    KEPT_VOLUMES,
     MAX_NUMBER,
     MAX_QUBES,
     FeatureName,
@@ -60,11 +61,15 @@ class BackupQube:
 
 @dataclass(frozen=True, slots=True)
 class BackupContent:
-    """What qubes.xml says is in the backup, in its order; `warnings` are sentences without a stop."""
+    """What qubes.xml says is in the backup, in its order; `warnings` are sentences without a stop.
+
+    `refused_paths` are the directories of the refused ones, as far as they are known.
+    """
 
     qubes: tuple[BackupQube, ...]
     refused: tuple[RefusedQube, ...]
     warnings: tuple[str, ...]
+    refused_paths: tuple[str, ...] = ()
 
 
 def parse_qubes_xml(untrusted_xml: bytes) -> BackupContent:
@@ -85,7 +90,9 @@ def parse_qubes_xml(untrusted_xml: bytes) -> BackupContent:
     for entry, rival in zip(entries, _rivals(entries), strict=True):
         reader.read(entry, rival)
     _check_size(reader)
-    return BackupContent(tuple(reader.qubes), tuple(reader.refused), tuple(reader.warnings()))
+    return BackupContent(
+        tuple(reader.qubes), tuple(reader.refused), tuple(reader.warnings()), tuple(reader.refused_paths)
+    )
 
 
 # --- The tree --------------------------------------------------------------------------------------
@@ -177,14 +184,6 @@ def _rivals(entries: list[_Entry]) -> list[_Entry | None]:
 
 _Warn = Callable[[str], None]
 
-#: What a backup of each class holds where a writer gave no volume-config.
-_USUAL_VOLUMES = {
-    "AdminVM": ("home",),
-    "AppVM": ("private",),
-    "TemplateVM": ("root", "private"),
-    "StandaloneVM": ("root", "private"),
-    "DispVM": (),
-}
 _TEMPLATE_BASED = frozenset({"AppVM", "DispVM"})
 
 _IDENTITY = frozenset({"name", "label", "template", "netvm", "qid", "uuid"})
@@ -228,6 +227,7 @@ class _Reader:
     labels: dict[str, str]
     qubes: list[BackupQube] = field(default_factory=list)
     refused: list[RefusedQube] = field(default_factory=list)
+    refused_paths: list[str] = field(default_factory=list)
     _names: set[str] = field(default_factory=set)
     _keys: set[str] = field(default_factory=set)
     _warnings: list[str] = field(default_factory=list)
@@ -239,6 +239,8 @@ class _Reader:
             self.qubes.append(self._qube(entry, rival))
         except BadMetadata as error:
             self.refused.append(RefusedQube(name=entry.shown, error=ErrorInfo.of(error)))
+            with suppress(BadMetadata):
+                self.refused_paths.append(entry.path())
 
     def warnings(self) -> Iterator[str]:
         yield from self._warnings
@@ -247,7 +249,7 @@ class _Reader:
 
     def _qube(self, entry: _Entry, rival: _Entry | None) -> BackupQube:
         klass, untrusted_domain = entry.klass, entry.untrusted_domain
-        if klass not in _USUAL_VOLUMES:
+        if klass not in KEPT_VOLUMES:
             raise BadMetadata(f"it is of the class '{_shown(klass)}', which cannot be restored")
         path = entry.path()
         if rival is not None:
@@ -354,7 +356,7 @@ def _size(untrusted_size: str | None, what: str, warn: _Warn) -> int | None:
 
 def _volumes(untrusted_domain: Element, klass: str, warn: _Warn) -> tuple[VolumeInfo, ...]:
     """The volumes that a complete backup of the qube has: those that keep their content when it stops."""
-    usual = _USUAL_VOLUMES[klass]
+    usual = KEPT_VOLUMES[klass]
     if klass == "AdminVM" or untrusted_domain.find("volume-config") is None:
         return tuple(VolumeInfo.model_validate({"name": name}) for name in usual)
     volumes: dict[str, VolumeInfo] = {}  # as for qubesd, the last of a name counts

@@ -1,6 +1,8 @@
 """What the worker may still claim: every volume of the plan once, and nothing else.
 
-Strategy: the ledger starts with the promises of the plan and crosses off what is answered. A claim that
+Strategy: the ledger starts with the promises of the plan and crosses off what is answered. What the archive
+holds of a qube without a promise may be announced too, once, while the qube is open: a volume that its class
+keeps, and no other. The class is the one in the plan; the worker has no word of its own in it. A claim that
 is not open is a ProtocolViolation; so a worker cannot name a qube that was not selected, send a volume twice,
 make one larger than announced, have two qubes in the making at once, or finish with something missing.
 """
@@ -22,7 +24,7 @@ from qubes_restore_svc.errors import (
     WorkerStalled,
 )
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE
 
 #: What only this side can know; exit statuses and advice follow from it.
@@ -45,10 +47,12 @@ class Ledger:
     """The open claims of one session over the selected qubes."""
 
     def __init__(self, qubes: Iterable[m.ManifestQube], *, ignore_size_limit: bool) -> None:
+        self._unpromised: set[tuple[str, VolumeName]] = set()
         self._limits: dict[tuple[str, VolumeName], int] = {}
         self._unannounced: set[tuple[str, VolumeName]] = set()
         self._unanswered: set[tuple[str, VolumeName]] = set()
         self._unsettled: set[str] = set()
+        self._settled: set[str] = set()
         self._announced: dict[tuple[str, VolumeName], int] = {}
         self._current: str | None = None
         for qube in qubes:
@@ -59,10 +63,18 @@ class Ledger:
                 self._limits[claim] = MAX_IMAGE_SIZE if unlimited else min(volume.size or 0, MAX_IMAGE_SIZE)
                 self._unannounced.add(claim)
                 self._unanswered.add(claim)
+            for name in KEPT_VOLUMES[qube.klass]:
+                if (claim := (qube.key, name)) not in self._limits:
+                    self._unpromised.add(claim)
+                    self._limits[claim] = MAX_IMAGE_SIZE
 
     def announce(self, message: m.VolumeReady) -> None:
         """A volume is announced; raises ProtocolViolation unless it is open, new, and within its limit."""
         claim = (message.key, message.volume)
+        if claim in self._unpromised and message.key in self._unsettled:
+            self._unpromised.remove(claim)
+            self._unannounced.add(claim)
+            self._unanswered.add(claim)
         if claim not in self._unannounced:
             raise ProtocolViolation("a volume that was not asked for, or not any more")
         if message.image_size > self._limits[claim]:
@@ -92,8 +104,15 @@ class Ledger:
         if any(key == message.key for key, _ in self._unanswered):
             raise ProtocolViolation("the end of a qube before all of its volumes were answered for")
         self._unsettled.remove(message.key)
+        self._settled.add(message.key)
         if self._current == message.key:
             self._current = None
+
+    def take_back(self, message: m.QubeIncomplete) -> None:
+        """A qube that was over is not complete; raises ProtocolViolation if it was not over, or twice."""
+        if message.key not in self._settled:
+            raise ProtocolViolation("a qube taken back that was not over, or that was taken back before")
+        self._settled.remove(message.key)
 
     def finish(self) -> None:
         """The worker says that it has finished; raises ProtocolViolation if something is open."""

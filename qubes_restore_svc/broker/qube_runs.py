@@ -72,8 +72,12 @@ class QubeRun:
         self.stage, self.settings = Stage.FINISHED, b""
 
     def volume(self, name: str) -> VolumeReport:
-        """The report of one of its volumes."""
-        return next(volume for volume in self.report.volumes if volume.name == name)
+        """The report of one of its volumes; a new one if nothing promised it."""
+        for volume in self.report.volumes:
+            if volume.name == name:
+                return volume
+        self.report.volumes.append(VolumeReport(name=name))
+        return self.report.volumes[-1]
 
     def warn(self, text: str) -> None:
         """Keep a warning for the report, as far as there is room."""

@@ -134,6 +134,9 @@ class RestoreRun:
         elif isinstance(message, m.QubeSettings):
             self._ledger.settle(message)
             await self._settle(self._qubes[message.key], message)
+        elif isinstance(message, m.QubeIncomplete):
+            self._ledger.take_back(message)
+            await self._take_back(self._qubes[message.key], believed_error(message.error))
         elif isinstance(message, m.Finished):
             self._ledger.finish()
         if self._host is not None:
@@ -152,6 +155,7 @@ class RestoreRun:
     # --- One volume ---------------------------------------------------------------------------------
 
     async def _volume_ready(self, qube: QubeRun, ready: m.VolumeReady) -> None:
+        qube.volume(ready.volume)  # it is in the report from now on, promised or not
         self._observer.volume_started(qube.name, ready.volume, ready.image_size)
         if self._host is None:
             return
@@ -271,6 +275,20 @@ class RestoreRun:
         qube.settle(settings)
         if self._qubes.waiting_settings > MAX_WAITING_SETTINGS and not self._qubes.is_ready(qube):
             await self._fail(qube, BadMetadata(_TOO_MUCH_WAITS, advice="Restore fewer qubes at a time."))
+
+    async def _take_back(self, qube: QubeRun, error: RestoreError) -> None:
+        """Something that the qube must not lack came too late. What waits is rolled back; what was committed
+        stays, because it is somebody's by now, and is called failed."""
+        if not qube.finished:
+            await self._fail(qube, error)
+        elif qube.report.succeeded:
+            if self._host is not None:
+                error.advice = (
+                    "It had been created by then and is still there. Look at what it lacks, a firewall above"
+                    " all, before you start it; or remove it."
+                )
+            qube.report.error = ErrorReport.of(error.at(qube=qube.name))
+            self._conclude(qube, "failed")
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:
         transaction, settings = qube.transaction, qube.take_settings()

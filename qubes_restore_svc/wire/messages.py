@@ -243,6 +243,14 @@ class QubeSettings(Message):
     max_size: ClassVar[int] = 2 << 20
 
 
+class QubeIncomplete(Message):
+    """A qube whose settings were sent was not all there: something has come since that it must not lack."""
+
+    type: Literal["qube_incomplete"] = "qube_incomplete"
+    key: QubeKey
+    error: ErrorInfo
+
+
 class Progress(Message):
     """Sent at least every few seconds, whatever happens: also the worker's sign of life."""
 
@@ -275,7 +283,9 @@ class Finished(Message):
 
 
 BrokerMessage = Open | Start | SkipQube | Cancel
-WorkerMessage = Manifest | VolumeReady | VolumeDone | QubeSettings | Progress | Log | Failed | Finished
+WorkerMessage = (
+    Manifest | VolumeReady | VolumeDone | QubeSettings | QubeIncomplete | Progress | Log | Failed | Finished
+)
 
 _BROKER: TypeAdapter[BrokerMessage] = TypeAdapter(Annotated[BrokerMessage, Field(discriminator="type")])
 _WORKER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="type")])

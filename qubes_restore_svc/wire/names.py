@@ -7,6 +7,7 @@ everything that could steer a terminal or hide in a line. There is no plain `str
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
@@ -64,6 +65,14 @@ AppmenuName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+@ -]+$", 255)]
 VmClass = Literal["AdminVM", "AppVM", "TemplateVM", "StandaloneVM", "DispVM"]
 #: `home` is dom0's home directory, one opaque archive; the other two are disk images.
 VolumeName = Literal["root", "private", "home"]
+#: The volumes that a qube of each class keeps when it stops: what a backup of it can hold.
+KEPT_VOLUMES: Mapping[str, tuple[VolumeName, ...]] = {
+    "AdminVM": ("home",),
+    "AppVM": ("private",),
+    "TemplateVM": ("root", "private"),
+    "StandaloneVM": ("root", "private"),
+    "DispVM": (),
+}
 Outcome = Literal["ok", "failed", "skipped"]
 
 Size = Annotated[int, Field(strict=True, ge=0, le=MAX_NUMBER)]  #: bytes

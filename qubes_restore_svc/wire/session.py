@@ -12,6 +12,7 @@ worker may already have sent is forbidden.
     VOLUME     --volume_done-->   STREAMING   (of the same volume)
     STREAMING  --volume_done-->   STREAMING   (failed or skipped: there is nothing to fetch)
     STREAMING  --qube_settings--> STREAMING
+    STREAMING  --qube_incomplete--> STREAMING (of one whose settings were sent)
     STREAMING  --finished-->      CLOSED
     from OPENING on, log and progress; failed and cancel, to CLOSED; from STREAMING on, skip_qube
 """
@@ -42,6 +43,7 @@ TRANSITIONS: dict[tuple[State, type[m.Message]], State] = {
     (State.VOLUME, m.VolumeDone): State.STREAMING,
     (State.STREAMING, m.VolumeDone): State.STREAMING,
     (State.STREAMING, m.QubeSettings): State.STREAMING,
+    (State.STREAMING, m.QubeIncomplete): State.STREAMING,
     (State.STREAMING, m.Finished): State.CLOSED,
 }
 for _state in (State.OPENING, State.LISTED, State.STREAMING, State.VOLUME):

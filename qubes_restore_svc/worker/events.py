@@ -1,7 +1,8 @@
 """What the intake tells the pipeline: files, their chunks, and where they end.
 
-Strategy: small frozen values in a bounded queue, in archive order. A file is one `FileStart`, its `Chunk`s
-and one `FileEnd`; after the last file there is one `ArchiveEnd`.
+Strategy: small frozen values in a bounded queue, in archive order. A wanted file is one `FileStart`, its
+`Chunk`s and one `FileEnd`, any other one `Passed`; between files there may be `Damaged`, and after the last
+there is one `ArchiveEnd`.
 """
 
 import queue
@@ -12,6 +13,7 @@ from typing import TypeAlias
 from qubes_restore_svc.archive.chunks import ChunkName
 from qubes_restore_svc.archive.container import ContainerHead
 from qubes_restore_svc.archive.kdf import KdfRequest
+from qubes_restore_svc.archive.members import Damage
 from qubes_restore_svc.errors import RestoreError
 
 #: Events that may wait. The budget bounds the chunks, and this the files that come without any.
@@ -44,23 +46,45 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class FileEnd:
-    """The file is over; `error` if chunks of it are missing or unusable."""
+    """The file is over; `error` if chunks of it are missing or unusable.
+
+    `damage` was met in it or right behind it: its last chunks may have been there.
+    """
 
     error: RestoreError | None = None
+    damage: Damage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """The file `name` is in the archive, and not wanted. `foreign`: it is a member that is no chunk."""
+
+    name: str
+    foreign: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """Something was passed over behind the file `after` (the last that was seen, wanted or not)."""
+
+    damage: Damage
+    after: str
 
 
 @dataclass(frozen=True, slots=True)
 class ArchiveEnd:
     """The archive is over; `error` if it could not be read to its end.
 
-    `last_file` is the file, wanted or not, of the last member that was seen.
+    `last_file` is the file, wanted or not, of the last member that was seen. `damage`: no more files were
+    found behind this.
     """
 
     error: RestoreError | None = None
     last_file: str = ""
+    damage: Damage | None = None
 
 
-Event = FileStart | Chunk | FileEnd | ArchiveEnd
+Event = FileStart | Chunk | FileEnd | Passed | Damaged | ArchiveEnd
 EventQueue: TypeAlias = "queue.Queue[Event]"
 
 

@@ -1,11 +1,12 @@
 """From archive bytes to chunks: the first stage of the pipeline, in a thread of its own.
 
 Strategy: walk through the members in archive order. A wanted file becomes a run of events in a queue:
-`FileStart`, its `Chunk`s, `FileEnd`; what is not wanted is skipped without a key derivation. A chunk's
+`FileStart`, its `Chunk`s, `FileEnd`; what is not wanted is skipped without a derivation (`Passed`). A chunk's
 derivation is submitted as soon as the head of its container is there. Where the input can seek, the rest
 stays where it is until the chunk is unpacked, so that the memory is left to the derivations; elsewhere it
 is held while it comes in. What is wrong with one file ends that file (`FileEnd.error`) and no other; what
-is wrong with the archive itself ends everything (`ArchiveEnd.error`).
+is wrong with the archive itself ends everything (`ArchiveEnd.error`), but for damage that the reader has
+passed over (`Damaged`): what was lost by it shows in what is missing.
 
 Nothing in here looks into a chunk further than its container's head: the MAC has not been checked.
 """
@@ -13,12 +14,15 @@ Nothing in here looks into a chunk further than its container's head: the MAC ha
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from dataclasses import replace
 
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, keys_match, parse_head
-from qubes_restore_svc.archive.members import Member, MemberReader
+from qubes_restore_svc.archive.members import Damage, Member, MemberReader
 from qubes_restore_svc.errors import (
+    ArchiveDamaged,
     ArchiveTruncated,
+    BadArchive,
     BadContainer,
     BudgetTooSmall,
     Cancelled,
@@ -29,7 +33,7 @@ from qubes_restore_svc.errors import (
     SkippedOnRequest,
 )
 from qubes_restore_svc.worker.budget import Budget
-from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, EventQueue, FileEnd, FileStart
+from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, Damaged, EventQueue, FileEnd, FileStart, Passed
 from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.selection import IMAGES, SETTINGS
@@ -67,6 +71,8 @@ class Intake:
         self._next: Member | None = None
         self._file: str | None = None
         self._last_file = ""
+        self._content_end = 0  # of the last member, bytes from the beginning
+        self._damages: list[Damage] = []  # met in the current file, or right behind it
         self._cancelled = False
         self._wanted: Callable[[str], bool] = might_be_wanted
         self._loaded = bytearray()
@@ -84,6 +90,7 @@ class Intake:
             pushed_back, self._next = self._next, None
             return pushed_back
         while wanted := self._reader.wanted:
+            self._stop_if_cancelled()
             header = self._source.read(wanted)
             if len(header) < wanted:
                 self._reader.eof(header)
@@ -146,8 +153,9 @@ class Intake:
         except Exception as caught:  # noqa: BLE001 - the pipeline waits for the end
             error = as_restore_error(caught)
         self._scheduler.expect_more(False)
+        damage = self._take_damage(at_end=error is None)
         self._end_file(error)
-        self._events.put(ArchiveEnd(error, self._last_file))
+        self._events.put(ArchiveEnd(error, self._last_file, damage if error is not None else None))
 
     def take(
         self,
@@ -259,21 +267,34 @@ class Intake:
         failed_file: str | None = None
         while (member := self.next_member()) is not None:
             self._stop_if_cancelled()
-            name = parse_chunk_name(member.name)
-            self._last_file = name.file
+            damage = self._take_damage()
+            try:
+                name = parse_chunk_name(member.name)
+            except BadArchive:
+                self._events.put(Passed(member.name, foreign=True))
+                self.skip_content(self._reader.content_left)
+                continue
             if name.file != self._file:
                 self._end_file()
+            is_new, self._last_file = name.file != self._last_file, name.file
+            start = self._source.position
             try:
                 sequence.expect(name)
                 if name.file != failed_file and self._wanted(name.file):
                     self._begin_file(name.file)
                     self._pass_on(name, member.size, passphrase_of(name.member))
-            except (ChunkOutOfOrder, BadContainer, ExcessiveCost, BudgetTooSmall) as error:
+            except (ChunkOutOfOrder, BadContainer, ExcessiveCost, BudgetTooSmall) as caught:
+                error: RestoreError = self._source.gap(start, self._source.position) or caught
+                if damage is not None and isinstance(error, ChunkOutOfOrder):
+                    error = ArchiveDamaged(f"{error.reason}, because {damage}")
                 if name.file != failed_file and self._wanted(name.file):
                     self._begin_file(name.file)
                     self._end_file(error.at(chunk=name.number))
                 failed_file = name.file
+            if is_new and self._file is None and failed_file != name.file:
+                self._events.put(Passed(name.file))
             self.skip_content(self._reader.content_left)
+            self._content_end = self._source.position
 
     def _pass_on(self, name: ChunkName, size: int, passphrase: bytes) -> None:
         # In a frame of its own, which holds the chunk no longer than it takes.
@@ -287,10 +308,31 @@ class Intake:
             self._file = file
             self._events.put(FileStart(file))
 
+    def _take_damage(self, *, at_end: bool = False) -> Damage | None:
+        """Damage that the reader has passed over on its way to the member, or the end, that it found."""
+        damage = self._reader.take_damage()
+        if damage is None:
+            return None
+        if (gap := self._source.gap(self._content_end, damage.end)) is not None:
+            damage = replace(damage, reason=gap.reason)
+        if at_end and not self._source.seekable:
+            damage = replace(damage, harmless=True)  # zeros: a device is longer than the backup on it
+        self._damages.append(damage)
+        if self._file is None:
+            self._tell_damages()
+        return None if damage.harmless else damage
+
+    def _tell_damages(self) -> None:
+        for damage in self._damages:
+            self._events.put(Damaged(damage, self._last_file))
+        self._damages.clear()
+
     def _end_file(self, error: RestoreError | None = None) -> None:
         if self._file is not None:
             self._file = None
-            self._events.put(FileEnd(error))
+            harmful = [damage for damage in self._damages if not damage.harmless]
+            self._events.put(FileEnd(error, harmful[-1] if harmful else None))
+            self._tell_damages()
 
     def _read_into(self, target: memoryview) -> None:
         for start in range(0, len(target), _PIECE):

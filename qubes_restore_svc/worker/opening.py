@@ -29,6 +29,7 @@ from qubes_restore_svc.worker.events import Chunk
 from qubes_restore_svc.worker.intake import Intake
 
 _QUBES_XML = "qubes.xml"
+_QUBES_XML_CHUNK = f"{_QUBES_XML}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ class _QubesXml:
             if self._next is None:
                 raise BadArchive(f"{_QUBES_XML} does not follow the header")
             member = self._intake.next_member()
-            self._over = member is None or parse_chunk_name(member.name).file != _QUBES_XML
+            self._over = member is None or not member.name.startswith(_QUBES_XML_CHUNK)
             if member is not None:
                 self._intake.push_back(member)
         except RestoreError as error:
@@ -222,10 +223,10 @@ class _QubesXml:
         member = self._intake.next_member()
         if member is None:
             return None
-        name = parse_chunk_name(member.name)
-        if name.file != _QUBES_XML:
+        if not member.name.startswith(_QUBES_XML_CHUNK):
             self._intake.push_back(member)
             return None
+        name = parse_chunk_name(member.name)
         self._sequence.expect(name)
         passphrase = header_format.member_passphrase(self._backup_id, name.member, self._passphrase)
         return self._intake.take(name, member.size, passphrase, urgent=True, before_waiting=before_waiting)

@@ -14,8 +14,13 @@ from concurrent.futures import Future
 from qubes_restore_svc.archive import settings_files
 from qubes_restore_svc.archive.filters import decompress
 from qubes_restore_svc.archive.inner_tar import read_image, read_small_file
+from qubes_restore_svc.archive.members import Damage
+from qubes_restore_svc.archive.types import shown
 from qubes_restore_svc.archive.zero_runs import without_zeros
 from qubes_restore_svc.errors import (
+    ArchiveDamaged,
+    ArchiveTruncated,
+    BadArchive,
     BadMetadata,
     Cancelled,
     ImageTooLarge,
@@ -27,7 +32,7 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
-from qubes_restore_svc.worker.events import ArchiveEnd, EventQueue
+from qubes_restore_svc.worker.events import ArchiveEnd, Damaged, EventQueue, Passed
 from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.opening import OpenBackup
@@ -53,11 +58,13 @@ class Pipeline:
         ignore_size_limit: bool,
         emit: Emit,
         announce: Announce,
+        whole: bool = True,
     ) -> None:
+        """`whole`: all of the archive is read, and not just the files of the selected qubes."""
         self._backup = backup
         self._intake = intake
         self._files = PlaintextFiles(intake, events)
-        self._selection = Selection(backup.content.qubes, request.keys)
+        self._selection = Selection(backup.content, request.keys, whole=whole)
         self._restoring = request.mode == "restore"
         self._ignore_size_limit = ignore_size_limit
         self._emit = emit
@@ -66,6 +73,7 @@ class Pipeline:
         self._stream: VolumeStream | None = None
         self._streaming = ""  #: key of the qube whose volume it is
         self._cancelled = False
+        self._damage: Damage | None = None  # the last one that may have cost a file
 
     def run(self) -> None:
         """Read the archive to its end. Blocks; emits every answer, Finished as the last one."""
@@ -73,6 +81,13 @@ class Pipeline:
         self._intake.start(self._backup.passphrase_of)
         current: SelectedQube | None = None
         while not isinstance(file := self._files.next_file(), ArchiveEnd):
+            if isinstance(file, Damaged):
+                self._damaged(file)
+                continue
+            if isinstance(file, Passed):
+                self._selection.see(file.name, foreign=file.foreign)
+                continue
+            self._selection.see(file)
             place = self._selection.place(file)
             if self._cancelled or place is None or not self._selection.wanted(file):
                 self._files.drain()  # the intake was ahead of the selection, or of the cancel
@@ -83,10 +98,11 @@ class Pipeline:
             self._file(place, file)
         if self._cancelled:
             return
-        if file.error is not None:
-            self._cut_off(file.error, file.last_file)
+        self._end(file)
         for qube in self._selection:
             self._close(qube, file.error)
+        if (unclaimed := self._selection.unclaimed()) is not None:
+            self._emit(unclaimed)
         self._emit(m.Finished(archive_bytes=self._intake.position))
 
     def progress(self) -> m.Progress:
@@ -117,11 +133,11 @@ class Pipeline:
         )
         error: RestoreError | None = None
         try:
-            if qube.stage is Stage.CLOSED:  # the intake was ahead and did not know
-                self._selection.remark_late(place)
+            if qube.stage is Stage.CLOSED:
+                self._late_file(place, pieces)
             elif place.volume is None:
                 self._settings_file(place, file, pieces)
-            elif place.volume in qube.volumes_left:
+            elif place.name not in qube.come:
                 self._volume(place, place.volume, file, pieces)
         except Exception as caught:  # noqa: BLE001 - nothing in one file may end the others
             error = as_restore_error(caught).at(chunk=self._files.chunk)
@@ -132,12 +148,19 @@ class Pipeline:
         # What comes wrong after the end of a volume (a chunk that stands twice) still counts.
         error = error or self._files.drain()
         self._files.drain()
+        if error is None and qube.stage is not Stage.CLOSED:
+            qube.come.add(place.name)
         if error is not None and not self._cancelled:
+            if self._files.damage is not None and not isinstance(error, ArchiveDamaged):
+                error = ArchiveDamaged(f"{error.reason}; {self._files.damage}", chunk=error.chunk)
             error = as_restore_error(error).at(qube=qube.info.name, volume=place.volume or place.name)
             self._file_failed(place, error)
 
     def _file_failed(self, place: WantedFile, error: RestoreError) -> None:
         qube = place.qube
+        if qube.stage is Stage.CLOSED:  # nobody can say that it was authentic
+            self._selection.remark_late(place)
+            return
         if place.volume in qube.volumes_left:
             self._report_failed(qube, place.volume, error)
         else:
@@ -163,6 +186,8 @@ class Pipeline:
 
         digest = ImageHash(check)
         ready = m.VolumeReady(key=info.key, volume=volume, image_size=size)
+        if volume not in place.qube.volumes_left:  # nobody has promised it; from here on somebody has
+            place.qube.volumes_left.append(volume)
         with self._fetched(ready) as stream, digest:
             for offset, data in extents:
                 digest.write(offset, data)
@@ -205,7 +230,7 @@ class Pipeline:
             self._stream = None
 
     def _max_size(self, info: m.ManifestQube, volume: VolumeName) -> int:
-        promised = next(entry.size for entry in info.volumes if entry.name == volume)
+        promised = next((entry.size for entry in info.volumes if entry.name == volume), None)
         if promised is None or self._ignore_size_limit:
             return MAX_IMAGE_SIZE
         return min(promised, MAX_IMAGE_SIZE)
@@ -228,6 +253,42 @@ class Pipeline:
                 text += "; the qube comes back with a firewall that lets nothing through"
             self._warn(place.qube, text)
 
+    def _late_file(self, place: WantedFile, pieces: Iterator[bytes]) -> None:
+        """A file of a qube that is closed. If it is authentic and worth it, the qube was not all there."""
+        qube = place.qube
+        if not self._selection.is_missed(place):
+            self._selection.remark_late(place)
+            return
+        next(pieces, None)  # its first chunk is authentic, or this raises
+        qube.come.add(place.name)
+        qube.error = BadArchive(
+            f"its {place.name} stands behind the files of other qubes in the archive, and was not restored",
+            qube=qube.info.name,
+        )
+        self._emit(m.QubeIncomplete(key=qube.info.key, error=m.ErrorInfo.of(qube.error)))
+
+    def _damaged(self, event: Damaged) -> None:
+        """Say where the archive is damaged, and doubt whatever may have been lost there."""
+        damage = event.damage
+        cost = "; nothing is lost by it" if damage.harmless else "; what was there is lost"
+        self._emit(m.Log(level="warning", text=f"{damage}{cost}"[:1000]))
+        if not damage.harmless:
+            self._damage = damage
+            self._selection.doubt(damage, event.after)
+
+    def _end(self, end: ArchiveEnd) -> None:
+        """The archive is over: find out which qubes may have had more, if it is over before its time."""
+        if end.damage is not None:
+            self._damage = end.damage
+            self._selection.doubt(end.damage, end.last_file)
+        elif end.error is not None:
+            self._cut_off(end.error, end.last_file)
+        elif self._damage is None and (unseen := self._selection.unseen()):
+            more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+            behind = f"so it may have been cut off behind {shown(end.last_file)}"
+            reason = f"it holds nothing of {unseen[0]}{more}, {behind}"
+            self._cut_off(ArchiveTruncated(reason), end.last_file)
+
     def _cut_off(self, error: RestoreError, last_file: str) -> None:
         """The archive broke off. Of the qube that was being read then, nobody knows what else there was: a
         firewall, say, which nothing promises, and without which it would be too open. If nothing has come at
@@ -246,14 +307,16 @@ class Pipeline:
             self._emit(remark)
         if qube.stage is Stage.CLOSED:
             return
+        qube.settle_doubts()
         for volume in list(qube.volumes_left):
-            self._report_failed(qube, volume, _why_missing(qube, volume, archive_error))
+            self._report_failed(qube, volume, self._why_missing(qube, volume, archive_error))
         settings = _sendable(qube)
         qube.close()
         self._emit(settings)
 
     def _report_failed(self, qube: SelectedQube, volume: VolumeName, error: RestoreError) -> None:
         qube.volumes_left.remove(volume)
+        qube.incomplete = True
         self._emit(
             m.VolumeDone(
                 key=qube.info.key,
@@ -266,25 +329,30 @@ class Pipeline:
     def _warn(self, qube: SelectedQube, text: str) -> None:
         self._emit(m.Log(level="warning", text=text[:1000], key=qube.info.key))
 
+    def _why_missing(
+        self, qube: SelectedQube, volume: VolumeName, archive_error: RestoreError | None
+    ) -> RestoreError:
+        """Why a volume that must come has not come."""
+        name = qube.info.name
+        if qube.stage is Stage.GIVEN_UP:
+            return SkippedOnRequest(
+                "left out, because the qube cannot be restored completely",
+                qube=name,
+                volume=volume,
+                advice="",
+            )
+        if archive_error is not None:
+            return _copy(archive_error, qube=name, volume=volume)
+        reason = "the archive does not hold it, though qubes.xml promises it"
+        if self._damage is not None:
+            return ArchiveDamaged(f"{reason}; {self._damage}", qube=name, volume=volume)
+        return MissingVolume(reason, qube=name, volume=volume)
+
     def _check(self, qube: SelectedQube) -> None:
         if self._cancelled:
             raise Cancelled("the restore was cancelled")
         if qube.stage is Stage.GIVEN_UP:
             raise SkippedOnRequest("it is not wanted any more")
-
-
-def _why_missing(qube: SelectedQube, volume: VolumeName, archive_error: RestoreError | None) -> RestoreError:
-    """Why a promised volume has not come."""
-    name = qube.info.name
-    if qube.stage is Stage.GIVEN_UP:
-        return SkippedOnRequest(
-            "left out, because the qube cannot be restored completely", qube=name, volume=volume, advice=""
-        )
-    if archive_error is not None:
-        return _copy(archive_error, qube=name, volume=volume)
-    return MissingVolume(
-        "the archive does not hold it, though qubes.xml promises it", qube=name, volume=volume
-    )
 
 
 def _copy(error: RestoreError, *, qube: str, volume: str | None = None) -> RestoreError:

@@ -8,8 +8,18 @@ file that nobody wants to the end is drained.
 import contextlib
 from collections.abc import Callable, Generator, Iterator
 
+from qubes_restore_svc.archive.members import Damage
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, Event, EventQueue, FileEnd, FileStart
+from qubes_restore_svc.worker.events import (
+    ArchiveEnd,
+    Chunk,
+    Damaged,
+    Event,
+    EventQueue,
+    FileEnd,
+    FileStart,
+    Passed,
+)
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.opening import open_chunk
 
@@ -23,6 +33,7 @@ class PlaintextFiles:
         self._in_file = False
         self._position = 0
         self.chunk: int | None = None  #: number of the chunk that is being read
+        self.damage: Damage | None = None  #: met right behind the file that was read last
 
     @property
     def position(self) -> int:
@@ -32,13 +43,14 @@ class PlaintextFiles:
             self._position = self._intake.position
         return self._position
 
-    def next_file(self) -> str | ArchiveEnd:
-        """The name of the next wanted file, or the end."""
+    def next_file(self) -> str | Passed | Damaged | ArchiveEnd:
+        """The name of the next wanted file, or what is there in its place."""
         event = self._events.get()
-        if isinstance(event, ArchiveEnd):
+        if isinstance(event, Passed | Damaged | ArchiveEnd):
             return event
         assert isinstance(event, FileStart)
         self._in_file = True
+        self.damage = None
         return event.name
 
     def pieces(
@@ -83,6 +95,7 @@ class PlaintextFiles:
     def _end_file(self, event: Event) -> None:
         assert isinstance(event, FileEnd)
         self._in_file = False
+        self.damage = event.damage
         if event.error is not None:
             raise event.error
 

@@ -11,13 +11,31 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from qubes_restore_svc.archive.qubes_xml import BackupQube
-from qubes_restore_svc.errors import RestoreError, SkippedOnRequest
+from qubes_restore_svc.archive.members import Damage
+from qubes_restore_svc.archive.qubes_xml import BackupContent, BackupQube
+from qubes_restore_svc.archive.types import shown
+from qubes_restore_svc.errors import ArchiveDamaged, RestoreError, SkippedOnRequest
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName
 
 IMAGES: dict[str, VolumeName] = {"private.img": "private", "root.img": "root"}
 SETTINGS = ("firewall.xml", "notes.txt", "whitelisted-appmenus.list")
+
+#: What lies beside them in the directory of a qube, in backups of all ages, and is no part of a restore.
+_IGNORED = frozenset(
+    {
+        *("empty", "icon.png", "apps", "apps.icons", "apps.tempicons", "apps.templates", "kernels"),
+        *("vm-whitelisted-appmenus.list", "netvm-whitelisted-appmenus.list"),
+        *("volatile.img", "clean-volatile.img.tar", "root-cow.img", "modules.img", "."),
+    }
+)
+
+#: Most files that are named which belong to nobody.
+_MAX_NAMED = 8
+
+#: Most places of damage whose headers are looked at more closely.
+_MAX_DAMAGES = 100
+_KNOWN_FILES = (*IMAGES, *SETTINGS, "empty")
 
 
 class Stage(enum.Enum):
@@ -36,17 +54,34 @@ class SelectedQube:
     volumes_left: list[VolumeName]
     stage: Stage = Stage.WANTED
     error: RestoreError | None = None
+    incomplete: bool = False  #: a volume was reported as failed
     firewall: tuple[m.FirewallRule, ...] | None = None
     notes: str | None = None
     appmenus: tuple[str, ...] | None = None
     remarks: set[str] = field(default_factory=set)
     spent_files: set[str] = field(default_factory=set)
+    come: set[str] = field(default_factory=set)  #: files that were read to their end
+    #: Files that may have been lost, and why; "": one that nobody can name.
+    doubts: dict[str, RestoreError] = field(default_factory=dict)
     _moving: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def info(self) -> m.ManifestQube:
         """What the manifest says of it."""
         return self.backup.info
+
+    def keeps(self, volume: VolumeName) -> bool:
+        """Does the qube have such a volume, promised or not?"""
+        return volume in KEPT_VOLUMES[self.info.klass] or any(
+            volume == promised.name for promised in self.info.volumes
+        )
+
+    def misses(self, file: str) -> bool:
+        """Is it not complete, or too open, without this file, should the file exist?"""
+        volume = IMAGES.get(file)
+        return file not in self.come and (
+            file == "firewall.xml" or (volume is not None and self.keeps(volume))
+        )
 
     def give_up(self, error: RestoreError) -> None:
         """Read nothing more of it; the first reason counts."""
@@ -60,6 +95,12 @@ class SelectedQube:
         with self._moving:
             self.stage = Stage.CLOSED
             self.firewall = self.notes = self.appmenus = None
+
+    def settle_doubts(self) -> None:
+        """Nothing more comes: a file that may have been lost, and has not come, is missing."""
+        for file, error in self.doubts.items():
+            if file not in self.come:
+                self.error = self.error or error
 
     def settings(self) -> m.QubeSettings:
         """Its settings as a message; none of them if something is wrong with the qube."""
@@ -80,16 +121,26 @@ class WantedFile:
 
 
 class Selection:
-    """The selected qubes, by the paths of their files. `remark` gets lines for the person, once a file."""
+    """The selected qubes of `content`, by the paths of their files; what is said to the person waits here.
 
-    def __init__(self, qubes: Iterable[BackupQube], keys: Iterable[str]) -> None:
+    `whole`: all files of the archive are seen, and not just those of the selected qubes.
+    """
+
+    def __init__(self, content: BackupContent, keys: Iterable[str], *, whole: bool = True) -> None:
         wanted_keys = frozenset(keys)
+        qubes = content.qubes
         self._qubes = {
             qube.info.key: SelectedQube(qube, [volume.name for volume in qube.info.volumes])
             for qube in qubes
             if qube.info.key in wanted_keys
         }
         self._by_path = {qube.backup.path: qube for qube in self._qubes.values()}
+        self._names = {qube.path: qube.info.name for qube in qubes if whole or qube.info.key in wanted_keys}
+        self._refused_paths = frozenset(content.refused_paths)
+        self._seen: set[str] = set()  # paths of qubes
+        self._unclaimed: list[str] = []
+        self._more_unclaimed = 0
+        self._damages = 0
         self._remarks: deque[m.Log] = deque()
 
     def __iter__(self) -> Iterator[SelectedQube]:
@@ -102,26 +153,90 @@ class Selection:
             return WantedFile(home, "home", "home") if home.info.klass == "AdminVM" else None
         directory, _, name = file.rpartition("/")
         qube = self._by_path.get(directory)
-        if qube is None or qube.info.klass == "AdminVM" or (name not in IMAGES and name not in SETTINGS):
+        if qube is None or qube.info.klass == "AdminVM":
             return None
-        return WantedFile(qube, name, IMAGES.get(name))
+        volume = IMAGES.get(name)
+        if qube.keeps(volume) if volume is not None else name in SETTINGS:
+            return WantedFile(qube, name, volume)
+        return None
 
     def wanted(self, file: str) -> bool:
         """Should the next chunk of this file be derived? May be called from another thread."""
         place = self.place(file)
         if place is None or place.qube.stage is Stage.GIVEN_UP:
             return False
-        if place.qube.stage is Stage.CLOSED:
-            self.remark_late(place)
-            return False
         if place.name in place.qube.spent_files:
             return False
-        if place.volume is not None and all(
-            place.volume != volume.name for volume in place.qube.info.volumes
-        ):
-            self._remark(place, "is in the archive, but qubes.xml does not promise it; it was ignored")
+        if place.qube.stage is Stage.CLOSED and not self.is_missed(place):
+            self.remark_late(place)
             return False
         return True
+
+    def is_missed(self, place: WantedFile) -> bool:
+        """The qube was closed without this file: does that make it worth less, or too open?"""
+        return place.qube.error is None and not place.qube.incomplete and place.qube.misses(place.name)
+
+    def see(self, file: str, *, foreign: bool = False) -> None:
+        """The archive holds this file, wanted or not. What no qube can claim is kept, to be named.
+
+        `foreign`: it is none of a backup's, whatever its name."""
+        if not foreign and (claimant := self._claimant(file)):
+            self._seen.add(claimant)
+            if not self._is_foreign(file, claimant):
+                return
+        elif not foreign and not self._refused_paths.isdisjoint(_around(file)):
+            return
+        if len(self._unclaimed) < _MAX_NAMED:
+            self._unclaimed.append(shown(file))
+        else:
+            self._more_unclaimed += 1
+
+    def unclaimed(self) -> m.Log | None:
+        """What the archive holds beside all that belongs to a qube."""
+        if not self._unclaimed:
+            return None
+        more = f" and {self._more_unclaimed} more" if self._more_unclaimed else ""
+        text = f"the archive also holds {', '.join(self._unclaimed)}{more}, which no qube in its list claims"
+        return m.Log(level="warning", text=text[:1000])
+
+    def unseen(self) -> list[str]:
+        """Names of the listed qubes, selected or not, of which the archive holds no file at all."""
+        return [name for path, name in self._names.items() if path not in self._seen]
+
+    def doubt(self, damage: Damage, after: str) -> None:
+        """A file may be lost: the one that the damaged header names, but for a bit; if it names none, nobody
+        knows which, and the qube that the file `after` belongs to may have had more."""
+        error = ArchiveDamaged(f"{damage}; what was there may have been a part of it")
+        self._damages += 1
+        named = list(self._named(damage.untrusted_name)) if self._damages <= _MAX_DAMAGES else []
+        if not named and (owner := self.owner(after)) is not None:
+            owner.doubts[""] = error
+        for path, file in named:
+            qube = self._by_path.get(path)
+            if qube is not None and (
+                file in SETTINGS or ((volume := IMAGES.get(file)) and qube.keeps(volume))
+            ):
+                qube.doubts[file] = error
+
+    def _named(self, untrusted_name: bytes) -> Iterator[tuple[str, str]]:
+        """The files of listed qubes, selected or not, whose chunk has this name, but for one bit."""
+        text = untrusted_name.decode("latin-1")
+        for path in self._names:
+            for file in _KNOWN_FILES:
+                expected = f"{path}/{file}."
+                if _same_but_a_bit(expected, text[: len(expected)]):
+                    yield path, file
+
+    def _claimant(self, file: str) -> str:
+        """The path of the listed qube to which a file belongs by its place; "" if there is none."""
+        return next((path for path in _around(file) if path in self._names), "")
+
+    def _is_foreign(self, file: str, claimant: str) -> bool:
+        """A file in the directory of a selected qube that is no part of one, nor known to be of no use."""
+        qube = self._by_path.get(claimant)
+        if qube is None or file == claimant:
+            return False
+        return self.place(file) is None and file[len(claimant) + 1 :].split("/")[0] not in _IGNORED
 
     def skip(self, key: str) -> None:
         """The broker wants nothing more of this qube. May be called from another thread."""
@@ -131,11 +246,11 @@ class Selection:
 
     def owner(self, file: str) -> SelectedQube | None:
         """The selected qube to which a file belongs, whatever kind of file it is."""
-        return self._by_path.get(file) or self._by_path.get(file.rpartition("/")[0])
+        return next((self._by_path[path] for path in _around(file) if path in self._by_path), None)
 
     def remark_late(self, place: WantedFile) -> None:
         """A file has come when its qube was closed already."""
-        self._remark(place, "comes after other qubes' files and was ignored")
+        self._remark(place, "stands behind the files of other qubes and was ignored")
 
     def take_remarks(self) -> Iterator[m.Log]:
         """The remarks since the last call."""
@@ -146,3 +261,17 @@ class Selection:
         if place.name not in place.qube.remarks:
             place.qube.remarks.add(place.name)
             self._remarks.append(m.Log(level="warning", text=f"{place.name} {text}", key=place.qube.info.key))
+
+
+def _around(file: str) -> Iterator[str]:
+    """The file and the directories that it lies in, from the inside out."""
+    while file:
+        yield file
+        file = file.rpartition("/")[0]
+
+
+def _same_but_a_bit(text: str, other: str) -> bool:
+    """Are the two the same, or different in one bit only?"""
+    if len(text) != len(other):
+        return False
+    return sum((ord(one) ^ ord(two)).bit_count() for one, two in zip(text, other, strict=True)) <= 1

@@ -221,6 +221,7 @@ class Session:
             ignore_size_limit=self._open_request.ignore_size_limit,
             emit=self._outbox.put,
             announce=self._announce,
+            whole=reading.whole,
         )
 
         def run() -> None:

@@ -2,10 +2,13 @@
 
 Strategy: small reads go through a small buffer, large ones straight into the caller's memory. The
 end of the input shows as a short read. What is not needed is skipped: by seeking where the
-input can seek, by reading it away where it cannot.
+input can seek, by reading it away where it cannot. What a file cannot give (EIO) is stepped over and reads
+as zeros: what that costs is decided by checksums and MACs, and `gap` tells the reason. A pipe cannot be read
+past an error.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -14,6 +17,13 @@ from qubes_restore_svc.errors import ArchiveUnreadable
 
 _BUFFER_SIZE = 16 << 10
 _SKIP_SIZE = 1 << 20
+
+#: A place that cannot be read is stepped over in pages of the system's memory, bytes, as it reads them.
+_PAGE = 4096
+#: With so much that cannot be read in one place, it is the medium that has gone, bytes.
+_MAX_GAP = 16 << 20
+#: Gaps that are remembered; so many of them are a medium that has gone, too.
+_MAX_GAPS = 10_000
 
 
 class ArchiveSource:
@@ -38,12 +48,20 @@ class ArchiveSource:
         self._fd = fd
         self._buffer = b""
         self._offset = 0
+        self._gaps: list[tuple[int, int, OSError]] = []
         self.position = position
 
     @property
     def seekable(self) -> bool:
         """Can what lies ahead be read later, with `read_at`?"""
         return self._seekable_end is not None
+
+    def gap(self, start: int, end: int) -> ArchiveUnreadable | None:
+        """Why bytes between the positions `start` and `end` read as zeros; None if they could be read."""
+        for gap_start, gap_end, error in self._gaps:
+            if gap_start < end and start < gap_end:
+                return self._unreadable(error, max(gap_start, start))
+        return None
 
     def read_at(self, position: int, target: memoryview) -> int:
         """Fill `target` with what lies at `position`, wherever reading stands; how many bytes there were."""
@@ -127,13 +145,35 @@ class ArchiveSource:
         try:
             return os.read(self._fd, size)
         except OSError as error:
-            raise self._unreadable(error) from error
+            return bytes(self._step_over(error, size))
 
     def _system_read_into(self, target: memoryview) -> int:
         try:
             return os.readv(self._fd, [target])
         except OSError as error:
+            passed = self._step_over(error, len(target))
+            target[:passed] = bytes(passed)
+            return passed
+
+    def _step_over(self, error: OSError, size: int) -> int:
+        """Pass over at most `size` bytes that cannot be read, and read what can be of them another time.
+
+        How many bytes were passed. Raises ArchiveUnreadable where that is of no use.
+        """
+        if error.errno != errno.EIO or self._seekable_end is None:
             raise self._unreadable(error) from error
+        here = os.lseek(self._fd, 0, os.SEEK_CUR)
+        passed = min(size, _PAGE - here % _PAGE, self._seekable_end - here)
+        position = here - self._start
+        gap_start = position
+        if self._gaps and self._gaps[-1][1] == position:
+            gap_start = self._gaps.pop()[0]
+        # A copy: the traceback of the error itself would keep the memory that was to be filled.
+        self._gaps.append((gap_start, position + passed, OSError(error.errno, error.strerror)))
+        if position + passed - gap_start > _MAX_GAP or len(self._gaps) > _MAX_GAPS:
+            raise self._unreadable(error) from error
+        os.lseek(self._fd, passed, os.SEEK_CUR)
+        return passed
 
     def _unreadable(self, error: OSError, position: int | None = None) -> ArchiveUnreadable:
         reason = error.strerror or "input/output error"

@@ -79,6 +79,10 @@ def settings(key: str, **fields: object) -> Say:
     return Say({"type": "qube_settings", "key": key, **fields})
 
 
+def taken_back(key: str) -> Say:
+    return Say({"type": "qube_incomplete", "key": key, "error": {"kind": "bad-archive", "reason": "late"}})
+
+
 # --- Frames --------------------------------------------------------------------------------------
 
 FRAMES: dict[str, tuple[bytes, str]] = {
@@ -153,6 +157,7 @@ MESSAGES: dict[type[m.Message], Json] = {
         "data_bytes": 0,
         "sha256": _HASH,
     },
+    m.QubeIncomplete: {"type": "qube_incomplete", "key": "vm1", "error": {"kind": "error", "reason": "?"}},
     m.QubeSettings: {"type": "qube_settings", "key": "vm2"},
     m.Finished: {"type": "finished", "archive_bytes": 0},
 }
@@ -383,6 +388,10 @@ CLAIMS: dict[str, tuple[Lie, str]] = {
         "never announced",
     ),
     "failed after ok": (lambda s: s.after(s.find("volume_done", *R), _failed(*R)), "not any more"),
+    "a qube taken back that is not over": (
+        lambda s: s.before(s.find("volume_ready", *R), taken_back("vm2")),
+        "a qube taken back",
+    ),
     "settings before the volumes": (
         lambda s: s.before(s.find("volume_ready", *R), settings("vm2")),
         "before all of its volumes",

@@ -122,6 +122,60 @@ def test_a_home_is_at_most_as_long_as_announced() -> None:
         book.answer(ok("dom0-home", "home", 1001))
 
 
+@pytest.mark.parametrize(
+    ("klass", "volume", "admitted"),
+    [
+        ("StandaloneVM", "root", True),
+        ("TemplateVM", "private", True),
+        ("AppVM", "private", True),
+        ("AppVM", "root", False),
+        ("DispVM", "private", False),
+        ("StandaloneVM", "home", False),
+    ],
+)
+def test_what_nothing_promises_may_come_once_if_the_class_keeps_it(
+    klass: str, volume: VolumeName, admitted: bool
+) -> None:
+    qube = m.ManifestQube.model_validate({"key": "a", "name": "a", "label": "red", "klass": klass})
+    book = ledger(qube, entry("b", private=1))
+    if not admitted:
+        with pytest.raises(ProtocolViolation, match="not asked for"):
+            book.announce(ready("a", volume))
+        return
+    with pytest.raises(ProtocolViolation, match="not asked for"):
+        ledger(qube).answer(failed("a", volume))  # it has to be announced
+    with pytest.raises(ProtocolViolation, match="are allowed"):
+        ledger(qube).announce(ready("a", volume, MAX_IMAGE_SIZE + 1))
+    book.announce(ready("a", volume))
+    with pytest.raises(ProtocolViolation, match="before all of its volumes"):
+        book.settle(settings("a"))
+    book.answer(ok("a", volume))
+    with pytest.raises(ProtocolViolation, match="not asked for"):
+        book.announce(ready("a", volume))
+    book.settle(settings("a"))
+
+
+def test_nothing_comes_without_a_promise_when_its_qube_is_settled() -> None:
+    qube = m.ManifestQube.model_validate({"key": "a", "name": "a", "label": "red", "klass": "StandaloneVM"})
+    book = ledger(qube)
+    book.settle(settings("a"))
+    with pytest.raises(ProtocolViolation, match="not asked for"):
+        book.announce(ready("a", "root"))
+
+
+def test_a_qube_is_taken_back_once_and_only_when_it_was_over() -> None:
+    book = ledger(entry("a"), entry("b"))
+    back = m.QubeIncomplete(key="a", error=m.ErrorInfo(kind="error", reason="no"))
+    with pytest.raises(ProtocolViolation, match="taken back"):
+        book.take_back(back)
+    book.settle(settings("a"))
+    book.take_back(back)
+    with pytest.raises(ProtocolViolation, match="taken back"):
+        book.take_back(back)
+    with pytest.raises(ProtocolViolation, match="taken back"):
+        book.take_back(m.QubeIncomplete(key="b", error=back.error))
+
+
 def test_a_qube_is_not_settled_before_its_volumes_are_answered_for() -> None:
     book = ledger()
     with pytest.raises(ProtocolViolation, match="before all of its volumes"):

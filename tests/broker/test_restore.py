@@ -23,6 +23,7 @@ from tests.broker.fake_worker import (
     Pause,
     Say,
     honest,
+    renamed,
 )
 from tests.broker.jobs import Outcome, check_restored, run
 from tests.broker.troubled_host import Trouble, TroubledHost
@@ -267,6 +268,34 @@ def test_settings_that_cannot_be_had_cost_the_qube(target: Path) -> None:
     outcome = run(honest(QUBES).changed("qube_settings", "vm2", error=error), target)
     check_restored(target, WORK, LATE, EMPTY)
     assert outcome.status == 3
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_qube_that_is_taken_back_is_called_failed_and_says_what_to_do(target: Path, verify: bool) -> None:
+    error = {"kind": "bad-archive", "reason": "its firewall.xml stands behind the files of other qubes"}
+    script = honest(QUBES, verify=verify)
+    back = Say({"type": "qube_incomplete", "key": "vm1", "error": error})
+    outcome = run(script.before(script.find("finished"), back), None if verify else target)
+    assert outcome.outcomes["work"] == "failed"
+    assert set(outcome.outcomes.values()) == {"failed", "verified" if verify else "restored"}
+    assert (outcome.status, outcome.error) == (3, "")
+    report = outcome.qube("work").error
+    assert report is not None and report.reason == error["reason"]
+    assert ("It had been created by then and is still there" in report.advice) != verify
+    assert outcome.observer.finished.count("work: failed") == 1
+    if not verify:
+        check_restored(target, *QUBES)
+
+
+def test_a_volume_that_nothing_promised_is_restored_and_reported(target: Path) -> None:
+    promised = [{"name": "private", "size": 20_000}]
+    outcome = run(honest((WORK, renamed(VAULT, volumes=promised))), target)
+    assert (outcome.status, outcome.error) == (0, "")
+    check_restored(target, WORK, VAULT)
+    assert {volume.name: volume.outcome for volume in outcome.qube("vault").volumes} == {
+        "private": "ok",
+        "root": "ok",
+    }
 
 
 def test_a_hang_up_after_the_last_qube_is_not_a_complete_restore(target: Path) -> None:

@@ -59,7 +59,7 @@ def cut_off_in_the_last_chunk(writer: BackupWriter) -> bytes:
     return cut_off(writer.to_bytes(), len(join_members(members[:-1])) + 2048 + 1000)
 
 
-@OUTER_DAMAGES.add(errors.MissingVolume, "qube", errors.ArchiveTruncated, victims=[-1])
+@OUTER_DAMAGES.add(errors.MissingVolume, "qube", errors.ArchiveTruncated, victims=[-1, -2])
 def cut_off_before_the_last_qube(writer: BackupWriter) -> list[RawMember]:
     members = list(writer.members())
     return members[: victim_chunks(writer, members, -1)[0]]
@@ -70,7 +70,7 @@ def cut_off_between_chunks(writer: BackupWriter) -> list[RawMember]:
     return list(writer.members())[:-1]
 
 
-@OUTER_DAMAGES.add(errors.BadArchive, "backup")
+@OUTER_DAMAGES.add(errors.ArchiveDamaged, "qube")
 def bit_flipped_in_a_tar_header(writer: BackupWriter) -> bytes:
     members = list(writer.members())
     place = len(join_members(members[: victim_chunks(writer, members)[0]]))
@@ -100,7 +100,7 @@ _EVIL_MEMBERS: Mapping[str, RawMember] = {
     "member-with-a-negative-pax-size": RawMember("vm10/private.img.000.enc", b"x", pax={"size": "-1"}),
 }
 for _name, _member in _EVIL_MEMBERS.items():
-    OUTER_DAMAGES.add(errors.BadArchive, "backup", name=_name)(partial(inserted, member=_member))
+    OUTER_DAMAGES.add(errors.ArchiveDamaged, "nothing", name=_name)(partial(inserted, member=_member))
 
 
 # --- Older formats -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .containers import compress, container_head
 from .outer_archive import RawMember, join_members
 
 GIB = 1 << 30
-Scope = Literal["backup", "qube"]
+Scope = Literal["backup", "qube", "nothing"]
 Breaker = Callable[[BackupWriter], bytes | Iterable[RawMember]]
 Errors = Sequence[type[errors.RestoreError]]  # the right one first
 
@@ -28,7 +28,8 @@ class Damage:
 
     `kind` is the error's kind (see qubes_restore_svc.errors), `also` are kinds that are as right.
     Scope `backup`: nothing is restored. Scope `qube`: the qubes at the positions `victims` fail (or are
-    refused from the start, perhaps under another name), every other one is restored. `passphrase` is
+    refused from the start, perhaps under another name), every other one is restored. Scope `nothing`: all is
+    restored, and the person is told. `passphrase` is
     what the person types, if not the right one.
     """
 

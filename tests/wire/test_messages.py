@@ -60,6 +60,7 @@ FULL: dict[str, Json] = {
         "type": "qube_settings", "key": "vm10", "firewall": [RULE], "notes": "one\n\ttwo",
         "appmenus": ["org.gnome.Terminal.desktop"], "error": ERROR,
     },
+    "qube_incomplete": {"type": "qube_incomplete", "key": "vm10", "error": ERROR},
     "progress": {"type": "progress", "archive_bytes": 1, "image_bytes": 2},
     "log": {"type": "log", "level": "warning", "text": "t", "key": "vm10"},
     "failed": {"type": "failed", "error": ERROR},
@@ -92,6 +93,7 @@ OPTIONAL: dict[str, set[str]] = {
         "firewall", "notes", "appmenus", "error", "error.qube", "error.volume", "error.chunk", "error.advice",
         *(f"firewall.0.{key}" for key in RULE if key != "action"),
     },
+    "qube_incomplete": {"error.qube", "error.volume", "error.chunk", "error.advice"},
     "progress": {"image_bytes"},
     "log": {"key"},
     "failed": {"error.qube", "error.volume", "error.chunk", "error.advice"},
@@ -111,6 +113,7 @@ NULLABLE = {
         "firewall", "notes", "appmenus", "error", "error.qube", "error.volume", "error.chunk",
         *(f"firewall.0.{key}" for key in RULE if key != "action"),
     },
+    "qube_incomplete": {"error.qube", "error.volume", "error.chunk"},
     "log": {"key"},
     "failed": {"error.qube", "error.volume", "error.chunk"},
 }  # fmt: skip

@@ -23,6 +23,7 @@ MESSAGES: dict[str, m.Message] = {
     "volume_done ok": m.VolumeDone(key="vm1", volume="private", outcome="ok", sha256="0" * 64),
     "volume_done skipped": m.VolumeDone(key="vm1", volume="private", outcome="skipped", error=ERROR),
     "qube_settings": m.QubeSettings(key="vm1"),
+    "qube_incomplete": m.QubeIncomplete(key="vm1", error=ERROR),
     "progress": m.Progress(archive_bytes=1),
     "log": m.Log(level="info", text="x"),
     "failed": m.Failed(error=ERROR),
@@ -43,8 +44,9 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "streaming": {
         "volume_ready": "volume", "volume_done": "streaming", "volume_done skipped": "streaming",
-        "qube_settings": "streaming", "finished": "closed", "skip_qube": "streaming",
-        "progress": "streaming", "log": "streaming", "failed": "closed", "cancel": "closed",
+        "qube_settings": "streaming", "qube_incomplete": "streaming", "finished": "closed",
+        "skip_qube": "streaming", "progress": "streaming", "log": "streaming", "failed": "closed",
+        "cancel": "closed",
     },
     "volume": {
         "volume_done": "streaming", "volume_done ok": "streaming", "volume_done skipped": "streaming",

@@ -23,7 +23,16 @@ from qubes_restore_svc.errors import (
     Cancelled,
 )
 from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
-from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, Event, FileEnd, FileStart, event_queue
+from qubes_restore_svc.worker.events import (
+    ArchiveEnd,
+    Chunk,
+    Damaged,
+    Event,
+    FileEnd,
+    FileStart,
+    Passed,
+    event_queue,
+)
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import open_chunk
@@ -97,7 +106,9 @@ def described(events: Iterable[Event]) -> list[str]:
             texts.append(f"start {event.name}")
         elif isinstance(event, Chunk):
             texts.append(f"chunk {event.name.number}")
-        else:
+        elif isinstance(event, Damaged):
+            texts.append(f"damage after {event.after}")
+        elif not isinstance(event, Passed):
             what = "end" if isinstance(event, FileEnd) else "over"
             texts.append(f"{what}: {event.error.kind}" if event.error else what)
     return texts
@@ -275,16 +286,20 @@ def test_an_archive_that_is_cut_off_while_it_is_skipped_is_seen_to_be() -> None:
     for opened in (file_with, pipe_with):
         with opened(join_members(TWO_FILES)[: start + 2000]) as descriptor:
             events = Bench(descriptor).all(lambda _: False)
-        (end,) = events
+        passed, end = events
+        assert passed == Passed("vm1/private.img")
         assert isinstance(end, ArchiveEnd) and isinstance(end.error, ArchiveTruncated)
         assert end.last_file == "vm1/private.img"
 
 
-def test_a_member_that_no_backup_holds_ends_everything() -> None:
+def test_a_member_that_no_backup_holds_is_damage_and_costs_nothing_else() -> None:
     members = [TWO_FILES[0], RawMember("vm1/link", b"", b"2", link_target="/etc/shadow"), TWO_FILES[2]]
     with file_with(join_members(members)) as descriptor:
         events = Bench(descriptor).all()
-    assert described(events) == ["start vm1/private.img", "chunk 0", "end: bad-archive", "over: bad-archive"]
+    assert described(events) == [
+        *("start vm1/private.img", "chunk 0", "end", "damage after vm1/private.img"),
+        *("start vm2/private.img", "chunk 0", "end", "over"),
+    ]
 
 
 @pytest.mark.parametrize("error", [ValueError("a secret"), MemoryError(), RecursionError()])
@@ -378,6 +393,7 @@ def test_a_cancel_ends_the_skipping_of_a_tebibyte() -> None:
     bench.start(lambda _: False)
     wait_until(lambda: bench.source.position > 5 * MIB)
     bench.intake.cancel()
+    assert bench.next() == Passed("vm1/private.img")
     end = bench.next()
     assert isinstance(end, ArchiveEnd) and isinstance(end.error, Cancelled)
     os.close(reader)
@@ -501,11 +517,12 @@ def test_until_it_is_known_what_is_wanted_only_what_might_be_is_taken() -> None:
         bench = Bench(descriptor)
         bench.intake.start(secret)
         bench.intake.start(secret)  # as if it were not said again
-        events = [bench.next() for _ in range(10)]
+        events = [bench.next() for _ in range(11)]
         wait_until(lambda: bench.events.empty())
     assert [event.name for event in events if isinstance(event, FileStart)] == [
         "vm1/private.img",
         "vm1/firewall.xml",
         "dom0-home/user",
     ]
+    assert [event.name for event in events if isinstance(event, Passed)] == ["vm1/icon.png"]
     assert events[-1] == ArchiveEnd(None, "dom0-home/user")

@@ -1,6 +1,7 @@
 """From files to verified volumes: what is wrong stays where it is, and whoever waits can be stopped."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -21,6 +22,7 @@ from qubes_restore_svc.archive.container import HEAD_SIZE
 from qubes_restore_svc.archive.inner_tar import Image, read_image
 from qubes_restore_svc.archive.kdf import KdfRequest
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.names import VmClass
 from qubes_restore_svc.wire.session import SessionState
 from qubes_restore_svc.worker import budget, pipeline
 
@@ -46,6 +48,7 @@ from ..support.damage import (
     with_cost,
 )
 from ..support.fixtures import expectation, shared_fixture
+from ..support.qubes_xml_writer import qubes_xml
 from .support import (
     MIB,
     PATIENCE_S,
@@ -69,6 +72,8 @@ ALL_OK = {
     "custom-template/root": "ok",
     "custom-template/private": "ok",
 }
+NOTES = WRITER.qubes[0].notes
+FIREWALL = WRITER.qubes[0].firewall
 LATE = [damage for damage in DAMAGES.values() if damage.scope == "qube"]
 
 
@@ -228,26 +233,72 @@ def test_ignored_files_of_a_selected_qube_are_not_derived(file: str) -> None:
     assert not any(file in member for member in run.engine.members)
 
 
-def test_a_root_that_nothing_promises_is_ignored_with_a_warning() -> None:
-    images = {"private": sample_image(1 << 16, 1, 1), "root": sample_image(1 << 16, 1, 2)}
-    promised = BackupWriter([QubePlan("work", volumes={"private": images["private"]})], log_n=2)
-    written = BackupWriter([QubePlan("work", volumes=images)], log_n=2)
-    files = [member for member in written.members() if "/" in member.name]
-    run = verified(join_members([*list(promised.members())[:3], *files]))
+@pytest.mark.parametrize("mode", ["verify", "restore"])
+def test_a_root_that_nothing_promises_is_restored_with_its_standalone(
+    mode: Literal["verify", "restore"],
+) -> None:
+    path = shared_fixture("hvm-root.qbackup")
+    expected = expectation(path)
+    with file_with(path.read_bytes()) as descriptor:
+        run = Pass(descriptor, passphrase=expected.passphrase)
+        run.start(mode=mode)
+        run.finish()
+    assert "win/root" in expected.volumes
+    assert {name: done.sha256 for name, done in run.volumes.items()} == {
+        name: volume.sha256 for name, volume in expected.volumes.items()
+    }
+    assert run.settings["win"].error is None
+    check_order(run)
+
+
+def unpromised(klass: VmClass) -> list[RawMember]:
+    """A backup of one qube with a root that its qubes.xml does not promise."""
+    images = {"root": sample_image(1 << 16, 1, 2), "private": sample_image(1 << 16, 1, 1)}
+    template = None if klass == "StandaloneVM" else "fedora-41"
+    promised = QubePlan("work", klass, volumes={"private": images["private"]}, template=template)
+    lie = qubes_xml([promised])
+    written = BackupWriter([replace(promised, volumes=images)], log_n=2)
+    return list(replace(written, replacements=Replacements(qubes_xml=lie)).members())
+
+
+def test_a_root_of_a_qube_whose_class_has_none_is_named_and_not_derived() -> None:
+    run = verified(join_members(unpromised("AppVM")))
     assert run.outcomes == {"work/private": "ok"}
-    assert [text for text in run.warnings if "root.img" in text]
+    assert [text for text in run.warnings if "also holds 'vm10/root.img', which no qube" in text]
     assert run.settings["work"].error is None
     assert not any("root.img" in member for member in run.engine.members)
 
 
-def late_notes() -> tuple[bytes, bytes]:
-    """A backup without the notes of its first qube, and these notes."""
-    notes = [member for member in MEMBERS if member.name.startswith("vm10/notes")]
-    return join_members([member for member in MEMBERS if member not in notes]), join_members(notes)
+def test_a_root_that_nothing_promises_and_that_is_broken_fails_its_qube() -> None:
+    members = unpromised("StandaloneVM")
+    for broken in (
+        edited(members, "vm10/root.img.000.enc", lambda data: flip_bit(data, -1)),
+        edited(members, "vm10/root.img.000.enc", lambda data: data[:100]),
+    ):
+        run = verified(join_members(broken))
+        assert run.outcomes == {"work/private": "ok"}
+        assert run.settings["work"].error is not None
 
 
-def test_a_file_that_comes_after_its_qube_was_closed_is_ignored_with_a_warning() -> None:
-    before, notes = late_notes()
+def test_what_no_qube_claims_is_named_and_what_a_restore_ignores_is_not() -> None:
+    writer = BackupWriter([sample_qube("work", 1 << 12, 1)], log_n=2, dom0_home=True)
+    without_dom0 = replace(writer, replacements=Replacements(qubes_xml=qubes_xml(writer.qubes)))
+    more = [RawMember(f"{name}.000.enc", bytes(200)) for name in ("vm99/private.img", "vm10/icon.png")]
+    run = verified(join_members([*without_dom0.members(), *more]))
+    assert run.outcomes == {"work/private": "ok"}
+    assert run.warnings == [
+        "the archive also holds 'dom0-home/user', 'vm99/private.img', which no qube in its list claims"
+    ]
+
+
+def late(file: str) -> tuple[bytes, bytes]:
+    """A backup without this file of its first qube, and the file."""
+    members = [member for member in MEMBERS if member.name.startswith(f"vm10/{file}")]
+    return join_members([member for member in MEMBERS if member not in members]), join_members(members)
+
+
+def after_the_closing(before: bytes, file: bytes) -> Pass:
+    """A pass over both, the file coming when its qube is closed for certain."""
     reader, writer = os.pipe()
     with open(writer, "wb", buffering=0) as pipe:
         run = Pass(reader)
@@ -255,30 +306,61 @@ def test_a_file_that_comes_after_its_qube_was_closed_is_ignored_with_a_warning()
         run.start()
         join(feeder)
         wait_until(lambda: "work" in run.settings)
-        pipe.write(notes)
+        pipe.write(file)
     run.finish()
     os.close(reader)
-    assert run.outcomes == ALL_OK
-    assert [text for text in run.warnings if "notes.txt" in text]
-    assert not any("notes" in member for member in run.engine.members)
+    return run
 
 
-def test_the_same_goes_when_the_intake_has_run_ahead_and_does_not_know() -> None:
+def ahead_of_the_closing(before: bytes, file: bytes) -> Pass:
+    """A pass over both, in which the intake has run ahead and does not know that the qube will be closed."""
     gate = threading.Event()
 
     def hold(request: KdfRequest) -> None:
         if b"vm10/private.img.000" in request.passphrase:
             gate.wait(PATIENCE_S)
 
-    with file_with(b"".join(late_notes())) as descriptor:
+    with file_with(before + file) as descriptor:
         run = Pass(descriptor, engine=Engine(hold), jobs=40)
         run.start()
-        wait_until(lambda: any("vm10/notes" in member for member in run.engine.members))
+        wait_until(lambda: run.intake.position >= len(before))
         gate.set()
         run.finish()
+    return run
+
+
+@pytest.mark.parametrize("way", [after_the_closing, ahead_of_the_closing])
+@pytest.mark.parametrize(("file", "matters"), [("notes", False), ("firewall", True)])
+def test_a_file_that_comes_when_its_qube_is_closed_is_told_and_a_firewall_takes_the_qube_back(
+    way: Callable[[bytes, bytes], Pass], file: str, matters: bool
+) -> None:
+    run = way(*late(file))
     assert run.outcomes == ALL_OK
-    assert [text for text in run.warnings if "notes.txt" in text]
-    assert run.settings["work"].notes is None
+    assert run.settings["work"].error is None and run.settings["work"].notes == (
+        None if file == "notes" else NOTES
+    )
+    taken_back = [message for message in run.messages if isinstance(message, m.QubeIncomplete)]
+    assert [
+        (message.key, "firewall.xml stands behind" in message.error.reason) for message in taken_back
+    ] == ([("vm10", True)] if matters else [])
+    assert bool([text for text in run.warnings if "stands behind" in text]) != matters
+    check_order(run)
+
+
+def test_a_late_firewall_that_is_not_authentic_takes_no_qube_back() -> None:
+    before, firewall = late("firewall")
+    place = firewall.index(b"scrypt\0") + 200
+    run = after_the_closing(before, flip_bit(firewall, place * 8))
+    assert not [message for message in run.messages if isinstance(message, m.QubeIncomplete)]
+    assert [text for text in run.warnings if text.startswith("firewall.xml stands behind")]
+
+
+def test_a_firewall_that_stands_before_the_volumes_is_applied() -> None:
+    firewall = [member for member in MEMBERS if member.name.startswith("vm10/firewall")]
+    rest = [member for member in MEMBERS if member not in firewall]
+    run = verified(join_members([*rest[:3], *firewall, *rest[3:]]))
+    assert run.outcomes == ALL_OK
+    assert run.settings["work"].firewall == () and run.settings["work"].error is None
 
 
 # --- What is wrong ----------------------------------------------------------------------------------------
@@ -288,6 +370,7 @@ def test_the_same_goes_when_the_intake_has_run_ahead_and_does_not_know() -> None
 def test_every_damage_of_one_qube_fails_that_qube_and_no_other(damage: Damage) -> None:
     run = verified(damage.apply(WRITER))
     victim = WRITER.qubes[damage.victim].name
+    victims = {WRITER.qubes[position].name for position in damage.victims}
     failed = {name: kind for name, kind in run.outcomes.items() if kind != "ok"}
     errors = [refused.error for refused in run.backup.content.refused]
     if victim in run.settings and (error := run.settings[victim].error) is not None:
@@ -295,7 +378,7 @@ def test_every_damage_of_one_qube_fails_that_qube_and_no_other(damage: Damage) -
     kinds = {*failed.values(), *(error.kind for error in errors)}
     assert kinds and kinds <= damage.kinds | {"missing-volume"} and kinds & damage.kinds
     assert {name.partition("/")[0] for name in failed} <= {victim}
-    assert all(settings.error is None for name, settings in run.settings.items() if name != victim)
+    assert all(settings.error is None for name, settings in run.settings.items() if name not in victims)
     survivors = {name for name in ALL_OK if name.partition("/")[0] != victim}
     assert survivors <= set(run.outcomes) <= set(ALL_OK)
     assert run.budget.used == 0
@@ -416,6 +499,150 @@ def test_a_cut_after_a_qubes_volumes_fails_it_for_its_firewall_may_have_followed
     assert run.outcomes == {"work/private": "ok"}
     error = run.settings["work"].error
     assert error is not None and error.kind == "archive-truncated"
+
+
+CLOSED_QUBES = BackupWriter(
+    [replace(sample_qube(name, 1 << 12, 1), firewall=FIREWALL) for name in ("work", "vault", "mail")], log_n=2
+)
+#: Three qubes of two members each, a volume and a firewall.
+CLOSED_MEMBERS = list(CLOSED_QUBES.members())
+
+
+def without_member(name: str) -> bytes:
+    return join_members([member for member in CLOSED_MEMBERS if not member.name.startswith(name)])
+
+
+@pytest.mark.parametrize("selected", [None, ["work"], ["work", "mail"]])
+def test_a_cut_between_volume_and_firewall_shows_in_what_else_is_missing(selected: list[str] | None) -> None:
+    """Selected or not: what the list promises and the archive lacks tells that it was cut."""
+    run = verified(join_members(CLOSED_MEMBERS[:4]), selected)
+    assert run.outcomes["work/private"] == "ok"
+    error = run.settings["work"].error
+    assert error is not None and error.kind == "archive-truncated"
+    assert "holds nothing of vault and 1 more" in error.reason and "'vm10/private.img'" in error.reason
+
+
+def test_a_cut_behind_a_complete_qube_costs_the_qube_of_the_last_file() -> None:
+    run = verified(join_members(CLOSED_MEMBERS[:7]))
+    errors = {name: settings.error and settings.error.kind for name, settings in run.settings.items()}
+    assert errors == {"work": None, "vault": "archive-truncated", "mail": None}
+    assert run.outcomes["mail/private"] == "missing-volume"
+
+
+def test_a_volume_that_is_missing_among_others_is_no_sign_of_a_cut() -> None:
+    run = verified(without_member("vm11/private"))
+    assert {name: settings.error for name, settings in run.settings.items()} == dict.fromkeys(run.settings)
+    assert run.outcomes == {"work/private": "ok", "vault/private": "missing-volume", "mail/private": "ok"}
+
+
+# --- Damage costs what it hit ------------------------------------------------------------------------------
+
+
+def lost(run: Pass) -> set[str]:
+    """The qubes that a broker would not call complete."""
+    names = set(run.names.values())
+    complete = {name for name, settings in run.settings.items() if settings.error is None}
+    bad = {name.partition("/")[0] for name, outcome in run.outcomes.items() if outcome != "ok"}
+    return (names - complete) | bad
+
+
+#: Where the members stand that follow qubes.xml, by name.
+PLACES = {
+    member.name: len(join_members(CLOSED_MEMBERS[:position]))
+    for position, member in enumerate(CLOSED_MEMBERS)
+    if "/" in member.name
+}
+
+
+def open_qubes(run: Pass) -> set[str]:
+    """Those that would come back complete, but without their firewall."""
+    return {name for name, settings in run.settings.items() if settings.firewall is None} - lost(run)
+
+
+@pytest.mark.parametrize("member", PLACES)
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_bit_of_a_header_costs_at_most_the_qube_that_the_header_belongs_to(member: str, block: int) -> None:
+    """Every 61st bit of the pax header, its records and the header proper."""
+    archive = join_members(CLOSED_MEMBERS)
+    owner = {"vm10": "work", "vm11": "vault", "vm12": "mail"}[member[:4]]
+    for bit in range((PLACES[member] + 512 * block) * 8, (PLACES[member] + 512 * (block + 1)) * 8, 61):
+        run = verified(flip_bit(archive, bit))
+        assert lost(run) <= {owner}, bit
+        assert not open_qubes(run), bit
+        assert not lost(run) or [text for text in run.warnings if "the archive is damaged from byte" in text]
+
+
+@pytest.mark.parametrize("member", PLACES)
+@pytest.mark.parametrize("sectors", [1, 8, 20])
+def test_zeroed_sectors_leave_no_qube_open_and_cost_those_beside_them(member: str, sectors: int) -> None:
+    archive = bytearray(join_members(CLOSED_MEMBERS))
+    start = PLACES[member]
+    archive[start : start + 512 * sectors] = bytes(512 * sectors)
+    run = verified(bytes(archive))
+    number = int(member[2:4]) - 10
+    names = ["work", "vault", "mail"]
+    assert lost(run) <= set(names[max(0, number - 1) : number + 1])
+    assert not open_qubes(run)
+    assert bool(lost(run)) == (sectors > 1)  # one is the pax header, without which the file is still found
+
+
+def test_a_bit_of_the_filling_between_two_files_costs_nothing_and_is_told() -> None:
+    archive = join_members(CLOSED_MEMBERS)
+    run = verified(flip_bit(archive, (PLACES["vm11/private.img.000.enc"] - 700) * 8 + 3))
+    assert lost(run) == set()
+    assert [text for text in run.warnings if "nothing is lost by it" in text]
+
+
+def test_the_last_header_of_an_archive_costs_its_qube() -> None:
+    archive = join_members(CLOSED_MEMBERS)
+    run = verified(flip_bit(archive, (PLACES["vm12/firewall.xml.000.enc"] + 1024 + 130) * 8))
+    assert lost(run) == {"mail"}
+    error = run.settings["mail"].error
+    assert error is not None and error.kind == "archive-damaged"
+
+
+def test_a_root_that_nothing_promises_and_whose_header_is_damaged_fails_its_qube() -> None:
+    members = unpromised("StandaloneVM")
+    place = next(number for number, member in enumerate(members) if "root" in member.name)
+    run = verified(flip_bit(join_members(members), (len(join_members(members[:place])) + 1024 + 130) * 8))
+    assert run.outcomes == {"work/private": "ok"}
+    assert lost(run) == {"work"}
+
+
+def test_a_sector_that_a_file_cannot_give_costs_the_qube_that_it_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = join_members(CLOSED_MEMBERS)
+    for member, place in PLACES.items():
+        for offset in (0, 1536):
+            bad = (place + offset) // 4096 * 4096
+            for name in ("read", "readv", "preadv"):
+                monkeypatch.setattr(os, name, failing_from(name, bad, bad + 4096))
+            run = verified(archive)
+            monkeypatch.undo()
+            number = int(member[2:4]) - 10
+            assert lost(run) <= {*["work", "vault", "mail"][max(0, number - 1) : number + 1]}
+            assert not open_qubes(run)
+            assert not lost(run) or "Input/output error" in str(run.messages)
+
+
+def failing_from(name: str, start: int, end: int) -> Callable[..., object]:
+    """`os.NAME`, which fails with EIO for the bytes from `start` to `end` of a file, as a disk would."""
+    honest: Callable[..., object] = getattr(os, name)
+
+    def call(fd: int, target: object, *rest: int) -> object:
+        try:
+            here = rest[0] if rest else os.lseek(fd, 0, os.SEEK_CUR)
+        except OSError:
+            return honest(fd, target, *rest)
+        if start <= here < end:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if here < start:  # what comes before it is given
+            if isinstance(target, int):
+                return honest(fd, min(target, start - here))
+            assert isinstance(target, list)
+            return honest(fd, [target[0][: start - here]], *rest)
+        return honest(fd, target, *rest)
+
+    return call
 
 
 def test_a_cut_among_the_files_of_others_leaves_a_complete_qube_alone() -> None:

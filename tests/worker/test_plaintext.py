@@ -162,6 +162,7 @@ def test_the_position_follows_the_intake_while_it_skips() -> None:
         files = PlaintextFiles(run.intake, run.events)
         run.intake.want(lambda _: False)
         in_thread(lambda: run.intake.run(backup.passphrase_of))
+        in_thread(lambda: [files.next_file() for _ in range(10)])
         wait_until(lambda: files.position > 5 * MIB)
         run.intake.cancel()
 
