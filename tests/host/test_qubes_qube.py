@@ -191,6 +191,7 @@ def test_each_setting_that_cannot_be_set_is_a_remark_and_no_failure(host: QubesH
     assert len(remarks) == 9
     made = qubesd.system.domains["work"]
     assert made.properties["memory"] == 500
+    assert made.properties["default_dispvm"] is None  # not the system's default
     assert not made.tags & TAGS
 
 
