@@ -25,6 +25,8 @@ from qubes_restore_svc.host.directory_layout import (
 )
 from qubes_restore_svc.host.filesystem import (
     NAME_TAKEN,
+    Room,
+    disk_of,
     make_directory,
     make_file,
     rename_new,
@@ -67,6 +69,7 @@ class ImageFile:
             raise self._failure(f"{image_size} bytes is not the size of an image")
         with reporting(f"creating {self._name}", qube=qube, volume=volume):
             self._file = make_file(self._name, dir_fd=directory)
+        self._room = Room(lambda: disk_of(self._file), WRITEBACK_STEP, qube=qube, volume=volume)
         try:
             if volume != "home":  # its size is a ceiling
                 self._check_capacity()
@@ -86,6 +89,7 @@ class ImageFile:
                 raise self._failure(
                     f"{len(data)} bytes at {offset}, outside of the {self._end} to {self._image_size} left"
                 )
+            self._room.take(len(data))
             write_fully(self._file, data, offset)
             self._end = offset + len(data)
             self._begin_writeback()

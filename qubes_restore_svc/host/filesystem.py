@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +26,58 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 _NO_MODES_HERE = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
 _CLEARER = {errno.EFBIG: "larger than a file may be here (file system, or ulimit -f)"}
+
+
+#: Bytes of a disk that a restore leaves free, or a twentieth of the disk if that is less: whatever else runs
+#: here would fail on a full one.
+RESERVE = 1 << 30
+
+
+class Room:
+    """What may be written of a volume before the reserve of its disk is reached.
+
+    `ask` tells the disk's free bytes and its size; None if that is not known. It is asked again after `step`
+    bytes at the most, and the more often the less is left.
+    """
+
+    def __init__(
+        self, ask: Callable[[], tuple[int, int] | None], step: int, *, qube: str, volume: str
+    ) -> None:
+        self._ask = ask
+        self._qube = qube
+        self._volume = volume
+        self._step = step
+        self._left = 0
+
+    def take(self, count: int) -> None:
+        """`count` bytes are about to be written. Raises NoSpace if they would reach into the reserve."""
+        if count > self._left:
+            answer = self._ask()
+            if answer is None:
+                self._left = self._step
+                return
+            free, size = answer
+            reserve = min(RESERVE, size // 20)
+            if free - count < reserve:
+                raise NoSpace(
+                    f"{size_text(free)} are left on the disk, of which {size_text(reserve)} stay free for"
+                    " whatever else runs there",
+                    qube=self._qube,
+                    volume=self._volume,
+                )
+            self._left = min((free - reserve - count) // 2, self._step) + count
+        self._left -= count
+
+
+def disk_of(file: int) -> tuple[int, int] | None:
+    """Free bytes and size of the disk of an open file. Some network and FUSE file systems tell zeros."""
+    answer = os.fstatvfs(file)
+    return (answer.f_bavail * answer.f_frsize, answer.f_blocks * answer.f_frsize) if answer.f_blocks else None
+
+
+def size_text(size: int) -> str:
+    """`size` bytes, in MiB."""
+    return f"{size / (1 << 20):.0f} MiB" if size >= 10 << 20 else f"{size / (1 << 20):.1f} MiB"
 
 
 @contextmanager

@@ -148,12 +148,24 @@ class QubesSystem:
 
     def free_space(self, pool: str | None = None) -> int | None:
         """Bytes that are free in `pool` (None: the default pool), if its driver tells."""
+        room = self._pool_room(pool)
+        return None if room is None else room[0]
+
+    def volume_room(self, name: str, volume: str) -> tuple[int, int] | None:
+        """Free bytes and size of the pool in which the volume lies, as far as they can be known."""
+        with suppress(HostFailed):
+            with asking("asking for its storage pool", qube=name, volume=volume):
+                pool = str(self._qube(name).volumes[volume].pool)
+            return self._pool_room(pool)
+        return None
+
+    def _pool_room(self, pool: str | None) -> tuple[int, int] | None:
         with asking("asking for the free space"):
             name = pool or _property(self._app, "default_pool", "")
             if name not in self._app.pools:
                 raise HostFailed(f"there is no storage pool {name!r}", advice="See `qvm-pool`.")
             size, usage = self._app.pools[name].size, self._app.pools[name].usage
-            return None if size is None or usage is None else max(0, int(size) - int(usage))
+            return None if size is None or usage is None else (max(0, int(size) - int(usage)), int(size))
 
     def template_of(self, name: str) -> str | None:
         """The qube's template; None if it has none."""
@@ -388,9 +400,10 @@ class QubesSystem:
                 found = self._qube(name).volumes[volume]
                 found.import_data_with_size(stream, size)
         except HostFailed as error:
-            free = self._free_space_for(name, volume) if _COPYING_FAILED in error.reason else None
-            if free is None or free >= size:
+            pool = self.volume_room(name, volume) if _COPYING_FAILED in error.reason else None
+            if pool is None or pool[0] >= size:
                 raise
+            free = pool[0]
             # What had been written is discarded already, so this is what there was to begin with.
             room = f"{free >> 20} MiB are free in its storage pool, and it may need {size >> 20}"
             raise NoSpace(f"{error.reason} ({room})", qube=name, volume=volume) from error
@@ -477,13 +490,6 @@ class QubesSystem:
                 self._qube(name).kill()
         else:
             self.remove(name)
-
-    def _free_space_for(self, name: str, volume: str) -> int | None:
-        with suppress(HostFailed):
-            with asking("asking for its storage pool", qube=name, volume=volume):
-                pool = str(self._qube(name).volumes[volume].pool)
-            return self.free_space(pool)
-        return None
 
 
 class _RuleText:

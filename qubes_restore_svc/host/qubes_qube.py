@@ -12,10 +12,11 @@ from contextlib import suppress
 
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.host.base import Definition, NewQube, restored_tag
+from qubes_restore_svc.host.filesystem import Room
 from qubes_restore_svc.host.qubes import QubesSystem
 from qubes_restore_svc.host.qubes_faults import QubeInUse
 from qubes_restore_svc.host.qubes_settings import apply_settings
-from qubes_restore_svc.host.qubes_volume import VolumeImport
+from qubes_restore_svc.host.qubes_volume import ROOM_STEP, VolumeImport
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
 
@@ -103,6 +104,7 @@ class QubesQube:
                 name,
                 volume,
                 image_size,
+                Room(lambda: self._system.volume_room(name, volume), ROOM_STEP, qube=name, volume=volume),
             )
             self._sinks[volume] = sink
             return sink

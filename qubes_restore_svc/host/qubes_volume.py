@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
+from qubes_restore_svc.host.filesystem import Room
 from qubes_restore_svc.host.qubes_faults import said_by
 from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
 
@@ -24,6 +25,9 @@ from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
 STALL_TIMEOUT_S = 600.0
 #: Bytes that the pipe should hold: a record, so that the next one can be received meanwhile.
 PIPE_SIZE = 1 << 20
+
+#: Bytes that are written at the most before qubesd is asked again for the free space of the pool.
+ROOM_STEP = 256 << 20
 
 _ZEROS = memoryview(bytes(PIPE_SIZE))
 
@@ -34,11 +38,14 @@ Import = Callable[[BinaryIO, int], None]
 class VolumeImport:
     """A `VolumeSink` over `run_import`, which runs in a thread from the first byte on."""
 
-    def __init__(self, run_import: Import, qube: str, volume: VolumeName, image_size: int) -> None:
+    def __init__(
+        self, run_import: Import, qube: str, volume: VolumeName, image_size: int, room: Room | None = None
+    ) -> None:
         self._run_import = run_import
         self._qube = qube
         self._volume: VolumeName = volume
         self._image_size = image_size
+        self._room = room
         self._sent = 0  #: bytes that are in the pipe or were
         self._held_back: bytes | None = None  #: the image's last byte, if it has come as data
         self._mutex = threading.Lock()  #: of whoever sends; held for as long as the pipe takes the data
@@ -70,6 +77,8 @@ class VolumeImport:
                         f"{len(data)} bytes at {offset}, outside of the {self._position} to"
                         f" {self._image_size} left"
                     )
+                if self._room is not None:
+                    self._room.take(len(data))
                 self._fill(offset)
                 if offset + len(data) == self._image_size and len(data):
                     self._send(data[:-1])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreInProgress
+from qubes_restore_svc.host import filesystem
 from qubes_restore_svc.host.directory import DirectoryHost
 from tests.host.sample_qubes import new_qube, restore, settings
 
@@ -373,7 +374,21 @@ def test_a_disk_that_fills_up_fails_one_qube_and_not_the_next(small_disk: Path) 
     assert os.listdir(small_disk) == ["small"]
 
 
-def test_a_disk_without_room_for_the_record_is_no_space(small_disk: Path) -> None:
+def test_a_restore_leaves_a_part_of_the_disk_free(small_disk: Path) -> None:
+    host = DirectoryHost(small_disk)
+    with host.lock():
+        sink = host.begin(new_qube()).create_volume("private", 4 * MIB)
+        with pytest.raises(NoSpace, match=r"0\.1 MiB are left on the disk, of which 0\.1 MiB stay free"):
+            for number in range(1024):
+                sink.write(4096 * number, memoryview(bytes(4096)))
+        free = host.free_space()
+        assert free is not None and 2 * MIB // 20 <= free < 2 * MIB // 20 + 8192
+
+
+def test_a_disk_without_room_for_the_record_is_no_space(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem, "RESERVE", 0)
     host = DirectoryHost(small_disk)
     with host.lock():
         qube = host.begin(new_qube())

@@ -583,3 +583,14 @@ def test_whenever_qubesd_goes_away_the_next_restore_clears_up(
                 assert "qvm-remove work" in told
             del qubesadmin.Qubes().domains["work"]
         assert state_of(tmp_path, qubesd) == before, f"call {number}"
+
+
+def test_a_restore_leaves_a_part_of_the_pool_free(
+    host: QubesHost, qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QubesSystem, "volume_room", lambda *_: (11 << 20, 200 << 20))
+    with host.lock():
+        sink = host.begin(new_qube()).create_volume("private", 1 << 30)
+        with pytest.raises(NoSpace, match="11 MiB are left on the disk, of which 10 MiB stay free") as caught:
+            sink.write(0, memoryview(bytes(2 << 20)))
+        assert (caught.value.qube, caught.value.volume) == ("work", "private")
