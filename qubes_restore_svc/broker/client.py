@@ -7,12 +7,13 @@ and the end of the stream a WorkerLost with what the link knows of the reason.
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 
 from pydantic import SecretStr, ValidationError
 
-from qubes_restore_svc.broker.ledger import believed_error
+from qubes_restore_svc.broker.ledger import believed_error, one_phrase
 from qubes_restore_svc.errors import ProtocolViolation, UsageError, WorkerLost, WorkerStalled, exhausted
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.wire import messages as m
@@ -25,6 +26,14 @@ STALL_S = 60.0
 
 #: Most lines that a worker may log in one session.
 MAX_LOG_LINES = 10_000
+
+#: Progress messages within PACE_S seconds, beyond which the worker is not listened to until these are over.
+#: An honest one sends two a second.
+MAX_PROGRESS = 100
+PACE_S = 1.0
+
+#: Stands before every line that a worker logs, so that none can pass for one of ours.
+WORKER_SAYS = "worker: "
 
 _READ_SIZE = 64 << 10
 #: Seconds more, in which a worker that only seemed to be silent can be heard.
@@ -56,6 +65,7 @@ class SessionClient:
         self._decoder = FrameDecoder(0)
         self._payloads: Iterator[bytes] = iter(())
         self._log_lines = 0
+        self._progress: deque[float] = deque(maxlen=MAX_PROGRESS)
         self._failure: Exception | None = None
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
@@ -145,6 +155,9 @@ class SessionClient:
                 raise believed_error(message.error)
             if isinstance(message, m.Log):
                 self._count_log_line()
+                return message.model_copy(update={"text": WORKER_SAYS + one_phrase(message.text)})
+            if isinstance(message, m.Progress):
+                await self._pace()
             return message
 
     async def _read_in_time(self) -> bytes:
@@ -167,6 +180,14 @@ class SessionClient:
         if not untrusted_data:
             raise await self.lost()
         return untrusted_data
+
+    async def _pace(self) -> None:
+        """Wait, and thereby let the worker wait, when it sends more progress than anybody can use."""
+        now = asyncio.get_running_loop().time()
+        if len(self._progress) == MAX_PROGRESS and (wait_s := self._progress[0] + PACE_S - now) > 0:
+            await asyncio.sleep(wait_s)
+            now += wait_s
+        self._progress.append(now)
 
     def _count_log_line(self) -> None:
         self._log_lines += 1

@@ -24,7 +24,7 @@ from qubes_restore_svc.errors import (
     WorkerStalled,
 )
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName
+from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName, shortened
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE
 
 #: What only this side can know; exit statuses and advice follow from it.
@@ -41,6 +41,10 @@ _NOT_THE_WORKERS_TO_SAY = (
     WorkerMissing,
     WorkerStalled,
 )
+
+
+#: Characters of a text of the worker's; its own longest have 400 at the most.
+_MAX_PHRASE = 500
 
 
 class Ledger:
@@ -130,8 +134,17 @@ class Ledger:
 def believed_error(untrusted_error: m.ErrorInfo) -> RestoreError:
     """The error that the worker tells of; a plain one if its kind is not for a worker to say."""
     error = untrusted_error.to_error()
-    if not isinstance(error, _NOT_THE_WORKERS_TO_SAY):
-        return error
-    return RestoreError(
-        error.reason, qube=error.qube, volume=error.volume, chunk=error.chunk, advice=error.advice
+    kind = RestoreError if isinstance(error, _NOT_THE_WORKERS_TO_SAY) else type(error)
+    return kind(
+        one_phrase(error.reason),
+        qube=None if error.qube is None else one_phrase(error.qube),
+        volume=None if error.volume is None else one_phrase(error.volume),
+        chunk=error.chunk,
+        advice=one_phrase(error.advice),
     )
+
+
+def one_phrase(untrusted_text: str) -> str:
+    """A text of the worker's as it may stand within a line of ours: short, and without the wide gaps that
+    would push its end to where the next line of a terminal begins."""
+    return shortened(" ".join(untrusted_text.split()), _MAX_PHRASE)

@@ -22,7 +22,7 @@ from qubes_restore_svc.wire.names import MAX_TEXT, shortened
 
 #: Seconds within which the client has to say what it wants, …
 OPEN_TIMEOUT_S = 60.0
-#: … has to answer a plan, …
+#: … has to confirm a plan, however many others it asks for on the way, …
 PLAN_TIMEOUT_S = 3600.0
 #: … and has to read the last message.
 LAST_WORD_TIMEOUT_S = 10.0
@@ -44,6 +44,9 @@ class Conversation:
         self._state = c.CallState()
         self._channel = Channel(read_fd, write_fd, self)
         self._answer: asyncio.Future[c.OpenBackup | c.Choose | c.Confirm] | None = None
+        self._confirm_by: float | None = (
+            None  #: when the worker and the restore lock are let go, unless confirmed
+        )
 
     def __enter__(self) -> Self:
         """Begin to listen. Raises HostFailed if there is no such call."""
@@ -63,7 +66,7 @@ class Conversation:
 
     async def opened(self) -> c.OpenBackup:
         """What the client wants. Raises Cancelled if it does not say so in time."""
-        request = await self._answered(OPEN_TIMEOUT_S, "nobody said which backup to open")
+        request = await self._answered(OPEN_TIMEOUT_S, "nobody said which backup to open", OPEN_TIMEOUT_S)
         assert isinstance(request, c.OpenBackup), "the table lets nothing else come first"
         return request
 
@@ -74,7 +77,12 @@ class Conversation:
         self._state.advance(plan)
         self._answer = asyncio.get_running_loop().create_future()
         self._channel.send(plan)
-        answer = await self._answered(PLAN_TIMEOUT_S, "nobody said what is to become of the plan")
+        loop = asyncio.get_running_loop()
+        if self._confirm_by is None:
+            self._confirm_by = loop.time() + PLAN_TIMEOUT_S
+        answer = await self._answered(
+            max(0.0, self._confirm_by - loop.time()), "nobody confirmed a plan", PLAN_TIMEOUT_S
+        )
         assert not isinstance(answer, c.OpenBackup), "the table lets it come once"
         return answer
 
@@ -83,13 +91,15 @@ class Conversation:
         self._state.phase = c.CallPhase.CLOSED
         return await self._channel.finish(final, LAST_WORD_TIMEOUT_S)
 
-    async def _answered(self, timeout_s: float, otherwise: str) -> c.OpenBackup | c.Choose | c.Confirm:
+    async def _answered(
+        self, timeout_s: float, otherwise: str, told_s: float
+    ) -> c.OpenBackup | c.Choose | c.Confirm:
         assert self._answer is not None, "it was entered"
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._answer
         except TimeoutError:
-            raise Cancelled(f"{otherwise} for {timeout_s:.0f} seconds", advice="") from None
+            raise Cancelled(f"{otherwise} for {told_s:.0f} seconds", advice="") from None
 
     # --- What is told: an Observer ---------------------------------------------------------------------
 

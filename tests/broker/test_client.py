@@ -9,7 +9,8 @@ from typing import get_args
 
 import pytest
 
-from qubes_restore_svc.broker.client import SessionClient, SessionOptions
+from qubes_restore_svc.broker import client as client_module
+from qubes_restore_svc.broker.client import MAX_PROGRESS, SessionClient, SessionOptions
 from qubes_restore_svc.errors import (
     BadArchive,
     ProtocolViolation,
@@ -154,6 +155,16 @@ async def test_signs_of_life_keep_a_session_alive() -> None:
     link = FakeLink(honest((WORK,), verify=True).before(1, *beats))
     async with link, SessionClient(link, 0.3) as client:
         assert await opened(client) == ["progress"] * 5 + ["manifest"]
+
+
+async def test_a_worker_that_floods_with_progress_is_made_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "PACE_S", 0.1)
+    flood: list[Step] = [Say(PROGRESS)] * (3 * MAX_PROGRESS)
+    link = FakeLink(honest((WORK,), verify=True).before(1, *flood))
+    began = time.monotonic()
+    async with link, SessionClient(link, 0.3) as client:
+        assert await opened(client) == ["progress"] * (3 * MAX_PROGRESS) + ["manifest"]
+    assert time.monotonic() - began >= 0.2
 
 
 async def test_a_session_that_is_failed_from_here_gives_that_error_to_who_waits() -> None:

@@ -494,11 +494,28 @@ def test_warnings_reach_the_person_and_the_report_without_escape_sequences(targe
     steps = [Say(warning), Say({**warning, "key": "vm2"}), Say({**warning, "key": "vm9"})] * 60
     outcome = run(script.before(script.find("volume_ready", *R), *steps).before(1, Say(warning)), target)
     assert outcome.status == 0
-    assert outcome.observer.lines[0].startswith("warning: careful\ufffd[2J")
-    assert outcome.observer.lines[2].startswith("warning: vault: careful\ufffd[2J")
+    assert outcome.observer.lines[0].startswith("warning: worker: careful\ufffd[2J")
+    assert outcome.observer.lines[2].startswith("warning: vault: worker: careful\ufffd[2J")
     assert printable(outcome)
     assert len(outcome.qube("vault").warnings) == 60
     assert len(outcome.report.warnings) == 100
+
+
+def test_what_a_worker_logs_cannot_pass_for_a_line_of_ours(target: Path) -> None:
+    script = honest()
+    summary = {"type": "log", "text": "2 of 2 qubes restored." + " " * 60 + "work: restored"}
+    said = [Say({**summary, "level": level}) for level in ("info", "warning")]
+    outcome = run(script.before(script.find("volume_ready", *R), *said).before(1, *said), target)
+    line = "worker: 2 of 2 qubes restored. work: restored"
+    assert outcome.observer.lines == [f"info: {line}", f"warning: {line}"] * 2
+    assert outcome.report.warnings == [line] * 2
+
+
+def test_a_reason_of_the_workers_leaves_no_gap_on_the_screen(target: Path) -> None:
+    error = {"kind": "bad-archive", "reason": "no" + " " * 200 + "2 of 2 qubes restored."}
+    outcome = run(honest().until(1, Say({"type": "failed", "error": error})), target)
+    assert outcome.report.error is not None
+    assert outcome.report.error.reason == "no 2 of 2 qubes restored."
 
 
 def test_notes_lose_their_escape_sequences(tmp_path: Path) -> None:

@@ -116,6 +116,23 @@ async def test_a_plan_that_nobody_answers_ends_the_call(bed: Bed, monkeypatch: p
     assert bed.restored == []
 
 
+async def test_asking_for_plan_after_plan_does_not_hold_the_lock(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "PLAN_TIMEOUT_S", 0.3)
+    async with bed.call() as client:
+        client.say(open_message(bed.backup))
+        for _ in range(40):
+            message = await client.hear()
+            if isinstance(message, c.Refused):
+                break
+            if isinstance(message, c.Plan):
+                await asyncio.sleep(0.02)
+                client.say({"type": "choose", "choice": {}})
+        assert isinstance(message, c.Refused)
+    assert message.error.reason == "nobody confirmed a plan for 0 seconds"
+
+
 @pytest.mark.parametrize(
     ("first", "second", "doing"),
     [
