@@ -205,9 +205,6 @@ _MAX_PROPERTIES = 512
 _MAX_FEATURES = 4096
 _MAX_TAGS = 1024
 
-#: In lower case: no other qube may have a name that a person could take for dom0's.
-_DOM0_NAMES = frozenset({"dom0", "domain-0"})
-
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
 _QUBE_NAME: TypeAdapter[str] = TypeAdapter(QubeName)
@@ -289,7 +286,7 @@ class _Reader:
         if not _matches(_QUBE_NAME, untrusted_name):
             raise BadMetadata("its name is not one that a qube can have")
         name = untrusted_name
-        if klass != "AdminVM" and name.lower() in _DOM0_NAMES:
+        if klass != "AdminVM" and name == "dom0":
             raise BadMetadata("its name is dom0's")
         if name in self._names:
             raise BadMetadata("another qube in the backup has the same name")

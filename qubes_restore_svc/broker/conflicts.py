@@ -32,13 +32,14 @@ class NamesInUse:
     """The names of the host, of the backup, and those given out so far."""
 
     def __init__(self, view: HostView, in_backup: Iterable[str]) -> None:
+        self._is_system = view.qubes_system is not None
         self._on_host = view.names
         self._unavailable = {name.casefold() for name in (*view.names, *in_backup)} | _DOM0_NAMES
 
     def has(self, qube: ManifestQube) -> bool:
-        """Is there a qube of this name on the host, or is it one that a person could take for dom0's?"""
+        """Is there a qube of this name on the host, or could a person take it for dom0 there?"""
         looks_like_dom0 = qube.klass != "AdminVM" and qube.name.casefold() in _DOM0_NAMES
-        return looks_like_dom0 or qube.name in self._on_host
+        return (self._is_system and looks_like_dom0) or qube.name in self._on_host
 
     def give(self, name: str) -> str | None:
         """A free name for a qube that cannot be called `name`; None if all that it could have are taken.

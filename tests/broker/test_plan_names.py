@@ -124,6 +124,8 @@ def test_names_are_compared_exactly(view: HostView) -> None:
 def test_no_qube_can_be_taken_for_dom0(name: str) -> None:
     assert plan_of(qube(name))[name].problem is Problem.ALREADY_EXISTS
     assert plan_of(qube(name), conflicts="rename")[name].name == f"{name}-1"
+    directory = HostView(frozenset({"dom0"}))  # where it is nothing but a file's name
+    assert plan_of(qube(name), view=directory)[name].name == name
 
 
 def test_a_renamed_qube_that_is_then_refused_keeps_its_name_in_the_report() -> None:
