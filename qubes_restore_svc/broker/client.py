@@ -14,7 +14,20 @@ from dataclasses import dataclass, field
 from pydantic import SecretStr, ValidationError
 
 from qubes_restore_svc.broker.ledger import believed_error, one_phrase
-from qubes_restore_svc.errors import ProtocolViolation, UsageError, WorkerLost, WorkerStalled, exhausted
+from qubes_restore_svc.errors import (
+    ArchiveTruncated,
+    ArchiveUnreadable,
+    BadArchive,
+    EmptyInput,
+    MissingVolume,
+    NotABackup,
+    ProtocolViolation,
+    RestoreError,
+    UsageError,
+    WorkerLost,
+    WorkerStalled,
+    exhausted,
+)
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
@@ -34,6 +47,9 @@ PACE_S = 1.0
 
 #: Stands before every line that a worker logs, so that none can pass for one of ours.
 WORKER_SAYS = "worker: "
+
+#: What an archive looks like that is not brought to its end.
+EARLY_ENDS = (EmptyInput, NotABackup, ArchiveTruncated, ArchiveUnreadable, BadArchive, MissingVolume)
 
 _READ_SIZE = 64 << 10
 #: Seconds more, in which a worker that only seemed to be silent can be heard.
@@ -127,6 +143,17 @@ class SessionClient:
             reason = await asyncio.wait_for(self._link.wait_gone(), _REASON_TIMEOUT_S)
         return WorkerLost(reason)
 
+    async def explained(self, error: RestoreError) -> RestoreError:
+        """`error`, or why the archive ended too early for it, if the side that brings it knows the reason."""
+        if not isinstance(error, EARLY_ENDS):
+            return error
+        fault = await self._link.archive_fault()
+        if fault is None:
+            return error
+        reason = f"{error.reason}; {fault.reason}"
+        told = ArchiveUnreadable(reason, advice=fault.advice)
+        return told.at(qube=error.qube, volume=error.volume, chunk=error.chunk)
+
     async def _send(self, message: m.Message) -> None:
         self._state.advance(message)
         try:
@@ -152,7 +179,7 @@ class SessionClient:
             message = m.parse_worker_message(untrusted_payload)
             self._state.advance(message)
             if isinstance(message, m.Failed):
-                raise believed_error(message.error)
+                raise await self.explained(believed_error(message.error))
             if isinstance(message, m.Log):
                 self._count_log_line()
                 return message.model_copy(update={"text": WORKER_SAYS + one_phrase(message.text)})

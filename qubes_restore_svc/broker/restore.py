@@ -139,6 +139,7 @@ class RestoreRun:
             await self._take_back(self._qubes[message.key], believed_error(message.error))
         elif isinstance(message, m.Finished):
             self._ledger.finish()
+            await self._doubt_the_end()
         if self._host is not None:
             while ready := self._qubes.next_ready():
                 await self._commit(ready, self._host)
@@ -151,6 +152,16 @@ class RestoreRun:
                 warnings.append(message.text)
         name = f"{qube.name}: " if qube is not None else ""
         self._observer.log(message.level, name + message.text)
+
+    async def _doubt_the_end(self) -> None:
+        """All is there that was promised; but a source that has failed may have held more, a firewall say."""
+        fault = await self._link.archive_fault()
+        if fault is None or any(volume.error for qube in self._qubes for volume in qube.report.volumes):
+            return
+        text = f"{fault.reason}, after the last file that has come; settings files may be missing"
+        if len(self._warnings) < MAX_WARNINGS:
+            self._warnings.append(text)
+        self._observer.log("warning", text)
 
     # --- One volume ---------------------------------------------------------------------------------
 
@@ -198,7 +209,8 @@ class RestoreRun:
             await self._volume_failed(qube, done.volume, host_error)
         else:
             outcome: Literal["failed", "skipped"] = "failed" if done.outcome == "failed" else "skipped"
-            await self._volume_failed(qube, done.volume, _reason(done), outcome)
+            reason = await self._client.explained(_reason(done))
+            await self._volume_failed(qube, done.volume, reason, outcome)
 
     # --- One qube -----------------------------------------------------------------------------------
 
@@ -257,7 +269,7 @@ class RestoreRun:
         if qube.finished:
             return
         if settings.error is not None:
-            await self._fail(qube, believed_error(settings.error))
+            await self._fail(qube, await self._client.explained(believed_error(settings.error)))
         elif any(volume.outcome != "ok" for volume in qube.report.volumes):
             await self._fail(qube, RestoreError("not all of its volumes are complete"))
         elif self._host is None:

@@ -8,6 +8,7 @@ import socket
 from types import TracebackType
 from typing import Protocol, Self
 
+from qubes_restore_svc.errors import ArchiveUnreadable
 from qubes_restore_svc.wire.messages import Storage
 
 
@@ -40,6 +41,13 @@ class Link(Protocol):
         """Let the worker have the archive, if that needs a call: once before `open`, once before `start`.
 
         Raises WorkerLost, and ArchiveUnreadable if the storage side does not give it.
+        """
+        ...
+
+    async def archive_fault(self) -> ArchiveUnreadable | None:
+        """Why the archive ends early, if the side that brings it has failed: the worker sees only its end.
+
+        To be asked when something is missing; waits for a moment, until that side has ended as well.
         """
         ...
 

@@ -97,6 +97,9 @@ class LocalLink:
     async def provide_archive(self) -> None:
         """The worker has the archive from the start."""
 
+    async def archive_fault(self) -> None:
+        """The worker reads it itself and has said all that can be known."""
+
     async def wait_gone(self) -> str:
         """Return when the worker has ended, with what is known of why (printable, one line)."""
         return await self._running().wait_gone()

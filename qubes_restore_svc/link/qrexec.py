@@ -17,12 +17,8 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import (
-    ArchiveTruncated,
     ArchiveUnreadable,
-    BadArchive,
-    EmptyInput,
     HostFailed,
-    NotABackup,
     RestoreError,
     UsageError,
     WorkerLost,
@@ -55,12 +51,15 @@ from qubes_restore_svc.wire.service import (
 
 #: Seconds that a worker whose qube has started may take to answer: a Python's start on a busy machine.
 READY_TIMEOUT_S = 60.0
-#: What an archive looks like that is not brought to its end.
-_EARLY_ENDS = (EmptyInput, NotABackup, ArchiveTruncated, ArchiveUnreadable, BadArchive)
 #: Seconds that the calls of one pass over the archive may take to end by themselves before the next pass.
 _PASS_PATIENCE_S = 2.0
 #: Seconds until a process whose stream has ended has ended as well.
 _SHORTLY_S = 1.0
+
+
+#: What a program dies of whose reader stops early, as a shell tells it: 128 + SIGPIPE.
+_BROKEN_PIPE = 141
+_CHECK_QUBE = "Check that the qube {} still runs and that its disks answer, and try again."
 
 
 def _no_guard(lock: int) -> contextlib.AbstractContextManager[None]:
@@ -160,18 +159,13 @@ class QrexecLink:
     ) -> None:
         """Take back the access to the backup, then destroy the worker, even if cancelled meanwhile.
 
-        An archive that ended too early is explained in `exc` if the reason lies on the side that brings it.
         What cannot be undone is told in the advice of `exc`, or raised: as HostFailed, as Cancelled for a
         cancel.
         """
         if self._held is None:
             return
-        try:
-            if isinstance(exc, _EARLY_ENDS) and (fault := await self.archive_fault()):
-                exc.reason = f"{exc.reason}; {fault}"
-        finally:
-            self._qube = ""
-            await self._held.__aexit__(exc_type, exc, traceback)  # nothing of it can be interrupted
+        self._qube = ""
+        await self._held.__aexit__(exc_type, exc, traceback)  # nothing of it can be interrupted
 
     async def call(self, service: str, argument: str = "") -> socket.socket:
         """Call a service of the worker; the socket is blocking, and the caller's. Raises WorkerLost.
@@ -208,20 +202,30 @@ class QrexecLink:
             self._archive = []
             await self._join(qube, self._location)
 
-    async def archive_fault(self) -> str | None:
-        """A clause, if the side that brings the archive has failed: the worker sees only its early end.
+    async def archive_fault(self) -> ArchiveUnreadable | None:
+        """Why the archive ends early, if the side that brings it has failed: the worker sees only its end.
 
         Waits a moment: a stream ends before it is known how its call did.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SHORTLY_S):
                 await asyncio.gather(*(call.wait() for call in self._archive))
-        faults = [call.fault for call in self._archive]
-        if self._reader is not None:
-            faults.insert(0, await self._reader.fault(_SHORTLY_S))
-        if self._access is not None:
-            faults.append(self._access.fault)
-        return next((fault for fault in faults if fault), None)
+        if self._reader is not None and (fault := await self._reader.fault(_SHORTLY_S)):
+            return ArchiveUnreadable(fault)
+        if self._access is not None and (fault := self._access.fault):
+            return ArchiveUnreadable(fault, advice=_CHECK_QUBE.format(self._access.storage.qube))
+        for call in self._archive:
+            if call.exit_code == _BROKEN_PIPE:  # what comes after the last wanted file was not read
+                continue
+            if call.fault and isinstance(self._location, QubeService) and call is self._archive[0]:
+                return ArchiveUnreadable(
+                    call.fault,
+                    advice=f"Look for the error of {self._location.service} in the journal of"
+                    f" {self._location.qube}, settle it, and try again.",
+                )
+            if call.fault:
+                return ArchiveUnreadable(call.fault, advice="Try again.")
+        return None
 
     async def wait_gone(self) -> str:
         """Return when the worker has ended, with what is known of why (printable, one line)."""

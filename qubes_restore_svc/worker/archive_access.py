@@ -19,7 +19,7 @@ from typing import Protocol
 
 from qubes_restore_svc.archive.members import MemberReader
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
-from qubes_restore_svc.errors import Cancelled, ProtocolViolation
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import QFILE_ARGUMENT
 from qubes_restore_svc.worker.conversation import BEGINNING, CalledPeer, Conversation, Peer
@@ -39,6 +39,10 @@ class ArchivePass(Protocol):
 
     @property
     def reader(self) -> MemberReader: ...
+
+    def doubt(self, error: RestoreError) -> RestoreError:
+        """`error`, which says that something is missing; or why, if whoever brings the archive has failed."""
+        ...
 
     def close(self) -> None:
         """Nobody reads from it any more; safe to repeat."""
@@ -157,6 +161,10 @@ class _WholeArchive:
         self.source = ArchiveSource(fd)
         self.reader = OuterTarReader()
         self._connection = connection
+
+    def doubt(self, error: RestoreError) -> RestoreError:
+        """What brings it does not tell the worker how it has ended."""
+        return error
 
     def close(self) -> None:
         """Let go of the connection; a descriptor stays its owner's."""

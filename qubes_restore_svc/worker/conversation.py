@@ -39,6 +39,8 @@ BEGINNING = (HEADER_HMAC_MEMBER, HEADER_MEMBER, "qubes.xml")
 # No blanks, which divide the line; no wildcards; nothing that a program could take for an option.
 _PATH = re.compile(r"(?!-)[A-Za-z0-9_.+@/-]{1,300}")
 
+#: How tar2qfile ends where the archive does, or where it cannot be read.
+_CUT_OFF = 1
 #: What a program dies of whose reader stops early, as a shell tells it: 128 + SIGPIPE.
 _BROKEN_PIPE = 141
 
@@ -95,6 +97,7 @@ class Conversation:
         self._paths = tuple(paths)
         self._remark = remark
         self._peer: Peer | None = None
+        self._doubt: End | None = None
         self.source = LateSource(self._begin, position)
         self.reader = _ConversationReader(self)
 
@@ -126,6 +129,10 @@ class Conversation:
             raise BadArchive("the storage qube sends more after the end of its stream")
         self._judge(self._peer.end(), members)
 
+    def doubt(self, error: RestoreError) -> RestoreError:
+        """`error`, which says that something is missing, or why: the service has failed at the end."""
+        return error if self._doubt is None else _failed_service(error.reason, self._doubt)
+
     def why(self, error: RestoreError, received: int) -> RestoreError:
         """Why the stream stopped after `received` bytes, though its reader says that it cannot (`error`)."""
         assert self._peer is not None
@@ -135,9 +142,9 @@ class Conversation:
         broke_off = self._peer.why_it_broke_off(end)
         if broke_off is not None:
             return broke_off
-        if end.code:
+        if end.code == _CUT_OFF:
             return ArchiveTruncated(f"{error.reason}; the service {end}")
-        return error
+        return _failed_service(error.reason, end) if end.code else error
 
     def _judge(self, end: End, members: int) -> None:
         """The stream is complete; what is to be said of a service that failed nevertheless."""
@@ -149,10 +156,21 @@ class Conversation:
                 raise NotABackup("the storage qube found no part of a Qubes backup in it, or it is empty")
         # A command whose output was not read to its end dies of that, each in its own way.
         elif end.code not in (0, None, _BROKEN_PIPE) and self._remark is not None:
+            self._doubt = end
             self._remark(
                 f"the service that read the backup in the storage qube {end}, after the last file that was"
                 " wanted; if its command failed, settings files may be missing"
             )
+
+
+def _failed_service(reason: str, end: End) -> ArchiveUnreadable:
+    return ArchiveUnreadable(
+        f"{reason}; the service that read the backup in the storage qube {end}",
+        advice=(
+            "If the backup comes from a command, try the command in that qube; if it is a file, check that it"
+            " can be read there to its end."
+        ),
+    )
 
 
 class CalledPeer:

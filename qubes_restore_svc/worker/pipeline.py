@@ -59,6 +59,7 @@ class Pipeline:
         emit: Emit,
         announce: Announce,
         whole: bool = True,
+        doubt: Callable[[RestoreError], RestoreError] = lambda error: error,
     ) -> None:
         """`whole`: all of the archive is read, and not just the files of the selected qubes."""
         self._backup = backup
@@ -69,6 +70,7 @@ class Pipeline:
         self._ignore_size_limit = ignore_size_limit
         self._emit = emit
         self._announce = announce
+        self._doubt = doubt
         self._image_bytes = 0
         self._stream: VolumeStream | None = None
         self._streaming = ""  #: key of the qube whose volume it is
@@ -346,7 +348,7 @@ class Pipeline:
         reason = "the archive does not hold it, though qubes.xml promises it"
         if self._damage is not None:
             return ArchiveDamaged(f"{reason}; {self._damage}", qube=name, volume=volume)
-        return MissingVolume(reason, qube=name, volume=volume)
+        return self._doubt(MissingVolume(reason)).at(qube=name, volume=volume)
 
     def _check(self, qube: SelectedQube) -> None:
         if self._cancelled:

@@ -222,6 +222,7 @@ class Session:
             emit=self._outbox.put,
             announce=self._announce,
             whole=reading.whole,
+            doubt=reading.doubt,
         )
 
         def run() -> None:

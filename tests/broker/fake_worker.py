@@ -14,7 +14,7 @@ from socket import SHUT_RDWR, SO_SNDBUF, SOL_SOCKET, socket, socketpair
 from typing import Self
 
 from qubes_restore_svc.broker.report import Report
-from qubes_restore_svc.errors import WorkerLost
+from qubes_restore_svc.errors import ArchiveUnreadable, WorkerLost
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
@@ -264,6 +264,7 @@ class FakeLink:
         self._stubborn = stubborn
         self.heard: list[m.BrokerMessage] = []
         self.calls: list[str] = []  #: `SERVICE+ARGUMENT` of each call
+        self.fault: ArchiveUnreadable | None = None  #: of the side that brings the archive
         self.left = False  #: has the broker destroyed the worker?
         self.job: asyncio.Task[Report] | None = None
         self.failures: list[BaseException] = []
@@ -319,6 +320,9 @@ class FakeLink:
 
     async def provide_archive(self) -> None:
         """It makes the archive up."""
+
+    async def archive_fault(self) -> ArchiveUnreadable | None:
+        return self.fault
 
     async def wait_gone(self) -> str:
         await self._gone.wait()

@@ -14,7 +14,7 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.report import Report
-from qubes_restore_svc.errors import RestoreError, UsageError, WorkerStalled
+from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError, UsageError, WorkerStalled
 from qubes_restore_svc.host.base import HostView
 from qubes_restore_svc.host.directory import DirectoryHost
 from qubes_restore_svc.wire import messages as m
@@ -188,6 +188,64 @@ def test_a_wrong_passphrase_is_told_and_nothing_is_left(target: Path) -> None:
     assert (outcome.status, outcome.error) == (1, f"wrong-passphrase: {error['reason']}")
     assert outcome.report.qubes == []
     assert not target.exists()
+
+
+EARLY_ENDS = ["archive-truncated", "bad-archive", "missing-volume", "archive-unreadable"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("kind", [*EARLY_ENDS, "authentication-failed"])
+def test_the_source_is_asked_why_the_archive_breaks_off(target: Path, kind: str, fails: bool) -> None:
+    """In the middle of a qube, and of one that has no volumes: the other one is there."""
+    fault = ArchiveUnreadable("the file could not be read (Input/output error)", advice="Mend it.")
+    error: Json = {"kind": kind, "reason": "it ends", "advice": "Look for a complete copy."}
+    script = honest(QUBES)
+    place: Json = {"type": "volume_done", "key": "vm2", "outcome": "failed", "error": error}
+    rest: list[Json] = [
+        {**place, "volume": "root"},
+        {**place, "volume": "private"},
+        {"type": "qube_settings", "key": "vm2", "error": error},
+        {"type": "qube_settings", "key": "vm3", "error": error},
+        {"type": "finished", "archive_bytes": 1},
+    ]
+    script = script.until(script.find("volume_ready", "vm2", "root"), *(Say(said) for said in rest))
+
+    def host(link: FakeLink) -> TroubledHost:
+        link.fault = fault if fails else None
+        return TroubledHost(target, {})
+
+    outcome = run(script, target, host=host)
+    assert outcome.outcomes == {"work": "restored", "vault": "failed", "empty": "failed"}
+    vault, empty = outcome.qube("vault"), outcome.qube("empty")
+    for told in (vault.error, vault.volumes[0].error, empty.error):
+        assert told is not None
+        if fails and kind in EARLY_ENDS:
+            assert (told.kind, told.advice) == ("archive-unreadable", "Mend it.")
+            assert told.reason == "it ends; the file could not be read (Input/output error)"
+        else:
+            assert (told.kind, told.reason) == (kind, "it ends")
+
+
+def test_a_source_that_failed_behind_the_last_file_is_a_warning(target: Path) -> None:
+    def host(link: FakeLink) -> TroubledHost:
+        link.fault = ArchiveUnreadable("the file could not be read (Input/output error)")
+        return TroubledHost(target, {})
+
+    outcome = run(honest(QUBES), target, host=host)
+    assert outcome.status == 0
+    (warning,) = outcome.report.warnings
+    assert warning.startswith("the file could not be read (Input/output error), after the last file")
+
+
+def test_the_source_is_asked_as_well_when_the_backup_cannot_even_be_opened(target: Path) -> None:
+    def host(link: FakeLink) -> TroubledHost:
+        link.fault = ArchiveUnreadable("my.Backup in sys-usb ended with exit code 5", advice="Mend it.")
+        return TroubledHost(target, {})
+
+    error = {"kind": "archive-truncated", "reason": "it ends"}
+    outcome = run([Hear("open"), Say({"type": "failed", "error": error})], target, host=host)
+    assert outcome.error == "archive-unreadable: it ends; my.Backup in sys-usb ended with exit code 5"
+    assert outcome.report.error is not None and outcome.report.error.advice == "Mend it."
 
 
 def test_a_worker_that_dies_before_the_manifest(target: Path) -> None:

@@ -213,7 +213,7 @@ async def test_a_storage_qube_that_dies_ends_the_access(
         async with asyncio.timeout(20):
             while (fault := await link.archive_fault()) is None:
                 await asyncio.sleep(0.01)
-        assert "qubes.RegisterBackupLocation in sys-usb ended" in fault
+        assert "qubes.RegisterBackupLocation in sys-usb ended" in fault.reason
 
 
 async def test_a_storage_service_that_does_not_exist_is_told(

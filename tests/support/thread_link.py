@@ -84,6 +84,9 @@ class ThreadLink:
     async def provide_archive(self) -> None:
         """The worker has the archive from the start."""
 
+    async def archive_fault(self) -> None:
+        """The archive is a descriptor."""
+
     async def wait_gone(self) -> str:
         """Return when the thread has ended."""
         while not self._ended.is_set():

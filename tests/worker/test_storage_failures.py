@@ -14,7 +14,7 @@ from . import stock_storage
 from .caller import Caller
 from .storage import LOCATION, FakeStorage
 from .support import in_thread, join, wait_until
-from .ways import MakeWay, Way, run
+from .ways import ARCHIVE, MakeWay, Way, run
 
 FAILURES = {
     "refused": ("archive-unreadable", "not allowed to fetch", "/etc/qubes/policy.d"),
@@ -168,3 +168,21 @@ async def test_a_stream_of_files_without_end_is_ended() -> None:
         peer.writer.close()
         await caller.ended()
         await asyncio.to_thread(join, flooding)
+
+
+async def test_a_command_that_fails_between_two_files_is_why_the_rest_is_missing(make_way: MakeWay) -> None:
+    """Its stream ends in order then, and only its exit code says that this is not all."""
+    way = make_way("fetched", ARCHIVE[: ARCHIVE.index(b"vm11/") // 512 * 512])
+    assert way.storage is not None
+    async with way.session() as (_, peer):
+        peer.open(storage=LOCATION)
+        await peer.expect(m.Manifest)
+        way.storage.behave("ends 5")
+        peer.say(m.Start(mode="verify", keys=("vm10", "vm11")))
+        messages = await peer.rest()
+    done = {message.key: message for message in messages if isinstance(message, m.VolumeDone)}
+    assert done["vm10"].outcome == "ok"
+    error = done["vm11"].error
+    assert error is not None and error.kind == "archive-unreadable"
+    assert "does not hold it" in error.reason and error.reason.endswith("ended with exit code 5")
+    assert "try the command in that qube" in error.advice
