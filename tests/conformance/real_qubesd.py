@@ -74,6 +74,7 @@ async def serve(checkout: Path, directory: Path) -> None:
     qubes: Any = importlib.import_module("qubes")
     api: Any = importlib.import_module("qubes.api")
     admin: Any = importlib.import_module("qubes.api.admin")
+    internal: Any = importlib.import_module("qubes.api.internal")
     for module in ("app", "config", "ext", "vm.qubesvm", "vm.adminvm", "storage"):
         importlib.import_module(f"qubes.{module}")
     config = qubes.config
@@ -101,7 +102,8 @@ async def serve(checkout: Path, directory: Path) -> None:
     app.save = mock.Mock()
     for line in sys.stdin:
         request = json.loads(line).encode("latin-1")
-        protocol = api.QubesDaemonProtocol(admin.QubesAdminAPI, app=app, debug=False)
+        handler = internal.QubesInternalAPI if request.startswith(b"internal.") else admin.QubesAdminAPI
+        protocol = api.QubesDaemonProtocol(handler, app=app, debug=False)
         transport = _Transport()
         protocol.connection_made(transport)
         protocol.data_received(request)
