@@ -298,6 +298,15 @@ def test_a_cancelled_job_that_still_clears_up_says_so_once(
     assert said == ["still clearing up"]
 
 
+def test_a_signal_that_is_held_off_does_nothing_and_counts_again_later(interruption: Interruption) -> None:
+    interruption.hold()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    interruption.resume()
+    with pytest.raises(Cancelled):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_job_that_does_not_come_back_is_cancelled(interruption: Interruption) -> None:
     async def job() -> None:
         os.kill(os.getpid(), signal.SIGHUP)

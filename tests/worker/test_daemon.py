@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import resource
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +14,7 @@ from qubes_restore_svc.wire.service import READY
 from qubes_restore_svc.worker import daemon
 
 from ..support.damage import sample_backup
+from ..support.fixtures import REPOSITORY
 from .caller import Caller, hung_up, open_descriptors
 from .support import Engine, file_with, receive
 
@@ -56,6 +60,20 @@ async def test_dom0_gets_its_session(descriptor: bytes) -> None:
             peer = await caller.session(descriptor)
             peer.open()
             await peer.expect(m.Manifest)
+
+
+def test_a_worker_that_is_ready_can_dump_no_core_and_write_no_file() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "qubes_restore_svc.worker", "--calls-fd", str(theirs.fileno())]
+    with ours, theirs:
+        worker = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=REPOSITORY)
+        try:
+            assert ours.recv(16) == READY
+            assert resource.prlimit(worker.pid, resource.RLIMIT_CORE)[1] <= 1
+            assert resource.prlimit(worker.pid, resource.RLIMIT_FSIZE) == (0, 0)
+        finally:
+            worker.kill()
+            worker.wait()
 
 
 async def test_dom0_is_told_that_the_worker_is_there_and_that_is_no_session() -> None:
