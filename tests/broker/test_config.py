@@ -479,7 +479,7 @@ def test_who_else_may_write(mode: int, owner: int, group: int, expected: str | N
 
 def test_the_group_qubes_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {98: "qubes", 100: "users"}
-    monkeypatch.setattr("qubes_restore_svc.broker.private_file._group_name", lambda number: names[number])
+    monkeypatch.setattr("qubes_restore_svc.owners._group_name", lambda number: names[number])
     for group, expected in ((98, None), (100, "the group users")):
         status = os.stat_result((FILE | 0o664, 0, 0, 1, 0, group, 0, 0, 0, 0))
         assert writers_besides(status, 0) == expected
