@@ -8,12 +8,13 @@ across the namespaces: the worker forbids itself most system calls before it is 
 could be done with those (`worker/system_calls.py`).
 """
 
+import errno
 import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from qubes_restore_svc.errors import SandboxUnavailable
+from qubes_restore_svc.errors import RestoreError, SandboxUnavailable, exhausted
 from qubes_restore_svc.link.interpreter import needed_paths, same_layout
 from qubes_restore_svc.wire.names import strip_control
 
@@ -88,8 +89,11 @@ def sandbox_command(
     ]
 
 
-def sandbox_failed(words: str) -> SandboxUnavailable:
+def sandbox_failed(words: str) -> RestoreError:
     """The error for a bubblewrap that could not do it and said `words` on standard error."""
+    for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+        if os.strerror(number) in words and (found := exhausted(OSError(number, ""))) is not None:
+            return found
     lines = [strip_control(line).removeprefix("bwrap: ") for line in words.splitlines() if line.strip()]
     reason = (
         f"bubblewrap cannot isolate the worker here: {lines[-1][:300].rstrip('. ')}"

@@ -405,6 +405,19 @@ def test_what_bubblewrap_says_is_told_on_one_clean_line() -> None:
     assert "your files" in error.advice
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("bwrap: Can't fork for pid 1: Resource temporarily unavailable\n", "ulimit -u"),
+        ("bwrap: pipe2() failed: Too many open files\n", "ulimit -n"),
+    ],
+)
+def test_a_bubblewrap_that_lacks_a_resource_is_no_reason_to_go_without(words: str, advice: str) -> None:
+    error = sandbox.sandbox_failed(words)
+    assert advice in error.advice
+    assert "--no-sandbox" not in error.advice
+
+
 def test_a_setting_that_forbids_user_namespaces_is_named(tmp_path: Path) -> None:
     assert sandbox._forbidding_setting(tmp_path) is None
     (tmp_path / "kernel").mkdir()

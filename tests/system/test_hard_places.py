@@ -27,7 +27,7 @@ def backup(tmp_path: Path) -> Path:
         ("ulimit -Hc 0", 0, VERIFIED),
         ("ulimit -f 0", 0, VERIFIED),
         ("ulimit -s 4000000", 0, VERIFIED),
-        ("ulimit -n 12", 1, "the worker cannot be started: Too many open files"),
+        ("ulimit -n 12", 1, "Raise the limit (ulimit -n), and try again."),
         ("trap '' CHLD", 0, VERIFIED),
         ("trap '' INT TERM HUP PIPE CHLD", 0, VERIFIED),
         ("umask 777", 0, VERIFIED),
