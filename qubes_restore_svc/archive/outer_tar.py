@@ -55,8 +55,11 @@ _REFUSED_TYPES = {
 #: A size in a pax record: decimal, one spelling for each number.
 _PAX_NUMBER = re.compile(rb"0|[1-9][0-9]{0,14}")
 
-#: Most zeros between two members, bytes: two closing blocks, and what fills up 10,240 bytes.
-_MAX_FILLING = 2 * BLOCK + 10240 - BLOCK
+#: The stock writer fills each of its archives up to a multiple of so many bytes.
+_RECORD = 10240
+
+#: Most zeros between two members, bytes: two closing blocks, and what fills up a record.
+_MAX_FILLING = 2 * BLOCK + _RECORD - BLOCK
 
 #: Other bytes in a block that still count as filling: a bit has changed, and no header was there.
 _MAX_NOISE = 4
@@ -92,6 +95,7 @@ class OuterTarReader:
         self._last_name: str | None = None
         self._found_chunk = False
         self._record_start = 0  # of the header block, or of the pax header before it
+        self._in_records = True  # every member so far was filled up
         self._filling = 0  # bytes of it since the last member
         self._searching: Damage | None = None  # its end is not known yet
         self._zeros_passed = False  # in the search
@@ -144,12 +148,14 @@ class OuterTarReader:
                 f"it is damaged at byte {self._searching.start}, after {self._last_shown()}"
                 f" ({self._searching.reason}), and no more files can be found behind that"
             )
-        if self._filling > _MAX_FILLING:
-            self._note_zeros(end)
         if self._state in (_State.CONTENT, _State.PADDING):
             raise ArchiveTruncated(f"it ends in the middle of {self._last_shown()}, at byte {end}")
         if self._state is not _State.HEADER or untrusted_rest:
             raise ArchiveTruncated(f"it ends in the middle of a header, at byte {end}")
+        if self._filling > _MAX_FILLING:
+            self._note_zeros(end)
+        elif self._found_chunk and self._in_records and end % _RECORD:
+            raise ArchiveTruncated(f"it ends in the filling behind {self._last_shown()}, at byte {end}")
 
     def _feed_header(self, untrusted_data: Buffer) -> Member | None:
         """Take the next part of a header, or filling."""
@@ -205,6 +211,8 @@ class OuterTarReader:
             self._searching = None
         elif self._filling > _MAX_FILLING and self._found_chunk:
             self._note_zeros(self._record_start)
+        elif self._record_start % _RECORD:
+            self._in_records = False
         self._filling = 0
 
     def _note_zeros(self, end: int) -> None:

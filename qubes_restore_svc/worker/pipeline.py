@@ -40,6 +40,11 @@ from qubes_restore_svc.worker.output import ImageHash, VolumeStream
 from qubes_restore_svc.worker.plaintext import PlaintextFiles
 from qubes_restore_svc.worker.selection import SelectedQube, Selection, Stage, WantedFile
 
+_STOPS_AT_DAMAGE = (
+    "the service of the qube that keeps the backup stops reading where its file is damaged; the file itself"
+    " may hold more of what is missing here: read it as a file, in dom0 or on another machine"
+)
+
 Emit = Callable[[m.Message], None]
 #: Announces a volume; the future brings the connection of the broker that fetches it, or None: skip it.
 Announce = Callable[[m.VolumeReady], "Future[socket.socket | None]"]
@@ -66,6 +71,7 @@ class Pipeline:
         self._intake = intake
         self._files = PlaintextFiles(intake, events)
         self._selection = Selection(backup.content, request.keys, whole=whole)
+        self._whole = whole
         self._restoring = request.mode == "restore"
         self._ignore_size_limit = ignore_size_limit
         self._emit = emit
@@ -290,6 +296,8 @@ class Pipeline:
             behind = f"so it may have been cut off behind {shown(end.last_file)}"
             reason = f"it holds nothing of {unseen[0]}{more}, {behind}"
             self._cut_off(ArchiveTruncated(reason), end.last_file)
+        if not self._whole and any(qube.volumes_left or qube.incomplete for qube in self._selection):
+            self._emit(m.Log(level="warning", text=_STOPS_AT_DAMAGE))
 
     def _cut_off(self, error: RestoreError, last_file: str) -> None:
         """The archive broke off. Of the qube that was being read then, nobody knows what else there was: a

@@ -37,8 +37,10 @@ def tar2qfile(archive: BinaryIO, filters: Sequence[str], write: Callable[[bytes]
         write(data)
 
     while len(block := archive.read(BLOCK)) == BLOCK:
-        if block[257:262] != b"ustar":
+        if not any(block):
             continue
+        if block[257:262] != b"ustar" or _number(block[148:156]) != sum(block[:148] + b" " * 8 + block[156:]):
+            break  # it reads to the end of the file, but looks at nothing more, and calls that a success
         size = _number(block[124:136])
         if block[156:157] not in (b"0", b"\0"):
             archive.read(_padded(size))

@@ -74,6 +74,15 @@ async def test_a_damaged_backup_has_the_same_outcome_in_two_passes(damage: str, 
         assert done.outcome == "failed" or done.sha256 == sound[name].sha256
 
 
+@pytest.mark.parametrize("name", ["conversed", "fetched"])
+async def test_a_storage_qube_that_stops_at_damage_is_told_of(name: str, make_way: MakeWay) -> None:
+    outcome = await run(make_way(name, DAMAGES["bit-flipped-in-a-tar-header"].apply(WRITER)))
+    assert set(outcome.kinds.values()) == {"missing-volume"}
+    assert [text for text in outcome.warnings if "the file itself may hold more" in text]
+    sound = await run(make_way(name, ARCHIVE))
+    assert not [text for text in sound.warnings if "the file itself" in text]
+
+
 @pytest.mark.parametrize(
     "damage",
     ["cut-off-in-the-metadata", "cut-off-in-the-last-chunk", "cut-off-between-chunks", "missing-volume"],

@@ -529,6 +529,18 @@ def test_a_cut_behind_a_complete_qube_costs_the_qube_of_the_last_file() -> None:
     assert run.outcomes["mail/private"] == "missing-volume"
 
 
+def test_a_cut_before_the_last_firewall_of_all_costs_its_qube() -> None:
+    """It shows in the filling of the volume before; at the very end of that, nobody could know."""
+    archive = join_members(CLOSED_MEMBERS)
+    end = PLACES["vm12/firewall.xml.000.enc"]
+    data_end = len(archive[:end].rstrip(b"\0"))
+    assert end - data_end > 4096
+    for size in range(-(-data_end // 512) * 512, end, 512):
+        run = verified(archive[:size])
+        assert lost(run) == {"mail"} and not open_qubes(run), size
+    assert lost(verified(archive[:end])) == set()
+
+
 def test_a_volume_that_is_missing_among_others_is_no_sign_of_a_cut() -> None:
     run = verified(without_member("vm11/private"))
     assert {name: settings.error for name, settings in run.settings.items()} == dict.fromkeys(run.settings)
