@@ -2,12 +2,14 @@
 
 Strategy: what the kernel calls available, and then, from this process's control group up to the root of
 the hierarchy, what each group's limit leaves. The smallest counts. Page cache that can be dropped
-counts as free, in a group as in the whole machine. Standard library only: both sides of the boundary use it.
+counts as free, in a group as in the whole machine. Which of them it was is told, because more memory can only
+be granted where there is some. Standard library only: both sides of the boundary use it.
 """
 
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 #: Largest limit that is one: version 1 writes LONG_MAX, rounded to a page, for "no limit".
@@ -18,12 +20,71 @@ _VERSION_1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inacti
 _VERSION_2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
+#: Bytes with which a worker gets on at all; less is not even tried.
+LEAST_MEMORY = 144 << 20
+
+#: What a person can do about a control group.
+RAISE_LIMIT = (
+    "Raise that limit (MemoryMax= of a systemd unit, the memory limit of a container), or run this outside of"
+    " the group."
+)
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRoom:
+    """The `available` memory, bytes; 0 at a limit. `group` is the control group that leaves no more, and
+    `limit` what it may take; "" and 0 where it is the machine that has no more."""
+
+    available: int
+    limit: int = 0
+    group: str = ""
+
+    def __str__(self) -> str:
+        """What `parse` takes."""
+        return f"{self.available} {self.limit} {self.group}"
+
+    @classmethod
+    def parse(cls, text: str) -> "MemoryRoom":
+        """The room that `str` wrote; ValueError for anything else."""
+        available, limit, group = text.split(" ", 2)
+        return cls(int(available), int(limit), group)
+
+    @property
+    def told(self) -> str:
+        """A clause that says what there is."""
+        free = f"{self.available // _MIB} MiB are free"
+        if not self.group:
+            return f"of this computer's memory {free}"
+        return f"the control group {self.group} may take {self.limit // _MIB} MiB, of which {free}"
+
+    def advice(self, need: int) -> str:
+        """What a person can do so that a worker gets `need` bytes."""
+        mib = -(-need // _MIB)
+        if need <= self.available:
+            return f"Grant it at least that much: --memory {mib}."
+        if not self.group:
+            return (
+                f"Only {self.available // _MIB} MiB are free here: end other programs, or use another"
+                " computer."
+            )
+        return f"But {self.told}. {RAISE_LIMIT}"
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Memory available to this process, bytes; 0 at a limit. `root` is where /proc and /sys are."""
-    available = _system_memory(root)
-    for group, version in _control_groups(root):
-        available = min(available, _room(group, version))
-    return max(0, available)
+    return memory_room(root).available
+
+
+def memory_room(root: Path = Path("/")) -> MemoryRoom:
+    """The same, with what it is that leaves no more."""
+    room = MemoryRoom(_system_memory(root))
+    for group, name, version in _control_groups(root):
+        available, limit = _room(group, version)
+        if available < room.available:
+            room = MemoryRoom(max(0, available), limit, name)
+    return room
 
 
 def _system_memory(root: Path) -> int:
@@ -33,8 +94,9 @@ def _system_memory(root: Path) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _control_groups(root: Path) -> Iterator[tuple[Path, int]]:
-    """The directories, with their cgroup version, of this process's memory groups up to the topmost seen."""
+def _control_groups(root: Path) -> Iterator[tuple[Path, str, int]]:
+    """The directories, with their names and their cgroup version, of this process's memory groups up to the
+    topmost seen."""
     memberships = _memberships(_read(root / "proc/self/cgroup"))
     for version, mounted_group, mount_point in _mounts(_read(root / "proc/self/mountinfo")):
         if version not in memberships:
@@ -46,7 +108,8 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, int]]:
         if ".." in inside:
             inside = ()
         for depth in range(len(inside), -1, -1):
-            yield top.joinpath(*inside[:depth]), version
+            name = PurePosixPath("/").joinpath(*inside[:depth])
+            yield top.joinpath(*inside[:depth]), str(name), version
 
 
 def _memberships(cgroup: str) -> dict[int, str]:
@@ -75,16 +138,16 @@ def _mounts(mountinfo: str) -> Iterator[tuple[int, str, str]]:
             yield 1, _unescape(fields[3]), _unescape(fields[4])
 
 
-def _room(group: Path, version: int) -> int:
-    """What the limits of one group leave, bytes; a huge number where there is no limit."""
+def _room(group: Path, version: int) -> tuple[int, int]:
+    """What the limits of one group leave, and what they are, bytes; huge numbers where there is no limit."""
     limit_files, usage_file, cache_line = _VERSION_1 if version == 1 else _VERSION_2
     limits = [_number(_read(group / name)) for name in limit_files]
     usage = _number(_read(group / usage_file))
     limit = min((number for number in limits if number is not None), default=_NO_LIMIT)
     if limit >= _NO_LIMIT or usage is None:
-        return _NO_LIMIT
+        return _NO_LIMIT, _NO_LIMIT
     cache = re.search(rf"^{cache_line} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
-    return limit - max(0, usage - (int(cache[1]) if cache else 0))
+    return limit - max(0, usage - (int(cache[1]) if cache else 0)), limit
 
 
 def _number(text: str) -> int | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.system_memory import MemoryRoom, available_memory, memory_room
 
 MIB = 1 << 20
 V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate"
@@ -77,6 +77,41 @@ def test_the_throttling_limit_counts_too(machine: Machine) -> None:
     machine.process("0::/a", V2_MOUNT)
     machine.group("a", max=1000 * MIB, high=200 * MIB, current=50 * MIB)
     assert machine.available == 150
+
+
+def test_the_group_that_leaves_no_more_is_named_with_its_limit(machine: Machine) -> None:
+    machine.process("0::/a/b c", V2_MOUNT)
+    machine.group("a", max=500 * MIB, current=450 * MIB)
+    machine.group("a/b c", max=90 * MIB, current=70 * MIB)
+    room = memory_room(machine.root)
+    assert room == MemoryRoom(20 * MIB, 90 * MIB, "/a/b c")
+    assert MemoryRoom.parse(str(room)) == room
+    assert room.told == "the control group /a/b c may take 90 MiB, of which 20 MiB are free"
+
+
+def test_where_the_machine_has_no_more_no_group_is_named(machine: Machine) -> None:
+    machine.process("0::/a", V2_MOUNT)
+    machine.group("a", max=90000 * MIB, current=0)
+    room = memory_room(machine.root)
+    assert room == MemoryRoom(8000 * MIB)
+    assert MemoryRoom.parse(str(room)) == room
+
+
+@pytest.mark.parametrize(
+    ("room", "advice"),
+    [
+        (MemoryRoom(300 * MIB, 400 * MIB, "/a"), "Grant it at least that much: --memory 211."),
+        (
+            MemoryRoom(200 * MIB, 400 * MIB, "/a"),
+            "But the control group /a may take 400 MiB, of which 200 MiB",
+        ),
+        (MemoryRoom(200 * MIB), "Only 200 MiB are free here"),
+    ],
+)
+def test_more_memory_is_advised_only_where_there_is_more(room: MemoryRoom, advice: str) -> None:
+    said = room.advice(211 * MIB - 5)
+    assert said.startswith(advice)
+    assert ("--memory" in said) == (room.available >= 211 * MIB)
 
 
 def test_a_group_over_its_limit_leaves_nothing(machine: Machine) -> None:

@@ -15,13 +15,16 @@ from fcntl import F_GETFL, fcntl
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost, exhausted
+from qubes_restore_svc.errors import BudgetTooSmall, SandboxUnavailable, UsageError, WorkerLost, exhausted
 from qubes_restore_svc.link.interpreter import worker_command
 from qubes_restore_svc.link.process import SandboxFailed, WorkerProcess
 from qubes_restore_svc.link.sandbox import find_bubblewrap, sandbox_failed
-from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.system_memory import LEAST_MEMORY, RAISE_LIMIT, MemoryRoom, memory_room
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor
+
+#: What a chunk of 100 MiB takes whose N is 2^21, with the worker itself, bytes.
+_FOR_A_FAST_COMPUTER = 320 << 20
 
 #: Memory for a worker that was granted no certain amount, bytes: more than this gains little
 #: (docs/performance.md), and what runs beside it needs memory as well.
@@ -35,7 +38,8 @@ class LocalLink:
     `memory_limit` is how much memory the worker may take, bytes; None: what is available now, and no more
     than is of use.
     `command` is a program to run instead of the worker. Options are appended: `--calls-fd N`, the socket on
-    which calls come, each a message with a descriptor; `--archive-fd N`; `--memory-limit BYTES`.
+    which calls come, each a message with a descriptor; `--archive-fd N`; `--memory-limit BYTES`;
+    `--memory-room TEXT`, what could be granted at most.
 
     Without `sandbox` the worker has the rights, the files and the network of this process.
     """
@@ -61,6 +65,7 @@ class LocalLink:
         worker must not have.
         """
         _check_archive(self._archive_fd)
+        _check_memory(memory_room(), self._memory_limit)
         bubblewrap = find_bubblewrap() if self._sandbox else None
         try:
             self._worker = await self._start(bubblewrap, disable_userns=True)
@@ -106,9 +111,11 @@ class LocalLink:
 
     async def _start(self, bubblewrap: str | None, *, disable_userns: bool) -> WorkerProcess:
         worker = WorkerProcess(bubblewrap, disable_userns=disable_userns)
-        limit = _default_memory() if self._memory_limit is None else self._memory_limit
+        room = memory_room()
+        limit = _default_memory(room) if self._memory_limit is None else self._memory_limit
+        command = [*(self._command or worker_command()), "--memory-room", str(room)]
         try:
-            await worker.start(self._command or worker_command(), self._archive_fd, limit)
+            await worker.start(command, self._archive_fd, limit)
         except OSError as error:
             if (found := exhausted(error)) is not None:
                 raise found from error
@@ -122,8 +129,23 @@ class LocalLink:
         return self._worker
 
 
-def _default_memory() -> int:
-    return min(available_memory(), max(_ENOUGH, _ENOUGH_A_PROCESSOR * len(os.sched_getaffinity(0))))
+def _default_memory(room: MemoryRoom) -> int:
+    return min(room.available, max(_ENOUGH, _ENOUGH_A_PROCESSOR * len(os.sched_getaffinity(0))))
+
+
+def _check_memory(room: MemoryRoom, granted: int | None) -> None:
+    """Refuse what the kernel would end with a kill: it would not say why."""
+    if granted is None and room.available < LEAST_MEMORY:
+        raise BudgetTooSmall(
+            f"the worker takes {LEAST_MEMORY >> 20} MiB at least, and for the backup of a fast computer about"
+            f" {_FOR_A_FAST_COMPUTER >> 20} MiB; but {room.told}",
+            advice=RAISE_LIMIT if room.group else "End other programs.",
+        )
+    if granted is not None and room.group and granted > room.available:
+        raise BudgetTooSmall(
+            f"--memory {granted >> 20} is more than there is: {room.told}",
+            advice=f"{RAISE_LIMIT} Or give less.",
+        )
 
 
 def _check_archive(fd: int) -> None:

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterator
 
 from qubes_restore_svc.archive.kdf import KdfEngine, KdfParameters
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
+from qubes_restore_svc.system_memory import MemoryRoom
 
 MIB = 1 << 20
+
+#: Where nothing is known that keeps memory from being granted.
+BOUNDLESS = MemoryRoom(1 << 60)
 
 #: Bytes that the worker takes besides what is counted: the interpreter and its libraries, a decompressor with
 #: the usual window, what waits to be hashed (tests/worker/test_memory.py measures it).
@@ -30,10 +34,20 @@ class Budget:
     """`limit` bytes less `own`, shared by all threads of the pipeline and the derivations of `engine`.
 
     At most `max_chunks` chunks with a buffer are on their way, and no more than take two fifths of the limit,
-    so that derivations are not crowded out by what waits for them.
+    so that derivations are not crowded out by what waits for them. `advice` says what a person can do so that
+    so many bytes can be granted.
     """
 
-    def __init__(self, limit: int, engine: KdfEngine, max_chunks: int, *, own: int = OWN_MEMORY) -> None:
+    def __init__(
+        self,
+        limit: int,
+        engine: KdfEngine,
+        max_chunks: int,
+        *,
+        own: int = OWN_MEMORY,
+        advice: Callable[[int], str] = BOUNDLESS.advice,
+    ) -> None:
+        self._advice = advice
         self._granted = limit
         self._limit = limit - own
         self.changed = threading.Condition()
@@ -53,7 +67,7 @@ class Budget:
             raise BudgetTooSmall(
                 f"one key derivation of this backup takes {least // MIB} MiB, with its chunk and the worker"
                 f" itself {need} MiB, and it may use {self._granted // MIB} MiB",
-                advice=f"Grant it at least that much: --memory {need}.",
+                advice=self._advice(need * MIB),
             )
 
     def admit(

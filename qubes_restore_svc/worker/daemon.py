@@ -7,11 +7,13 @@ service. Only dom0 may call; there is one session in a worker's life, and when i
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 
 from qubes_restore_svc.archive.kdf import KdfEngine
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.worker.archive_access import ArchiveAccess
+from qubes_restore_svc.worker.budget import BOUNDLESS
 from qubes_restore_svc.worker.calls import Accept
 from qubes_restore_svc.worker.fetches import Fetches
 from qubes_restore_svc.worker.session import Resources, Session
@@ -23,16 +25,23 @@ _DESCRIPTOR_TIMEOUT_S = 10
 class Daemon:
     """Serves the calls of `accept` until its one session is over, or no more calls can come.
 
-    `archive_fd` is the backup, if there is one yet; `memory` in bytes.
+    `archive_fd` is the backup, if there is one yet; `memory` in bytes; for `advice` see `Budget`.
     """
 
     def __init__(
-        self, accept: Accept, engine: KdfEngine, *, memory: int, jobs: int, archive_fd: int | None
+        self,
+        accept: Accept,
+        engine: KdfEngine,
+        *,
+        memory: int,
+        jobs: int,
+        archive_fd: int | None,
+        advice: Callable[[int], str] = BOUNDLESS.advice,
     ) -> None:
         self._accept = accept
         self._fetches = Fetches()
         self._archive = ArchiveAccess(archive_fd)
-        self._resources = Resources(engine, memory, jobs, self._archive)
+        self._resources = Resources(engine, memory, jobs, self._archive, advice)
         self._session: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()

@@ -42,12 +42,14 @@ _READ_SIZE = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the daemon gives a session. `memory` is what it may use unless told otherwise, in bytes."""
+    """What the daemon gives a session. `memory` is what it may use unless told otherwise, in bytes; `advice`
+    says what a person can do so that it may use more."""
 
     engine: KdfEngine
     memory: int
     jobs: int
     archive: ArchiveAccess
+    advice: Callable[[int], str]
 
 
 class Session:
@@ -125,7 +127,12 @@ class Session:
             max_chunks = jobs * engine.lanes + 2
             if message.storage is not None:
                 self._resources.archive.fetch_from(message.storage)
-            budget = self._budget = Budget(message.memory or self._resources.memory, engine, max_chunks)
+            budget = self._budget = Budget(
+                message.memory or self._resources.memory,
+                engine,
+                max_chunks,
+                advice=self._resources.advice,
+            )
             scheduler = self._scheduler = KeyScheduler(engine, budget, jobs)
             self._open_request = message
             self._in_thread("open", lambda: self._open(message, budget, scheduler))

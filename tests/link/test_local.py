@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.errors import RestoreError, SandboxUnavailable, UsageError, WorkerLost
+from qubes_restore_svc.errors import BudgetTooSmall, RestoreError, SandboxUnavailable, UsageError, WorkerLost
 from qubes_restore_svc.link import local, process
 from qubes_restore_svc.link.local import LocalLink
+from qubes_restore_svc.system_memory import MemoryRoom
 from tests.link.probes import (
     ACCEPT,
     INTERPRETER,
@@ -97,8 +98,41 @@ async def test_the_worker_gets_archive_and_memory_limit_as_options(archive_fd: i
     assert isinstance(found, list)
     content, options = found
     assert content == "the backup"
-    assert options[0::2] == ["--calls-fd", "--archive-fd", "--memory-limit"]
-    assert options[5] == str(MEMORY)
+    assert options[0::2] == ["--memory-room", "--calls-fd", "--archive-fd", "--memory-limit"]
+    assert MemoryRoom.parse(options[1]).available > MEMORY
+    assert options[7] == str(MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("room", "granted", "reason", "advice"),
+    [
+        (MemoryRoom(90 << 20), None, "takes 144 MiB at least.*of this computer's memory 90 MiB", "End other"),
+        (MemoryRoom(70 << 20, 90 << 20, "/a"), None, "takes 144 MiB at least.*320.*90 MiB, of.*70", "Raise"),
+        (
+            MemoryRoom(70 << 20, 90 << 20, "/a"),
+            80 << 20,
+            "--memory 80 .*group /a.*90 MiB, of which 70",
+            "Or give less",
+        ),
+        (MemoryRoom(90 << 20), 100 << 20, "cannot be started", ""),
+        (MemoryRoom(144 << 20), None, "cannot be started", ""),
+        (MemoryRoom(70 << 20, 90 << 20, "/a"), 70 << 20, "cannot be started", ""),
+    ],
+)
+async def test_memory_that_is_not_there_is_told_before_anything_starts(
+    room: MemoryRoom,
+    granted: int | None,
+    reason: str,
+    advice: str,
+    archive_fd: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel would only kill the worker. And more can be granted only where there is some."""
+    monkeypatch.setattr(local, "memory_room", lambda: room)
+    link = LocalLink(archive_fd, sandbox=False, command=["/nonexistent"], memory_limit=granted)
+    with pytest.raises(BudgetTooSmall if advice else WorkerLost, match=reason) as caught:
+        await link.__aenter__()
+    assert advice in caught.value.advice and "--memory" not in caught.value.advice
 
 
 async def test_without_a_sandbox_environment_and_terminal_are_still_not_passed_on(archive_fd: int) -> None:
@@ -260,9 +294,8 @@ async def test_a_bubblewrap_that_is_killed_leaves_no_child_and_nobody_waits_for_
 def test_a_worker_gets_what_is_free_but_no_more_than_is_of_use(
     free: int, processors: int, granted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "available_memory", lambda: free << 30)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
-    assert local._default_memory() == granted << 30
+    assert local._default_memory(MemoryRoom(free << 30)) == granted << 30
 
 
 @needs_bubblewrap

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
+from qubes_restore_svc.system_memory import MemoryRoom
 from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
 
@@ -75,6 +76,14 @@ def test_what_the_worker_takes_itself_is_part_of_the_limit() -> None:
     assert "--memory 183" in caught.value.advice
     assert bench.budget.arena_room == 100 * MIB
     Bench(183 * MIB, own=80 * MIB).admit(70 * MIB, LARGE)
+
+
+def test_a_limit_that_cannot_be_raised_is_told_instead_of_the_option() -> None:
+    budget = Budget(100 * MIB, LanesEngine(), 9, own=0, advice=MemoryRoom(101 * MIB, 120 * MIB, "/a").advice)
+    with pytest.raises(BudgetTooSmall) as caught:
+        budget.check(70 * MIB, LARGE)
+    assert "103 MiB" in caught.value.reason
+    assert "control group /a" in caught.value.advice and "--memory" not in caught.value.advice
 
 
 @pytest.mark.parametrize("buffered", [True, False])

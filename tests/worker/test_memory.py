@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
 from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.worker.__main__ import _advice_in_qube
 
 from ..support.backup_writer import PASSPHRASE, BackupWriter, QubePlan, sample_image
 from ..support.fixtures import REPOSITORY
@@ -128,6 +129,14 @@ def test_what_a_worker_keeps_of_each_qube_stays_within_the_budget(tmp_path: Path
     finally:
         worker.end()
     assert peak <= LEAST_MIB * MIB
+
+
+def test_on_qubes_the_memory_that_is_advised_is_that_of_the_whole_qube(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The qube has 1000 MiB that its kernel tells of, the worker may use 700 of them, and needs 900."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 256_000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert "at least 1275 MiB: --memory, or worker.memory" in _advice_in_qube(700 * MIB)(900 * MIB)
 
 
 def test_a_worker_opens_no_file_for_writing(backup: Path) -> None:
