@@ -99,7 +99,7 @@ class UnsupportedFormat(RestoreError):
     """A Qubes backup, in a format that this version does not read."""
 
     kind = "unsupported-format"
-    default_advice = "Format 4 (written by Qubes R4.0 and later) is the one that can be restored."
+    default_advice = "Formats 3 (written by Qubes R2 to R3.2) and 4 (R4.0 and later) can be restored."
 
 
 class ArchiveTruncated(RestoreError):

@@ -20,6 +20,7 @@ from .support.qubes_xml_writer import qubes_xml
 from .support.restoring import Recorder, kinds, restore
 
 RECORDED = ["bzip2", "gzip", "none", "pigz", "real-cost", "sparse-map", "xz", "zstd"]
+RECORDED_3 = ["format3", "format3-sha1-plain"]
 FILTERS = ["gzip", "pigz", "bzip2", "pbzip2", "xz", "lzma", "zstd", "zstdmt", "none"]
 
 
@@ -39,17 +40,18 @@ def listing(directory: Path) -> list[str]:
 # --- What must come out -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", RECORDED + RECORDED_3)
 def test_a_recorded_backup_is_restored_bit_by_bit_through_the_sandbox(name: str, tmp_path: Path) -> None:
     backup = shared_fixture(f"{name}.qbackup")
     # 2 GiB derivations are among the recorded ones.
     report = restore(backup, tmp_path / "out", make_link=LocalLink, memory=3 << 30)
     assert report.status == COMPLETE, report
     assert not differences(backup.with_name(backup.name + ".json"), tmp_path / "out")
-    assert report.backup_id == expectation(backup).backup_id
+    if name in RECORDED:
+        assert report.backup_id == expectation(backup).backup_id
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", RECORDED + RECORDED_3)
 def test_a_recorded_backup_verifies_with_the_recorded_hashes(name: str) -> None:
     backup = shared_fixture(f"{name}.qbackup")
     report = restore(backup, None, memory=3 << 30)

@@ -22,11 +22,13 @@ MAX_FILES = 100_000
 # Numbers have three digits, or more from 1000 on: `%03d`. Seven are a thousand terabytes.
 _NAME = re.compile(r"(.+)\.([0-9]{3}|[1-9][0-9]{3,6})\.enc")
 
+_PIECE_NAME = re.compile(r"(.+)\.([0-9]{3}|[1-9][0-9]{3,6})(\.hmac)?")
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkName:
     """The name of a chunk, taken apart: `file` as in `vm10/private.img`, `number` from 0, `member` the name
-    without .enc, which is part of the passphrase."""
+    without .enc, which is part of the passphrase in format 4."""
 
     file: str
     number: int
@@ -40,6 +42,27 @@ def parse_chunk_name(untrusted_name: str) -> ChunkName:
         raise BadArchive(f"it holds {shown(untrusted_name)}, which is not named like a piece of a backup")
     file = check_member_name(match[1].encode("utf-8", "backslashreplace"))
     return ChunkName(file, int(match[2]), untrusted_name.removesuffix(".enc"))
+
+
+def parse_piece_name(untrusted_name: str) -> ChunkName | None:
+    """Take apart `appvms/work/private.img.000`, a piece of a backup of format 3; None for a piece's MAC.
+
+    The archive of a whole directory is called `vm-templates/fedora-23/.`. Raises BadArchive for every other
+    kind of name.
+    """
+    match = _PIECE_NAME.fullmatch(untrusted_name)
+    if match is None:
+        raise BadArchive(f"it holds {shown(untrusted_name)}, which is not named like a piece of a backup")
+    directory = match[1].removesuffix("/.")
+    file = check_member_name(directory.encode("utf-8", "backslashreplace"))
+    if match[3]:
+        return None
+    return ChunkName(file + match[1][len(directory) :], int(match[2]), untrusted_name)
+
+
+def names_a_chunk(name: str) -> bool:
+    """Is this a chunk's name, or that of a piece or of its MAC?"""
+    return _NAME.fullmatch(name) is not None or _PIECE_NAME.fullmatch(name) is not None
 
 
 class ChunkSequence:

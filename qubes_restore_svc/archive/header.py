@@ -1,13 +1,14 @@
 """backup-header: what kind of backup this is, and how its members' passphrases are made.
 
 Strategy: one strict grammar for the text, `key=value` lines of letters, digits and dashes. The plain text
-is used for one thing only, to say early that a format is not supported; everything else is read from the
-copy in the scrypt container, and `open_header` refuses a backup in which the two differ.
+is used for one thing only, to say early which format this is; everything else is read after it has been
+authenticated. In format 4 that is the copy in the scrypt container, and `open_header` refuses a backup in
+which the two differ; in format 3 it is the text itself, whose MAC stands behind it.
 """
 
 import re
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from qubes_restore_svc.archive.types import shown
 from qubes_restore_svc.errors import BadHeader, NotABackup, UnsupportedFormat, UsageError
@@ -18,15 +19,15 @@ HEADER_HMAC_MEMBER = "backup-header.hmac"
 #: Largest header, in bytes. The stock writer's has about 120.
 MAX_HEADER_SIZE = 4096
 
-#: The format that can be restored, written by Qubes R4.0 and later.
-FORMAT_VERSION = 4
+#: The formats that can be restored: 4, written by Qubes R4.0 and later, and 3, by Qubes R2 to R3.2.
+FORMATS = (3, 4)
 
 #: Longest backup-id, in bytes. The stock writer's are a time and a number: 20260101T010203-1234.
 MAX_BACKUP_ID_SIZE = 128
 
 _LINE = re.compile(r"([A-Za-z0-9-]+)=([A-Za-z0-9-]*)")
 _VERSION = re.compile(r"[1-9][0-9]{0,3}")
-_WRITERS = {1: "Qubes R1", 2: "early versions of Qubes R2", 3: "Qubes R2 to R3.2"}
+_WRITERS = {1: "Qubes R1", 2: "early versions of Qubes R2"}
 
 _FORMAT_2_MEMBER = re.compile(r".+\.[0-9]{3}(\.hmac)?")
 _FORMAT_4_MEMBER = re.compile(r".+\.[0-9]{3,}\.enc")
@@ -35,14 +36,16 @@ _FORMAT_4_MEMBER = re.compile(r".+\.[0-9]{3,}\.enc")
 @dataclass(frozen=True, slots=True)
 class BackupHeader:
     """The authenticated header. `compression_filter` is what the header says, not checked against what is
-    known; it means nothing unless `compressed`."""
+    known; it means nothing unless `compressed`. `backup_id` is empty in format 3, which has none, and
+    `crypto_algorithm` in format 4, which has one only; it means nothing unless `encrypted`."""
 
-    version: int
+    version: Literal[3, 4]
     encrypted: bool
     compressed: bool
     compression_filter: str
     hmac_algorithm: str
     backup_id: str
+    crypto_algorithm: str = ""
 
     @property
     def effective_filter(self) -> str:
@@ -51,10 +54,10 @@ class BackupHeader:
 
 
 def peek_version(untrusted_text: bytes) -> int:
-    """The version of a header that is not authenticated yet: FORMAT_VERSION, or UnsupportedFormat is raised
+    """The version of a header that is not authenticated yet: one of FORMATS, or UnsupportedFormat is raised
     with who wrote the other one. Raises BadHeader if the text is malformed."""
     version = _version(_fields(untrusted_text))
-    if version != FORMAT_VERSION:
+    if version not in FORMATS:
         _refuse_version(version)
     return version
 
@@ -67,29 +70,32 @@ def open_header(untrusted_text: bytes, text: bytes) -> BackupHeader:
 
 
 def parse_header(text: bytes) -> BackupHeader:
-    """Parse the authenticated text. Raises BadHeader; UnsupportedFormat if the version is not
-    FORMAT_VERSION."""
+    """Parse the authenticated text. Raises BadHeader; UnsupportedFormat if the version is none of FORMATS."""
+    version = peek_version(text)
     fields = _fields(text)
-    version = _version(fields)
-    if version != FORMAT_VERSION:
-        _refuse_version(version)
-    if not _boolean(fields, "encrypted"):
-        raise BadHeader("the header says that the backup is not encrypted, which format 4 always is")
+    encrypted = _boolean(fields, "encrypted")
     hmac_algorithm = _value(fields, "hmac-algorithm")
-    if hmac_algorithm != "scrypt":
-        raise BadHeader(
-            f"the header names the hmac-algorithm {shown(hmac_algorithm)}; format 4 knows scrypt only"
-        )
-    backup_id = _value(fields, "backup-id")
-    if backup_id.startswith("-") or not 1 <= len(backup_id) <= MAX_BACKUP_ID_SIZE:
-        raise BadHeader(f"the header has the impossible backup-id {shown(backup_id)}")
+    crypto_algorithm = backup_id = ""
+    if version == 3:
+        crypto_algorithm = _value(fields, "crypto-algorithm") if encrypted else ""
+    else:
+        if not encrypted:
+            raise BadHeader("the header says that the backup is not encrypted, which format 4 always is")
+        if hmac_algorithm != "scrypt":
+            raise BadHeader(
+                f"the header names the hmac-algorithm {shown(hmac_algorithm)}; format 4 knows scrypt only"
+            )
+        backup_id = _value(fields, "backup-id")
+        if backup_id.startswith("-") or not 1 <= len(backup_id) <= MAX_BACKUP_ID_SIZE:
+            raise BadHeader(f"the header has the impossible backup-id {shown(backup_id)}")
     return BackupHeader(
-        version=version,
-        encrypted=True,
+        version=3 if version == 3 else 4,
+        encrypted=encrypted,
         compressed=_boolean(fields, "compressed"),
         compression_filter=fields.get("compression-filter", "gzip"),
         hmac_algorithm=hmac_algorithm,
         backup_id=backup_id,
+        crypto_algorithm=crypto_algorithm,
     )
 
 
@@ -121,6 +127,11 @@ def member_passphrase(backup_id: str, member: str, passphrase: str) -> bytes:
     """What the container of `member` (its name without .enc) is encrypted with; so that a chunk that was
     moved, renamed or taken from another backup does not open."""
     return _join(backup_id, member, passphrase)
+
+
+def passphrase_bytes(passphrase: str) -> bytes:
+    """The passphrase as it is, in UTF-8. Raises UsageError if it has no such form."""
+    return _join(passphrase)
 
 
 def _join(*parts: str) -> bytes:
@@ -160,7 +171,10 @@ def _version(fields: dict[str, str]) -> int:
 
 def _refuse_version(version: int) -> NoReturn:
     if version in _WRITERS:
-        raise UnsupportedFormat(f"the backup has format {version}, which {_WRITERS[version]} wrote")
+        raise UnsupportedFormat(
+            f"the backup has format {version}, which {_WRITERS[version]} wrote",
+            advice="Qubes R2 to R3.2 can restore it; a backup that is made there can be restored here.",
+        )
     raise UnsupportedFormat(f"the backup has format {version}, which is newer than this program")
 
 

@@ -1,4 +1,5 @@
-"""The inner archive: a tar file with one member, which is one file of one qube.
+"""The inner archive: a tar file with one member, which is one file of one qube. In backups of format 3 a
+template's whole directory may be one archive; `read_directory` reads that.
 
 Strategy: a cursor walks over the decompressed blocks. The header, its pax records and the sparse map are
 read and checked at once, before any data; then the image is a lazy stream of extents, each a view
@@ -31,6 +32,12 @@ _MAX_CLOSING = 1 << 20
 
 _PAX_NUMBER_DIGITS = 19
 
+#: Longest path, in bytes, that a file of a directory may have.
+_MAX_LONG_NAME = 4097
+
+#: What may lie in a template's directory: files (S: sparse ones), links, directories, named pipes.
+_DIRECTORY_TYPES = (b"0", b"\x00", b"S", b"1", b"2", b"5", b"6")
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -50,6 +57,13 @@ class Image:
 
     size: int
     extents: Iterator[Extent]
+
+    def content(self) -> bytes:
+        """All of it at once, for small files. Raises what iterating over `extents` raises."""
+        content = bytearray(self.size)
+        for extent in self.extents:
+            content[extent.offset : extent.offset + len(extent.data)] = extent.data
+        return bytes(content)
 
 
 def read_image(blocks: Iterable[bytes], expected_name: str, max_size: int) -> Image:
@@ -73,13 +87,24 @@ def read_small_file(blocks: Iterable[bytes], expected_name: str, limit: int) -> 
     A file of more than `limit` bytes is refused when its header has been read.
     """
     try:
-        image = read_image(blocks, expected_name, limit)
-        content = bytearray(image.size)
-        for extent in image.extents:
-            content[extent.offset : extent.offset + len(extent.data)] = extent.data
+        return read_image(blocks, expected_name, limit).content()
     except (BadImage, BadSparseMap, ImageTooLarge) as error:
         raise BadMetadata(f"{shown(expected_name)} cannot be read: {error.reason}") from error
-    return bytes(content)
+
+
+def read_directory(blocks: Iterable[bytes], directory: str) -> Iterator[tuple[str, Image]]:
+    """The regular files right in `directory`, from the archive of all of it: name and image, in order.
+
+    Each image must be read before the next one is asked for; what is left of it is passed over. Everything
+    else (directories, links, files further below) is passed over as well. The archive is whole only when the
+    iterator is exhausted. Raises BadImage, BadSparseMap, ImageTooLarge. Closing `blocks` is left to the
+    caller.
+    """
+    source = _Cursor(blocks)
+    try:
+        yield from _directory(source, f"{directory}/./".encode())
+    except BadTarHeader as error:
+        raise BadImage(f"the inner archive is malformed: {error}") from error
 
 
 class _Cursor:
@@ -163,6 +188,56 @@ def _open_member(
     return _pax_image(source, _pax_number(records, "GNU.sparse.realsize"), stored_size, max_size)
 
 
+def _directory(source: _Cursor, prefix: bytes) -> Iterator[tuple[str, Image]]:
+    names: set[bytes] = set()
+    while (found := _next_in_directory(source)) is not None:
+        header, stored_name, stored_size = found
+        if not stored_name.startswith(prefix) and stored_name != prefix[:-1]:
+            raise BadImage(f"the inner archive holds {shown(stored_name)}, which lies in another directory")
+        name = stored_name.removeprefix(prefix)
+        if header.type_flag == b"S":
+            size = OldGnuReader.image_size(header)
+            _check_size(size, MAX_IMAGE_SIZE)
+            reader = OldGnuReader(header, size)
+            while not reader.complete:
+                reader.feed(source.exactly(BLOCK))
+            extents = _parts(source, reader.result())
+        else:
+            _check_size(stored_size, MAX_IMAGE_SIZE)
+            size, extents = stored_size, _parts(source, [(0, stored_size)])
+        # Of links and directories there is a header only; what else has content is passed over.
+        if header.type_flag in (b"0", b"\x00", b"S") and b"/" not in name and name:
+            if name in names:
+                raise BadImage(f"the inner archive holds {shown(name)} twice")
+            names.add(name)
+            yield name.decode("utf-8", "backslashreplace"), Image(size, extents)
+        for _ in extents:
+            pass
+        _read_padding(source, stored_size)
+    _read_closing(source, BLOCK)
+
+
+def _next_in_directory(source: _Cursor) -> tuple[TarHeader, bytes, int] | None:
+    """The next member's header, name, and size in the archive; None at the first closing block."""
+    long_name: bytes | None = None
+    while not tar_header.is_zero_block(block := source.exactly(BLOCK)):
+        header = tar_header.parse_tar_header(block)
+        if header.type_flag in (b"L", b"K"):  # GNU tar: the next member's name, or the target of its link
+            if header.size > _MAX_LONG_NAME:
+                raise BadImage("the inner archive holds a name that is longer than any path")
+            text = source.exactly(header.size).rstrip(b"\0")
+            _read_padding(source, header.size)
+            long_name = text if header.type_flag == b"L" else long_name
+            continue
+        if header.type_flag not in _DIRECTORY_TYPES:
+            raise BadImage(f"the inner archive holds an entry of type {shown(header.type_flag)}")
+        has_content = header.type_flag in (b"0", b"\x00", b"S")
+        return header, header.name if long_name is None else long_name, header.size if has_content else 0
+    if long_name is not None:
+        raise BadImage("the inner archive ends early")
+    return None
+
+
 def _old_gnu_image(source: _Cursor, header: TarHeader, max_size: int) -> Image:
     image_size = OldGnuReader.image_size(header)
     _check_size(image_size, max_size)
@@ -185,13 +260,17 @@ def _pax_image(source: _Cursor, image_size: int, member_size: int, max_size: int
 
 
 def _extents(source: _Cursor, parts: Iterable[tuple[int, int]], closing: int) -> Iterator[Extent]:
+    yield from _parts(source, parts)
+    _read_closing(source, closing)
+
+
+def _parts(source: _Cursor, parts: Iterable[tuple[int, int]]) -> Iterator[Extent]:
     for offset, length in parts:
         position, end = offset, offset + length
         while position < end:
             data = source.some(min(end - position, MAX_EXTENT))
             yield Extent(position, data)
             position += len(data)
-    _read_closing(source, closing)
 
 
 def _read_closing(source: _Cursor, least: int) -> None:
@@ -236,4 +315,4 @@ def _padding(size: int) -> int:
 
 def _read_padding(source: _Cursor, size: int) -> None:
     if any(source.exactly(_padding(size))):
-        raise BadImage("the padding of the pax header is not zero")
+        raise BadImage("the padding in the inner archive is not zero")

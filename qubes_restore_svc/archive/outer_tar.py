@@ -17,7 +17,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import NoReturn
 
-from qubes_restore_svc.archive.chunks import parse_chunk_name
+from qubes_restore_svc.archive.chunks import names_a_chunk
 from qubes_restore_svc.archive.container import OVERHEAD
 from qubes_restore_svc.archive.members import MAX_MEMBER_SIZE, Damage, Member, check_member_name
 from qubes_restore_svc.archive.tar_header import (
@@ -268,13 +268,14 @@ class OuterTarReader:
         if size > MAX_MEMBER_SIZE:
             self._refuse(f"{shown(name)} claims to have {human_size(size)}")
         if self._searching is not None:
-            parse_chunk_name(name)
-            if size < OVERHEAD:
+            if not names_a_chunk(name):
+                self._refuse("a file that is no part of a backup")
+            if name.endswith(_CHUNK_SUFFIX) and size < OVERHEAD:
                 self._refuse("a chunk that is too small")
         self._end_search()
         self._pax_path = self._pax_file_size = None
         self._last_name = name
-        self._found_chunk = self._found_chunk or name.endswith(_CHUNK_SUFFIX)
+        self._found_chunk = self._found_chunk or names_a_chunk(name)
         self._content_left = size
         self._padding = padded(size) - size
         self._want(_State.CONTENT, self._padding or BLOCK)

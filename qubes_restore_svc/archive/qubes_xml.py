@@ -18,6 +18,7 @@ from xml.etree.ElementTree import Element
 
 from pydantic import TypeAdapter, ValidationError
 
+from qubes_restore_svc.archive import core2
 from qubes_restore_svc.archive.devices import read_devices
 from qubes_restore_svc.archive.xml_tree import parse_xml
 from qubes_restore_svc.errors import BadMetadata, ProtocolViolation
@@ -72,13 +73,18 @@ class BackupContent:
     refused_paths: tuple[str, ...] = ()
 
 
-def parse_qubes_xml(untrusted_xml: bytes) -> BackupContent:
-    """Read qubes.xml. What is returned fits into one `Manifest`, keys and names being unique.
+def parse_qubes_xml(untrusted_xml: bytes, backup_format: int = 4) -> BackupContent:
+    """Read qubes.xml of a backup of this format. What is returned fits into one `Manifest`, keys and names
+    being unique.
 
     Raises BadMetadata if the file as a whole is malformed or out of bounds.
     """
     root = parse_xml(untrusted_xml, "qubes.xml", MAX_QUBES_XML)
-    if root.tag == "QubesVmCollection":
+    if backup_format < 4:
+        if root.tag != core2.ROOT:
+            raise BadMetadata("qubes.xml does not have the form of Qubes R3.2 and earlier, as format 3 has")
+        root = core2.modernise(root)
+    elif root.tag == core2.ROOT:
         raise BadMetadata("qubes.xml has the form of Qubes R3.2 and earlier, which no format 4 backup has")
     if root.tag != "qubes" or root.find("domains") is None:
         raise BadMetadata("qubes.xml does not hold a list of qubes")

@@ -26,15 +26,16 @@ MAX_COMMENT = 255  #: characters of a rule's comment; what is longer is cut, as 
 
 
 def parse_firewall(untrusted_xml: bytes) -> tuple[FirewallRule, ...]:
-    """The rules of firewall.xml (version 2, R4.0 and later), in order; values as the file spells them.
+    """The rules of firewall.xml, in order; values as the file spells them. Version 2 is that of R4.0 and
+    later, version 1 that of R3.2 and earlier.
 
     What no rule matches is dropped, so no rules at all means that everything is. `dsthost` holds
     addresses and networks too. Raises BadMetadata for everything that qubesd would not have
     written or could not load.
     """
     root = parse_xml(untrusted_xml, "firewall.xml", MAX_SETTINGS_FILE)
-    if root.tag == "QubesFirewallRules" or (root.tag == "firewall" and root.get("version", "1") == "1"):
-        raise BadMetadata("firewall.xml has the form of Qubes R3.2 and earlier")
+    if root.tag in _ROOTS_1 and root.get("version", "1") == "1":
+        return _version_1(root)
     if root.tag != "firewall" or root.get("version") != "2":
         raise BadMetadata("firewall.xml is not a list of rules of version 2")
     if root.keys() != ["version"]:
@@ -101,10 +102,18 @@ def _rule(element: Element, where: str) -> FirewallRule:
     for name, value in _properties(holders[0], where):
         if name in fields:
             raise BadMetadata(f"{where} in firewall.xml says {name} twice")
+        fields[name] = value
+    return _checked(fields, where)
+
+
+def _checked(fields: dict[str, str], where: str) -> FirewallRule:
+    """The rule, if qubesd would accept it. Raises BadMetadata."""
+    for name, value in fields.items():
         if not _FIELDS[name](value):
             raise BadMetadata(f"{where} in firewall.xml has a value of {name} that Qubes does not know")
-        fields[name] = value[:MAX_COMMENT] if name == "comment" else value
     _check_together(fields, where)
+    if "comment" in fields:
+        fields["comment"] = fields["comment"][:MAX_COMMENT]
     try:
         return FirewallRule.model_validate(fields)
     except ValidationError as error:
@@ -145,6 +154,64 @@ def _children(element: Element, tag: str, where: str) -> list[Element]:
     if any(child.keys() != attributes for child in children):
         raise BadMetadata(f"{where} in firewall.xml has a {tag} with other attributes than Qubes writes")
     return children
+
+
+# --- Version 1 -----------------------------------------------------------------------------------------
+
+_ROOTS_1 = frozenset({"QubesFirewallRules", "QubesFirwallRules", "firewall"})
+_ROOT_1 = frozenset({"version", "policy", "dns", "icmp", "yumProxy"})
+_RULE_1 = frozenset({"address", "netmask", "proto", "port", "toport", "expire"})
+
+
+def _version_1(root: Element) -> tuple[FirewallRule, ...]:
+    """Rules that all do the opposite of the policy, with DNS and ICMP before them, and the policy behind.
+
+    The old word for what updates may reach (`yumProxy`) has no rule today: a template reaches its updates
+    through qrexec.
+    """
+    policy = root.get("policy")
+    if policy not in ("allow", "deny") or set(root.keys()) - _ROOT_1:
+        raise BadMetadata("firewall.xml does not have the policy of a firewall of version 1")
+    rules = list(root)
+    if any(rule.tag != "rule" or len(rule) or set(rule.keys()) - _RULE_1 for rule in rules):
+        raise BadMetadata("firewall.xml holds something else than rules of version 1")
+    if len(rules) > MAX_RULES - 3:
+        raise BadMetadata(f"firewall.xml holds {len(rules)} rules; at most {MAX_RULES - 3} are accepted")
+    action, opposite = ("accept", "drop") if policy == "allow" else ("drop", "accept")
+    fields: list[dict[str, str]] = [
+        {"action": _action_1(root, "dns", policy), "specialtarget": "dns"},
+        {"action": _action_1(root, "icmp", policy), "proto": "icmp"},
+    ]
+    fields += [{"action": opposite} | _rule_1(rule, f"rule {number}") for number, rule in enumerate(rules, 1)]
+    fields.append({"action": action})
+    return tuple(_checked(rule, f"rule {number - 2}") for number, rule in enumerate(fields, 1))
+
+
+def _action_1(root: Element, key: str, policy: str) -> str:
+    word = root.get(key, policy)
+    if word not in ("allow", "deny"):
+        raise BadMetadata(f"firewall.xml has a value of {key} that Qubes does not know")
+    return "accept" if word == "allow" else "drop"
+
+
+def _rule_1(rule: Element, where: str) -> dict[str, str]:
+    """The fields of a rule in the words of version 2, its action apart."""
+    fields: dict[str, str] = {}
+    address, port, proto = rule.get("address"), rule.get("port"), rule.get("proto")
+    if address:
+        netmask = rule.get("netmask", "32")
+        if not _PREFIX.fullmatch(netmask):
+            raise BadMetadata(f"{where} in firewall.xml has a value of netmask that Qubes does not know")
+        # A host name has no mask: the old Qubes wrote 32 behind it.
+        fields["dsthost"] = f"{address}/{netmask}" if _is_network(address, (4,)) else address
+    if port:
+        fields["dstports"] = f"{port}-{rule.get('toport') or port}"
+        proto = proto or "tcp"
+    if proto and proto != "any":
+        fields["proto"] = proto
+    if expire := rule.get("expire"):
+        fields["expire"] = expire
+    return fields
 
 
 # --- The value sets of qubesd's firewall module --------------------------------------------------------

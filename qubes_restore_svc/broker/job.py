@@ -171,12 +171,22 @@ async def _confirmed(plan: Plan, run: RestoreRun, confirm: Confirm) -> PlanOptio
         raise
 
 
+#: What a person must know of a backup that Qubes R2 to R3.2 wrote, before anything is restored from it.
+OLD_FORMAT = (
+    "the backup has format 3, which Qubes R2 to R3.2 wrote. Each piece of it is authenticated, but its place"
+    " is not: whoever could change the file, and had another backup with the same passphrase, could exchange"
+    " pieces of the two, or leave out settings. Restore it only if nobody else had the file in hand"
+)
+
+
 async def _opened(
     client: SessionClient, options: SessionOptions, observer: Observer, warnings: list[str]
 ) -> m.Manifest:
     async with contextlib.aclosing(client.open(options)) as messages:
         async for message in messages:
             if isinstance(message, m.Manifest):
+                if message.format == 3:
+                    _warn(OLD_FORMAT, observer, warnings)
                 return message
             if isinstance(message, m.Log) and message.level == "warning":
                 _warn(message.text, observer, warnings)

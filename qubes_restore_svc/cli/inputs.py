@@ -32,6 +32,9 @@ def open_archive(backup: str) -> int:
         raise UsageError(f"{shown} cannot be opened: {reason}") from None
     if stat.S_ISDIR(os.fstat(fd).st_mode):
         os.close(fd)
+        if os.path.exists(os.path.join(backup, "qubes.xml")):
+            advice = "Qubes R2 to R3.2 can restore it; a backup that is made there can be restored here."
+            raise UsageError(f"{shown} is a directory, as backups of Qubes R1 were (format 1)", advice=advice)
         raise UsageError(f"{shown} is a directory, not a backup")
     return fd
 

@@ -180,7 +180,7 @@ class Manifest(Message):
 
     type: Literal["manifest"] = "manifest"
     backup_id: BackupId
-    format: Annotated[Literal[4], EXACT]
+    format: Annotated[Literal[3, 4], EXACT]
     compression_filter: FilterName
     qubes: Annotated[tuple[ManifestQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
     refused: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()

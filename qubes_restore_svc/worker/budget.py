@@ -59,26 +59,29 @@ class Budget:
         self._set_aside = 0
         self._cancelled = False
 
-    def check(self, size: int, parameters: KdfParameters) -> None:
+    def check(self, size: int, parameters: KdfParameters | None) -> None:
         """Raise BudgetTooSmall if a chunk of `size` bytes and its derivation can never fit."""
         least = self._least(parameters)
         if size + least > self._limit:
             need = -(-(size + least + self._granted - self._limit) // MIB)
+            what = f"one key derivation of this backup takes {least // MIB} MiB, with its chunk and"
+            if parameters is None:
+                what = f"one piece of this backup has {size // MIB} MiB, with"
             raise BudgetTooSmall(
-                f"one key derivation of this backup takes {least // MIB} MiB, with its chunk and the worker"
-                f" itself {need} MiB, and it may use {self._granted // MIB} MiB",
+                f"{what} the worker itself {need} MiB, and it may use {self._granted // MIB} MiB",
                 advice=self._advice(need * MIB),
             )
 
     def admit(
         self,
         size: int,
-        parameters: KdfParameters,
+        parameters: KdfParameters | None,
         *,
         buffered: bool,
         before_waiting: Callable[[], None] | None = None,
     ) -> None:
-        """Wait until one more chunk of `size` bytes may be on its way, and count it.
+        """Wait until one more chunk of `size` bytes may be on its way, and count it. `parameters` are those
+        of its derivation, None if there is none.
 
         `buffered`: it is held in memory from now on; otherwise it is fetched when its turn comes. Ends with
         `release`. `before_waiting` is called if there is no room at once: whoever holds a chunk himself must
@@ -99,7 +102,7 @@ class Budget:
             self._derivations.append(least)
             self._engine.trim(self.arena_room)
 
-    def release(self, size: int, parameters: KdfParameters, *, buffered: bool) -> None:
+    def release(self, size: int, parameters: KdfParameters | None, *, buffered: bool) -> None:
         """The chunk that was admitted with these values is on its way no more."""
         with self.changed:
             (self._buffers if buffered else self._located).remove(size)
@@ -174,7 +177,9 @@ class Budget:
     def _chunk_bytes(self) -> int:
         return sum(self._buffers) + max(self._located, default=0) + self._set_aside
 
-    def _least(self, parameters: KdfParameters) -> int:
+    def _least(self, parameters: KdfParameters | None) -> int:
+        if parameters is None:
+            return 0
         return self._engine.memory(parameters, self._engine.strides[-1])
 
     def _stop_if_cancelled(self) -> None:

@@ -45,6 +45,19 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """What a backup of format 3 has in place of a chunk: `size` bytes, not authenticated, with `line`, which
+    is to prove them, behind it. Otherwise as a Chunk; no key is derived for it.
+    """
+
+    name: ChunkName
+    size: int
+    line: bytes
+    end: int
+    held: bytearray | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FileEnd:
     """The file is over; `error` if chunks of it are missing or unusable.
 
@@ -84,7 +97,7 @@ class ArchiveEnd:
     damage: Damage | None = None
 
 
-Event = FileStart | Chunk | FileEnd | Passed | Damaged | ArchiveEnd
+Event = FileStart | Chunk | Piece | FileEnd | Passed | Damaged | ArchiveEnd
 EventQueue: TypeAlias = "queue.Queue[Event]"
 
 

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
 
-from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name
+from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, keys_match, parse_head
 from qubes_restore_svc.archive.members import Damage, Member, MemberReader
+from qubes_restore_svc.archive.openssl import MAX_MAC_LINE
 from qubes_restore_svc.errors import (
     ArchiveDamaged,
     ArchiveTruncated,
@@ -33,7 +34,16 @@ from qubes_restore_svc.errors import (
     SkippedOnRequest,
 )
 from qubes_restore_svc.worker.budget import Budget
-from qubes_restore_svc.worker.events import ArchiveEnd, Chunk, Damaged, EventQueue, FileEnd, FileStart, Passed
+from qubes_restore_svc.worker.events import (
+    ArchiveEnd,
+    Chunk,
+    Damaged,
+    EventQueue,
+    FileEnd,
+    FileStart,
+    Passed,
+    Piece,
+)
 from qubes_restore_svc.worker.faults import as_restore_error
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.selection import IMAGES, SETTINGS
@@ -44,6 +54,10 @@ _PIECE = 4 << 20
 
 #: What is not wanted is skipped in pieces of this size, bytes, so that a cancel is noticed.
 _SKIP_PIECE = 64 << 20
+
+
+#: Makes the scrypt passphrase of a chunk from its member name (without `.enc`).
+PassphraseOf = Callable[[str], bytes]
 
 
 class Intake:
@@ -71,6 +85,7 @@ class Intake:
         self._next: Member | None = None
         self._file: str | None = None
         self._last_file = ""
+        self._last_piece = ""  # the member name of the last one, format 3 only
         self._content_end = 0  # of the last member, bytes from the beginning
         self._damages: list[Damage] = []  # met in the current file, or right behind it
         self._cancelled = False
@@ -134,18 +149,19 @@ class Intake:
             if not self._wanted(chunk.name.file):
                 chunk.key.cancel()
 
-    def start(self, passphrase_of: Callable[[str], bytes]) -> None:
+    def start(self, passphrase_of: PassphraseOf | None) -> None:
         """Run in a thread, unless it does already."""
         if not self._started:
             self._started = True
             self._scheduler.expect_more(True)
             threading.Thread(target=self.run, args=(passphrase_of,), name="intake", daemon=True).start()
 
-    def run(self, passphrase_of: Callable[[str], bytes]) -> None:
+    def run(self, passphrase_of: PassphraseOf | None) -> None:
         """Put the events of all wanted files into the queue; always ends with ArchiveEnd.
 
         It is asked for every chunk whether it is wanted: the rest of a file that no longer is, is skipped.
-        `passphrase_of` makes the scrypt passphrase of a chunk from its member name (without `.enc`).
+        `passphrase_of` makes the scrypt passphrase of a chunk from its member name (without `.enc`). None: it
+        is a backup of format 3, and what comes are pieces.
         """
         error: RestoreError | None = None
         try:
@@ -198,7 +214,36 @@ class Intake:
         self._outstanding[id(chunk)] = chunk
         return chunk
 
-    def container(self, chunk: Chunk) -> memoryview:
+    def take_piece(self, name: ChunkName, size: int) -> Piece:
+        """Take the current member's content, `size` bytes, and its MAC, which must be the next member.
+
+        Waits for room in the budget. Raises BadContainer, BudgetTooSmall, ArchiveTruncated.
+        """
+        start = self._source.position
+        located = self._source.seekable and self._reader.skip(0)
+        self._budget.admit(size, None, buffered=not located)
+        held = None
+        try:
+            if located:
+                self.skip_content(size)
+                self._source.will_need(start, size)
+            else:
+                held = self.read_content(size)
+            line = self._mac_line(name)
+        except BaseException:
+            self._budget.release(size, None, buffered=not located)
+            raise
+        return Piece(name, size, line, start + size, held)
+
+    def _mac_line(self, name: ChunkName) -> bytes:
+        member = self.next_member()
+        if member is not None and member.name == f"{name.member}.hmac" and member.size <= MAX_MAC_LINE:
+            return bytes(self.read_content(member.size))
+        if member is not None:
+            self.push_back(member)
+        raise BadContainer("its MAC does not follow it", chunk=name.number)
+
+    def container(self, chunk: Chunk | Piece) -> memoryview:
         """The whole container. Valid until the next call, or `release`. Raises ArchiveUnreadable."""
         if chunk.held is not None:
             return memoryview(chunk.held)
@@ -238,13 +283,16 @@ class Intake:
             )
         return None
 
-    def release(self, chunk: Chunk) -> None:
+    def release(self, chunk: Chunk | Piece) -> None:
         """The chunk's memory is needed no more. A derivation that has not started is taken back."""
-        self._outstanding.pop(id(chunk), None)
-        chunk.key.cancel()
+        parameters = None
+        if isinstance(chunk, Chunk):
+            self._outstanding.pop(id(chunk), None)
+            chunk.key.cancel()
+            parameters = chunk.head.parameters
         if chunk.held is None and len(self._loaded) > self._budget.largest_located(without=chunk.size):
             self._loaded = bytearray()  # what is to come is smaller, and only that much stays counted
-        self._budget.release(chunk.size, chunk.head.parameters, buffered=chunk.held is not None)
+        self._budget.release(chunk.size, parameters, buffered=chunk.held is not None)
 
     def cancel(self) -> None:
         """Make `run` stop soon, with Cancelled in its ArchiveEnd."""
@@ -259,30 +307,35 @@ class Intake:
 
     def _drain(self) -> None:
         while not isinstance(event := self._events.get(), ArchiveEnd):
-            if isinstance(event, Chunk):
+            if isinstance(event, Chunk | Piece):
                 self.release(event)
 
-    def _walk(self, passphrase_of: Callable[[str], bytes]) -> None:
+    def _walk(self, passphrase_of: PassphraseOf | None) -> None:
+        parse_name = parse_piece_name if passphrase_of is None else parse_chunk_name
         sequence = ChunkSequence()
         failed_file: str | None = None
         while (member := self.next_member()) is not None:
             self._stop_if_cancelled()
             damage = self._take_damage()
             try:
-                name = parse_chunk_name(member.name)
+                name = parse_name(member.name)
             except BadArchive:
                 self._events.put(Passed(member.name, foreign=True))
                 self.skip_content(self._reader.content_left)
                 continue
+            if name is None:
+                self._stray_mac(member)
+                continue
             if name.file != self._file:
                 self._end_file()
             is_new, self._last_file = name.file != self._last_file, name.file
+            self._last_piece = name.member
             start = self._source.position
             try:
                 sequence.expect(name)
                 if name.file != failed_file and self._wanted(name.file):
                     self._begin_file(name.file)
-                    self._pass_on(name, member.size, passphrase_of(name.member))
+                    self._pass_on(name, member.size, passphrase_of)
             except (ChunkOutOfOrder, BadContainer, ExcessiveCost, BudgetTooSmall) as caught:
                 error: RestoreError = self._source.gap(start, self._source.position) or caught
                 if damage is not None and isinstance(error, ChunkOutOfOrder):
@@ -293,12 +346,29 @@ class Intake:
                 failed_file = name.file
             if is_new and self._file is None and failed_file != name.file:
                 self._events.put(Passed(name.file))
-            self.skip_content(self._reader.content_left)
-            self._content_end = self._source.position
+            if self._next is None:
+                self.skip_content(self._reader.content_left)
+                self._content_end = self._source.position
 
-    def _pass_on(self, name: ChunkName, size: int, passphrase: bytes) -> None:
+    def _stray_mac(self, member: Member) -> None:
+        """A MAC that was not taken with its piece: that was not wanted, or it is missing."""
+        piece = member.name.removesuffix(".hmac")
+        name = parse_piece_name(piece)
+        if name is not None and piece != self._last_piece and self._wanted(name.file):
+            error = ChunkOutOfOrder("there is a MAC of it, but not the piece itself", chunk=name.number)
+            if name.file != self._file:
+                self._end_file()
+            self._begin_file(name.file)
+            self._end_file(error)
+            self._last_file = name.file
+        self.skip_content(self._reader.content_left)
+
+    def _pass_on(self, name: ChunkName, size: int, passphrase_of: PassphraseOf | None) -> None:
         # In a frame of its own, which holds the chunk no longer than it takes.
-        chunk = self.take(name, size, passphrase)
+        if passphrase_of is None:
+            self._events.put(self.take_piece(name, size))
+            return
+        chunk = self.take(name, size, passphrase_of(name.member))
         if not self._wanted(name.file):  # since a moment ago, when it was not yet outstanding
             chunk.key.cancel()
         self._events.put(chunk)

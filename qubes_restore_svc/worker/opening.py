@@ -7,8 +7,8 @@ wrong if neither opens its container, and if only one does, the computation of t
 passphrase is told without deriving anything twice, and never because a processor was wrong once.
 """
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from qubes_restore_svc.archive import header as header_format
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name
@@ -16,6 +16,7 @@ from qubes_restore_svc.archive.container import VerifiedContainer, keys_match, v
 from qubes_restore_svc.archive.filters import check_filter, decompress
 from qubes_restore_svc.archive.header import BackupHeader
 from qubes_restore_svc.archive.inner_tar import read_small_file
+from qubes_restore_svc.archive.openssl import VerifiedPiece
 from qubes_restore_svc.archive.qubes_xml import MAX_QUBES_XML, BackupContent, parse_qubes_xml
 from qubes_restore_svc.errors import (
     AuthenticationFailed,
@@ -25,25 +26,48 @@ from qubes_restore_svc.errors import (
     RestoreError,
     WrongPassphrase,
 )
-from qubes_restore_svc.worker.events import Chunk
-from qubes_restore_svc.worker.intake import Intake
+from qubes_restore_svc.worker.events import Chunk, Piece
+from qubes_restore_svc.worker.intake import Intake, PassphraseOf
+from qubes_restore_svc.worker.pieces import FirstFile, Pieces, open_header
 
 _QUBES_XML = "qubes.xml"
 _QUBES_XML_CHUNK = f"{_QUBES_XML}."
 
 
+#: Checks the MAC of a chunk; what it returns has the content. The last argument gets lines for the person.
+OpenChunk = Callable[[Intake, Chunk | Piece, Callable[[str], None]], VerifiedContainer | VerifiedPiece]
+
+
 @dataclass(frozen=True, slots=True)
 class OpenBackup:
-    """An authenticated beginning. `filter` is the compression in force, by its canonical name."""
+    """An authenticated beginning. `filter` is the compression in force, by its canonical name; `pieces` tells
+    how they are read in a backup of format 3."""
 
     header: BackupHeader
     content: BackupContent
     filter: str
     passphrase: str = field(repr=False)
+    pieces: Pieces | None = None
 
-    def passphrase_of(self, member: str) -> bytes:
-        """The scrypt passphrase of a chunk, from its member name without `.enc`."""
-        return header_format.member_passphrase(self.header.backup_id, member, self.passphrase)
+    @property
+    def passphrase_of(self) -> PassphraseOf | None:
+        """Makes the scrypt passphrase of a chunk from its member name without `.enc`; None in format 3."""
+        if self.pieces is not None:
+            return None
+        return lambda member: header_format.member_passphrase(self.header.backup_id, member, self.passphrase)
+
+    def open_chunk(
+        self, intake: Intake, chunk: Chunk | Piece, remark: Callable[[str], None]
+    ) -> VerifiedContainer | VerifiedPiece:
+        """The content of a chunk whose MAC was checked. Raises what `open_chunk` raises, and BadContainer."""
+        if isinstance(chunk, Chunk):
+            return open_chunk(intake, chunk, remark)
+        assert self.pieces is not None
+        return self.pieces.open_piece(intake, chunk)
+
+    def decode(self, stored: Iterable[bytes]) -> Iterator[bytes]:
+        """The inner archive of a file, from the content of its chunks."""
+        return decompress(self.filter, stored if self.pieces is None else self.pieces.decrypt(stored))
 
 
 def open_chunk(intake: Intake, chunk: Chunk, remark: Callable[[str], None]) -> VerifiedContainer:
@@ -78,7 +102,10 @@ def open_backup(
     Raises EmptyInput, NotABackup, UnsupportedFormat, BadHeader, WrongPassphrase and whatever is wrong with
     qubes.xml and its chunks.
     """
-    header = _Header(intake, passphrase)
+    untrusted_text = _header_text(intake)
+    if header_format.peek_version(untrusted_text) == 3:
+        return _open_format_3(intake, untrusted_text, passphrase, compression_filter)
+    header = _Header(intake, untrusted_text, passphrase)
     xml = _QubesXml(intake, passphrase, remark)
     try:
         untrusted_id = header.untrusted_id()
@@ -86,32 +113,47 @@ def open_backup(
         if ahead and complete:
             intake.start(lambda member: header_format.member_passphrase(untrusted_id, member, passphrase))
         authentic = header.result(xml.opens, remark)
-        filter_name = check_filter(
-            compression_filter or (authentic.compression_filter if authentic.compressed else "none")
-        )
-        content = _read_qubes_xml(xml, filter_name)
+        filter_name = check_filter(compression_filter or authentic.effective_filter)
+        content = _read_qubes_xml(xml.pieces(), filter_name, 4)
     finally:
         header.release()
         xml.release()
     return OpenBackup(authentic, content, filter_name, passphrase)
 
 
+def _header_text(intake: Intake) -> bytes:
+    """The header as it stands there. Raises EmptyInput, NotABackup, UnsupportedFormat, BadHeader."""
+    member = intake.next_member()
+    if member is None:
+        raise EmptyInput("there is nothing in it")
+    if member.name != header_format.HEADER_MEMBER:
+        header_format.recognise_old_format(member.name)
+    if member.size > header_format.MAX_HEADER_SIZE:
+        raise BadHeader(f"the header has {member.size} bytes")
+    return bytes(intake.read_content(member.size))
+
+
+def _open_format_3(
+    intake: Intake, untrusted_text: bytes, passphrase: str, compression_filter: str | None
+) -> OpenBackup:
+    header, pieces = open_header(intake, untrusted_text, passphrase)
+    filter_name = check_filter(compression_filter or header.effective_filter)
+    xml = FirstFile(intake, pieces, _QUBES_XML)
+    content = _read_qubes_xml(xml.content(), filter_name, 3)
+    # The format has no id; this is as good, and stays the same for every copy of the backup.
+    return OpenBackup(
+        replace(header, backup_id=f"format3-{xml.identity}"), content, filter_name, passphrase, pieces
+    )
+
+
 class _Header:
     """The header as it stands there, and the container of its authenticated copy."""
 
-    def __init__(self, intake: Intake, passphrase: str) -> None:
+    def __init__(self, intake: Intake, untrusted_text: bytes, passphrase: str) -> None:
         self._intake = intake
+        self._untrusted_text = untrusted_text
         self._container: bytes | None = None
         self._released = False
-        member = intake.next_member()
-        if member is None:
-            raise EmptyInput("there is nothing in it")
-        if member.name != header_format.HEADER_MEMBER:
-            header_format.recognise_old_format(member.name)
-        if member.size > header_format.MAX_HEADER_SIZE:
-            raise BadHeader(f"the header has {member.size} bytes")
-        self._untrusted_text = bytes(intake.read_content(member.size))
-        header_format.peek_version(self._untrusted_text)
         member = intake.next_member()
         if member is None or member.name != header_format.HEADER_HMAC_MEMBER:
             raise BadHeader("the header is not followed by its authenticated copy")
@@ -153,11 +195,12 @@ class _Header:
             self._intake.release(self._copy)
 
 
-def _read_qubes_xml(xml: "_QubesXml", filter_name: str) -> BackupContent:
-    pieces = xml.pieces()
+def _read_qubes_xml(
+    pieces: Generator[bytes, None, None], filter_name: str, backup_format: int
+) -> BackupContent:
     try:
         text = read_small_file(decompress(filter_name, pieces), _QUBES_XML, MAX_QUBES_XML)
-        return parse_qubes_xml(text)
+        return parse_qubes_xml(text, backup_format)
     except RestoreError as error:
         raise error.at(qube=_QUBES_XML) from error
     finally:

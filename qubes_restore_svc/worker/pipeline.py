@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
 from qubes_restore_svc.archive import settings_files
-from qubes_restore_svc.archive.filters import decompress
-from qubes_restore_svc.archive.inner_tar import read_image, read_small_file
+from qubes_restore_svc.archive.inner_tar import Image, read_directory, read_image, read_small_file
 from qubes_restore_svc.archive.members import Damage
 from qubes_restore_svc.archive.types import shown
 from qubes_restore_svc.archive.zero_runs import without_zeros
@@ -38,7 +37,7 @@ from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.opening import OpenBackup
 from qubes_restore_svc.worker.output import ImageHash, VolumeStream
 from qubes_restore_svc.worker.plaintext import PlaintextFiles
-from qubes_restore_svc.worker.selection import SelectedQube, Selection, Stage, WantedFile
+from qubes_restore_svc.worker.selection import DIRECTORY, SelectedQube, Selection, Stage, WantedFile
 
 _STOPS_AT_DAMAGE = (
     "the service of the qube that keeps the backup stops reading where its file is damaged; the file itself"
@@ -69,7 +68,7 @@ class Pipeline:
         """`whole`: all of the archive is read, and not just the files of the selected qubes."""
         self._backup = backup
         self._intake = intake
-        self._files = PlaintextFiles(intake, events)
+        self._files = PlaintextFiles(intake, events, backup.open_chunk)
         self._selection = Selection(backup.content, request.keys, whole=whole)
         self._whole = whole
         self._restoring = request.mode == "restore"
@@ -143,8 +142,12 @@ class Pipeline:
         try:
             if qube.stage is Stage.CLOSED:
                 self._late_file(place, pieces)
+            elif place.name == DIRECTORY:
+                self._directory(qube, pieces)
             elif place.volume is None:
-                self._settings_file(place, file, pieces)
+                blocks = self._backup.decode(pieces)
+                content = read_small_file(blocks, file, settings_files.MAX_SETTINGS_FILE)
+                self._settings_file(qube, place.name, content)
             elif place.name not in qube.come:
                 self._volume(place, place.volume, file, pieces)
         except Exception as caught:  # noqa: BLE001 - nothing in one file may end the others
@@ -178,24 +181,32 @@ class Pipeline:
             self._intake.withdraw_unwanted()
 
     def _volume(self, place: WantedFile, volume: VolumeName, file: str, pieces: Iterable[bytes]) -> None:
-        info = place.qube.info
-        blocks = decompress(self._backup.filter, pieces)
+        blocks = self._backup.decode(pieces)
         if volume == "home":
-            size, extents = MAX_IMAGE_SIZE, _opaque(blocks, MAX_IMAGE_SIZE)
+            self._pass_on(place.qube, volume, MAX_IMAGE_SIZE, _opaque(blocks, MAX_IMAGE_SIZE))
         else:
-            image = read_image(blocks, file, self._max_size(info, volume))
-            size = image.size
-            extents = ((extent.offset, extent.data) for extent in without_zeros(image.extents))
+            image = read_image(blocks, file, self._max_size(place.qube.info, volume))
+            self._pass_on_image(place.qube, volume, image)
+
+    def _pass_on_image(self, qube: SelectedQube, volume: VolumeName, image: Image) -> None:
+        extents = ((extent.offset, extent.data) for extent in without_zeros(image.extents))
+        self._pass_on(qube, volume, image.size, extents)
+
+    def _pass_on(
+        self, qube: SelectedQube, volume: VolumeName, size: int, extents: Iterable[tuple[int, memoryview]]
+    ) -> None:
+        """Hash a volume and send it to the broker. Its `size` in bytes; for `home` that is a ceiling."""
+        info = qube.info
         start = self._image_bytes
 
         def check() -> None:
-            self._check(place.qube)
+            self._check(qube)
             self._image_bytes = start + digest.hashed
 
         digest = ImageHash(check)
         ready = m.VolumeReady(key=info.key, volume=volume, image_size=size)
-        if volume not in place.qube.volumes_left:  # nobody has promised it; from here on somebody has
-            place.qube.volumes_left.append(volume)
+        if volume not in qube.volumes_left:  # nobody has promised it; from here on somebody has
+            qube.volumes_left.append(volume)
         with self._fetched(ready) as stream, digest:
             for offset, data in extents:
                 digest.write(offset, data)
@@ -206,7 +217,7 @@ class Pipeline:
             if stream is not None:
                 stream.finish(digest.data_bytes)
         self._image_bytes = start + size
-        place.qube.volumes_left.remove(volume)
+        qube.volumes_left.remove(volume)
         self._emit(
             m.VolumeDone(
                 key=info.key,
@@ -243,23 +254,40 @@ class Pipeline:
             return MAX_IMAGE_SIZE
         return min(promised, MAX_IMAGE_SIZE)
 
-    def _settings_file(self, place: WantedFile, file: str, pieces: Iterable[bytes]) -> None:
-        blocks = decompress(self._backup.filter, pieces)
-        content = read_small_file(blocks, file, settings_files.MAX_SETTINGS_FILE)
+    def _directory(self, qube: SelectedQube, pieces: Iterable[bytes]) -> None:
+        """All of a template's directory, in one archive: its images, and the settings files beside them."""
+        directory = qube.backup.path
+        for name, image in read_directory(self._backup.decode(pieces), directory):
+            place = self._selection.place(f"{directory}/{name}")
+            if place is None or place.name == DIRECTORY:
+                continue
+            if name in qube.come:
+                raise BadArchive(f"its {name} stands in the archive twice")
+            if place.volume is None:
+                if image.size > settings_files.MAX_SETTINGS_FILE:
+                    raise BadMetadata(f"{name} has {image.size} bytes")
+                self._settings_file(qube, name, image.content())
+            else:
+                if image.size > self._max_size(qube.info, place.volume):
+                    raise ImageTooLarge(f"its {name} has {image.size >> 20} MiB")
+                self._pass_on_image(qube, place.volume, image)
+            qube.come.add(name)
+
+    def _settings_file(self, qube: SelectedQube, name: str, content: bytes) -> None:
         # What was authentic and is not understood costs the file, not the qube with all of its data.
         try:
-            if place.name == "firewall.xml":
-                place.qube.firewall = ()  # no rule lets anything through; None would be the default, all
-                place.qube.firewall = settings_files.parse_firewall(content)
-            elif place.name == "notes.txt":
-                place.qube.notes = settings_files.parse_notes(content)
+            if name == "firewall.xml":
+                qube.firewall = ()  # no rule lets anything through; None would be the default, all
+                qube.firewall = settings_files.parse_firewall(content)
+            elif name == "notes.txt":
+                qube.notes = settings_files.parse_notes(content)
             else:
-                place.qube.appmenus = settings_files.parse_appmenus(content)
+                qube.appmenus = settings_files.parse_appmenus(content)
         except BadMetadata as error:
-            text = f"{place.name} was left out: {error.reason}"
-            if place.name == "firewall.xml":
+            text = f"{name} was left out: {error.reason}"
+            if name == "firewall.xml":
                 text += "; the qube comes back with a firewall that lets nothing through"
-            self._warn(place.qube, text)
+            self._warn(qube, text)
 
     def _late_file(self, place: WantedFile, pieces: Iterator[bytes]) -> None:
         """A file of a qube that is closed. If it is authentic and worth it, the qube was not all there."""

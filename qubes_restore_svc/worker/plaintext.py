@@ -19,15 +19,17 @@ from qubes_restore_svc.worker.events import (
     FileEnd,
     FileStart,
     Passed,
+    Piece,
 )
 from qubes_restore_svc.worker.intake import Intake
-from qubes_restore_svc.worker.opening import open_chunk
+from qubes_restore_svc.worker.opening import OpenChunk
 
 
 class PlaintextFiles:
     """The files of one pass over the archive."""
 
-    def __init__(self, intake: Intake, events: EventQueue) -> None:
+    def __init__(self, intake: Intake, events: EventQueue, open_chunk: OpenChunk) -> None:
+        self._open_chunk = open_chunk
         self._intake = intake
         self._events = events
         self._in_file = False
@@ -63,13 +65,13 @@ class PlaintextFiles:
         Whoever does not exhaust it must close it before `drain`: it holds a chunk, and the intake may be
         waiting for its memory.
         """
-        while isinstance(event := self._events.get(), Chunk):
+        while isinstance(event := self._events.get(), Chunk | Piece):
             self.chunk = event.name.number
             dealt_with = event.end - event.size
             self._position = max(self._position, dealt_with)
             with self._holding(event):
                 check()
-                for piece in open_chunk(self._intake, event, remark).plaintext():
+                for piece in self._open_chunk(self._intake, event, remark).plaintext():
                     check()
                     yield piece
                     dealt_with += len(piece)
@@ -82,7 +84,7 @@ class PlaintextFiles:
         error = None
         while self._in_file:
             event = self._events.get()
-            if isinstance(event, Chunk):
+            if isinstance(event, Chunk | Piece):
                 self._intake.release(event)
                 continue
             try:
@@ -100,7 +102,7 @@ class PlaintextFiles:
             raise event.error
 
     @contextlib.contextmanager
-    def _holding(self, chunk: Chunk) -> Iterator[None]:
+    def _holding(self, chunk: Chunk | Piece) -> Iterator[None]:
         try:
             yield
         finally:

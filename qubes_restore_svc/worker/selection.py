@@ -19,6 +19,8 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName
 
 IMAGES: dict[str, VolumeName] = {"private.img": "private", "root.img": "root"}
+#: What format 3 calls the archive of a whole directory, in it.
+DIRECTORY = "."
 SETTINGS = ("firewall.xml", "notes.txt", "whitelisted-appmenus.list")
 
 #: What lies beside them in the directory of a qube, in backups of all ages, and is no part of a restore.
@@ -35,7 +37,7 @@ _MAX_NAMED = 8
 
 #: Most places of damage whose headers are looked at more closely.
 _MAX_DAMAGES = 100
-_KNOWN_FILES = (*IMAGES, *SETTINGS, "empty")
+_KNOWN_FILES = (*IMAGES, *SETTINGS, "empty", DIRECTORY)
 
 
 class Stage(enum.Enum):
@@ -155,6 +157,8 @@ class Selection:
         qube = self._by_path.get(directory)
         if qube is None or qube.info.klass == "AdminVM":
             return None
+        if name == DIRECTORY:
+            return WantedFile(qube, name, None)
         volume = IMAGES.get(name)
         if qube.keeps(volume) if volume is not None else name in SETTINGS:
             return WantedFile(qube, name, volume)
@@ -214,7 +218,7 @@ class Selection:
         for path, file in named:
             qube = self._by_path.get(path)
             if qube is not None and (
-                file in SETTINGS or ((volume := IMAGES.get(file)) and qube.keeps(volume))
+                file in (*SETTINGS, DIRECTORY) or ((volume := IMAGES.get(file)) and qube.keeps(volume))
             ):
                 qube.doubts[file] = error
 

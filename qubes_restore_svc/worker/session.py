@@ -208,7 +208,7 @@ class Session:
         self._outbox.put(
             m.Manifest(
                 backup_id=backup.header.backup_id,
-                format=4,
+                format=backup.header.version,
                 compression_filter=backup.filter,
                 qubes=tuple(qube.info for qube in backup.content.qubes),
                 refused=backup.content.refused,

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qubes_restore_svc.archive import chunks
-from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name
+from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.errors import BadArchive, ChunkOutOfOrder, RestoreError
 
 
@@ -59,6 +59,36 @@ def test_any_other_name_is_refused(text: str) -> None:
     with pytest.raises(BadArchive) as caught:
         parse_chunk_name(text)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("qubes.xml.000", ChunkName("qubes.xml", 0, "qubes.xml.000")),
+        (
+            "appvms/work/private.img.1000",
+            ChunkName("appvms/work/private.img", 1000, "appvms/work/private.img.1000"),
+        ),
+        (
+            "vm-templates/fedora-23/..001",
+            ChunkName("vm-templates/fedora-23/.", 1, "vm-templates/fedora-23/..001"),
+        ),
+        ("appvms/work/private.img.000.hmac", None),
+        ("vm-templates/fedora-23/..001.hmac", None),
+    ],
+)
+def test_the_name_of_a_piece_is_taken_apart(text: str, expected: ChunkName | None) -> None:
+    assert parse_piece_name(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "qubes.xml", "x.00", "x.0000", "x.000.enc", "../x.000", "/x.000", "x/./y.000", "./.000",
+     "x/../..000", "x.000.hmac.hmac", "x\n.000", ".hmac"],
+)  # fmt: skip
+def test_any_other_name_of_a_piece_is_refused(text: str) -> None:
+    with pytest.raises(BadArchive):
+        parse_piece_name(text)
 
 
 @settings(max_examples=200, deadline=None)

@@ -149,12 +149,50 @@ def test_a_header_that_differs_from_its_authenticated_copy_is_refused() -> None:
         open_header(text() + b"x=y\n", text())
 
 
+# --- Format 3 ---------------------------------------------------------------------------------
+
+
+def old_text(**changes: str | None) -> bytes:
+    """A header of format 3 with some values changed or, with None, left out."""
+    old: dict[str, str | None] = {
+        "version": "3",
+        "hmac_algorithm": "SHA512",
+        "crypto_algorithm": "aes-256-cbc",
+        "backup_id": None,
+    }
+    return text(**(old | changes))
+
+
+def test_a_header_of_format_3_is_read() -> None:
+    assert parse_header(old_text()) == BackupHeader(
+        version=3,
+        encrypted=True,
+        compressed=True,
+        compression_filter="gzip",
+        hmac_algorithm="SHA512",
+        backup_id="",
+        crypto_algorithm="aes-256-cbc",
+    )
+
+
+def test_a_backup_of_format_3_may_be_authenticated_only() -> None:
+    header = parse_header(old_text(encrypted="False", crypto_algorithm=None))
+    assert (header.encrypted, header.crypto_algorithm) == (False, "")
+
+
+@pytest.mark.parametrize("key", ["hmac_algorithm", "crypto_algorithm", "encrypted", "compressed"])
+def test_a_header_of_format_3_says_all_that_is_needed(key: str) -> None:
+    with pytest.raises(BadHeader, match=key.replace("_", "-")):
+        parse_header(old_text(**{key: None}))
+
+
 # --- Versions ---------------------------------------------------------------------------------
 
 
 def test_the_version_of_an_unauthenticated_header_is_seen() -> None:
     assert peek_version(text()) == 4
     assert peek_version(b"version=4\n") == 4
+    assert peek_version(b"version=3\n") == 3
 
 
 @pytest.mark.parametrize(
@@ -162,7 +200,6 @@ def test_the_version_of_an_unauthenticated_header_is_seen() -> None:
     [
         ("1", "format 1, which Qubes R1 wrote"),
         ("2", "format 2, which early versions of Qubes R2 wrote"),
-        ("3", "format 3, which Qubes R2 to R3.2 wrote"),
         ("5", "format 5, which is newer than this program"),
         ("1000", "newer"),
     ],

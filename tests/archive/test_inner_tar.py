@@ -14,7 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.archive.inner_tar import MAX_EXTENT, MAX_IMAGE_SIZE, read_image, read_small_file
+from qubes_restore_svc.archive.inner_tar import (
+    MAX_EXTENT,
+    MAX_IMAGE_SIZE,
+    read_directory,
+    read_image,
+    read_small_file,
+)
 from qubes_restore_svc.errors import BadImage, BadMetadata, BadSparseMap, ImageTooLarge, RestoreError
 
 NAME = "vm10/private.img"
@@ -571,3 +577,101 @@ def test_random_bytes_raise_nothing_but_our_errors(noise: bytes) -> None:
     for start in (b"", header(size=100), pax_header(sparse_records(SIZE)) + header("x", 700)):
         with pytest.raises(RestoreError):
             content([start + noise])
+
+
+# --- A whole directory, in backups of format 3 ---------------------------------------------------------
+
+DIRECTORY = "vm-templates/fedora-23"
+
+
+def directory_tar(tmp_path: Path, files: dict[str, bytes]) -> bytes:
+    """What Qubes R3 wrote: GNU tar over the directory, with its names changed."""
+    folder = tmp_path / "template"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "icon.png").symlink_to("/usr/share/icons/template.png")
+    with open(folder / "root.img", "r+b") as image:
+        image.truncate(3 * MIB)
+    command = ["tar", "-Pc", "--sparse", "-C", str(folder), f"--xform=s:^\\.:{DIRECTORY}/.:", "."]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+
+
+def read_all(archive: bytes, piece: int = 1000) -> dict[str, bytes]:
+    found = {}
+    pieces = (archive[start : start + piece] for start in range(0, len(archive), piece))
+    for name, image in read_directory(pieces, DIRECTORY):
+        content = bytearray(image.size)
+        for extent in image.extents:
+            content[extent.offset : extent.offset + len(extent.data)] = extent.data
+        found[name] = bytes(content)
+    return found
+
+
+FILES = {
+    "root.img": bytes(MIB) + pattern(5000) + bytes(MIB),
+    "private.img": pattern(700),
+    "firewall.xml": b"<x/>",
+    "empty": b"",
+    "apps.templates/" + "a" * 120 + ".desktop": b"[Desktop Entry]",
+}
+
+
+def test_the_files_right_in_a_directory_come_back(tmp_path: Path) -> None:
+    found = read_all(directory_tar(tmp_path, FILES))
+    expected = {name: content for name, content in FILES.items() if "/" not in name}
+    expected["root.img"] = expected["root.img"].ljust(3 * MIB, b"\0")
+    assert found == expected
+
+
+def test_files_of_a_directory_that_nobody_reads_are_passed_over(tmp_path: Path) -> None:
+    archive = directory_tar(tmp_path, FILES)
+    assert {name for name, _ in read_directory([archive], DIRECTORY)} == {
+        name for name in FILES if "/" not in name
+    }
+
+
+@pytest.mark.parametrize("kept", range(0, 10240, 512))
+def test_a_directory_that_was_cut_is_an_error(kept: int) -> None:
+    archive = header(f"{DIRECTORY}/./", 0, b"5") + header(f"{DIRECTORY}/./root.img", 8192)
+    archive += pattern(8192) + CLOSING
+    assert len(archive) == 10240
+    with pytest.raises(BadImage):
+        read_all(archive[:kept])
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        header("vm-templates/other/./root.img"),
+        header(f"{DIRECTORY}/root.img"),
+        header("../root.img"),
+        header("/etc/passwd"),
+        header(f"{DIRECTORY}/./root.img") * 2,
+        header(f"{DIRECTORY}/./sda", 0, b"4"),
+        header(f"{DIRECTORY}/./tty", 0, b"3"),
+        header(f"{DIRECTORY}/./more", 0, b"M"),
+        header("././@LongLink", 5000, b"L") + bytes(5120),
+        header("././@LongLink", 5, b"L") + padded(b"abcd\0"),
+        header(f"{DIRECTORY}/./root.img", 1 << 50),
+        header(f"{DIRECTORY}/./root.img", 100) + pattern(512),
+        pattern(512),
+        header("./PaxHeaders/x", 10, b"x") + padded(b"10 path=x\n"),
+    ],
+)
+def test_a_directory_with_what_no_template_holds_is_refused(members: bytes) -> None:
+    archive = header(f"{DIRECTORY}/./", 0, b"5") + members + CLOSING
+    with pytest.raises(RestoreError):
+        read_all(archive)
+
+
+def test_links_of_a_directory_are_no_files_of_it() -> None:
+    archive = b"".join(
+        header(f"{DIRECTORY}/./root.img", 0, type_flag) for type_flag in (b"1", b"2", b"5", b"6")
+    )
+    assert read_all(archive + CLOSING) == {}
+
+
+def test_what_follows_the_end_of_a_directory_is_refused() -> None:
+    with pytest.raises(BadImage, match="after its file"):
+        read_all(CLOSING + header(f"{DIRECTORY}/./root.img"))

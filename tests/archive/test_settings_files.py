@@ -221,7 +221,8 @@ def test_a_long_comment_is_cut_because_no_packet_depends_on_it() -> None:
         b"<firewall/>",
         b'<firewall version="3"><rules/></firewall>',
         b'<firewall version="1" policy="deny"><rules/></firewall>',
-        b'<QubesFirewallRules policy="deny"><rule address="1.2.3.4"/></QubesFirewallRules>',
+        b'<QubesFirewallRules version="2"><rules/></QubesFirewallRules>',
+        b'<Rules policy="deny"><rule address="1.2.3.4"/></Rules>',
         b'<firewall version="2" policy="deny"><rules/></firewall>',
         b'<firewall version="2"/>',
         b'<firewall version="2"><rules/><rules/></firewall>',
@@ -234,11 +235,6 @@ def test_a_long_comment_is_cut_because_no_packet_depends_on_it() -> None:
 )
 def test_another_document_than_a_list_of_rules_is_refused(document: bytes) -> None:
     refusal(document)
-
-
-@pytest.mark.parametrize("document", [b"<QubesFirewallRules/>", b'<firewall version="1"/>', b"<firewall/>"])
-def test_the_old_form_is_told_apart(document: bytes) -> None:
-    assert refusal(document) == "firewall.xml has the form of Qubes R3.2 and earlier"
 
 
 def test_a_firewall_that_declares_entities_is_refused() -> None:
@@ -353,3 +349,73 @@ def test_any_bytes_are_read_or_refused(junk: bytes, start: int, length: int) -> 
         encode_message(QubeSettings(key="k", notes=parse_notes(content)))
         with contextlib.suppress(BadMetadata):
             encode_message(QubeSettings(key="k", appmenus=parse_appmenus(content)))
+
+
+# --- Version 1 ---------------------------------------------------------------------------------------
+
+OLD = '<QubesFirewallRules policy="{}" dns="{}" icmp="{}" yumProxy="deny">{}</QubesFirewallRules>'
+
+
+def old_rules(policy: str, rules: str, dns: str = "allow", icmp: str = "deny") -> list[dict[str, str]]:
+    parsed = parse_firewall(OLD.format(policy, dns, icmp, rules).encode())
+    return [rule.model_dump(exclude_none=True) for rule in parsed]
+
+
+@pytest.mark.parametrize(
+    ("rule", "fields"),
+    [
+        ('address="1.2.3.4" netmask="24"', {"dsthost": "1.2.3.4/24"}),
+        ('address="1.2.3.4"', {"dsthost": "1.2.3.4/32"}),
+        ('address="www.qubes-os.org" netmask="32"', {"dsthost": "www.qubes-os.org"}),
+        ('proto="udp" port="53"', {"proto": "udp", "dstports": "53-53"}),
+        ('port="443" toport="445"', {"proto": "tcp", "dstports": "443-445"}),
+        ('proto="any" address="1.2.3.4"', {"dsthost": "1.2.3.4/32"}),
+        (
+            'proto="tcp" port="80" expire="1893456000"',
+            {"proto": "tcp", "dstports": "80-80", "expire": "1893456000"},
+        ),
+        ("", {}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("policy", "last", "inner"), [("allow", "accept", "drop"), ("deny", "drop", "accept")]
+)
+def test_a_rule_of_version_1_does_the_opposite_of_the_policy(
+    rule: str, fields: dict[str, str], policy: str, last: str, inner: str
+) -> None:
+    assert old_rules(policy, f"<rule {rule}/>") == [
+        {"action": "accept", "specialtarget": "dns"},
+        {"action": "drop", "proto": "icmp"},
+        {"action": inner, **fields},
+        {"action": last},
+    ]
+
+
+def test_dns_and_icmp_follow_the_policy_where_version_1_does_not_name_them() -> None:
+    parsed = parse_firewall(b'<QubesFirewallRules policy="deny"/>')
+    assert [rule.action for rule in parsed] == ["drop", "drop", "drop"]
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "<QubesFirewallRules/>",
+        '<QubesFirewallRules policy="maybe"/>',
+        '<QubesFirewallRules policy="deny" dns="maybe"/>',
+        '<QubesFirewallRules policy="deny" http="allow"/>',
+        '<QubesFirewallRules policy="deny"><port/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule><rule/></rule></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule action="accept"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule address="*"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule address="1.2.3.4" netmask="33"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule address="1.2.3.4" netmask="-1"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule proto="gre"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule proto="icmp" port="80"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule port="445" toport="443"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule port="http"/></QubesFirewallRules>',
+        '<QubesFirewallRules policy="deny"><rule port="80" expire="soon"/></QubesFirewallRules>',
+    ],
+)
+def test_a_firewall_of_version_1_that_is_in_doubt_is_an_error(xml: str) -> None:
+    with pytest.raises(BadMetadata):
+        parse_firewall(xml.encode())

@@ -6,6 +6,7 @@ Scenarios, all of them if none is named:
 
     compare      this project and the manual recovery procedure, alternating: time, memory, bytes
     cheap        a backup whose derivations cost nothing, against gzip -d | tar -x alone
+    format3      a backup of format 3, against openssl dgst, openssl enc -d | gzip -d | tar -x
     linear       backups from small to large: time per megabyte, memory
     derivations  derivations per second and core, beside OpenSSL's
     stages       the cost of each stage on one core, and the CPU-bound limit
@@ -26,6 +27,7 @@ from .bench import Bench, Options, Section, say
 from .cheap import cheap
 from .compare import compare
 from .engines import engines
+from .format_3 import format_3
 from .linear import linear
 from .listing import listing
 from .model import model
@@ -37,6 +39,7 @@ SCENARIOS: dict[str, Callable[[Bench], Section]] = {
     "stages": stage_table,
     "compare": compare,
     "cheap": cheap,
+    "format3": format_3,
     "linear": linear,
     "listing": listing,
     "model": model,

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.support.backup_writer import BackupWriter, Costs
 from tests.support.fixtures import REPOSITORY, Expectation, expectation
+from tests.support.format3_writer import Format3Writer
+from tests.support.outer_archive import outer_pieces
 from tests.support.plans import sample_qube
 
 MIB = 1 << 20
@@ -75,6 +77,25 @@ def make_sample(directory: Path, size_mib: int, log_n: int | None, writer: str =
         else:
             _write_ourselves(partial, scaled(size_mib), CHOSEN_COSTS if log_n is None else log_n)
         _json_of(partial).rename(_json_of(backup))
+        partial.rename(backup)
+    return existing(backup)
+
+
+def make_format_3_sample(directory: Path, size_mib: int) -> Sample:
+    """The same qubes in a backup of format 3, by the project's own writer, if it is not there."""
+    backup = directory / f"sample-{size_mib}-format3-own.qbackup"
+    if not backup.exists():
+        print(f"writing {backup} …", file=sys.stderr, flush=True)
+        qubes = [
+            replace(sample_qube(name, mib * MIB, fill, seed=seed), path=f"vm{seed}")
+            for seed, (name, (mib, fill)) in enumerate(scaled(size_mib).items(), 1)
+        ]
+        writer = Format3Writer(qubes)
+        partial = backup.with_suffix(".partial")
+        with partial.open("wb") as file:
+            for member in writer.members():
+                file.writelines(outer_pieces(member))
+        _json_of(backup).write_text(json.dumps(writer.expectation(), indent=1) + "\n", encoding="utf-8")
         partial.rename(backup)
     return existing(backup)
 

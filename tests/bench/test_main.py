@@ -45,4 +45,4 @@ def test_a_quick_run_measures_everything_and_keeps_what_others_have_measured(
     assert len(results["linear"]["sizes"]) == 2
     assert results["stages"]["containers"] == {"2^10": 5}
     assert 0 < results["listing"]["bytes_from_disk"] <= 4 << 20
-    assert capsys.readouterr().out.count("\n| ---") == 9  # tables, on standard output
+    assert capsys.readouterr().out.count("\n| ---") == 10  # tables, on standard output

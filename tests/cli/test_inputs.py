@@ -66,6 +66,13 @@ def test_what_cannot_be_a_backup_is_refused_with_its_name(tmp_path: Path) -> Non
         assert refused.value.reason.startswith(str(tmp_path))
 
 
+def test_a_directory_that_qubes_r1_wrote_is_refused_by_its_format(tmp_path: Path) -> None:
+    (tmp_path / "qubes.xml").touch()
+    with pytest.raises(UsageError, match="format 1") as refused:
+        open_archive(str(tmp_path))
+    assert "R3.2" in refused.value.advice
+
+
 def test_the_name_of_a_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         open_archive(f"{tmp_path}/\x1b[2J\x9b31m")

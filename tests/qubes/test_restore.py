@@ -9,7 +9,7 @@ from tests.qubes.dom0 import LOCATIONS, STORAGE, Dom0, LocationKind
 from tests.support.backup_writer import PASSPHRASE, BackupWriter, ImagePlan, QubePlan
 from tests.support.fixtures import expectation, shared_fixture
 
-FIXTURES = ("bzip2", "gzip", "none", "pigz", "real-cost", "sparse-map", "xz", "zstd")
+FIXTURES = ("bzip2", "gzip", "none", "pigz", "real-cost", "sparse-map", "xz", "zstd", "format3")
 IMAGE = ImagePlan(3 << 20, ((4096, b"data" * 5000), ((2 << 20) + 512, b"more" * 100)))
 #: What the qubes of the recorded backups were based on is not on the emulated system.
 ANYWAY = "--ignore-missing"

@@ -119,8 +119,8 @@ def format_2(writer: BackupWriter) -> list[RawMember]:
     return list(_with_old_macs("qubes.xml.000", "appvms/work/private.img.000", algorithm="SHA1"))
 
 
-@OUTER_DAMAGES.add(errors.UnsupportedFormat, "backup")
-def format_3(writer: BackupWriter) -> list[RawMember]:
+@OUTER_DAMAGES.add(errors.WrongPassphrase, "backup")
+def format_3_with_a_wrong_mac(writer: BackupWriter) -> list[RawMember]:
     header = (
         b"version=3\nhmac-algorithm=SHA512\ncrypto-algorithm=aes-256-cbc\nencrypted=True\ncompressed=True\n"
         b"compression-filter=gzip\nbackup-id=20160101T010203-1234\n"

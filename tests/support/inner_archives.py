@@ -5,7 +5,7 @@ Strategy: a form is one function that believes its arguments, so that a sparse m
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .plans import DOM0_HOME, ImagePlan
 from .tar_blocks import BLOCK, RECORD, padded, pax_records, tar_header, tar_number
@@ -107,6 +107,29 @@ def home_tar() -> Iterator[bytes]:
         tar_header(f"{DOM0_HOME}/link", 0, b"2", link_target="/etc/passwd"),
     ]
     return _archive(head, [], RECORD)
+
+
+def directory_tar(directory: str, images: Mapping[str, ImagePlan], files: Mapping[str, bytes]) -> bytes:
+    """The archive of a template's whole directory, as Qubes R3 made it: images, files, and what nobody
+    restores."""
+    members = [tar_header(f"{directory}/./", 0, b"5", mode=0o755)]
+    for name, image in images.items():
+        image, path = _block_aligned(image), f"{directory}/./{name}"
+        archive = b"".join(inner_tar(path, image, "gnu"))
+        # The archive of one member ends at the last block of its data.
+        if _spans(image) == [(0, image.size)]:
+            used = BLOCK + image.size
+        else:
+            extensions = -(-max(0, len(_spans(image)) - 4) // 21)
+            used = BLOCK * (1 + extensions) + sum(len(data) for _, data in image.extents)
+        members.append(padded(archive[:used], BLOCK))
+    for name, content in files.items():
+        members += [tar_header(f"{directory}/./{name}", len(content)), padded(content, BLOCK)]
+    members += [
+        tar_header(f"{directory}/./apps.templates/", 0, b"5", mode=0o755),
+        tar_header(f"{directory}/./icon.png", 0, b"2", link_target="/usr/share/icons/template.png"),
+    ]
+    return b"".join(_archive(members, [], RECORD))
 
 
 def _spans(image: ImagePlan) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from ..support.fixtures import expectation, shared_fixture
 from .support import MIB
 from .ways import ARCHIVE, NEW_WAYS, WRITER, MakeWay, run
 
-FIXTURES = ("bzip2", "gzip", "none", "pigz", "sparse-map", "xz", "zstd")
+FIXTURES = ("bzip2", "gzip", "none", "pigz", "sparse-map", "xz", "zstd", "format3", "format3-sha1-plain")
 
 
 @pytest.mark.parametrize("fixture", FIXTURES)

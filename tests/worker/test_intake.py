@@ -31,6 +31,7 @@ from qubes_restore_svc.worker.events import (
     FileEnd,
     FileStart,
     Passed,
+    Piece,
     event_queue,
 )
 from qubes_restore_svc.worker.intake import Intake
@@ -104,7 +105,7 @@ def described(events: Iterable[Event]) -> list[str]:
     for event in events:
         if isinstance(event, FileStart):
             texts.append(f"start {event.name}")
-        elif isinstance(event, Chunk):
+        elif isinstance(event, Chunk | Piece):
             texts.append(f"chunk {event.name.number}")
         elif isinstance(event, Damaged):
             texts.append(f"damage after {event.after}")

@@ -80,7 +80,7 @@ class Bench(Pass):
 
     def begin(self) -> PlaintextFiles:
         backup = self.open()
-        files = PlaintextFiles(self.intake, self.events)
+        files = PlaintextFiles(self.intake, self.events, backup.open_chunk)
         self.intake.want(lambda _: True)
         self.thread = in_thread(lambda: self.intake.run(backup.passphrase_of))
         assert files.next_file() == "vm10/private.img"
@@ -159,7 +159,7 @@ def test_the_position_follows_the_intake_while_it_skips() -> None:
     with pipe_with(content, keep_open=True) as descriptor:
         run = Pass(descriptor)
         backup = run.open()
-        files = PlaintextFiles(run.intake, run.events)
+        files = PlaintextFiles(run.intake, run.events, backup.open_chunk)
         run.intake.want(lambda _: False)
         in_thread(lambda: run.intake.run(backup.passphrase_of))
         in_thread(lambda: [files.next_file() for _ in range(10)])

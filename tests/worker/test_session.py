@@ -111,7 +111,6 @@ FAILURES = {
     "empty-file": ("empty-input", PASSPHRASE),
     "format-1": ("unsupported-format", PASSPHRASE),
     "format-2": ("unsupported-format", PASSPHRASE),
-    "format-3": ("unsupported-format", PASSPHRASE),
     "format-5": ("unsupported-format", PASSPHRASE),
     "unknown-compression-filter": ("unknown-filter", PASSPHRASE),
     "header-copy-asks-for-n-of-2-to-the-40": ("excessive-cost", PASSPHRASE),
