@@ -410,7 +410,7 @@ async def test_a_list_reads_the_manifest_and_destroys_the_worker() -> None:
     link, observer = FakeLink(honest().before(1, Say(warning), Say(info))), Recorder()
     found = await read_manifest(link, SessionOptions(PASSPHRASE), observer)
     assert [qube.name for qube in found.qubes] == ["work", "vault"]
-    assert observer.lines == ["warning: old", "info: fine"]
+    assert observer.lines == ["warning: worker: old", "info: worker: fine"]
     assert link.left
     await until_closed(before)
 
