@@ -113,7 +113,7 @@ FAILURES = [
         ONE,
         status=3,
     ),
-    Failure("the pool is full", full_pool, "pool"),
+    Failure("the pool is full", full_pool, "Free some space"),
 ]
 
 
