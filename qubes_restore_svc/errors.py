@@ -267,6 +267,13 @@ class WorkerStalled(RestoreError):
     default_advice = "Check that the medium still answers, and try again."
 
 
+class SourceStalled(RestoreError):
+    """The side that brings the archive sent nothing, or hardly anything, for longer than --stall-timeout."""
+
+    kind = "source-stalled"
+    default_advice = "Check that the medium and the qube that holds the backup still answer, and try again."
+
+
 class SandboxUnavailable(RestoreError):
     """The worker cannot be isolated on this machine."""
 

@@ -7,6 +7,7 @@ and the end of the stream a WorkerLost with what the link knows of the reason.
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from qubes_restore_svc.errors import (
     NotABackup,
     ProtocolViolation,
     RestoreError,
+    SourceStalled,
     UsageError,
     WorkerLost,
     WorkerStalled,
@@ -51,6 +53,13 @@ WORKER_SAYS = "worker: "
 #: What an archive looks like that is not brought to its end.
 EARLY_ENDS = (EmptyInput, NotABackup, ArchiveTruncated, ArchiveUnreadable, BadArchive, MissingVolume)
 
+#: Seconds without data from the source after which it is named.
+NAMED_AFTER_S = 60
+#: Bytes that count as data: what brings less within that time brings nothing to speak of.
+LEAST_PROGRESS = 64 << 10
+#: Seconds that may lie between two signs of life of a worker that is listened to.
+_LONGEST_TICK_S = 1.0
+
 _READ_SIZE = 64 << 10
 #: Seconds more, in which a worker that only seemed to be silent can be heard.
 _GRACE_S = 1.0
@@ -69,6 +78,30 @@ class SessionOptions:
     ignore_size_limit: bool = False
     ignore_cost_limit: bool = False
     ahead: bool = False
+    stall_timeout_s: int | None = None  #: without data from the source, after which it ends; None: never
+
+
+class SourceClock:
+    """How long the source has kept the worker waiting without bringing anything to speak of.
+
+    Only such time counts as the worker spends on nothing but waiting for it, so neither a derivation that
+    takes minutes nor a slow disk is blamed on the source. It is set back by `LEAST_PROGRESS` bytes, not by
+    any byte.
+    """
+
+    def __init__(self) -> None:
+        self.stalled_s = 0.0
+        self._received = 0
+        self._last: float | None = None
+
+    def heard(self, progress: m.Progress, now: float) -> None:
+        """The worker has said this at the time `now`, in seconds of any clock."""
+        if not self._received <= progress.received < self._received + LEAST_PROGRESS:
+            self._received, self.stalled_s = progress.received, 0.0
+        elif progress.waiting_for_source and self._last is not None:
+            # No more than two signs of life are apart: this process may have been stopped, or busy.
+            self.stalled_s += min(now - self._last, _LONGEST_TICK_S)
+        self._last = now
 
 
 class SessionClient:
@@ -81,6 +114,9 @@ class SessionClient:
         self._decoder = FrameDecoder(0)
         self._payloads: Iterator[bytes] = iter(())
         self._log_lines = 0
+        self._clock = SourceClock()
+        self._stall_named = False
+        self._stall_timeout_s: int | None = None
         self._progress: deque[float] = deque(maxlen=MAX_PROGRESS)
         self._failure: Exception | None = None
         self._reader: asyncio.StreamReader
@@ -104,6 +140,7 @@ class SessionClient:
     async def open(self, options: SessionOptions) -> AsyncGenerator[m.WorkerMessage, None]:
         """Ask for the manifest; yields log and progress on the way, and the manifest as the last message."""
         message = _open_message(options, self._link.storage)
+        self._stall_timeout_s = options.stall_timeout_s
         await self._link.provide_archive()
         await self._send(message)
         while self._state.state is State.OPENING:
@@ -185,7 +222,18 @@ class SessionClient:
                 return message.model_copy(update={"text": WORKER_SAYS + one_phrase(message.text)})
             if isinstance(message, m.Progress):
                 await self._pace()
+                return self._watched(message) or message
             return message
+
+    def _watched(self, progress: m.Progress) -> m.Log | None:
+        """A warning, once, if the source has stalled. Raises SourceStalled if it has for too long."""
+        self._clock.heard(progress, time.monotonic())
+        stalled_s = int(self._clock.stalled_s)
+        what = f"no data from {self._link.source} for {stalled_s} s"
+        if self._stall_timeout_s is not None and stalled_s >= self._stall_timeout_s:
+            raise SourceStalled(what)
+        was_named, self._stall_named = self._stall_named, stalled_s >= NAMED_AFTER_S
+        return m.Log(level="warning", text=what) if self._stall_named and not was_named else None
 
     async def _read_in_time(self) -> bytes:
         # Twice: when this process has been stopped (Ctrl-Z) the first wait is over before it has looked.

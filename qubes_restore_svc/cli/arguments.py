@@ -18,6 +18,7 @@ from qubes_restore_svc import __version__
 from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, number_up_to, path
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.link.engine import worker_engine
+from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT
 
 _EPILOG = """\
 exit status: 0 everything that was asked for is there and verified; 1 nothing was;
@@ -42,6 +43,7 @@ class Arguments:
     compression_filter: str | None
     ignore_size_limit: bool
     ignore_cost_limit: bool
+    stall_timeout: int | None
     sandbox: bool
     verbose: bool
     quiet: bool
@@ -75,6 +77,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
         compression_filter=options.compression_filter,
         ignore_size_limit=options.ignore_size_limit,
         ignore_cost_limit=options.ignore_cost_limit,
+        stall_timeout=options.stall_timeout,
         sandbox=not options.no_sandbox,
         verbose=options.verbose,
         quiet=options.quiet,
@@ -166,6 +169,12 @@ def _command(
         "--ignore-cost-limit",
         action="store_true",
         help="accept keys that take longer to derive than a fast computer's backup asks for: minutes each",
+    )
+    parser.add_argument(
+        "--stall-timeout",
+        type=number_up_to(MAX_STALL_TIMEOUT),
+        metavar="SECONDS",
+        help="give up when the backup brings no data for so long; without it, for as long as you like",
     )
     parser.add_argument(
         "--no-sandbox",

@@ -113,6 +113,7 @@ def _prepare(arguments: Arguments) -> SessionOptions:
         compression_filter=arguments.compression_filter,
         ignore_size_limit=arguments.ignore_size_limit,
         ignore_cost_limit=arguments.ignore_cost_limit,
+        stall_timeout_s=arguments.stall_timeout,
         ahead=arguments.command != "list" and not arguments.qubes,
     )
 

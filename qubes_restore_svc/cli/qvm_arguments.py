@@ -15,6 +15,7 @@ from typing import Literal
 from qubes_restore_svc import __version__
 from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, not_empty, number_up_to, path
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT
 
 _MAX_VCPUS = 1024
 
@@ -67,6 +68,7 @@ class RestoreArguments:
     ignore_username_mismatch: bool
     ignore_size_limit: bool
     ignore_cost_limit: bool
+    stall_timeout: int | None
     compression_filter: str | None
     passphrase_file: str | None
     yes: bool
@@ -123,6 +125,7 @@ def parse_restore_arguments(words: Sequence[str]) -> RestoreArguments:
         ignore_username_mismatch=options.ignore_username_mismatch,
         ignore_size_limit=options.ignore_size_limit,
         ignore_cost_limit=options.ignore_cost_limit,
+        stall_timeout=options.stall_timeout,
         compression_filter=options.compression_filter,
         passphrase_file=options.passphrase_file,
         yes=options.yes,
@@ -219,6 +222,12 @@ def _add_misfits(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_backup(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--stall-timeout",
+        type=number_up_to(MAX_STALL_TIMEOUT),
+        metavar="SECONDS",
+        help="give up when the backup brings no data for so long; without it, it is waited for",
+    )
     group.add_argument(
         "-d",
         "--dest-vm",

@@ -104,6 +104,7 @@ class RemoteRestorer:
                 compression_filter=options.compression_filter,
                 ignore_size_limit=options.ignore_size_limit,
                 ignore_cost_limit=options.ignore_cost_limit,
+                stall_timeout=options.stall_timeout_s,
                 pool=self._pool,
                 worker=self._wishes,
             )

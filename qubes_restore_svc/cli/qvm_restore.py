@@ -111,6 +111,7 @@ def _session_options(arguments: RestoreArguments) -> SessionOptions:
         compression_filter=arguments.compression_filter,
         ignore_size_limit=arguments.ignore_size_limit,
         ignore_cost_limit=arguments.ignore_cost_limit,
+        stall_timeout_s=arguments.stall_timeout,
         ahead=not arguments.qubes,
     )
 

@@ -33,6 +33,11 @@ class Link(Protocol):
         ...
 
     @property
+    def source(self) -> str:
+        """Where the archive comes from, as the person knows it: `sys-usb`, `the file of the backup`."""
+        ...
+
+    @property
     def storage(self) -> Storage | None:
         """Where the worker has to fetch the archive itself; None if it has it, or gets it."""
         ...

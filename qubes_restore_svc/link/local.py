@@ -96,6 +96,14 @@ class LocalLink:
         return self._running().call(encode_descriptor(ServiceCall(service, argument, "dom0")))
 
     @property
+    def source(self) -> str:
+        """What kind of thing the descriptor is: its name is the caller's."""
+        mode = os.fstat(self._archive_fd).st_mode
+        if stat.S_ISFIFO(mode):
+            return "the pipe that brings the backup"
+        return "the file of the backup" if stat.S_ISREG(mode) else "the device that holds the backup"
+
+    @property
     def storage(self) -> None:
         """The worker has the archive from the start."""
 

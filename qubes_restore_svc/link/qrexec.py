@@ -183,6 +183,13 @@ class QrexecLink:
         return connection
 
     @property
+    def source(self) -> str:
+        """The qube that brings the archive, or dom0's file."""
+        if isinstance(self._location, Dom0File):
+            return "the file of the backup in dom0"
+        return self._location.qube
+
+    @property
     def storage(self) -> Storage | None:
         """Where the worker has to fetch the archive itself; None if it gets it."""
         return None if self._access is None else self._access.storage

@@ -239,6 +239,7 @@ def _session_options(request: c.OpenBackup) -> SessionOptions:
         compression_filter=request.compression_filter,
         ignore_size_limit=request.ignore_size_limit,
         ignore_cost_limit=request.ignore_cost_limit,
+        stall_timeout_s=request.stall_timeout,
         ahead=request.mode != "list" and not request.choice.names,
     )
 

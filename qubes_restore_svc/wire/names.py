@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 MAX_QUBES = 4096  #: qubes in one manifest
 MAX_NUMBER = (1 << 63) - 1  #: largest size or offset in any message, bytes
 MAX_COUNT = 1 << 31  #: largest number of anything that is counted
+MAX_STALL_TIMEOUT = 86_400  #: seconds
 MAX_PASSPHRASE = 4096  #: characters
 MAX_NOTES = 256_000  #: bytes
 MAX_TEXT = 1000  #: characters of a line that people read
@@ -77,6 +78,7 @@ Outcome = Literal["ok", "failed", "skipped"]
 
 Size = Annotated[int, Field(strict=True, ge=0, le=MAX_NUMBER)]  #: bytes
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+StallTimeout = Annotated[int, Field(strict=True, ge=1, le=MAX_STALL_TIMEOUT)]  #: seconds
 
 #: What libqrexec writes before every line: time, program, process, place in its source (log.c there).
 _LOG_MARKS = re.compile(

@@ -128,6 +128,11 @@ class KeyScheduler:
                 return
         _drop(job)
 
+    @property
+    def busy(self) -> bool:
+        """Is a key being derived at this moment? From any thread."""
+        return self._running > 0
+
     def close(self) -> None:
         """Give up what runs, within a tenth of a second, and drop what waits."""
         with self._budget.changed:

@@ -112,6 +112,11 @@ class Pipeline:
             self._emit(unclaimed)
         self._emit(m.Finished(archive_bytes=self._intake.position))
 
+    @property
+    def idle(self) -> bool:
+        """Is there nothing to unpack or to send until more of the archive comes? From any thread."""
+        return self._files.idle
+
     def progress(self) -> m.Progress:
         """How far it is now; may be called from any thread."""
         return m.Progress(archive_bytes=self._files.position, image_bytes=self._image_bytes)

@@ -34,6 +34,7 @@ class PlaintextFiles:
         self._events = events
         self._in_file = False
         self._position = 0
+        self.idle = False  #: does it wait for what the intake has not brought yet?
         self.chunk: int | None = None  #: number of the chunk that is being read
         self.damage: Damage | None = None  #: met right behind the file that was read last
 
@@ -47,7 +48,7 @@ class PlaintextFiles:
 
     def next_file(self) -> str | Passed | Damaged | ArchiveEnd:
         """The name of the next wanted file, or what is there in its place."""
-        event = self._events.get()
+        event = self._next_event()
         if isinstance(event, Passed | Damaged | ArchiveEnd):
             return event
         assert isinstance(event, FileStart)
@@ -65,7 +66,7 @@ class PlaintextFiles:
         Whoever does not exhaust it must close it before `drain`: it holds a chunk, and the intake may be
         waiting for its memory.
         """
-        while isinstance(event := self._events.get(), Chunk | Piece):
+        while isinstance(event := self._next_event(), Chunk | Piece):
             self.chunk = event.name.number
             dealt_with = event.end - event.size
             self._position = max(self._position, dealt_with)
@@ -83,7 +84,7 @@ class PlaintextFiles:
         """Pass over what is left of the current file; what was wrong with that part of it."""
         error = None
         while self._in_file:
-            event = self._events.get()
+            event = self._next_event()
             if isinstance(event, Chunk | Piece):
                 self._intake.release(event)
                 continue
@@ -93,6 +94,12 @@ class PlaintextFiles:
                 error = caught
         self.chunk = None
         return error
+
+    def _next_event(self) -> Event:
+        self.idle = True
+        event = self._events.get()
+        self.idle = False
+        return event
 
     def _end_file(self, event: Event) -> None:
         assert isinstance(event, FileEnd)

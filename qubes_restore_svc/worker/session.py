@@ -160,10 +160,22 @@ class Session:
             if self._state.state in (State.IDLE, State.CLOSED):
                 continue
             if self._pipeline is not None:
-                self._outbox.put_if_idle(self._pipeline.progress())
+                progress = self._pipeline.progress()
             else:
-                position = 0 if self._intake is None else self._intake.position
-                self._outbox.put_if_idle(m.Progress(archive_bytes=position))
+                progress = m.Progress(archive_bytes=0 if self._intake is None else self._intake.position)
+            source = {
+                "received": 0 if self._pass is None else self._pass.source.received,
+                "waiting_for_source": self._waits_for_source(),
+            }
+            self._outbox.put_if_idle(progress.model_copy(update=source))
+
+    def _waits_for_source(self) -> bool:
+        """Does everything wait for the source, and neither for a key nor for the unpacking or the broker?"""
+        if self._scheduler is not None and self._scheduler.busy:
+            return False
+        if self._pass is None:  # it has not even begun to bring the archive
+            return True
+        return self._pass.source.waited_for and (self._pipeline is None or self._pipeline.idle)
 
     def _in_thread(self, name: str, work: Callable[[], None]) -> None:
         """Run `work` in a thread; what goes wrong in it ends the session with Failed."""

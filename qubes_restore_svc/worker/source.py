@@ -49,6 +49,8 @@ class ArchiveSource:
         self._buffer = b""
         self._offset = 0
         self._gaps: list[tuple[int, int, OSError]] = []
+        self._waits = 0
+        self.received = 0  #: bytes that reading has brought, ahead of `position` or behind it
         self.position = position
 
     @property
@@ -63,17 +65,32 @@ class ArchiveSource:
                 return self._unreadable(error, max(gap_start, start))
         return None
 
+    @property
+    def waited_for(self) -> bool:
+        """Does a thread wait for data at this moment? From any thread."""
+        return self._waits > 0
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._waits += 1
+        try:
+            yield
+        finally:
+            self._waits -= 1
+
     def read_at(self, position: int, target: memoryview) -> int:
         """Fill `target` with what lies at `position`, wherever reading stands; how many bytes there were."""
         filled = 0
         while filled < len(target):
             try:
-                taken = os.preadv(self._fd, [target[filled:]], self._start + position + filled)
+                with self._waiting():
+                    taken = os.preadv(self._fd, [target[filled:]], self._start + position + filled)
             except OSError as error:
                 raise self._unreadable(error, position + filled) from error
             if not taken:
                 break
             filled += taken
+            self.received += taken
         return filled
 
     def will_need(self, position: int, size: int) -> None:
@@ -143,13 +160,19 @@ class ArchiveSource:
 
     def _system_read(self, size: int) -> bytes:
         try:
-            return os.read(self._fd, size)
+            with self._waiting():
+                data = os.read(self._fd, size)
+            self.received += len(data)
+            return data
         except OSError as error:
             return bytes(self._step_over(error, size))
 
     def _system_read_into(self, target: memoryview) -> int:
         try:
-            return os.readv(self._fd, [target])
+            with self._waiting():
+                taken = os.readv(self._fd, [target])
+            self.received += taken
+            return taken
         except OSError as error:
             passed = self._step_over(error, len(target))
             target[:passed] = bytes(passed)
@@ -210,7 +233,8 @@ class LateSource(ArchiveSource):
 
     def _be_connected(self) -> None:
         if self._fd < 0:
-            self._fd = self._connect()
+            with self._waiting():
+                self._fd = self._connect()
 
 
 @contextlib.contextmanager

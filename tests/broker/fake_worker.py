@@ -315,6 +315,10 @@ class FakeLink:
         return ours
 
     @property
+    def source(self) -> str:
+        return "sys-usb"
+
+    @property
     def storage(self) -> None:
         """It makes the archive up."""
 

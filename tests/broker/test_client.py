@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from qubes_restore_svc.broker import client as client_module
-from qubes_restore_svc.broker.client import MAX_PROGRESS, SessionClient, SessionOptions
+from qubes_restore_svc.broker.client import MAX_PROGRESS, SessionClient, SessionOptions, SourceClock
 from qubes_restore_svc.errors import (
     BadArchive,
     ProtocolViolation,
@@ -243,3 +243,40 @@ def test_a_worker_is_told_no_name_of_a_qube_but_that_of_the_one_that_holds_the_b
     }
     of_the_storage = {"Open.storage", "Storage.qube", "Storage.location_id"}
     assert said == of_the_archive | of_the_person | of_the_storage | {"Start.mode"}
+
+
+# --- A source that stalls ------------------------------------------------------------------------------
+
+
+def stalled_s(*heard: tuple[float, int, bool]) -> float:
+    clock = SourceClock()
+    for now, received, waiting in heard:
+        clock.heard(m.Progress(archive_bytes=0, received=received, waiting_for_source=waiting), now)
+    return clock.stalled_s
+
+
+SIGNS = [index / 2 for index in range(121)]
+
+
+def test_a_silent_source_has_stalled_after_its_time() -> None:
+    assert stalled_s(*((now, 0, True) for now in SIGNS)) == 60
+
+
+def test_a_source_that_brings_a_byte_now_and_then_has_stalled_all_the_same() -> None:
+    assert stalled_s(*((now, int(now / 5), True) for now in SIGNS)) == 60
+
+
+def test_a_slow_source_that_makes_progress_has_not_stalled() -> None:
+    assert stalled_s(*((now, int(now * 4096), True) for now in SIGNS)) < 20
+
+
+def test_time_in_which_something_else_is_done_is_not_blamed_on_the_source() -> None:
+    assert stalled_s(*((now, 0, False) for now in SIGNS)) == 0
+
+
+def test_time_in_which_nobody_listened_is_not_blamed_on_the_source() -> None:
+    assert stalled_s((0, 0, True), (600, 0, True)) == 1
+
+
+def test_a_second_pass_over_the_archive_begins_to_count_anew() -> None:
+    assert stalled_s((0, 1 << 20, True), (0.5, 1 << 20, True), (1, 0, True)) == 0

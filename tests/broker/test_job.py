@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from qubes_restore_svc.broker import job
+from qubes_restore_svc.broker import client, job
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
@@ -224,6 +224,26 @@ def test_the_source_is_asked_why_the_archive_breaks_off(target: Path, kind: str,
             assert told.reason == "it ends; the file could not be read (Input/output error)"
         else:
             assert (told.kind, told.reason) == (kind, "it ends")
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60, 61])
+def test_a_source_that_stalls_is_named_and_ends_the_job_if_it_was_asked_for(
+    target: Path, timeout_s: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter(range(10_000))
+    monkeypatch.setattr(client, "time", mock.Mock(monotonic=lambda: next(moments)))
+    monkeypatch.setattr(client, "MAX_PROGRESS", 1000)
+    script = honest(QUBES)
+    waiting = Say({"type": "progress", "archive_bytes": 1, "received": 7, "waiting_for_source": True})
+    script = script.before(script.find("volume_ready", "vm2", "root"), *[waiting] * 61)
+    options = SessionOptions(PASSPHRASE, stall_timeout_s=timeout_s)
+    outcome = run(script, target, options=options)
+    if timeout_s == 60:
+        assert outcome.error == "source-stalled: no data from sys-usb for 60 s"
+        assert outcome.outcomes == {"work": "restored", "vault": "failed", "empty": "failed"}
+    else:
+        assert outcome.status == 0
+        assert outcome.report.warnings == ["no data from sys-usb for 60 s"]
 
 
 def test_a_source_that_failed_behind_the_last_file_is_a_warning(target: Path) -> None:

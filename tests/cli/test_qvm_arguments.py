@@ -49,6 +49,7 @@ def test_every_option_of_the_stock_command() -> None:
         ignore_username_mismatch=True,
         ignore_size_limit=True,
         ignore_cost_limit=False,
+        stall_timeout=None,
         compression_filter="zstd",
         passphrase_file="-",
         yes=False,

@@ -78,6 +78,11 @@ class ThreadLink:
         return ours
 
     @property
+    def source(self) -> str:
+        """It is always a file."""
+        return "the file of the backup"
+
+    @property
     def storage(self) -> None:
         """The worker has the archive from the start."""
 

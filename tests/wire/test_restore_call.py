@@ -43,13 +43,15 @@ FULL: dict[str, Json] = {
         "type": "open", "protocol": 1, "mode": "restore", "passphrase": PASSPHRASE,
         "location": {"qube": "sys-usb", "text": "/media/usb/a b.qbackup", "service": True},
         "choice": CHOICE, "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
-        "pool": "vm-pool", "worker": {"template": "my-dvm", "memory": 4000, "vcpus": 2},
+        "stall_timeout": 600, "pool": "vm-pool", "worker": {"template": "my-dvm", "memory": 4000, "vcpus": 2},
     },
     "choose": {"type": "choose", "choice": CHOICE},
     "confirm": {"type": "confirm", "plan": 1},
     "cancel": {"type": "cancel"},
     "log": {"type": "log", "level": "warning", "text": "t", "key": "vm10"},
-    "progress": {"type": "progress", "archive_bytes": 1, "image_bytes": 2},
+    "progress": {
+        "type": "progress", "archive_bytes": 1, "image_bytes": 2, "received": 3, "waiting_for_source": True,
+    },
     "plan": {
         "type": "plan", "number": 1, "mode": "restore", "backup_id": "20260101T010203-1234",
         "archive_size": 7, "qubes": [QUBE], "unlisted": [{"name": "bad\u00e9", "error": ERROR}],
