@@ -41,12 +41,19 @@ class Room:
     """
 
     def __init__(
-        self, ask: Callable[[], tuple[int, int] | None], step: int, *, qube: str, volume: str
+        self,
+        ask: Callable[[], tuple[int, int] | None],
+        step: int,
+        *,
+        qube: str,
+        volume: str,
+        where: str = "on the disk",
     ) -> None:
         self._ask = ask
         self._qube = qube
         self._volume = volume
         self._step = step
+        self._where = where
         self._left = 0
 
     def take(self, count: int) -> None:
@@ -60,7 +67,7 @@ class Room:
             reserve = min(RESERVE, size // 20)
             if free - count < reserve:
                 raise NoSpace(
-                    f"{size_text(free)} are left on the disk, of which {size_text(reserve)} stay free for"
+                    f"{size_text(free)} are left {self._where}, of which {size_text(reserve)} stay free for"
                     " whatever else runs there",
                     qube=self._qube,
                     volume=self._volume,

@@ -104,7 +104,13 @@ class QubesQube:
                 name,
                 volume,
                 image_size,
-                Room(lambda: self._system.volume_room(name, volume), ROOM_STEP, qube=name, volume=volume),
+                Room(
+                    lambda: self._system.volume_room(name, volume),
+                    ROOM_STEP,
+                    qube=name,
+                    volume=volume,
+                    where="in the storage pool",
+                ),
             )
             self._sinks[volume] = sink
             return sink

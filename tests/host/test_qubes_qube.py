@@ -591,6 +591,8 @@ def test_a_restore_leaves_a_part_of_the_pool_free(
     monkeypatch.setattr(QubesSystem, "volume_room", lambda *_: (11 << 20, 200 << 20))
     with host.lock():
         sink = host.begin(new_qube()).create_volume("private", 1 << 30)
-        with pytest.raises(NoSpace, match="11 MiB are left on the disk, of which 10 MiB stay free") as caught:
+        with pytest.raises(
+            NoSpace, match="11 MiB are left in the storage pool, of which 10 MiB stay free"
+        ) as caught:
             sink.write(0, memoryview(bytes(2 << 20)))
         assert (caught.value.qube, caught.value.volume) == ("work", "private")
