@@ -20,7 +20,7 @@ TAR_SOURCE := tar --create --exclude=__pycache__ --exclude='*.so' --owner=0 --gr
 # Other systems know these packages under other names, and only inspect what is built.
 RPM_DEPENDENCIES := $(if $(wildcard /etc/fedora-release),,--nodeps)
 
-.PHONY: help demo test lint types check bench torture conformance format rpm deb clean system-demo system-test
+.PHONY: help demo test lint types check bench torture fuzz conformance format rpm deb clean system-demo system-test
 
 help:
 	@echo "make demo    write a sample backup, restore it in the sandbox, compare"
@@ -28,6 +28,7 @@ help:
 	@echo "make conformance QUBES=DIR   compare the emulation with the sources of Qubes R4.3 in DIR"
 	@echo "make bench   measure a restore beside the stock programs; BENCH_ARGS=--help for options"
 	@echo "make torture restore damaged archives, and restore on a system that fails; ARGS=--help for options"
+	@echo "make fuzz    feed every parser with what nobody would write; ARGS=--help for options"
 	@echo "make rpm     the packages for Fedora and dom0, in $(RPM)"
 	@echo "make deb     the packages for Debian, in $(DEB)"
 	@echo "make clean   remove what the other targets made"
@@ -67,9 +68,14 @@ bench: system-test $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,conformance]'
 	QUBES='$(if $(QUBES),$(abspath $(QUBES)))' $(BIN)/pytest -rPs tests/conformance
+
 # All of it takes two hours. The quick part of it is in `make test`.
 torture: system-test $(STAMP)
 	$(BIN)/python -m tests.torture $(ARGS)
+
+# With coverage to guide it where atheris is: pip install atheris
+fuzz: system-test $(STAMP)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # The packages are for the Python of the system, whatever PYTHON is.
 rpm:

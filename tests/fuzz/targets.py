@@ -1,0 +1,432 @@
+"""What is fuzzed: every parser of bytes or text that the other side of a boundary chooses.
+
+Strategy: a target is a function that gives any bytes to one parser. It may raise `RestoreError`, or the one
+error that the parser documents instead; everything else is a finding. Where two parts of the program must
+agree (a head that is accepted and the engines that derive it, a message and its encoding), the target asserts
+it. Seeds come from our own writers, so they are right and reach deep; the dictionary has the words that the
+formats are made of.
+"""
+
+import argparse
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qubes_restore_svc.archive import header, settings_files
+from qubes_restore_svc.archive.chunks import ChunkSequence, parse_chunk_name
+from qubes_restore_svc.archive.container import HEAD_SIZE, open_small, parse_head
+from qubes_restore_svc.archive.filters import BLOCK_SIZE, FILTERS, decompress
+from qubes_restore_svc.archive.inner_tar import read_image, read_small_file
+from qubes_restore_svc.archive.kdf import KdfEngine, OpensslEngine, best_engine
+from qubes_restore_svc.archive.members import MemberReader
+from qubes_restore_svc.archive.outer_tar import OuterTarReader
+from qubes_restore_svc.archive.qfile import QfileReader
+from qubes_restore_svc.archive.qubes_xml import parse_qubes_xml
+from qubes_restore_svc.archive.tar_header import BadTarHeader, parse_pax_records, parse_tar_header
+from qubes_restore_svc.archive.types import shown
+from qubes_restore_svc.archive.xml_tree import parse_xml
+from qubes_restore_svc.broker.config import parse_config
+from qubes_restore_svc.cli.arguments import parse_arguments
+from qubes_restore_svc.cli.inputs import read_passphrase
+from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
+from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.wire import messages, restore_call
+from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
+from qubes_restore_svc.wire.models import Message, encode_message
+from qubes_restore_svc.wire.names import strip_control, strip_control_lines
+from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor, parse_descriptor
+from qubes_restore_svc.wire.volume import Extent, VolumeDecoder, encode_end, encode_header, encode_record
+from tests.support.containers import compress, container_head, header_text, scrypt_container
+from tests.support.inner_archives import inner_tar, plain_tar
+from tests.support.outer_archive import qfile_stream
+from tests.support.plans import ImagePlan
+from tests.support.qubes_xml_writer import qubes_xml
+from tests.torture.sample import FIREWALL, chunky_sample, tight_sample
+
+Parser = Callable[[bytes], object]
+
+#: Most bytes that an input may expand to before a target stops reading.
+MOST = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parser with inputs that it accepts, and words that its format knows."""
+
+    name: str
+    parse: Parser
+    seeds: Callable[[], Sequence[bytes]]
+    words: Sequence[bytes] = ()
+
+    def run(self, data: bytes) -> bool:
+        """Was it accepted? Whatever else it raises than what it may is a finding."""
+        try:
+            self.parse(data)
+        except (RestoreError, BadTarHeader):
+            return False
+        return True
+
+
+# --- The archive ---------------------------------------------------------------------------------------
+
+
+def _walk(reader: MemberReader, data: bytes) -> None:
+    """Read members as the intake does, contents passed over."""
+    position = 0
+    for _ in range(2000):
+        while reader.content_left:
+            piece = data[position : position + reader.content_left]
+            position += len(piece)
+            reader.content(piece)
+            if not piece:
+                reader.eof()
+                return
+        wanted = reader.wanted
+        piece = data[position : position + wanted]
+        position += len(piece)
+        if not wanted or len(piece) < wanted:
+            reader.eof(piece)
+            return
+        reader.feed(piece)
+
+
+def _outer_tar(data: bytes) -> None:
+    _walk(OuterTarReader(), data)
+
+
+def _qfile(data: bytes) -> None:
+    _walk(QfileReader(), data)
+
+
+def _chunk_names(data: bytes) -> None:
+    sequence = ChunkSequence()
+    for line in data.split(b"\n")[:200]:
+        name = parse_chunk_name(line.decode("latin-1"))
+        assert name.member in line.decode("latin-1")
+        sequence.expect(name)
+
+
+def _header(data: bytes) -> None:
+    with suppress(RestoreError):
+        header.peek_version(data)
+    found = header.parse_header(data)
+    assert header.open_header(data, data) == found
+    assert found.backup_id.isascii()
+
+
+def _container(data: bytes) -> None:
+    """Every head that is accepted is one that the engines accept; a container opens or is refused."""
+    if data[:1] == b"\xff" and len(data) > 10:  # a forged head, with the right checksum
+        numbers = (int.from_bytes(data[2:6], "big"), int.from_bytes(data[6:10], "big"))
+        data = container_head(data[1], *numbers, bytes(32)) + data[10:].ljust(64, b"\0")
+    head = parse_head(data[:HEAD_SIZE])
+    for engine in _engines():
+        assert engine.memory(head.parameters) > 0
+        if head.parameters.log_n <= 4 and head.parameters.r * head.parameters.p <= 16:
+            (keys,) = engine.derive([head.request(b"pass")])
+            with suppress(RestoreError):
+                open_small(data, keys)
+
+
+@cache
+def _engines() -> tuple[KdfEngine, ...]:
+    return (OpensslEngine(), best_engine())
+
+
+def _filter(name: str) -> Parser:
+    def parse(data: bytes) -> None:
+        total = 0
+        for block in decompress(name, [data[: len(data) // 2], data[len(data) // 2 :]]):
+            assert 0 < len(block) <= BLOCK_SIZE
+            total += len(block)
+            if total > MOST:
+                return
+
+    return parse
+
+
+def _inner(data: bytes) -> None:
+    image = read_image([data[:700], data[700:]], "vm10/private.img", 1 << 40)
+    position = 0
+    for extent in image.extents:
+        assert position <= extent.offset and len(extent.data) > 0
+        position = extent.offset + len(extent.data)
+        assert position <= image.size
+
+
+def _small(data: bytes) -> None:
+    assert len(read_small_file([data], "vm10/firewall.xml", 1 << 16)) <= 1 << 16
+
+
+def _tar_header(data: bytes) -> None:
+    found = parse_tar_header(data[:512])
+    assert found.size >= 0 and found.name
+
+
+def _qubes_xml(data: bytes) -> None:
+    """What is read fits into a manifest, and that into a frame."""
+    content = parse_qubes_xml(data)
+    manifest = messages.Manifest(
+        backup_id="x",
+        format=4,
+        compression_filter="gzip",
+        qubes=tuple(qube.info for qube in content.qubes),
+        refused=content.refused,
+    )
+    assert messages.parse_worker_message(encode_message(manifest)) == manifest
+
+
+def _settings(data: bytes) -> None:
+    """What is read of a qube's settings can be sent."""
+    kind, rest = data[:1], data[1:]
+    if kind == b"f":
+        sent = messages.QubeSettings(key="vm10", firewall=settings_files.parse_firewall(rest))
+    elif kind == b"n":
+        sent = messages.QubeSettings(key="vm10", notes=settings_files.parse_notes(rest))
+    else:
+        sent = messages.QubeSettings(key="vm10", appmenus=settings_files.parse_appmenus(rest))
+    assert messages.parse_worker_message(encode_message(sent)) == sent
+
+
+# --- The wire ------------------------------------------------------------------------------------------
+
+
+def _framing(data: bytes) -> None:
+    decoder = FrameDecoder(MAX_FRAME)
+    half = len(data) // 3
+    payloads = [*decoder.feed(data[:half]), *decoder.feed(data[half:])]
+    if decoder.idle:
+        assert b"".join(map(encode_frame, payloads)) == data
+
+
+def _round_trip(parse: Callable[[bytes], Message]) -> Parser:
+    def parser(data: bytes) -> None:
+        message = parse(data)
+        # Free text is stripped when it is read, and may need more bytes than before; it stays what it is.
+        with suppress(RestoreError):
+            assert parse(encode_message(message)) == message
+
+    return parser
+
+
+def _volume(data: bytes) -> None:
+    decoder, position, end = VolumeDecoder(1 << 40), 0, 0
+    while wanted := decoder.wanted:
+        event = decoder.feed(data[position : position + wanted])
+        position += wanted
+        if isinstance(event, Extent):
+            assert end <= event.offset
+            end = event.offset + event.length
+            position += event.length
+
+
+def _descriptor(data: bytes) -> None:
+    call = parse_descriptor(data)
+    assert parse_descriptor(encode_descriptor(call)) == call
+
+
+# --- What people and other programs write ----------------------------------------------------------------
+
+
+def _config(data: bytes) -> None:
+    parse_config(data.decode("utf-8", "replace"))
+
+
+@cache
+def _passphrase_path() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fuzz-")) / "passphrase"
+
+
+def _passphrase(data: bytes) -> None:
+    _passphrase_path().write_bytes(data)
+    found = read_passphrase(str(_passphrase_path()), stdin_is_backup=False)
+    assert found and "\n" not in found
+
+
+def _arguments(parse: Callable[[Sequence[str]], object]) -> Parser:
+    def parser(data: bytes) -> None:
+        words = data.decode("utf-8", "surrogateescape").split("\n")
+        # argparse ends the process for what it does not accept, and says why.
+        said = io.StringIO()
+        with suppress(SystemExit, argparse.ArgumentError), redirect_stderr(said), redirect_stdout(said):
+            parse(words)
+
+    return parser
+
+
+def _location(data: bytes) -> None:
+    with suppress(ValidationError):
+        restore_call.BackupLocation(qube="sys-usb", text=data.decode("utf-8", "surrogateescape"))
+
+
+def _text(data: bytes) -> None:
+    """Cleaned text steers no terminal, whatever it was; to clean it again changes nothing."""
+    text = data.decode("utf-8", "surrogateescape")
+    for clean, allowed in ((strip_control, ""), (strip_control_lines, "\n\t")):
+        cleaned = clean(text)
+        assert clean(cleaned) == cleaned
+        assert all(char.isprintable() or char in allowed or char.isspace() for char in cleaned)
+    assert shown(data).isascii() or "…" in shown(data)
+
+
+# --- Seeds -----------------------------------------------------------------------------------------------
+
+_QUBE = (
+    b'{"key":"vm10","name":"work","klass":"AppVM","label":"red","volumes":[{"name":"private","size":4096}]}'
+)
+_ERROR = b'"error":{"kind":"bad-image","reason":"x","qube":null,"volume":null,"chunk":1,"advice":""}'
+
+
+def _image_archives() -> list[bytes]:
+    image = ImagePlan(8192, [(512, b"x" * 700), (4096, b"y" * 100)])
+    return [b"".join(inner_tar("vm10/private.img", image, sparse)) for sparse in ("gnu", "pax", "none")]
+
+
+def _containers() -> list[bytes]:
+    forged = b"\xff\x04" + (8).to_bytes(4, "big") + (1).to_bytes(4, "big") + b"x"
+    return [scrypt_container(b"text", b"pass", 1, 1, 1, bytes(32)), forged]
+
+
+def _messages(*fields: bytes) -> Callable[[], list[bytes]]:
+    return lambda: [b"{" + text + b"}" for text in fields]
+
+
+_WORKER = (
+    b'"type":"manifest","backup_id":"x","format":4,"compression_filter":"gzip","qubes":['
+    + _QUBE
+    + b'],"refused":[]',
+    b'"type":"volume_ready","key":"vm10","volume":"private","image_size":4096',
+    b'"type":"volume_done","key":"vm10","volume":"private","outcome":"failed",' + _ERROR,
+    b'"type":"volume_done","key":"vm10","volume":"private","outcome":"ok","image_size":1,"data_bytes":1,"sha256":"'
+    + b"0" * 64
+    + b'"',
+    b'"type":"qube_settings","key":"vm10","firewall":[{"action":"accept","proto":"tcp"}],"notes":"x"',
+    b'"type":"progress","archive_bytes":1,"image_bytes":1',
+    b'"type":"log","level":"info","text":"x","key":"vm10"',
+    b'"type":"failed",' + _ERROR,
+    b'"type":"finished","archive_bytes":1',
+)
+_BROKER = (
+    b'"type":"open","protocol":1,"passphrase":"x","memory":1,"jobs":1,"storage":{"qube":"a","location_id":"b"}',
+    b'"type":"start","mode":"restore","keys":["vm10"]',
+    b'"type":"skip_qube","key":"vm10"',
+    b'"type":"cancel"',
+)
+_CLIENT = (
+    b'"type":"open","mode":"restore","location":{"qube":"sys-usb","text":"/x"},"passphrase":"x","choice":'
+    b'{"names":["work"],"conflicts":"rename"},"worker":{"memory":400}',
+    b'"type":"choose","choice":{"missing":"skip"}',
+    b'"type":"confirm","plan":1',
+    b'"type":"cancel"',
+)
+_ANSWER = (
+    b'"type":"plan","number":1,"mode":"restore","backup_id":"x","qubes":[]',
+    b'"type":"volume_started","qube":"work","volume":"private","image_size":1',
+    b'"type":"qube_finished","qube":{"name":"work","klass":"AppVM","outcome":"restored"}',
+    b'"type":"refused",' + _ERROR,
+    b'"type":"report","mode":"restore","version":"1","started":"2026-01-01T00:00:00Z","finished":'
+    b'"2026-01-01T00:00:00Z","status":0',
+)
+_JSON_WORDS = (
+    *(b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"true", b"-1", b"1e9", b"9223372036854775807"),
+    *(b"\\u202e", b"\\ud800", b'"type":', b'"error":', b'"qubes":'),
+)
+_XML_WORDS = (
+    *(b"<!DOCTYPE x>", b"<!ENTITY a 'b'>", b"&a;", b"<![CDATA[", b"]]>", b"<domain", b"</domain>", b"class="),
+    *(b"<property name=", b"<feature name=", b"backup-path", b"..", b"vm10/", b"<rule>", b"dsthost"),
+    *(b"dstports", b"0-65535", b"::/0", b"<device", b"required="),
+)
+_TAR_WORDS = (
+    *(b"ustar\x0000", b"ustar  \0", b"\x80", b"77777777777\0", b"GNU.sparse.major=1\n", b"GNU.sparse.size="),
+    *(b"30 path=vm10/../../x\n", b"20 size=9999999\n", b"\0" * 512, b"0000000\0", b"S", b"x", b"g"),
+)
+
+
+def _no_arguments() -> list[bytes]:
+    return [b"extract\nbackup\n--to\nx\n-p\nfile", b"list\nbackup", b"verify\n-\n--memory\n100\n--jobs\n2"]
+
+
+def _sample_config() -> list[bytes]:
+    return [(Path(__file__).parents[2] / "etc/config.yaml").read_bytes(), b"worker:\n  memory: 4000\n"]
+
+
+def _streams(name: str) -> list[bytes]:
+    content = bytes(range(256)) * 4
+    return [b"".join(compress(name, [content])), b"".join(compress(name, [content, b"x" * 9000]))]
+
+
+def _targets() -> Iterator[Target]:
+    sample = tight_sample()
+    yield Target("outer-tar", _outer_tar, lambda: [sample.archive[:8192]], _TAR_WORDS)
+    yield Target("qfile", _qfile, lambda: [qfile_stream(sample.members)])
+    yield Target(
+        "tar-header", _tar_header, lambda: [sample.archive[:512], sample.archive[1024:1536]], _TAR_WORDS
+    )
+    yield Target(
+        "pax-records", parse_pax_records, lambda: [b"13 path=vm10\n21 mtime=1.123456789\n"], _TAR_WORDS
+    )
+    names = "\n".join(member.name for member in chunky_sample("none").members[2:]).encode()
+    yield Target("chunk-names", _chunk_names, lambda: [names], (b".000.enc", b".1000.enc", b"../", b"\0"))
+    words = (b"version=4\n", b"encrypted=True\n", b"hmac-algorithm=", b"backup-id=", b"compressed=False\n")
+    yield Target("header", _header, lambda: [header_text("gzip", "20260101T010203-1")], words)
+    yield Target("container", _container, _containers)
+    for name in FILTERS:
+        yield Target(f"filter-{name}", _filter(name), partial(_streams, name))
+    yield Target("inner-tar", _inner, _image_archives, _TAR_WORDS)
+    small = b"".join(plain_tar("vm10/firewall.xml", [FIREWALL.encode()], len(FIREWALL)))
+    yield Target("small-file", _small, lambda: [small], _TAR_WORDS)
+    yield Target("qubes-xml", _qubes_xml, lambda: [qubes_xml(sample.writer.qubes)], _XML_WORDS)
+    yield Target(
+        "xml-tree", lambda data: parse_xml(data, "x", 1 << 20), lambda: [FIREWALL.encode()], _XML_WORDS
+    )
+    rule = FIREWALL.replace(
+        "<rules/>",
+        '<rules><rule><properties><property name="action">accept</property><property name="dsthost">'
+        "10.0.0.0/8</property></properties></rule></rules>",
+    )
+    seeds = [b"f" + FIREWALL.encode(), b"f" + rule.encode(), b"nnotes\r\n", b"mfirefox.desktop\n"]
+    yield Target("settings", _settings, lambda: seeds, _XML_WORDS)
+    yield Target("framing", _framing, lambda: [encode_frame(b"{}") + encode_frame(b'{"a":1}')])
+    for name, parse, texts in (
+        ("worker-message", messages.parse_worker_message, _WORKER),
+        ("broker-message", messages.parse_broker_message, _BROKER),
+        ("client-message", restore_call.parse_client_message, _CLIENT),
+        ("broker-answer", restore_call.parse_broker_answer, _ANSWER),
+    ):
+        yield Target(name, _round_trip(parse), _messages(*texts), _JSON_WORDS)
+    volume = (
+        encode_header(4096) + encode_record(512, 4) + b"abcd" + encode_record(1024, 1) + b"e" + encode_end(5)
+    )
+    yield Target("volume-stream", _volume, lambda: [volume], (b"\xff" * 8, b"QRSVOLUM"))
+    call = ServiceCall("restore.Volume", "vm10.private", "dom0")
+    yield Target(
+        "descriptor", _descriptor, lambda: [encode_descriptor(call)], (b"restore.Session+", b" dom0\0")
+    )
+    yield Target(
+        "config", _config, _sample_config, (b"worker:\n", b"  - ", b"&a ", b"*a", b"!!python", b": null")
+    )
+    yield Target(
+        "passphrase", _passphrase, lambda: [b"correct horse\n", b"\xef\xbb\xbfx\r\n"], (b"\r\n", b"\0")
+    )
+    options = (b"--to\n", b"--jobs\n", b"--memory=", b"-p\n", b"--exclude\n", b"--compression\n", b"\n-\n")
+    yield Target("arguments", _arguments(parse_arguments), _no_arguments, options)
+    qvm = [b"backup\nwork", b"--verify-only\n-d\nsys-usb\n/mnt/x", b"--location-is-service\n-d\nnas\nX"]
+    yield Target(
+        "qvm-arguments", _arguments(parse_restore_arguments), lambda: qvm, (b"-d\n", b"--rename-conflicting")
+    )
+    yield Target(
+        "location", _location, lambda: [b"/mnt/backup", b"tar -c x | y"], (b"\xed\xa0\x80", b"\x1b[2J")
+    )
+    yield Target(
+        "text", _text, lambda: [b"text\n", "‮x".encode()], (b"\x1b[31m", b"\xe2\x80\xae", b"\xc2\x9b")
+    )
+
+
+#: Every target by its name.
+TARGETS = {target.name: target for target in _targets()}
