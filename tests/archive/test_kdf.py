@@ -117,7 +117,7 @@ def test_what_no_engine_can_do_is_refused_whatever_is_ignored(parameters: KdfPar
         assert "--ignore-cost-limit" not in caught.value.advice
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
 @pytest.mark.parametrize("parameters", IMPOSSIBLE)
 def test_an_engine_refuses_the_impossible_before_it_derives_anything(
     engine: KdfEngine, parameters: KdfParameters

@@ -7,7 +7,7 @@ import pytest
 
 from qubes_restore_svc.archive.container import HEAD_SIZE
 from qubes_restore_svc.errors import AuthenticationFailed, Cancelled
-from qubes_restore_svc.worker import opening, pipeline
+from qubes_restore_svc.worker import opening
 from qubes_restore_svc.worker.events import ArchiveEnd, Chunk
 from qubes_restore_svc.worker.plaintext import PlaintextFiles
 
@@ -33,7 +33,6 @@ def handed_on(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
             streams[name] = streams.get(name, b"") + piece
             yield piece
 
-    monkeypatch.setattr(pipeline, "decompress", spy)
     monkeypatch.setattr(opening, "decompress", spy)
     return streams
 
