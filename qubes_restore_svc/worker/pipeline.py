@@ -378,6 +378,9 @@ class Pipeline:
         """Why a volume that must come has not come."""
         name = qube.info.name
         if qube.stage is Stage.GIVEN_UP:
+            cause = qube.error
+            if cause is not None and not qube.incomplete and not isinstance(cause, SkippedOnRequest):
+                return as_restore_error(cause)  # that of a settings file: nothing else has told it
             return SkippedOnRequest(
                 "left out, because the qube cannot be restored completely",
                 qube=name,

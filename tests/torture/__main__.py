@@ -34,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.campaigns or [*CAMPAIGNS, *SYSTEM_CAMPAIGNS]:
         began = time.monotonic()
         numbers, outcome = _run(name, options)
-        for fault in outcome.faults:
-            print(fault, flush=True)
         faults += outcome.faults
         statuses = ", ".join(f"{count} × {status}" for status, count in sorted(outcome.statuses.items()))
         took = seconds(time.monotonic() - began)
@@ -49,7 +47,9 @@ def _run(name: str, options: argparse.Namespace) -> tuple[Sequence[int], Outcome
     first, last = options.range
     numbers = chosen(len(campaign), first, last, options.sample, options.seed)
 
-    def tell(done: int) -> None:
+    def tell(done: int, faults: Sequence[str]) -> None:
+        for fault in faults:
+            print(fault, flush=True)
         print(
             f"\r{name}: {done:,} of {len(numbers):,}",
             end="\n" if done == len(numbers) else "",

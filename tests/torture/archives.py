@@ -45,7 +45,7 @@ class Bits:
         byte = number // 8
         spans = self._sample.spans
         place = next(place for place, span in enumerate(spans) if byte < span.end)
-        hit = spans[place : place + 2] if byte >= spans[place].content_end else spans[place : place + 1]
+        hit = spans[place : place + 1 + (byte >= spans[place].content_end)]
         owners = {span.owner for span in hit}
         may_lose = self._sample.qubes if None in owners else [owner for owner in owners if owner]
         return Case(
@@ -110,7 +110,8 @@ def _move_to_the_end(members: list[RawMember], place: int, sample: Sample) -> li
 
 def _move_forward(members: list[RawMember], place: int, sample: Sample) -> list[RawMember]:
     rest = _drop(members, place, sample)
-    return [*rest[:3], members[place], *rest[3:]]
+    first = next(number for number, member in enumerate(rest) if sample.owner(member.name))
+    return [*rest[:first], members[place], *rest[first:]]
 
 
 def _swap_places(members: list[RawMember], place: int, sample: Sample) -> list[RawMember]:

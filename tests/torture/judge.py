@@ -23,6 +23,7 @@ DAMAGE_KINDS = frozenset(
         "unsupported-format",
         "archive-truncated",
         "bad-archive",
+        "archive-damaged",
         "bad-header",
         "unknown-filter",
         "wrong-passphrase",
@@ -59,7 +60,7 @@ def judge(case: Case, report: Report, target: Path) -> list[str]:
     return [
         *_dishonest(report, restored, wanted),
         *_wrong_content(case, report, target),
-        *_left(restored, target),
+        *_left(report, restored, target),
         *_unnamed(report),
         *(f"{name} was lost, which was not hit" for name in sorted(wanted - restored - case.may_lose)),
     ]
@@ -91,8 +92,13 @@ def _wrong_content(case: Case, report: Report, target: Path) -> list[str]:
     return wrong
 
 
-def _left(restored: Collection[str], target: Path) -> list[str]:
+def _left(report: Report, restored: Collection[str], target: Path) -> list[str]:
     there = {path.name for path in target.iterdir()} if target.exists() else set()
+    # Complete, and called a failure because a settings file of it came too late to be applied.
+    late = {
+        qube.name for qube in report.qubes if qube.error and "stands behind the files" in qube.error.reason
+    }
+    there -= late - set(restored)
     return [f"{name} is there and was not restored" for name in sorted(there - set(restored))] + [
         f"{name} was restored and is not there" for name in sorted(set(restored) - there)
     ]

@@ -37,7 +37,7 @@ from tests.system.support import (
 )
 
 from .judge import DAMAGE_KINDS, OUR_MISTAKE
-from .runner import Outcome
+from .runner import Outcome, Tell, silent
 
 #: System calls of broker and worker, and the errors that each of them may really give.
 FAULTS: dict[str, tuple[int, ...]] = {
@@ -140,7 +140,7 @@ SYSTEM_CAMPAIGNS: dict[str, Callable[[], Sequence[CallCase | SignalCase]]] = {
 
 
 def run_system_campaign(
-    campaign: str, numbers: Sequence[int], processes: int, tell: Callable[[int], None] = lambda _: None
+    campaign: str, numbers: Sequence[int], processes: int, tell: Tell = silent
 ) -> Outcome:
     """Run the cases of these numbers, `processes` at a time."""
     cases, outcome = SYSTEM_CAMPAIGNS[campaign](), Outcome()
@@ -148,8 +148,9 @@ def run_system_campaign(
         results = pool.map(lambda number: run_system_case(cases[number]), numbers)
         for done, (number, (status, faults)) in enumerate(zip(numbers, results, strict=True), 1):
             outcome.statuses[status] += 1
-            outcome.faults += [f"{campaign} {number} ({cases[number]}): {fault}" for fault in faults]
-            tell(done)
+            told = [f"{campaign} {number} ({cases[number]}): {fault}" for fault in faults]
+            outcome.faults += told
+            tell(done, told)
     return outcome
 
 
@@ -190,8 +191,8 @@ def _run_call_case(case: CallCase, directory: Path) -> tuple[str, list[str]]:
             run.wait_taken()
             with _attached(case, run.process.pid if case.side == "broker" else worker, trace):
                 _feed(run, archive[first:])
-                run.process.wait(_PATIENCE_S)
-        run.process.wait(_PATIENCE_S)
+                _wait(run)
+        _wait(run)
         ended = run.outcome()
         # strace ends with the signal that ended what it traced, or with its status.
         struck = "INJECTED" in trace.read_text(errors="replace")
@@ -201,6 +202,14 @@ def _run_call_case(case: CallCase, directory: Path) -> tuple[str, list[str]]:
     if not struck and ended.status != COMPLETE:
         faults.append("nothing was injected, and it failed")
     return (str(ended.status) if struck else "not struck"), [*faults, *(_said(ended) if faults else [])]
+
+
+def _wait(run: Run) -> None:
+    try:
+        run.process.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        run.process.kill()  # or whoever feeds it would wait for ever
+        raise
 
 
 def _feed(run: Run, data: bytes) -> None:
