@@ -20,7 +20,7 @@ TAR_SOURCE := tar --create --exclude=__pycache__ --exclude='*.so' --owner=0 --gr
 # Other systems know these packages under other names, and only inspect what is built.
 RPM_DEPENDENCIES := $(if $(wildcard /etc/fedora-release),,--nodeps)
 
-.PHONY: help demo test lint types check bench torture fuzz conformance format rpm deb clean system-demo system-test
+.PHONY: help demo test lint types check bench torture fuzz mutants conformance format rpm deb clean system-demo system-test
 
 help:
 	@echo "make demo    write a sample backup, restore it in the sandbox, compare"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench   measure a restore beside the stock programs; BENCH_ARGS=--help for options"
 	@echo "make torture restore damaged archives, and restore on a system that fails; ARGS=--help for options"
 	@echo "make fuzz    feed every parser with what nobody would write; ARGS=--help for options"
+	@echo "make mutants break important lines, one at a time, and see which of them no test notices"
 	@echo "make rpm     the packages for Fedora and dom0, in $(RPM)"
 	@echo "make deb     the packages for Debian, in $(DEB)"
 	@echo "make clean   remove what the other targets made"
@@ -72,6 +73,10 @@ conformance: $(STAMP)
 # All of it takes two hours. The quick part of it is in `make test`.
 torture: system-test $(STAMP)
 	$(BIN)/python -m tests.torture $(ARGS)
+
+# Takes ten minutes.
+mutants: system-test $(STAMP)
+	$(BIN)/python -m tests.torture.mutants $(ARGS)
 
 # With coverage to guide it where atheris is: pip install atheris
 fuzz: system-test $(STAMP)

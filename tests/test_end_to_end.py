@@ -11,7 +11,7 @@ from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY
 from qubes_restore_svc.link.local import LocalLink
 
-from .support.backup_writer import BackupWriter, Replacements
+from .support.backup_writer import BackupWriter, RawMember, Replacements, join_members
 from .support.compare import differences, sha256
 from .support.damage import DAMAGES, Damage, cut_off, flip_bit, sample_backup
 from .support.fixtures import expectation, shared_fixture
@@ -114,6 +114,18 @@ def test_dom0s_home_is_extracted_only_when_it_is_named_and_stays_closed(tmp_path
     home = tmp_path / "named/dom0/home.tar"
     (volume,) = report.qubes[[qube.name for qube in report.qubes].index("dom0")].volumes
     assert (home.stat().st_size, sha256(home)) == (volume.size, volume.sha256)
+
+
+@pytest.mark.parametrize("behind", ["vm10/private.img.000.enc", "vm10/private.img.003.enc", "the last one"])
+def test_a_member_that_is_no_chunk_is_named_and_costs_nothing(behind: str, tmp_path: Path) -> None:
+    members = list(sample_backup().members())
+    places = [place for place, member in enumerate(members) if member.name == behind] or [len(members) - 1]
+    members.insert(places[0] + 1, RawMember("backup-header", b"again"))
+    backup = tmp_path / "backup"
+    backup.write_bytes(join_members(members))
+    report = restore(backup, tmp_path / "out")
+    assert report.status == COMPLETE
+    assert any("'backup-header'" in line for line in report.warnings)
 
 
 def test_a_selected_qube_is_restored_and_the_others_are_not(tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ from qubes_restore_svc.worker.source import ArchiveSource
 #: Content is read in pieces of this size, bytes: the reader must see it, and a cancel must be noticed.
 _PIECE = 4 << 20
 
+#: Most members between the chunks of one file that are told of.
+_MAX_PASSED_BY = 100
+
 #: What is not wanted is skipped in pieces of this size, bytes, so that a cancel is noticed.
 _SKIP_PIECE = 64 << 20
 
@@ -85,6 +88,7 @@ class Intake:
         self._next: Member | None = None
         self._file: str | None = None
         self._last_file = ""
+        self._passed_by: list[Passed] = []
         self._last_piece = ""  # the member name of the last one, format 3 only
         self._content_end = 0  # of the last member, bytes from the beginning
         self._damages: list[Damage] = []  # met in the current file, or right behind it
@@ -320,7 +324,7 @@ class Intake:
             try:
                 name = parse_name(member.name)
             except BadArchive:
-                self._events.put(Passed(member.name, foreign=True))
+                self._pass_by(Passed(member.name, foreign=True))
                 self.skip_content(self._reader.content_left)
                 continue
             if name is None:
@@ -349,6 +353,13 @@ class Intake:
             if self._next is None:
                 self.skip_content(self._reader.content_left)
                 self._content_end = self._source.position
+
+    def _pass_by(self, foreign: Passed) -> None:
+        """Tell of a member that is no chunk; not within the events of a file, which it does not end."""
+        if self._file is None:
+            self._events.put(foreign)
+        elif len(self._passed_by) < _MAX_PASSED_BY:
+            self._passed_by.append(foreign)
 
     def _stray_mac(self, member: Member) -> None:
         """A MAC that was not taken with its piece: that was not wanted, or it is missing."""
@@ -402,6 +413,9 @@ class Intake:
             self._file = None
             harmful = [damage for damage in self._damages if not damage.harmless]
             self._events.put(FileEnd(error, harmful[-1] if harmful else None))
+            for foreign in self._passed_by:
+                self._events.put(foreign)
+            self._passed_by.clear()
             self._tell_damages()
 
     def _read_into(self, target: memoryview) -> None:

@@ -360,9 +360,9 @@ def _unnamed(ended: Ended, error: int) -> list[str]:
 
 def _names(ended: Ended, error: int) -> bool:
     words = {
-        errno.ENOMEM: ("memory",),
+        errno.ENOMEM: ("memory", "threads"),
         errno.EAGAIN: ("temporarily unavailable", "threads", "processes"),
-        errno.EMFILE: ("open files", "descriptors"),
+        errno.EMFILE: ("files open", "open files", "descriptors"),
         errno.ENOSPC: ("no space", "no room"),
         errno.EIO: ("input/output error", "read error"),
         errno.EINTR: ("interrupted",),

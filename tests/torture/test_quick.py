@@ -12,10 +12,12 @@ import pytest
 
 from qubes_restore_svc.broker.report import COMPLETE, ErrorReport, Report
 from qubes_restore_svc.errors import HostFailed
+from tests.support.fixtures import REPOSITORY
 from tests.support.restoring import restore
 
 from .archives import CAMPAIGNS, chosen
 from .judge import Case, judge
+from .mutants import MUTANTS
 from .runner import run_numbers
 from .sample import tight_sample
 from .systems import SYSTEM_CAMPAIGNS, call_cases, run_system_case, signal_cases
@@ -105,3 +107,12 @@ def test_the_judge_sees_each_kind_of_lie(
     assert report.status == COMPLETE and not judge(case, report, tmp_path / "target")
     lie(report, tmp_path / "target")
     assert told in "\n".join(judge(case, report, tmp_path / "target"))
+
+
+def test_every_line_that_is_to_be_broken_is_there_once(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "qubes_restore_svc", tmp_path / "qubes_restore_svc")
+    for mutant in MUTANTS:
+        text = mutant.apply(tmp_path)
+        (tmp_path / "qubes_restore_svc" / mutant.file).write_text(text)
+        assert all((REPOSITORY / word).exists() for word in mutant.tests.split() if word.startswith("tests/"))
+    assert len(MUTANTS) >= 60

@@ -1,0 +1,375 @@
+"""`make mutants`: important lines broken one at a time, and the tests that have to notice.
+
+    python -m tests.torture.mutants [NUMBER ...]
+
+Strategy: a table of lines on which the invariants rest, each with what takes its place, and the tests that
+must fail then. A scratch copy of the tree is changed, tested, and changed back. What survives is a missing
+test, and status 1.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.fixtures import REPOSITORY
+
+_PATIENCE_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """In `file` of the package, `line` (a piece of text that stands there once) becomes `instead`."""
+
+    file: str
+    line: str
+    instead: str
+    tests: str
+
+    def apply(self, tree: Path) -> str:
+        """Break it; the text as it was."""
+        path = tree / "qubes_restore_svc" / self.file
+        text = path.read_text()
+        if text.count(self.line) != 1:
+            raise ValueError(f"{self.file} has {text.count(self.line)} times: {self.line}")
+        path.write_text(text.replace(self.line, self.instead))
+        return text
+
+
+# fmt: off
+_ROWS = (
+    # What is authentic, and in which order
+    (
+        "archive/container.py",
+        "if not hmac.compare_digest(mac, view[-TAIL_SIZE:]):",
+        "if False:",
+        "tests/archive/test_container.py",
+    ),
+    (
+        "archive/container.py",
+        "return hmac.compare_digest(mac, head.raw[_HEAD_MAC_AT:])",
+        "return True",
+        "tests/archive/test_container.py",
+    ),
+    ("archive/container.py", "!= checksum:", "== b'':", "tests/archive/test_container.py"),
+    (
+        "archive/container.py",
+        "    check_cost(parameters, ignore_cost_limit=ignore_cost_limit)\n",
+        "",
+        "tests/archive/test_container.py",
+    ),
+    ("archive/container.py", "if version != 0:", "if False:", "tests/archive/test_container.py"),
+    ("archive/header.py", "if untrusted_text != text:", "if False:", "tests/archive/test_header.py"),
+    (
+        "archive/kdf.py",
+        "if parameters.work > MAX_WORK and not ignore_cost_limit:",
+        "if False:",
+        "tests/archive/test_kdf.py",
+    ),
+    (
+        "archive/kdf.py",
+        "    check_possible(parameters)\n    if parameters.work",
+        "    if parameters.work",
+        "tests/archive/test_kdf.py",
+    ),
+    (
+        "archive/openssl.py",
+        'if not hmac.compare_digest(mac, bytes.fromhex(match[1].decode("ascii"))):',
+        "if False:",
+        "tests/archive",
+    ),
+    (
+        "archive/members.py",
+        'if any(component in (b"", b".", b"..") for component in name.split(b"/")):',
+        "if False:",
+        "tests/archive/test_members.py tests/archive/test_outer_tar.py",
+    ),
+    ("archive/filters.py", "    source.check_end()\n", "", "tests/archive/test_filters.py"),
+    (
+        "archive/filters.py",
+        "if engine is not None or not ended:",
+        "if False:",
+        "tests/archive/test_filters.py",
+    ),
+    ("archive/filters.py", "max_window_size=MAX_WINDOW", "", "tests/archive/test_filters.py"),
+    ("archive/sparse.py", "if offset < end:", "if False:", "tests/archive/test_sparse.py"),
+    (
+        "archive/sparse.py",
+        "if offset + length > self.image_size:",
+        "if False:",
+        "tests/archive/test_sparse.py",
+    ),
+    (
+        "archive/sparse.py",
+        "if self.data_size != stored_size:",
+        "if False:",
+        "tests/archive/test_sparse.py",
+    ),
+    ("archive/sparse.py", "if self._entries > MAX_ENTRIES:", "if False:", "tests/archive/test_sparse.py"),
+    (
+        "archive/settings_files.py",
+        'if root.keys() != ["version"]:',
+        "if False:",
+        "tests/archive/test_settings_files.py",
+    ),
+    (
+        "archive/settings_files.py",
+        "if name in fields:",
+        "if False:",
+        "tests/archive/test_settings_files.py",
+    ),
+    # The worker
+    (
+        "worker/pipeline.py",
+        "qube.firewall = ()  #",
+        "pass  #",
+        "tests/worker/test_pipeline.py tests/test_end_to_end.py",
+    ),
+    (
+        "worker/pipeline.py",
+        "        qube.settle_doubts()\n",
+        "",
+        "tests/worker/test_pipeline.py tests/test_end_to_end.py tests/torture",
+    ),
+    (
+        "worker/pipeline.py",
+        "            self._selection.doubt(damage, event.after)\n",
+        "",
+        "tests/worker/test_pipeline.py tests/test_end_to_end.py tests/torture",
+    ),
+    ("worker/pipeline.py", "            qube.give_up(error)\n", "", "tests/worker/test_pipeline.py"),
+    ("worker/__main__.py", "    _restrict_process()\n", "", "tests/worker/test_daemon.py"),
+    ("worker/__main__.py", "        forbid_the_rest()\n", "", "tests/link tests/worker/test_daemon.py"),
+    (
+        "cli/interruption.py",
+        "        self._act = lambda: None\n",
+        "        pass\n",
+        "tests/cli/test_main.py -k signal",
+    ),
+    # What dom0 believes
+    (
+        "wire/framing.py",
+        "if not 0 < length <= self.limit:",
+        "if length > 1 << 40:",
+        "tests/wire/test_framing.py",
+    ),
+    (
+        "wire/framing.py",
+        "if len({key for key, _ in untrusted_members}) != len(untrusted_members):",
+        "if False:",
+        "tests/wire/test_framing.py",
+    ),
+    ("wire/models.py", 'extra="forbid"', 'extra="ignore"', "tests/wire"),
+    ("wire/models.py", "strict=True, frozen=True", "strict=False, frozen=True", "tests/wire"),
+    ("wire/models.py", "    check_json(untrusted_payload)\n", "", "tests/wire"),
+    ("wire/models.py", "if size > message.max_size:", "if False:", "tests/wire"),
+    ("wire/volume.py", "if untrusted_offset < self._position:", "if False:", "tests/wire/test_volume.py"),
+    (
+        "wire/volume.py",
+        "if untrusted_offset + untrusted_length > self._image_size:",
+        "if False:",
+        "tests/wire/test_volume.py",
+    ),
+    (
+        "wire/volume.py",
+        "if untrusted_data_bytes != self._data_bytes:",
+        "if False:",
+        "tests/wire/test_volume.py",
+    ),
+    (
+        "wire/volume.py",
+        "if untrusted_size > self._max_image_size:",
+        "if False:",
+        "tests/wire/test_volume.py",
+    ),
+    (
+        "wire/names.py",
+        '"\\ufffd" if unicodedata.category(char) in _FORBIDDEN_CATEGORIES else char',
+        "char",
+        "tests/wire/test_names.py",
+    ),
+    (
+        "broker/ledger.py",
+        "if claim not in self._unannounced:",
+        "if False:",
+        "tests/broker/test_ledger.py",
+    ),
+    (
+        "broker/ledger.py",
+        "if message.image_size > self._limits[claim]:",
+        "if False:",
+        "tests/broker/test_ledger.py",
+    ),
+    (
+        "broker/ledger.py",
+        "if self._current not in (None, message.key):",
+        "if False:",
+        "tests/broker/test_ledger.py",
+    ),
+    ("broker/ledger.py", "if claim not in self._unanswered:", "if False:", "tests/broker/test_ledger.py"),
+    (
+        "broker/ledger.py",
+        "if any(key == message.key for key, _ in self._unanswered):",
+        "if False:",
+        "tests/broker/test_ledger.py",
+    ),
+    (
+        "broker/ledger.py",
+        "if self._unanswered or self._unsettled:",
+        "if False:",
+        "tests/broker/test_ledger.py",
+    ),
+    (
+        "broker/ledger.py",
+        'if message.outcome == "ok" and not self._is_as_announced(claim, message.image_size):',
+        "if False:",
+        "tests/broker/test_ledger.py",
+    ),
+    (
+        "broker/ledger.py",
+        "kind = RestoreError if isinstance(error, _NOT_THE_WORKERS_TO_SAY) else type(error)",
+        "kind = type(error)",
+        "tests/broker/test_ledger.py tests/broker/test_hostile_worker.py",
+    ),
+    (
+        "broker/receiver.py",
+        "if (done.data_bytes, done.image_size) != (result, expected):",
+        "if False:",
+        "tests/broker/test_receiver.py tests/broker/test_hostile_stream.py",
+    ),
+    (
+        "broker/receiver.py",
+        "            if _receive(connection, buffer):",
+        "            if False:",
+        "tests/broker/test_receiver.py",
+    ),
+    (
+        "broker/restore.py",
+        '        await self._roll_back(qube)\n        self._conclude(qube, "failed")',
+        '        self._conclude(qube, "failed")',
+        "tests/broker/test_restore.py",
+    ),
+    (
+        "broker/restore.py",
+        'elif any(volume.outcome != "ok" for volume in qube.report.volumes):',
+        "elif False:",
+        "tests/broker",
+    ),
+    (
+        "broker/report.py",
+        "elif error is None and all(qube.succeeded for qube in wanted):",
+        "elif error is None:",
+        "tests/broker/test_report.py",
+    ),
+    (
+        "owners.py",
+        "    if status.st_mode & stat.S_IWOTH:",
+        "    if False:",
+        "tests/broker/test_config.py",
+    ),
+    (
+        "broker/allowlist.py",
+        "            case Standing.NEVER:\n                return False\n",
+        "            case Standing.NEVER:\n                return True\n",
+        "tests/broker/test_allowlist.py",
+    ),
+    (
+        "broker/allowlist.py",
+        "if device.bus not in self._devices:",
+        "if False:",
+        "tests/broker/test_allowlist.py",
+    ),
+    # What is on the disk
+    (
+        "host/filesystem.py",
+        "return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)",
+        "return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)",
+        "tests/host/test_filesystem.py tests/host/test_directory.py tests/host/test_directory_layout.py",
+    ),
+    (
+        "host/filesystem.py",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW",
+        "os.O_WRONLY | os.O_CREAT",
+        "tests/host/test_filesystem.py",
+    ),
+    ("host/filesystem.py", "        os.fsync(directory)\n", "        pass\n", "tests/host"),
+    (
+        "host/directory_qube.py",
+        "            os.fsync(self._file)\n",
+        "",
+        "tests/host/test_directory_qube.py tests/host/test_directory_qube_volumes.py",
+    ),
+    (
+        "host/directory_qube.py",
+        "            os.fsync(file)\n",
+        "",
+        "tests/host/test_directory_qube.py tests/host/test_directory_qube_volumes.py",
+    ),
+    (
+        "host/directory_qube.py",
+        "                sync_directory(self._inside)\n",
+        "",
+        "tests/host/test_directory_qube.py",
+    ),
+    (
+        "host/directory_qube.py",
+        "            sync_directory(self._directory)\n",
+        "",
+        "tests/host/test_directory_qube.py",
+    ),
+    (
+        "host/directory_qube.py",
+        "                    remove_partial(self._partial, self._inside, dir_fd=self._directory)\n",
+        "                    pass\n",
+        "tests/host/test_directory_qube.py",
+    ),
+    (
+        "host/directory_qube.py",
+        "            if actual != size:",
+        "            if False:",
+        "tests/host/test_directory_qube.py tests/host/test_directory_qube_volumes.py",
+    ),
+    (
+        "link/limits.py",
+        "resource.RLIMIT_FSIZE: 0,",
+        "resource.RLIMIT_FSIZE: 1 << 40,",
+        "tests/link/test_local.py tests/link/test_sandbox.py",
+    ),
+)
+# fmt: on
+MUTANTS = tuple(Mutant(*row) for row in _ROWS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its status."""
+    numbers = [int(word) for word in (sys.argv[1:] if argv is None else argv)] or range(len(MUTANTS))
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        tree = Path(name) / "tree"
+        shutil.copytree(REPOSITORY, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", ".*_cache"))
+        for number in numbers:
+            mutant = MUTANTS[number]
+            text = mutant.apply(tree)
+            noticed = _noticed(tree, mutant)
+            (tree / "qubes_restore_svc" / mutant.file).write_text(text)
+            survivors += not noticed
+            outcome = "noticed" if noticed else "SURVIVES"
+            print(f"{number}: {outcome}: {mutant.file}: {mutant.line.strip()}", flush=True)
+    print(f"{len(numbers)} lines broken, {survivors} not noticed")
+    return 1 if survivors else 0
+
+
+def _noticed(tree: Path, mutant: Mutant) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += mutant.tests.split()
+    try:
+        return subprocess.run(command, cwd=tree, capture_output=True, timeout=_PATIENCE_S).returncode == 1
+    except subprocess.TimeoutExpired:
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
