@@ -6,13 +6,16 @@ once, and the thread is left to itself. Every piece of work has a thread of its 
 free one.
 """
 
+import _thread
 import asyncio
 import contextlib
-import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 _T = TypeVar("_T")
+
+#: Seconds in which a thread has begun, or never will.
+_BEGIN_S = 10.0
 
 
 async def in_thread(
@@ -61,6 +64,7 @@ def started(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_
     answer: asyncio.Future[_T] = loop.create_future()
 
     def settle(result: _T | None, error: BaseException | None) -> None:
+        patience.cancel()
         if answer.done():  # it was cancelled
             return
         if error is not None:
@@ -68,7 +72,17 @@ def started(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_
         else:
             answer.set_result(result)  # type: ignore[arg-type] # there is no error, so it is the result
 
+    claim = _thread.allocate_lock()
+
+    def give_up() -> None:
+        if claim.acquire(blocking=False):  # the thread died before it came to the work
+            settle(None, MemoryError())
+
+    patience = loop.call_later(_BEGIN_S, give_up)
+
     def work() -> None:
+        if not claim.acquire(blocking=False):
+            return
         result, error = None, None
         try:
             result = function(*arguments)
@@ -77,9 +91,9 @@ def started(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result, error)
 
-    thread = threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True)
     try:
-        thread.start()
+        # `Thread.start` would wait until the thread runs: for ever, if it dies first for want of memory.
+        _thread.start_new_thread(work, ())
     except RuntimeError:
         work()
     return answer

@@ -1,10 +1,13 @@
 """Work that a cancel does not leave running."""
 
+import _thread
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 
+from qubes_restore_svc import waiting
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.waiting import ask, in_thread, to_the_end
 
@@ -79,12 +82,28 @@ async def test_a_question_is_left_to_itself_by_a_cancel() -> None:
 
 
 async def test_work_is_done_here_and_now_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: threading.Thread) -> None:
+    def refuse(*_: object) -> int:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     assert await in_thread(max, 3, 5) == 5
     assert await ask(max, 3, 5) == 5
+
+
+async def test_a_thread_that_dies_before_its_work_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Callable[[], None]] = []
+
+    def die(work: Callable[[], None], _: tuple[()]) -> int:
+        begun.append(work)
+        return 0
+
+    monkeypatch.setattr(_thread, "start_new_thread", die)
+    monkeypatch.setattr(waiting, "_BEGIN_S", 0.01)
+    done: list[int] = []
+    with pytest.raises(MemoryError):
+        await asyncio.wait_for(in_thread(done.append, 1), 20)
+    begun[0]()  # it was only slow: the work is given up all the same
+    assert not done
 
 
 async def test_work_that_cancels_itself_is_cancelled() -> None:

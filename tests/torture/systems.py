@@ -361,7 +361,7 @@ def _unnamed(ended: Ended, error: int) -> list[str]:
 def _names(ended: Ended, error: int) -> bool:
     words = {
         errno.ENOMEM: ("memory", "threads"),
-        errno.EAGAIN: ("temporarily unavailable", "threads", "processes"),
+        errno.EAGAIN: ("temporarily unavailable", "threads", "processes", "memory"),
         errno.EMFILE: ("files open", "open files", "descriptors"),
         errno.ENOSPC: ("no space", "no room"),
         errno.EIO: ("input/output error", "read error"),
