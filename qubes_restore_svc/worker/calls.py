@@ -41,7 +41,7 @@ class PassedCalls:
         self._channel.send(READY)
 
     async def accept(self) -> socket.socket | None:
-        """The next call's connection, None when the link has gone."""
+        """The next call's connection, None when the link has gone. Raises OSError for what else fails."""
         while True:
             await self._readable()
             try:
@@ -50,7 +50,7 @@ class PassedCalls:
                 )
             except BlockingIOError:
                 continue
-            except OSError:
+            except ConnectionError:
                 return None
             if descriptors:
                 for surplus in descriptors[1:]:

@@ -47,15 +47,17 @@ class Daemon:
         self._calls: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
-        """Serve; what the session raises is a mistake of ours, and raised."""
+        """Serve; what the session raises is a mistake of ours, and raised. OSError: no calls can be taken."""
         accepting = asyncio.create_task(self._accept_calls())
         accepting.add_done_callback(lambda _: self._over.set())
         await self._over.wait()
         ended = (accepting, *self._calls)
         for task in ended:
             task.cancel()
-        await asyncio.gather(*ended, return_exceptions=True)
+        accepted, *_ = await asyncio.gather(*ended, return_exceptions=True)
         self._archive.close()
+        if isinstance(accepted, OSError):  # why no more calls can come; the link tells it as the last words
+            raise accepted
         if self._session is not None and self._session.done():
             self._session.result()
 

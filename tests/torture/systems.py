@@ -196,7 +196,7 @@ def _run_call_case(case: CallCase, directory: Path) -> tuple[str, list[str]]:
         ended = run.outcome()
         # strace ends with the signal that ended what it traced, or with its status.
         struck = "INJECTED" in trace.read_text(errors="replace")
-        faults = _judge(ended, target, run.mark)
+        faults = _judge(ended, target, run.mark, of_the_start=case.side == "command")
     if case.side != "command":
         faults += _unnamed(ended, case.error)
     if not struck and ended.status != COMPLETE:
@@ -265,7 +265,8 @@ def _run_signal_case(case: SignalCase, directory: Path) -> tuple[str, list[str]]
             faults = [f"it died of {case.number.name} without a word"]
         else:
             faults = _after_death(run, arguments, target)
-    if case.whom != "worker" and not killed and ended.status not in (CANCELLED, COMPLETE):
+    answers = (CANCELLED, COMPLETE) if started else (CANCELLED, COMPLETE, NOTHING)
+    if case.whom != "worker" and not killed and ended.status not in answers:
         faults.append(f"status {ended.status} after a cancel")
     if case.whom != "worker" and took > _AT_ONCE_S:
         faults.append(f"it took {took:.1f} s to end")
@@ -311,13 +312,14 @@ def _expected() -> dict[str, str]:
     }
 
 
-def _judge(ended: Ended, target: Path, mark: str) -> list[str]:
-    """What is wrong whatever was done to it."""
+def _judge(ended: Ended, target: Path, mark: str, *, of_the_start: bool = False) -> list[str]:
+    """What is wrong whatever was done to it. `of_the_start`: the loader or the interpreter may have been hit,
+    whose statuses are not ours, as long as nothing came of it."""
     faults = _wrong_images(target)
     there = {path.name for path in target.iterdir()} if target.exists() else set()
     faults += [f"{name} is left" for name in sorted(there) if name.startswith(".")]
     complete = {"work", "vault", "debian"}
-    if ended.status not in _STATUSES:
+    if ended.status not in _STATUSES and (there or ended.report or not of_the_start):
         faults.append(f"status {ended.status}")
     if ended.status == COMPLETE and there != complete:
         faults.append(f"status 0 with {sorted(there)}")

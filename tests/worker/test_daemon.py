@@ -1,6 +1,7 @@
 """The daemon: who may call what, how often, and what is hung up."""
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -60,6 +61,15 @@ async def test_dom0_gets_its_session(descriptor: bytes) -> None:
             peer = await caller.session(descriptor)
             peer.open()
             await peer.expect(m.Manifest)
+
+
+async def test_a_daemon_that_can_take_no_calls_says_why() -> None:
+    async def accept() -> socket.socket | None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    serving = daemon.Daemon(accept, Engine(), memory=1 << 28, jobs=1, archive_fd=None).serve()
+    with pytest.raises(OSError, match="Too many open files"):
+        await asyncio.wait_for(serving, 20)
 
 
 def test_a_worker_that_is_ready_can_dump_no_core_and_write_no_file() -> None:
