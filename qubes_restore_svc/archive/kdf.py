@@ -31,6 +31,9 @@ KEYS_SIZE = 64
 #: takes 24 GiB of memory at the most, and about as long as twelve of the largest that were seen.
 MAX_WORK = 3 << 26
 
+#: How many times the work of the dearest key that fitted is accepted in any case: it varies so in a backup.
+VARIATION = 4
+
 #: Ceiling for r·p, which no option lifts, because the engines rely on it. It is what the program would take
 #: with the least memory that it ever uses, 1 MiB, where N·r·p is 2^26: p = 2^13.
 MAX_BLOCKS = 1 << 16
@@ -196,6 +199,41 @@ def check_cost(parameters: KdfParameters, *, ignore_cost_limit: bool = False) ->
             f" {-(-parameters.work // MAX_WORK):,} times the most that is accepted, and takes"
             f" {human_size(parameters.memory)} of memory"
         )
+
+
+class CostLimit:
+    """What the keys of one backup may cost together, where heads are forged; `ignored`: whatever they like.
+
+    Anybody can forge a head that asks for all that `check_cost` admits, for every file of a backup. So the
+    work for keys that fitted nothing is counted. When it comes to MAX_WORK, nothing is accepted any more that
+    is much dearer than what did fit, which only the passphrase can bring about. For any thread.
+    """
+
+    def __init__(self, *, ignored: bool = False) -> None:
+        self.ignored = ignored
+        self._left = MAX_WORK
+        self._dearest = 0
+
+    def fitted(self, parameters: KdfParameters) -> None:
+        """A key with these parameters has fitted its head."""
+        self._dearest = max(self._dearest, parameters.work)
+
+    def misfitted(self, parameters: KdfParameters) -> None:
+        """A key with these parameters did not fit, whoever derived it."""
+        self._left = max(0, self._left - parameters.work)
+
+    def refuses(self, parameters: KdfParameters) -> bool:
+        """Is a derivation too dear by now?"""
+        return not self.ignored and parameters.work > max(self._left, VARIATION * self._dearest)
+
+    def check(self, parameters: KdfParameters) -> None:
+        """Raise ExcessiveCost if a derivation is too dear by now."""
+        if self.refuses(parameters):
+            raise ExcessiveCost(
+                f"its key derivation (N = 2^{parameters.log_n}, r = {parameters.r}, p = {parameters.p}) asks"
+                f" for more than {VARIATION} times the work of any key that fitted; too much went for keys"
+                " that did not fit"
+            )
 
 
 class OpensslEngine:

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, keys_match, parse_head
+from qubes_restore_svc.archive.kdf import CostLimit
 from qubes_restore_svc.archive.members import Damage, Member, MemberReader
 from qubes_restore_svc.archive.openssl import MAX_MAC_LINE
 from qubes_restore_svc.errors import (
@@ -76,10 +77,9 @@ class Intake:
         budget: Budget,
         scheduler: KeyScheduler,
         events: EventQueue,
-        *,
-        ignore_cost_limit: bool = False,
+        costs: CostLimit,
     ) -> None:
-        self._ignore_cost_limit = ignore_cost_limit
+        self._costs = costs
         self._source = source
         self._reader = reader
         self._budget = budget
@@ -195,7 +195,8 @@ class Intake:
         if size < OVERHEAD:
             raise BadContainer(f"it has {size} bytes, fewer than an empty container", chunk=name.number)
         untrusted_head = self.read_content(HEAD_SIZE)
-        head = parse_head(untrusted_head, ignore_cost_limit=self._ignore_cost_limit)
+        head = parse_head(untrusted_head, ignore_cost_limit=self._costs.ignored)
+        self._costs.check(head.parameters)
         start = self._source.position - HEAD_SIZE
         located = self._source.seekable and self._reader.skip(0)
         self._budget.admit(size, head.parameters, buffered=not located, before_waiting=before_waiting)
@@ -263,15 +264,20 @@ class Intake:
         """The key of a chunk; None if none fits its head, whoever derives it. Blocks.
 
         `remark` is told, in a line about `name`, when one that did not fit was the fault of this computer.
-        Raises FaultyMachine if it must be, SkippedOnRequest if the derivation was taken back, and what
-        engines raise.
+        Raises FaultyMachine if it must be, SkippedOnRequest if the derivation was taken back, ExcessiveCost
+        if that was because of what it costs, and what engines raise.
         """
+        parameters = chunk.head.parameters
         try:
             key = chunk.key.result()
         except CancelledError:
+            if self._wanted(chunk.name.file):
+                self._costs.check(parameters)
             raise SkippedOnRequest("it is not wanted any more") from None
         if keys_match(chunk.head, key):
+            self._costs.fitted(parameters)
             return key
+        self._costs.check(parameters)  # nobody derives a second time what would be refused by now
         again, by = self._scheduler.derive_again(chunk.request)
         if keys_match(chunk.head, again):
             first = self._scheduler.engine_name
@@ -279,12 +285,17 @@ class Intake:
                 f"the key of {name} came out wrong from {first} and right from {by}:"
                 " the processor or the memory of this computer may be faulty"
             )
+            self._costs.fitted(parameters)
             return again
         if again != key:
             raise FaultyMachine(
                 "its key was derived twice, with two results, of which none is right: the processor or the"
                 " memory of this computer is faulty"
             )
+        self._costs.misfitted(parameters)
+        for other in list(self._outstanding.values()):
+            if self._costs.refuses(other.head.parameters):
+                other.key.cancel()
         return None
 
     def release(self, chunk: Chunk | Piece) -> None:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qubes_restore_svc.archive.kdf import KdfEngine
+from qubes_restore_svc.archive.kdf import CostLimit, KdfEngine
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
@@ -76,6 +76,7 @@ class Session:
         self._pipeline: Pipeline | None = None
         self._budget: Budget | None = None
         self._scheduler: KeyScheduler | None = None
+        self._costs = CostLimit()
 
     async def run(self) -> None:
         """Serve the session to its end."""
@@ -191,6 +192,7 @@ class Session:
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
     def _open(self, request: m.Open, budget: Budget, scheduler: KeyScheduler) -> None:
+        costs = self._costs = CostLimit(ignored=request.ignore_cost_limit)
         first = self._pass = self._resources.archive.first_pass()
         intake = self._intake = Intake(
             first.source,
@@ -198,7 +200,7 @@ class Session:
             budget,
             scheduler,
             self._events,
-            ignore_cost_limit=request.ignore_cost_limit,
+            costs,
         )
         # What follows qubes.xml comes in this pass only if it is the whole archive.
         ahead = request.ahead and first.whole
@@ -268,7 +270,7 @@ class Session:
                 self._budget,
                 self._scheduler,
                 self._events,
-                ignore_cost_limit=self._open_request is not None and self._open_request.ignore_cost_limit,
+                self._costs,
             )
         return self._pass, self._intake
 

@@ -65,6 +65,12 @@ _ROWS = (
     ("archive/header.py", "if untrusted_text != text:", "if False:", "tests/archive/test_header.py"),
     (
         "archive/kdf.py",
+        "return not self.ignored and parameters.work",
+        "return False and parameters.work",
+        "tests/worker/test_wrong_keys.py",
+    ),
+    (
+        "archive/kdf.py",
         "if parameters.work > MAX_WORK and not ignore_cost_limit:",
         "if False:",
         "tests/archive/test_kdf.py",

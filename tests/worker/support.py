@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfRequest, OpensslEngine
+from qubes_restore_svc.archive.kdf import CostLimit, KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, End, Extent, Header, VolumeDecoder
@@ -158,7 +158,9 @@ class Pass:
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs, second)
         self.events = event_queue()
         self.source = ArchiveSource(archive_fd)
-        self.intake = Intake(self.source, OuterTarReader(), self.budget, self.scheduler, self.events)
+        self.intake = Intake(
+            self.source, OuterTarReader(), self.budget, self.scheduler, self.events, CostLimit()
+        )
         self.messages: list[m.Message] = []
         self.remarks: list[str] = []
         self.passphrase = passphrase

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD
+from qubes_restore_svc.archive.kdf import CostLimit
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.archive.qfile import QfileReader
 from qubes_restore_svc.errors import (
@@ -71,7 +72,7 @@ class Bench:
         self.events = event_queue()
         self.source = ArchiveSource(descriptor)
         reader = QfileReader() if qfile else OuterTarReader()
-        self.intake = Intake(self.source, reader, self.budget, self.scheduler, self.events)
+        self.intake = Intake(self.source, reader, self.budget, self.scheduler, self.events, CostLimit())
         self.thread: threading.Thread | None = None
 
     def start(self, wanted: Callable[[str], bool] = lambda _: True) -> None:

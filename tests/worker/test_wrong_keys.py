@@ -1,15 +1,16 @@
 """A key that does not fit is derived once more before the backup is blamed, which may be right."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
+from qubes_restore_svc.archive.kdf import MAX_WORK, KdfParameters, KdfRequest
 from qubes_restore_svc.wire import messages as m
 
-from ..support.backup_writer import join_members
-from ..support.damage import edited, flip_bit, sample_backup
+from ..support.backup_writer import BackupWriter, ImagePlan, QubePlan, join_members
+from ..support.damage import edited, flip_bit, sample_backup, with_cost
 from .support import Engine, Pass, file_with, verified
 
 WRITER = sample_backup(log_n=2)
@@ -128,3 +129,39 @@ def test_an_archive_of_forged_chunks_costs_one_more_key_a_volume() -> None:
     assert set(run.outcomes.values()) == {"authentication-failed"}
     files = {name.rpartition(".")[0] for name in MEMBERS if "/" in name}
     assert len(second.requests) <= len(files)
+
+
+class Pretending(Engine):
+    """Takes a moment for dear derivations, whose keys fit nothing. `work` is what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = 0
+
+    def derive(self, requests: Sequence[KdfRequest]) -> list[bytes]:
+        (request,) = requests
+        self.work += request.parameters.work
+        if request.parameters.log_n <= 20:
+            return super().derive(requests)
+        time.sleep(0.02)  # long enough for the pipeline to look at the key before
+        return [bytes(64)]
+
+
+@pytest.mark.parametrize("log_n", [23, 24])
+def test_forged_heads_of_every_file_cost_no_more_than_a_few_of_them(log_n: int) -> None:
+    honest, volumes = 10, 60
+    image = ImagePlan(1 << 16, ((0, b"data"),))
+    qubes = [QubePlan(f"work{number}", volumes={"private": image}) for number in range(volumes)]
+    writer = BackupWriter(qubes, compression="none", log_n=4)
+    members = list(writer.members())
+    images = [member.name for member in members if "private.img" in member.name]
+    for name in images[:honest] + images[honest + 1 : -1]:
+        members = edited(members, name, lambda data: with_cost(data, log_n=log_n, r=8))
+    engine, second = Pretending(), Pretending()
+    with file_with(join_members(members)) as descriptor:
+        run = Pass(descriptor, memory=1 << 40, engine=engine, second=second, jobs=1)
+        run.start()
+        run.finish()
+    assert set(run.outcomes.values()) == {"ok", "authentication-failed", "excessive-cost"}
+    assert list(run.outcomes.values()).count("ok") == 2
+    assert engine.work + second.work < 9 * MAX_WORK
