@@ -224,6 +224,16 @@ def test_no_piece_that_was_changed_is_called_restored(edit: str, compression: st
         assert (report.status == COMPLETE) == unseen, (name, report)
 
 
+@pytest.mark.parametrize("behind", [6, 14, None])
+def test_a_foreign_member_between_files_or_pieces_costs_nothing(behind: int | None, tmp_path: Path) -> None:
+    writer = sample(dom0_home=False)
+    members = list(writer.members())
+    members.insert(len(members) if behind is None else behind, RawMember("README", b"x"))
+    report = judged(join_members(members), writer, tmp_path)
+    assert report.status == COMPLETE
+    assert any("README" in warning for warning in report.warnings)
+
+
 def test_a_backup_that_was_cut_anywhere_is_not_complete(tmp_path: Path) -> None:
     writer = sample(dom0_home=False)
     archive = writer.to_bytes()

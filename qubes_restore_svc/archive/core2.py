@@ -5,11 +5,13 @@ checks every value of it, as if R4 had written it. So nothing here judges a name
 cannot be translated is written in a form that the reader refuses with a warning. References are numbers
 (qid) in the old file, and names in the new one.
 
-What each attribute means today is what the stock restorer makes of it (qubesadmin/backup/core2.py), with two
-differences. A service becomes the feature `service.NAME` whatever its name is, as a qube of R4 looks for it
-there. And a qube whose disposables were to use another network than the default gets no default disposable
-template: the stock restorer invents a template `disp-NETVM` for it, and without that template the system's
-default would give the disposables more network than they had.
+What each attribute means today is what the stock restorer makes of it (qubesadmin/backup/core2.py), with
+these differences, which tests/conformance/test_core2.py knows. A service becomes the feature
+`service.NAME` whatever its name is, as a qube of R4 looks for it there. A qube whose disposables were to
+use another network than the default gets no default disposable template: the stock restorer invents a
+template `disp-NETVM` for it, and without that template the system's default would give the disposables
+more network than they had. A net VM has no netvm, whatever its attributes say. A number that no qube has
+is no network. `pci_strictreset` counts: the stock restorer takes every value of it for true.
 """
 
 import re
@@ -143,8 +145,8 @@ def _plain_properties(untrusted_vm: Element, tag: str) -> dict[str, str]:
         if value and value != usual:
             properties[name] = value
     for name in ("kernel", "kernelopts"):
-        value = untrusted_vm.get(name)
-        if value is not None and untrusted_vm.get(f"uses_default_{name}", "True").lower() != "true":
+        value = untrusted_vm.get(name, "")
+        if (untrusted_vm.get(f"uses_default_{name}") or "True").lower() != "true":
             properties[name] = "" if value.lower() == "none" else value
     if tag in _HVMS:
         properties["virt_mode"] = "hvm"
