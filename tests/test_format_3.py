@@ -283,11 +283,17 @@ def test_a_directory_that_is_not_the_templates_own_fails_it(
     assert report.qubes[0].outcome == "failed"
 
 
-def test_a_template_in_a_directory_and_in_files_is_taken_once(tmp_path: Path) -> None:
-    template = sample_qube("tpl", 1 << 16, 0.5, "TemplateVM")
+@pytest.mark.parametrize("file", ["root.img", "private.img", "firewall.xml"])
+@pytest.mark.parametrize("directory_first", [True, False])
+def test_a_file_that_comes_alone_and_in_its_directory_fails_the_template(
+    file: str, directory_first: bool, tmp_path: Path
+) -> None:
+    template = replace(sample_qube("tpl", 1 << 16, 0.5, "TemplateVM"), firewall=FIREWALL)
     writer = sample(qubes=[template], dom0_home=False)
-    again = replace(writer, qubes=[replace(template, klass="StandaloneVM", path="vm-templates/tpl")])
-    members = list(writer.members()) + list(again.members())[4:]
-    (tmp_path / "backup").write_bytes(join_members(members))
-    report = restore(tmp_path / "backup", tmp_path / "out")
-    assert len(report.qubes[0].volumes) == 2
+    alone = replace(writer, qubes=[replace(template, klass="StandaloneVM", path="vm-templates/tpl")])
+    members = list(writer.members())
+    again = [member for member in alone.members() if f"/{file}." in member.name]
+    parts = [members[4:], again] if directory_first else [again, members[4:]]
+    report = judged(join_members([*members[:4], *parts[0], *parts[1]]), writer, tmp_path)
+    assert report.qubes[0].outcome == "failed"
+    assert "twice" in str(report.qubes[0].error)

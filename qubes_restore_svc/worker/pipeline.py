@@ -147,13 +147,17 @@ class Pipeline:
         try:
             if qube.stage is Stage.CLOSED:
                 self._late_file(place, pieces)
+            elif (
+                place.name in qube.come
+            ): 
+                raise self._files.drain() or BadArchive(f"its {place.name} stands in the archive twice")
             elif place.name == DIRECTORY:
                 self._directory(qube, pieces)
             elif place.volume is None:
                 blocks = self._backup.decode(pieces)
                 content = read_small_file(blocks, file, settings_files.MAX_SETTINGS_FILE)
                 self._settings_file(qube, place.name, content)
-            elif place.name not in qube.come:
+            else:
                 self._volume(place, place.volume, file, pieces)
         except Exception as caught:  # noqa: BLE001 - nothing in one file may end the others
             error = as_restore_error(caught).at(chunk=self._files.chunk)
