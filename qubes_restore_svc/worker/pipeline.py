@@ -147,9 +147,7 @@ class Pipeline:
         try:
             if qube.stage is Stage.CLOSED:
                 self._late_file(place, pieces)
-            elif (
-                place.name in qube.come
-            ): 
+            elif place.name in qube.come:
                 raise self._files.drain() or BadArchive(f"its {place.name} stands in the archive twice")
             elif place.name == DIRECTORY:
                 self._directory(qube, pieces)
