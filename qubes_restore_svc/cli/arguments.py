@@ -8,6 +8,7 @@ one of them turns the sandbox off, and that should not happen with `--no`.
 
 import argparse
 import asyncio
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         engine = asyncio.run(worker_engine()) or "unknown (the worker cannot be started)"
-        sys.stdout.write(f"qubes-restore-svc {__version__}\nkey derivation: {engine}\n")
+        with contextlib.suppress(OSError):  # `carry_out` tells it, as argparse leaves it to do for the help
+            sys.stdout.write(f"qubes-restore-svc {__version__}\nkey derivation: {engine}\n")
         parser.exit()
 
 
@@ -183,7 +185,7 @@ def _command(
     )
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="say more")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors and warnings")
     return parser
 
 

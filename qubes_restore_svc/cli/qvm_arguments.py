@@ -279,7 +279,11 @@ def _add_rest(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")
     group.add_argument("-v", "--verbose", action="count", default=0, help="say more")
     group.add_argument(
-        "-q", "--quiet", action="count", default=0, help="say less: nothing but errors and questions"
+        "-q",
+        "--quiet",
+        action="count",
+        default=0,
+        help="say less: nothing but errors, warnings and questions",
     )
     group.add_argument(
         "--paranoid-mode",

@@ -175,6 +175,16 @@ def test_a_wrong_passphrase_changes_nothing(dom0: Dom0, backup: Path, kind: Loca
     assert dom0.qubes.settled(before) == before
 
 
+def test_a_storage_qube_that_drips_is_named_and_leaves_nothing(dom0: Dom0, backup: Path) -> None:
+    place = dom0.qubes.put_backup(STORAGE, backup)
+    dripping = f"head -c {backup.stat().st_size // 2} {place}; while printf x; do sleep 0.1; done"
+    words = ["-d", STORAGE, dripping, "--stall-timeout", "1"]
+    before = dom0.qubes.snapshot()
+    done = dom0.restore(words, PASSPHRASE, 1)
+    assert f"no data from {STORAGE} for 1 s" in done.stderr
+    assert dom0.qubes.settled(before) == before
+
+
 def test_a_command_that_fails_half_way_is_no_success(dom0: Dom0, backup: Path) -> None:
     place = dom0.qubes.put_backup(STORAGE, backup)
     words = ["-d", STORAGE, f"sh -c 'head -c {backup.stat().st_size // 2} {place}; exit 7'"]
