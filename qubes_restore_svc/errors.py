@@ -198,6 +198,12 @@ class ChunkOutOfOrder(RestoreError):
     default_advice = "The backup is incomplete or was tampered with; look for another copy."
 
 
+#: Advice for a file whose beginning is authentic and whose end is not there.
+REST_IS_MISSING = (
+    "The end of this file is missing: the backup was cut off, or is damaged there. Look for another copy."
+)
+
+
 class BadCompression(RestoreError):
     """The compressed stream is malformed, ends early, or is followed by something."""
 

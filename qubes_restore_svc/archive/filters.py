@@ -21,7 +21,7 @@ import zstandard
 from isal import igzip_lib
 
 from qubes_restore_svc.archive.types import Buffer, shown
-from qubes_restore_svc.errors import BadCompression, UnknownFilter
+from qubes_restore_svc.errors import REST_IS_MISSING, BadCompression, UnknownFilter
 
 #: Largest block, in bytes, that `decompress` yields.
 BLOCK_SIZE = 1 << 20
@@ -154,7 +154,7 @@ def _streams(stored_as: str, pieces: Iterable[Buffer]) -> Iterator[bytes]:
                 engine = None
                 ended += 1
     if engine is not None or not ended:
-        raise BadCompression(f"the {stored_as} stream ends early")
+        raise BadCompression(f"the {stored_as} stream ends early", advice=REST_IS_MISSING)
 
 
 def _malformed(stored_as: str, ended: int, error: Exception) -> BadCompression:
@@ -213,7 +213,7 @@ class _FrameWalker:
         """Raise BadCompression unless the input ended where a frame ended."""
         between_frames = self._read_field == self._magic and not self._field and not self._skip
         if not self._frames or not between_frames:
-            raise BadCompression("the zstd stream ends early")
+            raise BadCompression("the zstd stream ends early", advice=REST_IS_MISSING)
 
     def _follow(self, view: memoryview) -> None:
         position = 0

@@ -17,7 +17,7 @@ from qubes_restore_svc.archive import tar_header
 from qubes_restore_svc.archive.sparse import OldGnuReader, PaxReader
 from qubes_restore_svc.archive.tar_header import BLOCK, BadTarHeader, TarHeader
 from qubes_restore_svc.archive.types import human_size, shown
-from qubes_restore_svc.errors import BadImage, BadMetadata, BadSparseMap, ImageTooLarge
+from qubes_restore_svc.errors import REST_IS_MISSING, BadImage, BadMetadata, BadSparseMap, ImageTooLarge
 
 #: Largest image, in bytes, whatever limit the caller gives: 16 TiB, which no qube comes near, and which is
 #: the largest file of an ext4 file system that images might be restored to.
@@ -131,7 +131,7 @@ class _Cursor:
         """The next 1 to `limit` bytes. Raises BadImage at the end of the input."""
         data = self.peek(limit)
         if not data:
-            raise BadImage("the inner archive ends early")
+            raise BadImage("the inner archive ends early", advice=REST_IS_MISSING)
         self.advance(len(data))
         return data
 
@@ -234,7 +234,7 @@ def _next_in_directory(source: _Cursor) -> tuple[TarHeader, bytes, int] | None:
         has_content = header.type_flag in (b"0", b"\x00", b"S")
         return header, header.name if long_name is None else long_name, header.size if has_content else 0
     if long_name is not None:
-        raise BadImage("the inner archive ends early")
+        raise BadImage("the inner archive ends early", advice=REST_IS_MISSING)
     return None
 
 
@@ -253,7 +253,7 @@ def _pax_image(source: _Cursor, image_size: int, member_size: int, max_size: int
     while not reader.complete:
         data = source.peek(reader.wanted)
         if not data:
-            raise BadImage("the inner archive ends early")
+            raise BadImage("the inner archive ends early", advice=REST_IS_MISSING)
         source.advance(reader.feed(data))
     # Qubes' writer does not pad the data to a whole block, GNU tar does.
     return Image(image_size, _extents(source, reader.result(), _CLOSING))
@@ -284,7 +284,9 @@ def _read_closing(source: _Cursor, least: int) -> None:
             raise BadImage("the inner archive does not end after its file")
         source.advance(len(data))
     if size < least:
-        raise BadImage("the inner archive ends early (its closing blocks are missing)")
+        raise BadImage(
+            "the inner archive ends early (its closing blocks are missing)", advice=REST_IS_MISSING
+        )
 
 
 def _check_name(untrusted_name: bytes, expected_name: str) -> None:

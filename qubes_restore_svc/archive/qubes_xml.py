@@ -374,7 +374,7 @@ def _volumes(untrusted_domain: Element, klass: str, warn: _Warn) -> tuple[Volume
         volumes[name] = VolumeInfo.model_validate({"name": name, "size": size})
     for name in usual:
         if name not in volumes:
-            warn(f"qubes.xml does not count on its volume {name}, as a {klass} would have")
+            warn(f"its list of volumes leaves out {name}, which comes back if the backup holds it")
     return tuple(volumes.values())
 
 

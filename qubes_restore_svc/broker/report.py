@@ -84,13 +84,14 @@ class VolumeReport(_Model):
 class QubeReport(_Model):
     """One qube of the backup; `name` is the name it got.
 
-    `name_in_backup` is told if it is another one; `settings_left_out` did not pass the allow-list.
+    `name_in_backup` is told if it is another one; `settings_left_out` did not pass the allow-list. A qube
+    that is `incomplete` is there, but lacks what only came when it was finished.
     """
 
     name: str
     name_in_backup: str | None = None
     klass: str
-    outcome: Literal["restored", "verified", "failed", "refused", "left out"] = "failed"
+    outcome: Literal["restored", "verified", "incomplete", "failed", "refused", "left out"] = "failed"
     remark: str = ""
     error: ErrorReport | None = None
     warnings: list[str] = Field(default_factory=list)
@@ -163,7 +164,7 @@ class Report(_Model):
             self.status = CANCELLED
         elif isinstance(error, UsageError):
             self.status = USAGE
-        elif not any(qube.succeeded for qube in wanted):
+        elif not any(qube.succeeded or qube.outcome == "incomplete" for qube in wanted):
             self.status = NOTHING
         elif error is None and all(qube.succeeded for qube in wanted):
             self.status = COMPLETE

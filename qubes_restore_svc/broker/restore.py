@@ -290,7 +290,7 @@ class RestoreRun:
 
     async def _take_back(self, qube: QubeRun, error: RestoreError) -> None:
         """Something that the qube must not lack came too late. What waits is rolled back; what was committed
-        stays, because it is somebody's by now, and is called failed."""
+        stays, because it is somebody's by now, and is called incomplete."""
         if not qube.finished:
             await self._fail(qube, error)
         elif qube.report.succeeded:
@@ -300,7 +300,7 @@ class RestoreRun:
                     " all, before you start it; or remove it."
                 )
             qube.report.error = ErrorReport.of(error.at(qube=qube.name))
-            self._conclude(qube, "failed")
+            self._conclude(qube, "failed" if self._host is None else "incomplete")
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:
         transaction, settings = qube.transaction, qube.take_settings()
@@ -377,7 +377,9 @@ class RestoreRun:
         if qube.report.error is None:
             qube.report.error = ErrorReport.of(error)
 
-    def _conclude(self, qube: QubeRun, outcome: Literal["restored", "verified", "failed"]) -> None:
+    def _conclude(
+        self, qube: QubeRun, outcome: Literal["restored", "verified", "incomplete", "failed"]
+    ) -> None:
         qube.finish()
         qube.report.outcome = outcome
         self._observer.qube_finished(qube.report)

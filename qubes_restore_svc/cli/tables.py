@@ -131,8 +131,8 @@ def _rows(report: Report, qube: QubeReport) -> list[tuple[str, str, str, str, st
         )
         for volume in qube.volumes
     ]
-    # A verified volume of a qube that failed for another reason does not look like a failure.
-    if not rows or (qube.outcome == "failed" and all(row[3] == "verified" for row in rows)):
+    # The volumes of a qube that failed for another reason do not look like a failure.
+    if not rows or (not qube.succeeded and all(row[3] in ("verified", "restored") for row in rows)):
         rows.append((qube.name, "-", "-", qube.outcome, ""))
     return rows if qube.outcome != "refused" else rows[-1:]
 
@@ -143,7 +143,7 @@ def _volume_result(report: Report, qube: QubeReport, volume: VolumeReport) -> st
         return volume.outcome
     if report.mode == "verify":
         return "verified"
-    return "restored" if qube.succeeded else "rolled back"
+    return "restored" if qube.succeeded or qube.outcome == "incomplete" else "rolled back"
 
 
 def _errors(qube: QubeReport) -> Iterable[tuple[str, ErrorReport]]:

@@ -110,7 +110,7 @@ def outcome(result: c.QubeResult, mode: str = "restore") -> Outcome:
         name = plain(f"{result.name} (was {result.name_in_backup})")
     if result.succeeded:
         return Outcome(name, True, result.outcome, plain("; ".join(result.warnings)))
-    word = "left out" if result.outcome == "left out" else _undone(mode)
+    word = result.outcome if result.outcome in ("left out", "incomplete") else _undone(mode)
     error = result.error or next((volume.error for volume in result.volumes if volume.error), None)
     if error is None:
         return Outcome(name, False, word, plain(result.remark))

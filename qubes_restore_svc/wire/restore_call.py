@@ -215,7 +215,7 @@ class QubeResult(Model):
     name: FreeText
     name_in_backup: FreeText | None = None  #: if it is another one
     klass: VmClass | Literal["?"]  #: ?: the qube could not even be listed
-    outcome: Literal["restored", "verified", "failed", "refused", "left out"]
+    outcome: Literal["restored", "verified", "incomplete", "failed", "refused", "left out"]
     remark: FreeText = ""
     error: ErrorInfo | None = None
     warnings: _Remarks = ()

@@ -39,6 +39,12 @@ BEGINNING = (HEADER_HMAC_MEMBER, HEADER_MEMBER, "qubes.xml")
 # No blanks, which divide the line; no wildcards; nothing that a program could take for an option.
 _PATH = re.compile(r"(?!-)[A-Za-z0-9_.+@/-]{1,300}")
 
+#: Advice for what has not come, although the service ended as it should.
+_STOPS_AT_DAMAGE = (
+    "The backup is incomplete, or is damaged before this place: the service of the qube that keeps it stops"
+    " reading at damage. Read the file itself, in dom0 or on another machine; it may hold more."
+)
+
 #: How tar2qfile ends where the archive does, or where it cannot be read.
 _CUT_OFF = 1
 #: What a program dies of whose reader stops early, as a shell tells it: 128 + SIGPIPE.
@@ -130,8 +136,12 @@ class Conversation:
         self._judge(self._peer.end(), members)
 
     def doubt(self, error: RestoreError) -> RestoreError:
-        """`error`, which says that something is missing, or why: the service has failed at the end."""
-        return error if self._doubt is None else _failed_service(error.reason, self._doubt)
+        """`error`, which says that something is missing, or why: the service has failed at the end.
+
+        A service that has not failed may have stopped at damage: it does not tell."""
+        if self._doubt is not None:
+            return _failed_service(error.reason, self._doubt)
+        return type(error)(error.reason, advice=_STOPS_AT_DAMAGE)
 
     def why(self, error: RestoreError, received: int) -> RestoreError:
         """Why the stream stopped after `received` bytes, though its reader says that it cannot (`error`)."""

@@ -407,7 +407,7 @@ class Intake:
             return None
         if (gap := self._source.gap(self._content_end, damage.end)) is not None:
             damage = replace(damage, reason=gap.reason)
-        if at_end and not self._source.seekable:
+        elif at_end and not self._source.seekable:
             damage = replace(damage, harmless=True)  # zeros: a device is longer than the backup on it
         self._damages.append(damage)
         if self._file is None:

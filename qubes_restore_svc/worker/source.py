@@ -3,8 +3,8 @@
 Strategy: small reads go through a small buffer, large ones straight into the caller's memory. The
 end of the input shows as a short read. What is not needed is skipped: by seeking where the
 input can seek, by reading it away where it cannot. What a file cannot give (EIO) is stepped over and reads
-as zeros: what that costs is decided by checksums and MACs, and `gap` tells the reason. A pipe cannot be read
-past an error.
+as zeros: what that costs is decided by checksums and MACs, and `gap` tells the reason. That holds for a disk
+(a block device), too. A pipe cannot be read past an error.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ _MAX_GAPS = 10_000
 class ArchiveSource:
     """Reads descriptor `fd` from where it stands; does not close it. `position` counts bytes from there."""
 
-    _seekable_end: int | None = None  #: where it ends; None if it cannot seek
+    _seekable_end: int | None = None  #: where it ends, if it is a file; None: what is skipped is read away
+    _readable_end: int | None = None  #: where a file or a disk ends; None: nothing can be stepped over
     _start = 0  #: where reading began, in a file
 
     def __init__(self, fd: int) -> None:
@@ -40,8 +41,10 @@ class ArchiveSource:
             os.set_blocking(fd, True)
         except OSError as error:
             raise self._unreadable(error) from error
-        self._seekable_end = self._find_end(status)
-        if self._seekable_end is not None:
+        self._seekable_end = self._readable_end = self._find_end(status)
+        if stat.S_ISBLK(status.st_mode):
+            self._readable_end = _end_of_disk(fd)
+        if self._readable_end is not None:
             self._start = os.lseek(fd, 0, os.SEEK_CUR)
 
     def _begin(self, fd: int, position: int) -> None:
@@ -183,10 +186,10 @@ class ArchiveSource:
 
         How many bytes were passed. Raises ArchiveUnreadable where that is of no use.
         """
-        if error.errno != errno.EIO or self._seekable_end is None:
+        if error.errno != errno.EIO or self._readable_end is None:
             raise self._unreadable(error) from error
         here = os.lseek(self._fd, 0, os.SEEK_CUR)
-        passed = min(size, _PAGE - here % _PAGE, self._seekable_end - here)
+        passed = min(size, _PAGE - here % _PAGE, self._readable_end - here)
         position = here - self._start
         gap_start = position
         if self._gaps and self._gaps[-1][1] == position:
@@ -202,6 +205,17 @@ class ArchiveSource:
         reason = error.strerror or "input/output error"
         where = self.position if position is None else position
         return ArchiveUnreadable(f"reading the archive failed at byte {where}: {reason}")
+
+
+def _end_of_disk(fd: int) -> int | None:
+    """Where a block device ends, bytes; None if it does not tell. It stands where it stood."""
+    try:
+        here = os.lseek(fd, 0, os.SEEK_CUR)
+        end = os.lseek(fd, 0, os.SEEK_END)
+        os.lseek(fd, here, os.SEEK_SET)
+    except OSError:
+        return None
+    return end
 
 
 class LateSource(ArchiveSource):

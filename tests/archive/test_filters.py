@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.filters import BLOCK_SIZE, FILTERS, MAX_WINDOW, check_filter, decompress
 from qubes_restore_svc.archive.types import Buffer
-from qubes_restore_svc.errors import BadCompression, RestoreError, UnknownFilter
+from qubes_restore_svc.errors import REST_IS_MISSING, BadCompression, RestoreError, UnknownFilter
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -113,8 +113,9 @@ def test_no_input_is_no_data_when_nothing_is_compressed() -> None:
 def test_every_truncation_is_noticed(name: str) -> None:
     data = compressed(name, b"some text that is not long, " * 4 + os.urandom(40))
     for size in range(len(data)):
-        with pytest.raises(BadCompression, match="ends early"):
+        with pytest.raises(BadCompression, match="ends early") as caught:
             plain(name, data[:size])
+        assert caught.value.advice == REST_IS_MISSING
 
 
 @pytest.mark.parametrize("name", JOINABLE)

@@ -661,7 +661,7 @@ def test_volumes_that_cannot_be_restored_or_are_missing_are_warned_about() -> No
         "work: it has a volume 'extra\ufffd', which cannot be restored",
         "work: it has a volume 'home', which cannot be restored",
         "work: it has a volume '', which cannot be restored",
-        "work: qubes.xml does not count on its volume private, as a TemplateVM would have",
+        "work: its list of volumes leaves out private, which comes back if the backup holds it",
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError, WorkerLost
 
-Result = Literal["restored", "verified", "failed", "refused", "left out"]
+Result = Literal["restored", "verified", "incomplete", "failed", "refused", "left out"]
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -31,6 +31,8 @@ def report(*outcomes: Result) -> Report:
         (["verified", "failed"], None, 3),
         (["restored"], WorkerLost("gone"), 3),
         (["restored"], ProtocolViolation("lies"), 3),
+        (["restored", "incomplete"], None, 3),
+        (["incomplete"], None, 3),
         (["failed"], None, 1),
         (["refused", "left out"], None, 1),
         (["left out"], None, 1),

@@ -180,6 +180,12 @@ def test_a_verified_volume_of_a_qube_that_failed_is_still_verified_and_the_failu
     assert rows == [["work", "private", "8.0", "MiB", "verified"], ["work", "-", "-", "failed"]]
 
 
+def test_an_incomplete_qube_is_there_with_its_volumes_and_what_it_lacks_shows() -> None:
+    bad = qube("work", "incomplete", volume(), error=BadCompression("its firewall.xml came late"))
+    rows = [line.split()[:5] for line in report_table(report(bad, mode="restore")).splitlines()[1:]]
+    assert rows == [["work", "private", "8.0", "MiB", "restored"], ["work", "-", "-", "incomplete"]]
+
+
 def test_every_failure_says_where_why_and_what_to_do() -> None:
     error = BadCompression("it is malformed", chunk=3)
     # The qube fails for the same reason as its volume, which is said once.

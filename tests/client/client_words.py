@@ -54,7 +54,8 @@ FIELDS = {
     "RefusedQube.name": "what the backup calls it",
     "RefusedQube.error": "what is wrong with it",
     "QubeResult.name": "the name it got",
-    "QubeResult.outcome": "what came of it; refused, as of the plan; failed: it was begun, or was to be",
+    "QubeResult.outcome": "what came of it; incomplete: it is there, but lacks what the error tells; refused,"
+    " as of the plan; failed: it was begun, or was to be, and is not there",
     "QubeResult.remark": "what to know of it: renamed, another template, or why it was left out",
     "QubeResult.error": "why it is not there",
     "QubeResult.warnings": "what is there, but not as it was",

@@ -50,6 +50,12 @@ def test_the_report_names_the_volume_and_the_place_in_it() -> None:
     assert wording.outcome(failed).explanation == "Private volume, chunk 3: the MAC does not match."
 
 
+def test_a_qube_that_is_there_and_lacks_something_is_not_called_not_restored() -> None:
+    error = RestoreError("its firewall.xml came late", advice="It is still there.")
+    found = wording.outcome(result("work", error).model_copy(update={"outcome": "incomplete"}))
+    assert (found.succeeded, found.word, found.advice) == (False, "incomplete", "It is still there.")
+
+
 def test_what_was_not_wanted_is_not_told() -> None:
     unwanted = result("mail").model_copy(update={"outcome": "left out"})
     report = _report(result("work"), unwanted)

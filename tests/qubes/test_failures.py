@@ -152,12 +152,14 @@ def test_after_a_failure_only_what_was_restored_is_there_and_a_second_run_works(
     assert new_qubes(dom0, before) == {"first", "second"}
 
 
-@pytest.mark.parametrize("kind", LOCATIONS)
+# Not by a service: the one of these tests keeps its output open until the call ends, as a stalled one does.
+@pytest.mark.parametrize("kind", ["dom0", "path", "command"])
 def test_a_backup_that_is_cut_off_gives_what_was_before_the_cut(
     dom0: Dom0, backup: Path, kind: LocationKind
 ) -> None:
     cut = backup.with_name("cut")
-    cut.write_bytes(backup.read_bytes()[: backup.stat().st_size * 3 // 4])
+    whole = backup.read_bytes()
+    cut.write_bytes(whole[: whole.rindex(b"scrypt\0") + 200])  # in the last chunk
     words = dom0.location(cut, kind)
     before = dom0.qubes.snapshot()
     dom0.restore(words, PASSPHRASE, 3)

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.qubes.remote_bench import (
     MEMORY,
     PASSPHRASE,
     START,
+    TEMPLATE,
     VERIFY,
     RemoteBench,
     open_remote,
@@ -27,6 +29,7 @@ from tests.qubes.remote_bench import (
     wait_until,
 )
 from tests.qubes.snapshot import Snapshot
+from tests.support.backup_writer import BackupWriter, ImagePlan, QubePlan, join_members
 
 
 @pytest.fixture
@@ -86,6 +89,30 @@ def test_it_says_and_does_what_the_one_in_dom0_does(
     assert "first |" in here.stdout and "2 of 2 qubes" in here.stderr
     assert remove_new(bench, before) == restored
     bench.check_as_before(before)
+
+
+def test_a_qube_whose_firewall_comes_late_stays_and_is_called_incomplete(
+    bench: RemoteBench, tmp_path: Path
+) -> None:
+    image = {"private": ImagePlan(4096)}
+    rules = '<firewall version="2"><rules/></firewall>'
+    qubes = [QubePlan("first", volumes=image, firewall=rules), QubePlan("second", volumes=image)]
+    members = list(BackupWriter([replace(qube, template=TEMPLATE) for qube in qubes], log_n=4).members())
+    members.sort(key=lambda member: "firewall" in member.name)
+    (tmp_path / "late").write_bytes(join_members(members))
+    path = bench.put(tmp_path / "late")
+    before = bench.snapshot()
+    there = in_dom0(bench, path)
+    assert remove_new(bench, before) == {"first", "second"}
+    here = bench.command(path)
+    assert said(here) == said(there)
+    assert here.returncode == 3 and "1 of 2 qubes restored" in here.stderr
+    assert "first: incomplete: its firewall.xml stands behind" in here.stderr
+    assert "is still there. Look at what it lacks, a firewall above all" in here.stderr
+    rows = [line.split() for line in here.stdout.splitlines() if line.startswith("first ")]
+    assert rows[-1] == ["first", "-", "-", "incomplete"]
+    assert "rolled back" not in here.stdout
+    assert remove_new(bench, before) == {"first", "second"}
 
 
 @pytest.mark.parametrize(("answer", "status", "restored"), [("y\n", 0, {"first"}), ("n\n", 130, set())])

@@ -36,6 +36,32 @@ def test_a_recorded_backup_is_restored_bit_for_bit(dom0: Dom0, name: str, kind: 
         assert dom0.sha256(volume) == (facts.size, facts.sha256)
 
 
+def test_a_root_that_nothing_promises_is_restored_from_a_storage_qube(dom0: Dom0) -> None:
+    backup = shared_fixture("hvm-root.qbackup")
+    expected = expectation(backup)
+    dom0.restore([*dom0.location(backup, "path"), ANYWAY], expected.passphrase)
+    for volume in ("win/root", "win/private"):
+        facts = expected.volumes[volume]
+        assert dom0.sha256(volume) == (facts.size, facts.sha256)
+
+
+@pytest.mark.parametrize(
+    ("kind", "restored", "words"),
+    [
+        ("dom0", {"first", "behind"}, "the archive is damaged from byte 675840 to 798720"),
+        ("path", {"first"}, "stops reading at damage. Read the file itself, in dom0 or on another machine"),
+    ],
+)
+def test_a_damaged_header_costs_what_it_hit_and_a_service_that_stops_there_is_named(
+    dom0: Dom0, kind: LocationKind, restored: set[str], words: str
+) -> None:
+    backup = shared_fixture("damaged-header.qbackup")
+    before = set(dom0.qubes.qubesd.names())
+    done = dom0.restore([*dom0.location(backup, kind), ANYWAY], expectation(backup).passphrase, 3)
+    assert set(dom0.qubes.qubesd.names()) - before == restored
+    assert words in done.stderr and "--compression-filter" not in done.stderr
+
+
 @pytest.mark.parametrize("kind", LOCATIONS)
 def test_only_the_selected_qubes_are_restored(dom0: Dom0, tmp_path: Path, kind: LocationKind) -> None:
     backup = write(tmp_path / "backup", *(plan(name, template=None) for name in ("a", "b", "c", "d")))

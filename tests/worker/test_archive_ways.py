@@ -79,6 +79,8 @@ async def test_a_storage_qube_that_stops_at_damage_is_told_of(name: str, make_wa
     outcome = await run(make_way(name, DAMAGES["bit-flipped-in-a-tar-header"].apply(WRITER)))
     assert set(outcome.kinds.values()) == {"missing-volume"}
     assert [text for text in outcome.warnings if "the file itself may hold more" in text]
+    for done in outcome.volumes.values():
+        assert done.error is not None and "stops reading at damage" in done.error.advice
     sound = await run(make_way(name, ARCHIVE))
     assert not [text for text in sound.warnings if "the file itself" in text]
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import socket
+import stat
 import sys
 import threading
 import time
@@ -621,19 +622,32 @@ def test_a_root_that_nothing_promises_and_whose_header_is_damaged_fails_its_qube
     assert lost(run) == {"work"}
 
 
-def test_a_sector_that_a_file_cannot_give_costs_the_qube_that_it_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_disk", [False, True], ids=["file", "disk"])
+def test_a_sector_that_cannot_be_read_costs_the_qube_that_it_hit(
+    monkeypatch: pytest.MonkeyPatch, is_disk: bool
+) -> None:
     archive = join_members(CLOSED_MEMBERS)
     for member, place in PLACES.items():
         for offset in (0, 1536):
             bad = (place + offset) // 4096 * 4096
             for name in ("read", "readv", "preadv"):
                 monkeypatch.setattr(os, name, failing_from(name, bad, bad + 4096))
+            monkeypatch.setattr(os, "fstat", as_a_disk if is_disk else os.fstat)
             run = verified(archive)
             monkeypatch.undo()
             number = int(member[2:4]) - 10
             assert lost(run) <= {*["work", "vault", "mail"][max(0, number - 1) : number + 1]}
             assert not open_qubes(run)
             assert not lost(run) or "Input/output error" in str(run.messages)
+
+
+def as_a_disk(fd: int, honest: Callable[[int], os.stat_result] = os.fstat) -> os.stat_result:
+    """`os.fstat` of a block device that holds what the file `fd` holds: it tells no size."""
+    found = honest(fd)
+    status = list(found)
+    status[stat.ST_MODE] = stat.S_IFBLK | stat.S_IMODE(found.st_mode)
+    status[stat.ST_SIZE] = 0
+    return os.stat_result(status)
 
 
 def failing_from(name: str, start: int, end: int) -> Callable[..., object]:
