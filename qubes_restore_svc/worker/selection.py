@@ -227,7 +227,7 @@ class Selection:
         text = untrusted_name.decode("latin-1")
         for path in self._names:
             for file in _KNOWN_FILES:
-                expected = f"{path}/{file}."
+                expected = f"{path}/{file}." + ("0" if file == DIRECTORY else "")
                 if _same_but_a_bit(expected, text[: len(expected)]):
                     yield path, file
 
