@@ -12,17 +12,17 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from qubes_restore_svc.archive import header, settings_files
-from qubes_restore_svc.archive.chunks import ChunkSequence, parse_chunk_name
+from qubes_restore_svc.archive import header, openssl, settings_files
+from qubes_restore_svc.archive.chunks import ChunkSequence, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, open_small, parse_head
 from qubes_restore_svc.archive.filters import BLOCK_SIZE, FILTERS, decompress
-from qubes_restore_svc.archive.inner_tar import read_image, read_small_file
+from qubes_restore_svc.archive.inner_tar import read_directory, read_image, read_small_file
 from qubes_restore_svc.archive.kdf import KdfEngine, OpensslEngine, best_engine
 from qubes_restore_svc.archive.members import MemberReader
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
@@ -35,7 +35,7 @@ from qubes_restore_svc.broker.config import parse_config
 from qubes_restore_svc.cli.arguments import parse_arguments
 from qubes_restore_svc.cli.inputs import read_passphrase
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
-from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.errors import AuthenticationFailed, RestoreError
 from qubes_restore_svc.wire import messages, restore_call
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.models import Message, encode_message
@@ -43,9 +43,10 @@ from qubes_restore_svc.wire.names import strip_control, strip_control_lines
 from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor, parse_descriptor
 from qubes_restore_svc.wire.volume import Extent, VolumeDecoder, encode_end, encode_header, encode_record
 from tests.support.containers import compress, container_head, header_text, scrypt_container
-from tests.support.inner_archives import inner_tar, plain_tar
+from tests.support.format3_writer import Format3Writer
+from tests.support.inner_archives import directory_tar, inner_tar, plain_tar
 from tests.support.outer_archive import qfile_stream
-from tests.support.plans import ImagePlan
+from tests.support.plans import ImagePlan, QubePlan
 from tests.support.qubes_xml_writer import qubes_xml
 from tests.torture.sample import FIREWALL, chunky_sample, tight_sample
 
@@ -112,6 +113,50 @@ def _chunk_names(data: bytes) -> None:
         sequence.expect(name)
 
 
+def _piece_names(data: bytes) -> None:
+    sequence = ChunkSequence()
+    for line in data.split(b"\n")[:200]:
+        name = parse_piece_name(line.decode("latin-1"))
+        if name is not None:
+            assert name.member == line.decode("latin-1") == f"{name.file}.{name.number:03d}"
+            sequence.expect(name)
+
+
+def _mac_line(data: bytes) -> None:
+    """A line is taken for a MAC of some digest, or refused; only one of all numbers proves a piece."""
+    digest = openssl.digest_of(data)
+    try:
+        piece = openssl.VerifiedPiece(b"piece", data, digest or "sha512", b"pass")
+    except AuthenticationFailed:
+        assert digest is not None
+        raise
+    assert digest is not None and b"".join(piece.plaintext()) == b"piece"
+
+
+def _openssl_stream(data: bytes) -> None:
+    """What comes out does not depend on where the stream is cut, and is shorter than it."""
+    found = []
+    for cuts in ([data], [data[:9], data[9:40], data[40:]], [data[at : at + 1] for at in range(len(data))]):
+        try:
+            found.append(b"".join(openssl.decrypt(cuts, openssl.check_cipher("aes-256-cbc"), b"pass")))
+        except RestoreError as error:
+            found.append(error.reason.encode())
+    assert found[0] == found[1] == found[2]
+    assert b" " in found[0] or len(found[0]) < len(data)
+
+
+def _directory(data: bytes) -> None:
+    names = set()
+    for name, image in read_directory([data[:700], data[700:]], "vm-templates/tpl"):
+        assert "/" not in name and name not in names
+        names.add(name)
+        end = 0
+        for extent in image.extents:
+            assert end <= extent.offset and len(extent.data) > 0
+            end = extent.offset + len(extent.data)
+        assert end <= image.size
+
+
 def _header(data: bytes) -> None:
     with suppress(RestoreError):
         header.peek_version(data)
@@ -169,9 +214,9 @@ def _tar_header(data: bytes) -> None:
     assert found.size >= 0 and found.name
 
 
-def _qubes_xml(data: bytes) -> None:
+def _qubes_xml(data: bytes, backup_format: int = 4) -> None:
     """What is read fits into a manifest, and that into a frame."""
-    content = parse_qubes_xml(data)
+    content = parse_qubes_xml(data, backup_format)
     manifest = messages.Manifest(
         backup_id="x",
         format=4,
@@ -361,6 +406,38 @@ def _streams(name: str) -> list[bytes]:
     return [b"".join(compress(name, [content])), b"".join(compress(name, [content, b"x" * 9000]))]
 
 
+_OLD_FIREWALL = b"""<QubesFirewallRules policy="deny" dns="allow" icmp="deny">
+<rule address="1.2.3.4" netmask="24"
+ proto="tcp" port="80" toport="90" expire="1"/></QubesFirewallRules>"""
+
+
+def _targets_of_format_3(qubes: Sequence[QubePlan]) -> Iterator[Target]:
+    writer = Format3Writer(qubes, passphrase="pass")
+    old_xml = writer.qubes_xml().replace(
+        b"<QubesAppVm ", b"<QubesAppVm services=\"{u'cups': False}\" pcidevs=\"['00:14.0']\" kernel='None' "
+    )
+    words = (b"services=", b"{'a': True}", b"template_qid=", b"QubesHVm", b"QubesNetVm", b"dispvm_netvm_qid=")
+    yield Target(
+        "qubes-xml-3", partial(_qubes_xml, backup_format=3), lambda: [old_xml], (*_XML_WORDS, *words)
+    )
+    yield Target("header-3", _header, lambda: [writer.header_text()], (b"encrypted=False\n", b"SHA1"))
+    names = b"qubes.xml.000\nqubes.xml.000.hmac\nvm-templates/tpl/..000\nappvms/work/private.img.000"
+    yield Target("piece-names", _piece_names, lambda: [names], (b".hmac", b"..", b"/.", b".000", b".1000"))
+    lines = [writer.sealed("x", b"piece")[1].data]
+    lines += [replace(writer, digest=digest).sealed("x", b"piece")[1].data for digest in ("sha1", "sha256")]
+    yield Target("mac-line", _mac_line, lambda: lines, (b"(stdin)= ", b"SHA1", b"\r\n", b"0" * 64))
+    streams = [writer.encrypt(bytes(range(size)), "x") for size in (0, 16, 90)]
+    yield Target("openssl-stream", _openssl_stream, lambda: streams, (b"Salted__", b"\x10" * 16))
+    image = ImagePlan(8192, [(512, b"x" * 700), (4096, b"y" * 100)])
+    directory = directory_tar(
+        "vm-templates/tpl", {"root.img": image, "private.img": image}, {"notes.txt": b"x"}
+    )
+    yield Target(
+        "directory", _directory, lambda: [directory], (*_TAR_WORDS, b"vm-templates/tpl/./", b"L", b"K")
+    )
+    yield Target("firewall-1", lambda data: _settings(b"f" + data), lambda: [_OLD_FIREWALL], _XML_WORDS)
+
+
 def _targets() -> Iterator[Target]:
     sample = tight_sample()
     yield Target("outer-tar", _outer_tar, lambda: [sample.archive[:8192]], _TAR_WORDS)
@@ -392,6 +469,7 @@ def _targets() -> Iterator[Target]:
     )
     seeds = [b"f" + FIREWALL.encode(), b"f" + rule.encode(), b"nnotes\r\n", b"mfirefox.desktop\n"]
     yield Target("settings", _settings, lambda: seeds, _XML_WORDS)
+    yield from _targets_of_format_3(sample.writer.qubes)
     yield Target("framing", _framing, lambda: [encode_frame(b"{}") + encode_frame(b'{"a":1}')])
     for name, parse, texts in (
         ("worker-message", messages.parse_worker_message, _WORKER),
