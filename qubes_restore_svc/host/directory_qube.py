@@ -268,14 +268,14 @@ class DirectoryQube:
             if error.errno not in NAME_TAKEN:
                 raise
             raise QubeExists("something of that name has appeared in the directory", qube=name) from error
-        if not leads_to(name, self._inside, dir_fd=self._directory):
-            raise self._failure(
-                f"what is called {name} now is not what was restored: somebody else changes the directory"
-            )
         try:
+            if not leads_to(name, self._inside, dir_fd=self._directory):
+                raise self._failure(
+                    f"what is called {name} now is not what was restored: somebody else changes the directory"
+                )
             sync_directory(self._directory)
         except OSError:
-            # Not known to last, so not a success: back to where a rollback finds it.
+            # Not known to be there, or to last, so not a success: back to where a rollback finds it.
             os.rename(name, self._partial, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             raise
 

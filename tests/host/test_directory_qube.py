@@ -55,6 +55,21 @@ def test_a_committed_qube_has_its_images_and_its_record(tmp_path: Path, qube: Di
     assert {name: entry["size"] for name, entry in volumes.items()} == {"private": 100, "root": 100}
 
 
+def test_a_qube_whose_new_name_cannot_be_looked_at_is_rolled_back(
+    tmp_path: Path, qube: DirectoryQube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> bool:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    qube.create_volume("private", 10).finish(10)
+    monkeypatch.setattr(directory_qube, "leads_to", fail)
+    with pytest.raises(HostFailed, match="Cannot allocate memory"):
+        qube.commit(settings())
+    monkeypatch.undo()
+    qube.rollback()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_home_is_a_tar_file_whose_ceiling_may_be_past_what_the_file_system_holds(
     tmp_path: Path, directory: int
 ) -> None:
