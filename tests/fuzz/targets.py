@@ -9,7 +9,7 @@ formats are made of.
 
 import argparse
 import io
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -284,13 +284,14 @@ def _config(data: bytes) -> None:
 
 
 @cache
-def _passphrase_path() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz-")) / "passphrase"
+def _passphrase_file() -> int:
+    return os.memfd_create("passphrase")
 
 
 def _passphrase(data: bytes) -> None:
-    _passphrase_path().write_bytes(data)
-    found = read_passphrase(str(_passphrase_path()), stdin_is_backup=False)
+    os.truncate(_passphrase_file(), 0)
+    os.pwrite(_passphrase_file(), data, 0)
+    found = read_passphrase(f"/proc/self/fd/{_passphrase_file()}", stdin_is_backup=False)
     assert found and "\n" not in found
 
 
