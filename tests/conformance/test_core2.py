@@ -72,11 +72,17 @@ def document(source: random.Random) -> str:
 @pytest.fixture(scope="module")
 def stock(checkout: Callable[[str], Path]) -> Any:
     """The stock parser's class."""
+    # Another test may have loaded the stand-in under this name; it is put back.
+    loaded = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "qubesadmin"}
     sys.path.insert(0, str(checkout("qubes-core-admin-client")))
     try:
         return importlib.import_module("qubesadmin.backup.core2").Core2Qubes
     finally:
         del sys.path[0]
+        for name in [*sys.modules]:
+            if name.split(".")[0] == "qubesadmin":
+                del sys.modules[name]
+        sys.modules.update(loaded)
 
 
 NO_SERVICES = {"qrexec", "gui", "internal", "linux-stubdom", "check-updates"}
