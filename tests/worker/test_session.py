@@ -284,6 +284,38 @@ async def test_signs_of_life_come_while_a_key_is_being_derived(monkeypatch: pyte
         assert isinstance((await peer.rest())[-1], m.Finished)
 
 
+async def test_the_source_is_waited_for_only_while_nothing_else_is_to_be_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "HEARTBEAT_S", 0.02)
+    gate, silence = threading.Event(), threading.Event()
+    begin = ARCHIVE[: len(ARCHIVE) // 2]
+    reader, writer = os.pipe()
+
+    def feed() -> None:
+        with open(writer, "wb") as pipe:
+            pipe.write(begin)
+            pipe.flush()
+            silence.wait(PATIENCE_S)
+
+    feeder = in_thread(feed)
+    async with Caller(reader, engine=Engine(lambda _: gate.wait(PATIENCE_S))) as caller:
+        peer = await caller.session()
+        peer.open()
+        for _ in range(5):
+            assert not (await peer.next_progress()).waiting_for_source  # a key is being derived
+        gate.set()
+        await peer.passing(m.Manifest)
+        peer.say(m.Start(mode="verify", keys=("vm11",)))
+        while not (progress := await peer.next_progress()).waiting_for_source:
+            pass
+        assert progress.received == len(begin)
+        silence.set()
+        await peer.rest()
+    os.close(reader)
+    join(feeder)
+
+
 async def test_nothing_is_said_before_the_first_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "HEARTBEAT_S", 0.01)
     async with session_over(ARCHIVE) as (_, peer):
