@@ -18,6 +18,9 @@ import re
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element, SubElement
 
+from qubes_restore_svc.errors import BadMetadata
+from qubes_restore_svc.wire.names import MAX_QUBES
+
 ROOT = "QubesVmCollection"
 
 _CLASSES = {
@@ -54,23 +57,32 @@ _SERVICE = re.compile(rf"\s*{_QUOTED}\s*:\s*(True|False)\s*(?:,|$)")
 _DEVICE = re.compile(rf"\s*{_QUOTED}\s*(?:,|$)")
 
 _MAX_LITERAL = 16384  # characters
+_MAX_ITEMS = 50_000  # services and devices, of all qubes together
 
 
 def modernise(untrusted_root: Element) -> Element:
     """The document in the schema of R4, with those qubes of it that are in the backup.
 
-    `untrusted_root` is the element ROOT. Raises nothing: see the strategy.
+    `untrusted_root` is the element ROOT. Raises BadMetadata if it would become too large: one attribute here
+    may be many elements there.
     """
+    untrusted_vms = [vm for vm in untrusted_root if vm.get("backup_content", "").strip().lower() == "true"]
+    items = sum(vm.get(name, "").count(",") for vm in untrusted_vms for name in ("services", "pcidevs"))
+    for number, most, what in (
+        (len(untrusted_vms), MAX_QUBES, "qubes"),
+        (items, _MAX_ITEMS, "services and devices"),
+    ):
+        if number > most:
+            raise BadMetadata(f"qubes.xml lists {number} {what}; at most {most} are accepted")
     root = Element("qubes", version="4.0")
     domains = SubElement(root, "domains")
     labels = SubElement(root, "labels")
     names = _names(untrusted_root)
     default_netvm = _reference(untrusted_root.get("default_netvm"), names)
-    for untrusted_vm in untrusted_root:
-        if untrusted_vm.get("backup_content", "").strip().lower() == "true":
-            label = untrusted_vm.get("label", "red")
-            SubElement(labels, "label", id=label).text = label
-            domains.append(_domain(untrusted_vm, names, default_netvm))
+    for untrusted_vm in untrusted_vms:
+        label = untrusted_vm.get("label", "red")
+        SubElement(labels, "label", id=label).text = label
+        domains.append(_domain(untrusted_vm, names, default_netvm))
     return root
 
 

@@ -1,5 +1,7 @@
 """qubes.xml of R2 to R3.2: what each attribute becomes, and that nothing is dropped without a word."""
 
+import tracemalloc
+
 import pytest
 
 from qubes_restore_svc.archive.qubes_xml import BackupContent, BackupQube, parse_qubes_xml
@@ -197,3 +199,28 @@ def test_each_format_has_its_own_form_of_qubes_xml(backup_format: int) -> None:
     other = b"<qubes><domains/></qubes>" if backup_format == 3 else b"<QubesVmCollection/>"
     with pytest.raises(BadMetadata, match=f"format {backup_format}"):
         parse_qubes_xml(other, backup_format)
+
+
+@pytest.mark.parametrize(
+    ("elements", "what"),
+    [
+        ('<QubesAppVm backup_content="True"/>' * 60_000, "qubes"),
+        (element(f'pcidevs="[{"&#39;00:14.0&#39;&#44;" * 1000}]"') * 60, "services and devices"),
+    ],
+    ids=["qubes", "devices"],
+)
+def test_what_would_become_too_large_is_refused_before_it_does(elements: str, what: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadMetadata, match=f"lists [0-9]+ {what}; at most"):
+            parse(elements)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "attributes", ['uses_default_kernel="False"', 'kernel="None" uses_default_kernel="False"']
+)
+def test_a_kernel_of_its_own_that_is_not_named_is_none(attributes: str) -> None:
+    assert qube(attributes).info.properties == {"kernel": ""}
