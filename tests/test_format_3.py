@@ -132,6 +132,18 @@ def test_a_header_that_names_what_is_not_known_is_refused(old: bytes, new: bytes
 
 # --- What was changed --------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    ("place", "kind"), [(1, "bad-header"), (3, "bad-container")], ids=["of the header", "of qubes.xml"]
+)
+def test_a_mac_of_a_tebibyte_is_refused_unread(place: int, kind: str, tmp_path: Path) -> None:
+    members = list(sample().members())[: place + 1]
+    members[place] = replace(members[place], declared_size=1 << 40)
+    (tmp_path / "backup").write_bytes(join_members(members))
+    report = restore(tmp_path / "backup", tmp_path / "out")
+    assert (report.status, kinds(report)) == (NOTHING, {kind})
+
+
 Members = list[RawMember]
 Edit = Callable[[Members, int], Members]
 

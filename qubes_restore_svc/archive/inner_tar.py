@@ -35,6 +35,9 @@ _PAX_NUMBER_DIGITS = 19
 #: Longest path, in bytes, that a file of a directory may have.
 _MAX_LONG_NAME = 4097
 
+#: Most files right in a template's directory; it has about ten.
+_MAX_FILES = 1000
+
 #: What may lie in a template's directory: files (S: sparse ones), links, directories, named pipes.
 _DIRECTORY_TYPES = (b"0", b"\x00", b"S", b"1", b"2", b"5", b"6")
 
@@ -210,6 +213,8 @@ def _directory(source: _Cursor, prefix: bytes) -> Iterator[tuple[str, Image]]:
             if name in names:
                 raise BadImage(f"the inner archive holds {shown(name)} twice")
             names.add(name)
+            if len(names) > _MAX_FILES:
+                raise BadImage(f"the inner archive holds more than {_MAX_FILES} files in one directory")
             yield name.decode("utf-8", "backslashreplace"), Image(size, extents)
         for _ in extents:
             pass

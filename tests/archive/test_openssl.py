@@ -6,11 +6,15 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CBC
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.openssl import (
     VerifiedPiece,
+    _key_and_iv,
     check_cipher,
     check_digest,
     decrypt,
@@ -121,6 +125,17 @@ def test_what_openssl_encrypted_comes_back(name: str, size: int) -> None:
 def test_a_stream_that_lacks_its_end_is_refused(kept: int) -> None:
     with pytest.raises(BadContainer):
         list(decrypt([encrypted("aes-256-cbc")[:kept]], check_cipher("aes-256-cbc"), KEY))
+
+
+@pytest.mark.parametrize("end", [b"\0", b"\x11", b"\x02", b"\1\3\3", b"\x0f" + b"\x10" * 15])
+def test_a_stream_whose_padding_is_not_what_openssl_writes_is_refused(end: bytes) -> None:
+    cipher = check_cipher("aes-256-cbc")
+    # Encrypted without padding of its own: the last block is `end` behind other bytes.
+    key, iv = _key_and_iv(KEY, bytes(8), 32)
+    encryptor = Cipher(AES(key), CBC(iv)).encryptor()
+    stream = b"Salted__" + bytes(8) + encryptor.update(b"a" * (16 - len(end)) + end)
+    with pytest.raises(BadContainer, match="does not end"):
+        list(decrypt([stream], cipher, KEY))
 
 
 def test_a_stream_without_openssls_mark_is_refused() -> None:
