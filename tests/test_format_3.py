@@ -144,6 +144,16 @@ def test_a_mac_of_a_tebibyte_is_refused_unread(place: int, kind: str, tmp_path: 
     assert (report.status, kinds(report)) == (NOTHING, {kind})
 
 
+def test_qubes_xml_whose_pieces_are_not_in_order_is_refused_as_such(tmp_path: Path) -> None:
+    members = list(sample(compression="none", encrypted=False, piece_size=2048).members())
+    swapped = [*members[:2], *members[4:6], *members[2:4], *members[6:]]
+    repeated = [*members[:4], members[3], *members[4:]]
+    for name, edited, kind in (("a", swapped, "chunk-out-of-order"), ("b", repeated, "bad-archive")):
+        (tmp_path / name).write_bytes(join_members(edited))
+        report = restore(tmp_path / name, tmp_path / "out")
+        assert (report.status, kinds(report)) == (NOTHING, {kind})
+
+
 Members = list[RawMember]
 Edit = Callable[[Members, int], Members]
 
