@@ -305,6 +305,16 @@ def test_a_directory_that_is_not_the_templates_own_fails_it(
     assert report.qubes[0].outcome == "failed"
 
 
+def test_a_settings_file_of_a_tebibyte_in_a_directory_is_never_held(tmp_path: Path) -> None:
+    template = sample_qube("tpl", 1 << 16, 0.5, "TemplateVM")
+    files = {f"{name}.img": image for name, image in template.volumes.items()}
+    files["firewall.xml"] = replace(template.volumes["root"], size=1 << 40)
+    inner = directory_tar("vm-templates/tpl", files, {})
+    writer = sample(qubes=[template], inner={"vm-templates/tpl/.": inner}, dom0_home=False)
+    report = judged(writer.to_bytes(), writer, tmp_path)
+    assert (report.qubes[0].outcome, kinds(report)) == ("failed", {"bad-metadata"})
+
+
 @pytest.mark.parametrize("file", ["root.img", "private.img", "firewall.xml"])
 @pytest.mark.parametrize("directory_first", [True, False])
 def test_a_file_that_comes_alone_and_in_its_directory_fails_the_template(
