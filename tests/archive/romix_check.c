@@ -64,41 +64,124 @@ allocate(size_t size)
 	return memory;
 }
 
-/* Every lane of every kernel gives the RFC's result, beside lanes that have other inputs. */
+static int
+is_zero(const uint8_t *bytes, size_t size)
+{
+	while (size > 0 && bytes[size - 1] == 0)
+		size--;
+	return size == 0;
+}
+
+/* Where row `row` of a lane lies in a group's x or y: see struct group. */
+static uint32_t *
+row_of(uint32_t *const pieces[], size_t in_group, size_t lane, size_t row)
+{
+	size_t word = (row * in_group + lane) * ROW_WORDS;
+
+	return pieces[word / SALSA_WORDS] + word % SALSA_WORDS;
+}
+
+/* What the lanes of a kernel do in one step: all that a group can, each lane something else than its neighbours. */
+enum { PLAIN, ADDS, DROPS, COPIES, ADDS_AND_COPIES, ALL_OF_IT, WAYS };
+
+/*
+ * One step of `all` lanes.  `way` is what lane 0 does; the others do the same, or each of them the next one.  The
+ * portable kernel, which the vectors of the RFC have checked, says what comes out when it is all done beforehand.
+ */
+static void
+check_step(const struct kernels *kernels, size_t all, size_t r, unsigned way, int alike)
+{
+	const size_t words = 2 * r * SALSA_WORDS, in_group = kernels->for_lanes[all].in_group;
+	struct group groups[MAX_GROUPS] = {{0}}, alone;
+	uint32_t *x[MAX_LANES], *add[MAX_LANES], *copy[MAX_LANES], *input[MAX_LANES];
+	uint32_t *expected = allocate(words * 4), *zero = allocate(words * 4);
+	size_t lane, at, row, i;
+	unsigned does;
+
+	memset(zero, 0, words * 4);
+	for (lane = 0; lane < all; lane++) {
+		struct group *group = &groups[lane / in_group];
+		size_t place = lane % in_group;
+
+		does = alike ? way : (way + (unsigned)lane) % WAYS;
+		group->r = r;
+		group->x[place] = x[lane] = allocate(words * 4);
+		group->y[place] = allocate(words * 4);
+		input[lane] = allocate(words * 4);
+		add[lane] = allocate(words * 4);
+		copy[lane] = allocate(words * 4);
+		for (i = 0; i < words; i++) {
+			input[lane][i] = (uint32_t)((i + 7) * 2654435761u * (lane + 3));
+			add[lane][i] = (uint32_t)((i + 5) * 2246822519u * (lane + 11));
+		}
+		group->add[place] = does == PLAIN || does == COPIES ? zero : add[lane];
+		group->copy[place] = does == COPIES || does == ADDS_AND_COPIES || does == ALL_OF_IT ? copy[lane] : NULL;
+		group->past_cache |= (unsigned)(does == COPIES) << place;
+		memset(group->keep + place * ROW_WORDS, does == DROPS || does == ALL_OF_IT ? 0 : 0xff, 16);
+		group->does |= (group->add[place] != zero ? GROUP_ADDS : 0) | (group->copy[place] ? GROUP_COPIES : 0) |
+		               (does == DROPS || does == ALL_OF_IT ? GROUP_DROPS : 0);
+	}
+	for (lane = 0; lane < all; lane++)
+		for (at = 0; at < words; at += SALSA_WORDS)
+			for (row = 0; row < 4; row++)
+				memcpy(row_of(groups[lane / in_group].x, in_group, lane % in_group, row) + at,
+				       input[lane] + at + row * ROW_WORDS, 16);
+
+	kernels->for_lanes[all].blockmix(groups);
+
+	for (lane = 0; lane < all; lane++) {
+		struct group *group = &groups[lane / in_group];
+		size_t place = lane % in_group;
+
+		memset(&alone, 0, sizeof(alone));
+		alone.r = r;
+		for (i = 0; i < words; i++)
+			input[lane][i] = (input[lane][i] & group->keep[place * ROW_WORDS]) ^ group->add[place][i];
+		alone.x[0] = input[lane];
+		alone.y[0] = expected;
+		kernels_find("portable")->for_lanes[1].blockmix(&alone);
+		for (at = 0; at < words; at += SALSA_WORDS)
+			for (row = 0; row < 4; row++)
+				CHECK(memcmp(row_of(group->y, in_group, place, row) + at, expected + at + row * ROW_WORDS, 16) == 0);
+		if (group->copy[place] != NULL)
+			CHECK(memcmp(copy[lane], expected, words * 4) == 0);
+		else
+			CHECK(copy[lane][0] == 0xa5a5a5a5);
+	}
+	for (lane = 0; lane < all; lane++) {
+		free(x[lane]);
+		free(groups[lane / in_group].y[lane % in_group]);
+		free(input[lane]);
+		free(add[lane]);
+		free(copy[lane]);
+	}
+	free(expected);
+	free(zero);
+}
+
 static void
 check_blockmix(const struct kernels *kernels)
 {
 	uint8_t input[128], expected[128], result[128];
-	uint32_t *out[MAX_LANES], *p[MAX_LANES], *q[MAX_LANES];
-	size_t width, tested, lane, i;
+	uint32_t *x = allocate(128), *y = allocate(128);
+	struct group group = {.r = 1, .x = {x}, .y = {y}};
+	size_t all, r;
+	unsigned way;
 
 	from_hex(input, block_input, 128);
 	from_hex(expected, blockmix_output, 128);
-	for (lane = 0; lane < MAX_LANES; lane++) {
-		out[lane] = allocate(128);
-		p[lane] = allocate(128);
-		q[lane] = allocate(128);
-	}
-	for (width = 1; width <= kernels->lanes; width *= 2) {
-		for (tested = 0; tested < width; tested++) {
-			for (lane = 0; lane < width; lane++) {
-				to_diagonals(p[lane], input, 2);
-				memset(q[lane], (int)(lane + 1), 128);
-				for (i = 0; lane == tested && i < 32; i++)
-					p[lane][i] ^= q[lane][i];
+	to_diagonals(x, input, 2);
+	kernels->for_lanes[1].blockmix(&group);
+	from_diagonals(result, y, 2);
+	CHECK(memcmp(result, expected, 128) == 0);
+	free(x);
+	free(y);
+	for (all = 1; all <= kernels->lanes; all *= 2)
+		for (r = 1; r <= 9; r += r < 3 ? 1 : 5)
+			for (way = 0; way < WAYS; way++) {
+				check_step(kernels, all, r, way, 0);
+				check_step(kernels, all, r, way, 1);
 			}
-			kernels->for_lanes[width](out, (const uint32_t *const *)p, (const uint32_t *const *)q, 1);
-			for (lane = 0; lane < width; lane++) {
-				from_diagonals(result, out[lane], 2);
-				CHECK((memcmp(result, expected, 128) == 0) == (lane == tested));
-			}
-		}
-	}
-	for (lane = 0; lane < MAX_LANES; lane++) {
-		free(q[lane]);
-		free(p[lane]);
-		free(out[lane]);
-	}
 }
 
 static void
@@ -133,7 +216,7 @@ begin_sample(struct sample *sample, unsigned seed, unsigned log_stride)
 	size_t i, size;
 
 	sample->log_n = 1 + seed % 7;
-	sample->r = seed % 3 == 2 ? 3 : 8;
+	sample->r = (const size_t[]){8, 8, 3, 8, 1, 8}[seed % 6];
 	sample->p = 1 + seed % 2;
 	sample->log_stride = log_stride;
 	size = sample->p * sample->r * 128;
@@ -141,16 +224,34 @@ begin_sample(struct sample *sample, unsigned seed, unsigned log_stride)
 	CHECK(sample->blocks != NULL);
 	for (i = 0; i < size; i++)
 		sample->blocks[i] = (uint8_t)(i * 151 + seed * 89 + i / 251);
-	sample->memory = allocate(romix_memory(sample->log_n, sample->r, log_stride));
+	size = romix_memory(sample->log_n, sample->r, log_stride);
+	sample->memory = allocate(size);
+	memset(sample->memory, 0, size);
 	romix_begin(&sample->romix, sample->blocks, sample->r, sample->p, sample->log_n, log_stride, sample->memory);
 }
 
 static void
 end_sample(struct sample *sample)
 {
+	size_t all = romix_memory(sample->log_n, sample->r, sample->log_stride);
+	size_t of_v = ((size_t)1 << (sample->log_n > sample->log_stride ? sample->log_n - sample->log_stride : 0)) *
+	              sample->r * 128;
+
 	romix_wipe(&sample->romix);
+	CHECK(is_zero((const uint8_t *)sample->memory + of_v, all - of_v));
 	free(sample->memory);
 	free(sample->blocks);
+}
+
+/* Between calls, no lane's memory holds what a group had there: its lanes may be gone before. */
+static void
+check_nothing_of_others(const struct sample *sample)
+{
+	size_t size = sample->r * 128;
+
+	CHECK(sample->romix.x == sample->romix.shared[0][0]);
+	CHECK(is_zero((const uint8_t *)sample->romix.shared[0][1], size));
+	CHECK(is_zero((const uint8_t *)sample->romix.shared[1][0], 2 * size));
 }
 
 /* Lanes of different N, r, p and stride, each finished one followed by another, as the portable one has it. */
@@ -159,8 +260,9 @@ check_mixture(const struct kernels *kernels)
 {
 	enum { SAMPLES = 60 };
 	struct sample samples[MAX_LANES], alone;
-	struct romix *lanes[MAX_LANES], *lone = &alone.romix;
+	struct romix *lanes[MAX_LANES], *first, *lone = &alone.romix;
 	unsigned seeds[MAX_LANES], next = 0;
+	size_t turn = 0;
 	size_t i;
 
 	for (i = 0; i < kernels->lanes; i++) {
@@ -169,7 +271,13 @@ check_mixture(const struct kernels *kernels)
 		lanes[i] = &samples[i].romix;
 	}
 	while (next < SAMPLES) {
-		romix_advance(kernels, lanes, kernels->lanes, 7);
+		/* Any number of lanes, of which another one is the first each time. */
+		romix_advance(kernels, lanes, 1 + turn++ % kernels->lanes, 7);
+		first = lanes[0];
+		memmove(lanes, lanes + 1, (kernels->lanes - 1) * sizeof(lanes[0]));
+		lanes[kernels->lanes - 1] = first;
+		for (i = 0; i < kernels->lanes; i++)
+			check_nothing_of_others(&samples[i]);
 		for (i = 0; i < kernels->lanes; i++) {
 			if (!romix_is_finished(&samples[i].romix))
 				continue;
@@ -185,14 +293,6 @@ check_mixture(const struct kernels *kernels)
 	}
 	for (i = 0; i < kernels->lanes; i++)
 		end_sample(&samples[i]);
-}
-
-static int
-is_zero(const uint8_t *bytes, size_t size)
-{
-	while (size > 0 && bytes[size - 1] == 0)
-		size--;
-	return size == 0;
 }
 
 static int unmapped;

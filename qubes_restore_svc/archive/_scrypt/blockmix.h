@@ -3,11 +3,11 @@
  *
  * A lane is one independent derivation.  Within a lane each block of 64 bytes waits for the one
  * before it, so a single lane leaves most of the processor idle.  The kernels fill it in two ways:
- * lanes lie side by side in the 128-bit parts of a wide register, and two such registers take turns
- * in one instruction stream.
+ * the lanes of a group lie side by side in the 128-bit parts of a wide register, and two groups take
+ * turns in one instruction stream.
  *
- * A kernel takes each lane's blocks from wherever that lane has them.  So the lanes need not be at the
- * same place of the same derivation; only r is common to them.
+ * Lanes need not be at the same place of the same derivation; only r is common to them.  What differs
+ * from lane to lane is what is xored to its blocks, and where a copy of the result goes.
  */
 #ifndef BLOCKMIX_H
 #define BLOCKMIX_H
@@ -19,28 +19,60 @@
 #define SALSA_WORDS 16
 #define SALSA_BYTES 64
 
-/* The largest number of lanes that a kernel has. */
+/* A row of its matrix, in words: what a lane has in a register. */
+#define ROW_WORDS 4
+
+/* The largest numbers of lanes in a register, of groups that take turns, and of lanes in all. */
+#define GROUP_LANES 4
+#define MAX_GROUPS 2
 #define MAX_LANES 4
 
-/*
- * blockmix(out, p, q, r):
- * For each lane of the kernel, out[lane] = scryptBlockMix(p[lane] xor q[lane]).
- *
- * Every pointer leads to 2 * r blocks of 64 bytes, aligned to 64 bytes, in the word order of
- * to_diagonals(); r is at least 1.  An output overlaps no input and no other output; inputs may
- * coincide.
- */
-typedef void blockmix_fn(uint32_t *const out[], const uint32_t *const p[], const uint32_t *const q[],
-                         size_t r);
+/* What the lanes of a group do besides mixing, in `does`. */
+#define GROUP_ADDS 1    /* `add` is xored to the input; otherwise `add` is not read */
+#define GROUP_COPIES 2  /* some lane has a `copy` */
+#define GROUP_DROPS 4   /* some lane has zeros in `keep`; otherwise `keep` is not read */
 
 /*
- * The kernels of one instruction set.  `for_lanes[n]` mixes n lanes at once, n being 1, 2 or 4;
- * `lanes` is the largest n that it has.  It has every power of two below that as well.
+ * The lanes that lie side by side in one register, and one step of theirs:
+ *
+ *     y = scryptBlockMix((x and keep) xor add), of which a copy goes to `copy`.
+ *
+ * All pointers lead to 2 * r blocks of 64 bytes, aligned to 64 bytes, whose words are in the order of
+ * to_diagonals().  `add` and `copy` belong to one lane each.  x and y belong to the whole group, whose
+ * lanes are interleaved as the registers have them: first row 0 of every lane, then row 1 of every lane,
+ * and so on.  Block b is cut into one piece of 64 bytes for each lane, and piece i lies in block b of x[i].
+ * So a group takes no memory but what each of its lanes brings along.
+ *
+ * Nothing that is written overlaps anything else.
+ */
+struct group {
+	size_t r;
+	unsigned does;                  /* GROUP_ADDS, GROUP_COPIES, GROUP_DROPS */
+	unsigned past_cache;            /* bit `lane`: nobody reads the copy soon, so the cache is left alone */
+	uint32_t *x[GROUP_LANES];
+	uint32_t *y[GROUP_LANES];
+	const uint32_t *add[GROUP_LANES];
+	uint32_t *copy[GROUP_LANES];    /* NULL: this lane wants none */
+	uint32_t keep[GROUP_LANES * ROW_WORDS] __attribute__((aligned(64)));  /* for each row; all bits of a lane alike */
+};
+
+/*
+ * blockmix(groups):
+ * Take one step with one group, or with two in turns, which have the same r, at least 1.
+ */
+typedef void blockmix_fn(struct group groups[]);
+
+/*
+ * The kernels of one instruction set.  `for_lanes[n]` mixes n lanes at once, n being 1, 2 or 4, which lie
+ * in groups of `in_group`; `lanes` is the largest n that it has.  It has every power of two below that as well.
  */
 struct kernels {
 	const char *name;
 	size_t lanes;
-	blockmix_fn *for_lanes[MAX_LANES + 1];
+	struct {
+		size_t in_group;
+		blockmix_fn *blockmix;
+	} for_lanes[MAX_LANES + 1];
 };
 
 /*
@@ -62,6 +94,9 @@ const struct kernels *kernels_find(const char *name);
  */
 void to_diagonals(uint32_t *words, const uint8_t *bytes, size_t blocks);
 void from_diagonals(uint8_t *bytes, const uint32_t *words, size_t blocks);
+
+/* MIXED_PLACE(i, r): which block of the result block i becomes; the even ones come first, then the odd ones. */
+#define MIXED_PLACE(i, r) ((i) / 2 + (i) % 2 * (r))
 
 /* diagonal_place[i]: where word i of the RFC's order stands in the order of the kernels. */
 extern const uint8_t diagonal_place[SALSA_WORDS];

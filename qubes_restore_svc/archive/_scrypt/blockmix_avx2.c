@@ -25,6 +25,10 @@
 #define GROUPS 2
 #include "blockmix_vector.h"
 
-const struct kernels kernels_avx2 = {"AVX2", 4, {NULL, blockmix_1, blockmix_2, NULL, blockmix_4}};
+const struct kernels kernels_avx2 = {
+	.name = "AVX2",
+	.lanes = 4,
+	.for_lanes = {[1] = {1, blockmix_1}, [2] = {2, blockmix_2}, [4] = {2, blockmix_4}},
+};
 
 #endif

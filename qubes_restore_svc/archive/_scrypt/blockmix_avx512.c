@@ -30,6 +30,10 @@
 #define GROUPS 1
 #include "blockmix_vector.h"
 
-const struct kernels kernels_avx512 = {"AVX-512", 4, {NULL, blockmix_1, blockmix_2, NULL, blockmix_4}};
+const struct kernels kernels_avx512 = {
+	.name = "AVX-512",
+	.lanes = 4,
+	.for_lanes = {[1] = {1, blockmix_1}, [2] = {2, blockmix_2}, [4] = {4, blockmix_4}},
+};
 
 #endif

@@ -37,25 +37,45 @@ salsa20_8(uint32_t x[SALSA_WORDS])
 #undef QUARTER
 }
 
-static void
-blockmix_1(uint32_t *const out[], const uint32_t *const p[], const uint32_t *const q[], size_t r)
+/* Word i, in the order of the RFC, of the block at word `at` of the input. */
+static uint32_t
+input_word(const struct group *group, size_t at, size_t i)
 {
+	size_t word = at + diagonal_place[i];
+	uint32_t x = group->x[0][word];
+
+	if (group->does & GROUP_DROPS)
+		x &= group->keep[0];
+	if (group->does & GROUP_ADDS)
+		x ^= group->add[0][word];
+	return x;
+}
+
+static void
+blockmix_1(struct group groups[])
+{
+	const struct group *group = &groups[0];
+	const size_t last = (2 * group->r - 1) * SALSA_WORDS;
 	uint32_t x[SALSA_WORDS];
-	size_t last = (2 * r - 1) * SALSA_WORDS;
-	size_t block, from, to, i;
+	size_t block, to, i;
 
 	for (i = 0; i < SALSA_WORDS; i++)
-		x[i] = p[0][last + diagonal_place[i]] ^ q[0][last + diagonal_place[i]];
-	for (block = 0; block < 2 * r; block++) {
-		/* The even blocks of the result come first, then the odd ones. */
-		from = block * SALSA_WORDS;
-		to = (block / 2 + (block % 2) * r) * SALSA_WORDS;
+		x[i] = input_word(group, last, i);
+	for (block = 0; block < 2 * group->r; block++) {
+		to = MIXED_PLACE(block, group->r) * SALSA_WORDS;
 		for (i = 0; i < SALSA_WORDS; i++)
-			x[i] ^= p[0][from + diagonal_place[i]] ^ q[0][from + diagonal_place[i]];
+			x[i] ^= input_word(group, block * SALSA_WORDS, i);
 		salsa20_8(x);
-		for (i = 0; i < SALSA_WORDS; i++)
-			out[0][to + diagonal_place[i]] = x[i];
+		for (i = 0; i < SALSA_WORDS; i++) {
+			group->y[0][to + diagonal_place[i]] = x[i];
+			if (group->copy[0] != NULL)
+				group->copy[0][to + diagonal_place[i]] = x[i];
+		}
 	}
 }
 
-const struct kernels kernels_portable = {"portable", 1, {NULL, blockmix_1}};
+const struct kernels kernels_portable = {
+	.name = "portable",
+	.lanes = 1,
+	.for_lanes = {[1] = {1, blockmix_1}},
+};

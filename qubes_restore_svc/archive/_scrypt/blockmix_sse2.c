@@ -18,6 +18,10 @@
 #define GROUPS 2
 #include "blockmix_vector.h"
 
-const struct kernels kernels_sse2 = {"SSE2", 2, {NULL, blockmix_1, blockmix_2}};
+const struct kernels kernels_sse2 = {
+	.name = "SSE2",
+	.lanes = 2,
+	.for_lanes = {[1] = {1, blockmix_1}, [2] = {1, blockmix_2}},
+};
 
 #endif

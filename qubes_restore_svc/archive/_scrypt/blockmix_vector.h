@@ -7,20 +7,26 @@
  *   TARGET        attribute that lets the compiler use the instruction set
  *   VEC           a vector: VEC_LANES lanes of four words
  *   VEC_LANES     how many lanes lie side by side in a vector
- *   VEC_ADD(x, y), VEC_XOR(x, y), VEC_ROTATE(x, bits)
+ *   VEC_ADD(x, y), VEC_XOR(x, y), VEC_AND(x, y), VEC_ROTATE(x, bits)
  *                 on every word
  *   VEC_TURN(x, places)
  *                 within every lane, move the words `places` down, the lowest ones to the top
- *   VEC_LOAD(rows, p, q, at)
- *                 rows[0..3] = the block at word `at` of p[lane] xor the one of q[lane]
- *   VEC_STORE(p, at, rows)
- *                 the block at word `at` of p[lane] = rows[0..3]
+ *   VEC_ROW(rows, i)
+ *                 where row i of every lane lies, of the block whose pieces are rows[0..VEC_LANES - 1]
+ *   VEC_LOAD(address), VEC_STORE(address, x)
+ *                 a vector in memory
+ *   VEC_GATHER(rows, p, at)
+ *                 rows[0..3] = the block at word `at` of p[lane], for every lane
+ *   VEC_SCATTER(p, at, rows, past_cache)
+ *                 the block at word `at` of p[lane] = rows[0..3], where p[lane] is not NULL; bit `lane` of
+ *                 past_cache says that the cache is to be left alone
  */
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 #define SALSA20_8 PASTE(KERNEL, _salsa20_8)
-#define MIX_BLOCK PASTE(KERNEL, _mix_block)
+#define MIX_BLOCKS PASTE(KERNEL, _mix_blocks)
+#define LOAD_INPUT PASTE(KERNEL, _load_input)
 
 /* Do it for group 0 and for group 1, next to each other in the instruction stream. */
 #if GROUPS == 1
@@ -68,41 +74,81 @@ SALSA20_8(VEC x[GROUPS][4])
 	EACH_GROUP(x[g][3] = VEC_ADD(x[g][3], d[g]));
 }
 
-/* One turn of scryptBlockMix's loop: x = Salsa20/8(x xor block `from` of the input), to block `to`. */
+/* in = the block at word `at` of a group's input. */
 TARGET static inline __attribute__((always_inline)) void
-MIX_BLOCK(VEC x[GROUPS][4], uint32_t *const out[], size_t to, const uint32_t *const p[],
-          const uint32_t *const q[], size_t from)
+LOAD_INPUT(VEC in[4], const struct group *group, size_t at, unsigned does)
 {
-	VEC in[GROUPS][4];
+	VEC add[4];
+	VEC keep;
+	int i;
 
-	EACH_GROUP(VEC_LOAD(in[g], &p[g * VEC_LANES], &q[g * VEC_LANES], from * SALSA_WORDS));
-	EACH_GROUP(x[g][0] = VEC_XOR(x[g][0], in[g][0]));
-	EACH_GROUP(x[g][1] = VEC_XOR(x[g][1], in[g][1]));
-	EACH_GROUP(x[g][2] = VEC_XOR(x[g][2], in[g][2]));
-	EACH_GROUP(x[g][3] = VEC_XOR(x[g][3], in[g][3]));
-	SALSA20_8(x);
-	EACH_GROUP(VEC_STORE(&out[g * VEC_LANES], to * SALSA_WORDS, x[g]));
+	for (i = 0; i < 4; i++)
+		in[i] = VEC_LOAD(VEC_ROW(group->x, i) + at);
+	if (does & GROUP_DROPS) {
+		keep = VEC_LOAD(group->keep);
+		for (i = 0; i < 4; i++)
+			in[i] = VEC_AND(in[i], keep);
+	}
+	if (does & GROUP_ADDS) {
+		VEC_GATHER(add, group->add, at);
+		for (i = 0; i < 4; i++)
+			in[i] = VEC_XOR(in[i], add[i]);
+	}
 }
 
-/* A blockmix_fn of VEC_LANES * GROUPS lanes. */
-TARGET static void
-KERNEL(uint32_t *const out[], const uint32_t *const p[], const uint32_t *const q[], size_t r)
+/* The loop of scryptBlockMix, for groups that do nothing but what `does`, a constant, has. */
+TARGET static inline __attribute__((always_inline)) void
+MIX_BLOCKS(struct group groups[], unsigned does)
 {
-	VEC x[GROUPS][4];
-	size_t i;
+	const size_t r = groups[0].r;
+	VEC x[GROUPS][4], in[GROUPS][4];
+	size_t block, following, to;
+	int i;
 
-	EACH_GROUP(VEC_LOAD(x[g], &p[g * VEC_LANES], &q[g * VEC_LANES], (2 * r - 1) * SALSA_WORDS));
-	for (i = 0; i < r; i++) {
-		/* The even blocks of the result come first, then the odd ones. */
-		MIX_BLOCK(x, out, i, p, q, 2 * i);
-		MIX_BLOCK(x, out, r + i, p, q, 2 * i + 1);
+	EACH_GROUP(LOAD_INPUT(x[g], &groups[g], (2 * r - 1) * SALSA_WORDS, does));
+	EACH_GROUP(LOAD_INPUT(in[g], &groups[g], 0, does));
+	for (block = 0; block < 2 * r; block++) {
+		EACH_GROUP(x[g][0] = VEC_XOR(x[g][0], in[g][0]));
+		EACH_GROUP(x[g][1] = VEC_XOR(x[g][1], in[g][1]));
+		EACH_GROUP(x[g][2] = VEC_XOR(x[g][2], in[g][2]));
+		EACH_GROUP(x[g][3] = VEC_XOR(x[g][3], in[g][3]));
+		/* Salsa20/8 leaves time to load the input that follows; in the last turn it is for nobody. */
+		following = block + 1 < 2 * r ? block + 1 : 0;
+		EACH_GROUP(LOAD_INPUT(in[g], &groups[g], following * SALSA_WORDS, does));
+		SALSA20_8(x);
+		to = MIXED_PLACE(block, r) * SALSA_WORDS;
+		EACH_GROUP(for (i = 0; i < 4; i++) VEC_STORE(VEC_ROW(groups[g].y, i) + to, x[g][i]));
+		if (does & GROUP_COPIES)
+			EACH_GROUP(VEC_SCATTER(groups[g].copy, to, x[g], groups[g].past_cache));
+	}
+}
+
+/* A blockmix_fn of GROUPS groups of VEC_LANES lanes. */
+TARGET static void
+KERNEL(struct group groups[])
+{
+	/* A loop for each step that is frequent, and one that can do all. */
+	switch (groups[0].does | groups[GROUPS - 1].does) {
+	case 0:
+		MIX_BLOCKS(groups, 0);
+		break;
+	case GROUP_COPIES:
+		MIX_BLOCKS(groups, GROUP_COPIES);
+		break;
+	case GROUP_ADDS:
+		MIX_BLOCKS(groups, GROUP_ADDS);
+		break;
+	default:
+		MIX_BLOCKS(groups, GROUP_ADDS | GROUP_COPIES | GROUP_DROPS);
+		break;
 	}
 }
 
 #undef TURN
 #undef QUARTER
 #undef EACH_GROUP
-#undef MIX_BLOCK
+#undef MIX_BLOCKS
+#undef LOAD_INPUT
 #undef SALSA20_8
 #undef PASTE
 #undef PASTE_

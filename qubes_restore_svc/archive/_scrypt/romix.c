@@ -4,25 +4,29 @@
 
 #include <string.h>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
-/* x, x_next, t, t_next, zero and waste, behind V. */
-#define WORKING_BLOCKS 6
+/* The four of `shared`, saved, saved_next and zero, behind V. */
+#define WORKING_BLOCKS 7
 
 /* Words and bytes of what the RFC calls a block of scryptROMix. */
 #define BLOCK_WORDS(r) ((r) * 2 * SALSA_WORDS)
 #define BLOCK_BYTES(r) ((r) * 2 * SALSA_BYTES)
 
-static void begin_part(struct romix *m);
-static void end_part(struct romix *m);
-static void complete_step(struct romix *m);
+static void enter_group(struct group *group, struct romix *const m[], size_t active, size_t in_group,
+                        size_t first);
+static void leave_group(struct group *group, struct romix *const m[], size_t active, size_t in_group,
+                        size_t first);
+static int end_step(struct group *group, struct romix *const m[], size_t active, size_t in_group, size_t first);
+static void begin_part(struct romix *m, uint32_t *x);
+static void end_part(struct romix *m, struct group *group, size_t in_group, size_t lane);
+static void complete_step(struct romix *m, struct group *group, size_t in_group, size_t lane);
 static void prepare_fill(struct romix *m);
-static void prepare_mix(struct romix *m);
-static void set_step(struct romix *m, const uint32_t *p, const uint32_t *q, uint32_t *out);
+static void prepare_mix(struct romix *m, uint32_t integer);
+static void prepare_recompute(struct romix *m, const uint32_t *add, int drops_x);
+static void set_step(struct group *group, size_t lane, const struct romix *m);
+static uint32_t *piece(uint32_t *const pieces[], size_t in_group, size_t lane, size_t row);
+static void get_lane(uint32_t *words, const struct group *group, size_t in_group, size_t lane);
+static void put_lane(const struct group *group, size_t in_group, size_t lane, const uint32_t *words);
 static void swap(uint32_t **x, uint32_t **y);
-static void store_past_cache(uint32_t *to, const uint32_t *from, size_t words);
 
 size_t
 romix_memory(unsigned log_n, size_t r, unsigned log_stride)
@@ -44,6 +48,7 @@ romix_begin(struct romix *m, uint8_t *blocks, size_t r, size_t p, unsigned log_n
             void *memory)
 {
 	uint32_t *working;
+	size_t i;
 
 	m->blocks = blocks;
 	m->r = r;
@@ -55,48 +60,47 @@ romix_begin(struct romix *m, uint8_t *blocks, size_t r, size_t p, unsigned log_n
 
 	m->v = memory;
 	working = m->v + romix_memory(log_n, r, log_stride) / sizeof(uint32_t) - WORKING_BLOCKS * BLOCK_WORDS(r);
-	m->x = working;
-	m->x_next = working + BLOCK_WORDS(r);
-	m->t = working + 2 * BLOCK_WORDS(r);
-	m->t_next = working + 3 * BLOCK_WORDS(r);
-	m->zero = working + 4 * BLOCK_WORDS(r);
-	m->waste = working + 5 * BLOCK_WORDS(r);
+	for (i = 0; i < MAX_GROUPS; i++) {
+		m->shared[i][0] = working + 2 * i * BLOCK_WORDS(r);
+		m->shared[i][1] = working + (2 * i + 1) * BLOCK_WORDS(r);
+	}
+	m->x = m->shared[0][0];
+	m->saved = working + 4 * BLOCK_WORDS(r);
+	m->saved_next = working + 5 * BLOCK_WORDS(r);
+	m->zero = working + 6 * BLOCK_WORDS(r);
 	memset(m->zero, 0, BLOCK_BYTES(r));
 
-	begin_part(m);
+	begin_part(m, m->x);
 }
 
 void
 romix_advance(const struct kernels *kernels, struct romix *const lanes[], size_t count, uint64_t steps)
 {
 	struct romix *m[MAX_LANES];
-	const uint32_t *p[MAX_LANES], *q[MAX_LANES];
-	uint32_t *out[MAX_LANES];
-	size_t r = lanes[0]->r, active = 1, width = 1, i;
+	struct group groups[MAX_GROUPS];
+	size_t active = 1, all = 1, in_group, i;
 	int finished = 0;
 
 	m[0] = lanes[0];
 	for (i = 1; i < count; i++)
-		if (lanes[i]->r == r)
+		if (lanes[i]->r == m[0]->r)
 			m[active++] = lanes[i];
+	while (all < active)
+		all *= 2;
+	in_group = kernels->for_lanes[all].in_group;
 
-	/* The kernel that fits; where it has a lane too many, that one repeats the first one's work. */
-	while (width < active)
-		width *= 2;
-	for (i = active; i < width; i++)
-		m[i] = m[0];
-
+	for (i = 0; i < all; i += in_group)
+		enter_group(&groups[i / in_group], m, active, in_group, i);
 	for (; steps > 0 && !finished; steps--) {
-		for (i = 0; i < width; i++) {
-			p[i] = m[i]->step_p;
-			q[i] = m[i]->step_q;
-			out[i] = i < active ? m[i]->step_out : m[i]->waste;
-		}
-		kernels->for_lanes[width](out, p, q, r);
-		for (i = 0; i < active; i++) {
-			complete_step(m[i]);
-			finished |= romix_is_finished(m[i]);
-		}
+		kernels->for_lanes[all].blockmix(groups);
+		for (i = 0; i < all; i += in_group)
+			finished |= end_step(&groups[i / in_group], m, active, in_group, i);
+	}
+	for (i = 0; i < all; i += in_group)
+		leave_group(&groups[i / in_group], m, active, in_group, i);
+	for (i = 0; i < active; i++) {
+		explicit_bzero(m[i]->shared[0][1], BLOCK_BYTES(m[i]->r));
+		explicit_bzero(m[i]->shared[1][0], 2 * BLOCK_BYTES(m[i]->r));
 	}
 }
 
@@ -109,63 +113,131 @@ romix_is_finished(const struct romix *m)
 void
 romix_wipe(struct romix *m)
 {
-	uint32_t *const working[] = {m->x, m->x_next, m->t, m->t_next, m->waste};
-	size_t i;
-
-	for (i = 0; i < sizeof(working) / sizeof(working[0]); i++)
-		explicit_bzero(working[i], BLOCK_BYTES(m->r));
+	explicit_bzero(m->shared[0][0], WORKING_BLOCKS * BLOCK_BYTES(m->r));
 }
 
+/*
+ * Form a group of the lanes m[first], m[first + 1], ...: interleave what they mix.  It is given one of their
+ * `shared` pairs for it, another one than the other group, which is also another part of the cache.  Lanes from
+ * `active` on mix zeros, in the pair that a lane of the first group has left.
+ */
 static void
-begin_part(struct romix *m)
+enter_group(struct group *group, struct romix *const m[], size_t active, size_t in_group, size_t first)
 {
-	to_diagonals(m->x, m->blocks + m->part * BLOCK_BYTES(m->r), 2 * m->r);
+	size_t lane, pair;
+	const struct romix *owner;
+
+	memset(group, 0, sizeof(*group));
+	group->r = m[0]->r;
+	for (lane = 0; lane < in_group; lane++) {
+		pair = first + lane < active ? first / in_group : 1;
+		owner = m[first + lane < active ? first + lane : first + lane - active];
+		group->x[lane] = owner->shared[pair][1];  /* not [0], where X may lie now */
+		group->y[lane] = owner->shared[pair][0];
+		group->add[lane] = owner->zero;
+		memset(group->keep + lane * ROW_WORDS, 0xff, ROW_WORDS * sizeof(uint32_t));
+	}
+	for (lane = 0; lane < in_group; lane++) {
+		if (first + lane < active) {
+			put_lane(group, in_group, lane, m[first + lane]->x);
+			set_step(group, lane, m[first + lane]);
+		} else {
+			put_lane(group, in_group, lane, m[0]->zero);
+		}
+	}
+}
+
+/* Give each lane of a group what it mixes back. */
+static void
+leave_group(struct group *group, struct romix *const m[], size_t active, size_t in_group, size_t first)
+{
+	size_t lane;
+
+	for (lane = 0; lane < in_group && first + lane < active; lane++)
+		get_lane(group->y[lane], group, in_group, lane);
+	for (lane = 0; lane < in_group && first + lane < active; lane++)
+		if (group->y[lane] != m[first + lane]->x)
+			memcpy(m[first + lane]->x, group->y[lane], BLOCK_BYTES(group->r));
+}
+
+/* A kernel has taken a step of a group: prepare the next one.  Nonzero if a lane is finished. */
+static int
+end_step(struct group *group, struct romix *const m[], size_t active, size_t in_group, size_t first)
+{
+	size_t lane;
+	int finished = 0;
+
+	group->does = 0;
+	group->past_cache = 0;
+	for (lane = 0; lane < in_group; lane++)
+		swap(&group->x[lane], &group->y[lane]);
+	for (lane = 0; lane < in_group && first + lane < active; lane++) {
+		complete_step(m[first + lane], group, in_group, lane);
+		set_step(group, lane, m[first + lane]);
+		finished |= romix_is_finished(m[first + lane]);
+	}
+	return finished;
+}
+
+/* Begin with the next of the p blocks; x is where X is to be. */
+static void
+begin_part(struct romix *m, uint32_t *x)
+{
+	to_diagonals(x, m->blocks + m->part * BLOCK_BYTES(m->r), 2 * m->r);
+	memcpy(m->v, x, BLOCK_BYTES(m->r));
 	m->state = ROMIX_FILL;
 	m->turn = 0;
 	prepare_fill(m);
 }
 
 static void
-end_part(struct romix *m)
+end_part(struct romix *m, struct group *group, size_t in_group, size_t lane)
 {
-	from_diagonals(m->blocks + m->part * BLOCK_BYTES(m->r), m->x, 2 * m->r);
-	if (++m->part < m->p)
-		begin_part(m);
-	else
+	/* Nothing is to be computed again any more, so this place is free. */
+	get_lane(m->saved, group, in_group, lane);
+	from_diagonals(m->blocks + m->part * BLOCK_BYTES(m->r), m->saved, 2 * m->r);
+	if (++m->part < m->p) {
+		begin_part(m, m->saved);
+		put_lane(group, in_group, lane, m->saved);
+	} else {
 		m->state = ROMIX_FINISHED;
+	}
 }
 
-/* A kernel has taken the step that was prepared: take in its result and prepare the next one. */
+/* The step that was prepared has been taken: prepare the next one. */
 static void
-complete_step(struct romix *m)
+complete_step(struct romix *m, struct group *group, size_t in_group, size_t lane)
 {
+	/* The first word of the last block of 64 bytes, which Integerify takes; the words above never count. */
+	uint32_t integer = piece(group->x, in_group, lane, 0)[BLOCK_WORDS(m->r) - SALSA_WORDS];
+
 	switch (m->state) {
 	case ROMIX_FILL:
-		/* V_i was stored before; X = scryptBlockMix(X) has been done. */
-		swap(&m->x, &m->x_next);
+		/* X = scryptBlockMix(X) has been done, and where it is to be stored, it is. */
 		if (++m->turn < m->n) {
 			prepare_fill(m);
 		} else {
 			m->turn = 0;
-			prepare_mix(m);
+			prepare_mix(m, integer);
 		}
 		break;
 	case ROMIX_MIX:
 		/* X = scryptBlockMix(X xor V_j) has been done. */
-		swap(&m->x, &m->x_next);
+		swap(&m->saved, &m->saved_next);
 		if (++m->turn < m->n)
-			prepare_mix(m);
+			prepare_mix(m, integer);
 		else
-			end_part(m);
+			end_part(m, group, in_group, lane);
 		break;
 	case ROMIX_RECOMPUTE:
 		/* T = scryptBlockMix(a block of V) has been done; T is the next block of V. */
-		swap(&m->t, &m->t_next);
 		if (--m->missing > 0) {
-			set_step(m, m->t, m->zero, m->t_next);
+			prepare_recompute(m, m->zero, 0);
 		} else {
 			m->state = ROMIX_MIX;
-			set_step(m, m->x, m->t, m->x_next);
+			m->drops_x = 0;
+			m->add = m->saved;
+			m->copy = m->saved_next;
 		}
 		break;
 	case ROMIX_FINISHED:
@@ -173,22 +245,28 @@ complete_step(struct romix *m)
 	}
 }
 
-/* The RFC's first loop: V_i = X, X = scryptBlockMix(X). */
+/* The RFC's first loop: V_i is stored, X = scryptBlockMix(X), which is V_(i + 1) or, at last, what is mixed. */
 static void
 prepare_fill(struct romix *m)
 {
+	uint64_t following = m->turn + 1;
 	uint64_t stride_mask = ((uint64_t)1 << m->log_stride) - 1;
 
-	if ((m->turn & stride_mask) == 0)
-		store_past_cache(m->v + (m->turn >> m->log_stride) * BLOCK_WORDS(m->r), m->x, BLOCK_WORDS(m->r));
-	set_step(m, m->x, m->zero, m->x_next);
+	m->drops_x = 0;
+	m->add = m->zero;
+	m->copy = NULL;
+	m->past_cache = following < m->n;
+	if (following == m->n)
+		m->copy = m->log_stride > 0 ? m->saved : NULL;
+	else if ((following & stride_mask) == 0)
+		m->copy = m->v + (following >> m->log_stride) * BLOCK_WORDS(m->r);
 }
 
 /* The RFC's second loop: j = Integerify(X) mod N, X = scryptBlockMix(X xor V_j). */
 static void
-prepare_mix(struct romix *m)
+prepare_mix(struct romix *m, uint32_t integer)
 {
-	uint64_t j = m->x[BLOCK_WORDS(m->r) - SALSA_WORDS] & (m->n - 1);
+	uint64_t j = integer & (m->n - 1);
 	const uint32_t *stored = m->v + (j >> m->log_stride) * BLOCK_WORDS(m->r);
 	size_t word;
 
@@ -200,19 +278,69 @@ prepare_mix(struct romix *m)
 	m->missing = (unsigned)(j & (((uint64_t)1 << m->log_stride) - 1));
 	if (m->missing > 0) {
 		m->state = ROMIX_RECOMPUTE;
-		set_step(m, stored, m->zero, m->t_next);
+		prepare_recompute(m, stored, 1);
 	} else {
 		m->state = ROMIX_MIX;
-		set_step(m, m->x, stored, m->x_next);
+		m->drops_x = 0;
+		m->add = stored;
+		m->copy = m->log_stride > 0 ? m->saved_next : NULL;
+		m->past_cache = 0;
 	}
 }
 
+/* T = scryptBlockMix(T xor add), or of `add` alone where X stands in the place of T, a copy of which is saved. */
 static void
-set_step(struct romix *m, const uint32_t *p, const uint32_t *q, uint32_t *out)
+prepare_recompute(struct romix *m, const uint32_t *add, int drops_x)
 {
-	m->step_p = p;
-	m->step_q = q;
-	m->step_out = out;
+	m->drops_x = drops_x;
+	m->add = add;
+	m->copy = NULL;
+	m->past_cache = 0;
+}
+
+/* Tell the group what a lane's next step is. */
+static void
+set_step(struct group *group, size_t lane, const struct romix *m)
+{
+	group->add[lane] = m->add;
+	group->copy[lane] = m->copy;
+	memset(group->keep + lane * ROW_WORDS, m->drops_x ? 0 : 0xff, ROW_WORDS * sizeof(uint32_t));
+	group->does |= (m->add != m->zero ? GROUP_ADDS : 0) | (m->copy != NULL ? GROUP_COPIES : 0) |
+	               (m->drops_x ? GROUP_DROPS : 0);
+	group->past_cache |= (unsigned)(m->past_cache != 0) << lane;
+}
+
+/* Where a lane's row lies in the first block of a group's x or y; in the others, as many blocks further. */
+static uint32_t *
+piece(uint32_t *const pieces[], size_t in_group, size_t lane, size_t row)
+{
+	size_t word = (row * in_group + lane) * ROW_WORDS;
+
+	return pieces[word / SALSA_WORDS] + word % SALSA_WORDS;
+}
+
+/* Take what one lane mixes out of the group's x. */
+static void
+get_lane(uint32_t *words, const struct group *group, size_t in_group, size_t lane)
+{
+	size_t at, row;
+
+	for (at = 0; at < BLOCK_WORDS(group->r); at += SALSA_WORDS)
+		for (row = 0; row < SALSA_WORDS / ROW_WORDS; row++)
+			memcpy(words + at + row * ROW_WORDS, piece(group->x, in_group, lane, row) + at,
+			       ROW_WORDS * sizeof(uint32_t));
+}
+
+/* Put what one lane mixes into the group's x. */
+static void
+put_lane(const struct group *group, size_t in_group, size_t lane, const uint32_t *words)
+{
+	size_t at, row;
+
+	for (at = 0; at < BLOCK_WORDS(group->r); at += SALSA_WORDS)
+		for (row = 0; row < SALSA_WORDS / ROW_WORDS; row++)
+			memcpy(piece(group->x, in_group, lane, row) + at, words + at + row * ROW_WORDS,
+			       ROW_WORDS * sizeof(uint32_t));
 }
 
 static void
@@ -222,18 +350,4 @@ swap(uint32_t **x, uint32_t **y)
 
 	*x = *y;
 	*y = old_x;
-}
-
-/* Copy to where nothing will be read for long: not by way of the cache, which holds the lanes' X. */
-static void
-store_past_cache(uint32_t *to, const uint32_t *from, size_t words)
-{
-#ifdef __SSE2__
-	size_t i;
-
-	for (i = 0; i < words; i += 4)
-		_mm_stream_si128((__m128i *)(to + i), _mm_load_si128((const __m128i *)(from + i)));
-#else
-	memcpy(to, from, words * sizeof(uint32_t));
-#endif
 }

@@ -1,8 +1,8 @@
 /*
  * scryptROMix (RFC 7914 section 5) of several derivations side by side.
  *
- * A derivation is a small machine whose only step is one scryptBlockMix.  It says where the operands of
- * its next step lie and where the result goes, so a kernel can take the next step of any derivations
+ * A derivation is a small machine whose only step is one scryptBlockMix.  It says what is added to its
+ * next step and where a copy of the result goes, so a kernel can take the next step of any derivations
  * together, whatever their N and wherever they stand.
  *
  * Storing only every second, fourth, ... block of V saves memory: a block that was left out is computed
@@ -42,16 +42,18 @@ struct romix {
 	uint64_t turn;        /* the RFC's i, in either loop */
 	unsigned missing;     /* how many steps V_j is away */
 
-	/* Where things lie, 128 * r bytes each except v. */
+	/* Where things lie, 128 * r bytes each except v; in the order of to_diagonals(). */
 	uint32_t *v;
-	uint32_t *x, *x_next;
-	uint32_t *t, *t_next;
+	uint32_t *shared[MAX_GROUPS][2];  /* for x and y of a group, which hold pieces of all of its lanes */
+	uint32_t *x;                      /* what is mixed, X or T, while nobody advances; one of `shared` */
+	uint32_t *saved, *saved_next;     /* a copy of X, wherever some blocks of V have to be computed again */
 	uint32_t *zero;
-	uint32_t *waste;
 
-	/* The next step: out = scryptBlockMix(p xor q). */
-	const uint32_t *step_p, *step_q;
-	uint32_t *step_out;
+	/* The next step: scryptBlockMix(x xor add), or scryptBlockMix(add) if it drops x. */
+	int drops_x;
+	const uint32_t *add;
+	uint32_t *copy;           /* where the result goes besides; NULL: nowhere */
+	int past_cache;           /* it is a block of V, which will not be read for long */
 };
 
 /*
@@ -76,7 +78,8 @@ void romix_begin(struct romix *romix, uint8_t *blocks, size_t r, size_t p, unsig
  * romix_advance(kernels, lanes, count, steps):
  * Take steps with all `count` derivations, 1 to kernels->lanes of them and none finished, until the
  * first is finished or each has taken `steps` steps.  Derivations whose r is not that of the first one
- * wait.  The time is bounded by `steps`, a step being one scryptBlockMix.
+ * wait.  The time is bounded by `steps`, a step being one scryptBlockMix.  Afterwards all that there is of
+ * a derivation lies in its own memory, and nothing in that of the others.
  */
 void romix_advance(const struct kernels *kernels, struct romix *const lanes[], size_t count, uint64_t steps);
 

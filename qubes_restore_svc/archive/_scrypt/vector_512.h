@@ -6,18 +6,26 @@
 #undef VEC_XOR
 #undef VEC_ROTATE
 #undef VEC_TURN
+#undef VEC_AND
+#undef VEC_ROW
 #undef VEC_LOAD
 #undef VEC_STORE
+#undef VEC_GATHER
+#undef VEC_SCATTER
 
 #define VEC __m512i
 #define VEC_LANES 4
 #define VEC_ADD _mm512_add_epi32
 #define VEC_XOR _mm512_xor_si512
+#define VEC_AND _mm512_and_si512
 #define VEC_ROTATE _mm512_rol_epi32
 #define VEC_TURN(x, places) \
 	_mm512_shuffle_epi32(x, _MM_SHUFFLE((places + 3) % 4, (places + 2) % 4, (places + 1) % 4, (places) % 4))
-#define VEC_LOAD load_4
-#define VEC_STORE store_4
+#define VEC_ROW(rows, i) ((rows)[i])
+#define VEC_LOAD(address) _mm512_load_si512((const __m512i *)(address))
+#define VEC_STORE(address, x) _mm512_store_si512((__m512i *)(address), x)
+#define VEC_GATHER gather_4
+#define VEC_SCATTER scatter_4
 
 /* Transpose a 4 x 4 matrix of 128-bit parts: a lane's four rows per vector become a row of four lanes. */
 TARGET static inline __attribute__((always_inline)) void
@@ -35,23 +43,29 @@ transpose_4(__m512i out[4], const __m512i in[4])
 }
 
 TARGET static inline __attribute__((always_inline)) void
-load_4(__m512i rows[4], const uint32_t *const p[], const uint32_t *const q[], size_t at)
+gather_4(__m512i rows[4], const uint32_t *const p[], size_t at)
 {
 	__m512i blocks[4];
 	int lane;
 
 	for (lane = 0; lane < 4; lane++)
-		blocks[lane] = _mm512_xor_si512(_mm512_load_si512(p[lane] + at), _mm512_load_si512(q[lane] + at));
+		blocks[lane] = VEC_LOAD(p[lane] + at);
 	transpose_4(rows, blocks);
 }
 
 TARGET static inline __attribute__((always_inline)) void
-store_4(uint32_t *const p[], size_t at, const __m512i rows[4])
+scatter_4(uint32_t *const p[], size_t at, const __m512i rows[4], unsigned past_cache)
 {
 	__m512i blocks[4];
 	int lane;
 
 	transpose_4(blocks, rows);
-	for (lane = 0; lane < 4; lane++)
-		_mm512_store_si512(p[lane] + at, blocks[lane]);
+	for (lane = 0; lane < 4; lane++) {
+		if (p[lane] == NULL)
+			continue;
+		if (past_cache >> lane & 1)
+			_mm512_stream_si512((__m512i *)(p[lane] + at), blocks[lane]);
+		else
+			VEC_STORE(p[lane] + at, blocks[lane]);
+	}
 }
