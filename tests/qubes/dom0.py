@@ -41,7 +41,10 @@ class Dom0:
             return ["-d", STORAGE, f"cat '{place}'"]
         stock = self.qubes.root / STORAGE / "qubes-rpc" / "qubes.Restore"
         service = stock.with_name("my.Backup")
-        service.write_text(f"#!/bin/sh\n(echo '{place}'; exec cat) | '{stock}'\n")
+        # One process, so that it ends when the stock one does. A shell with a pipeline would wait for `cat`,
+        # which waits for the end of the call, and nobody could see that the stream has ended.
+        feed = f"echo '{place}'; exec cat 2>/dev/null"
+        service.write_text(f"#!/bin/bash\nexec '{stock}' < <({feed})\n")
         service.chmod(0o755)
         return ["-d", STORAGE, "--location-is-service", "my.Backup+monday"]
 

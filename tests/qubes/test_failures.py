@@ -152,8 +152,7 @@ def test_after_a_failure_only_what_was_restored_is_there_and_a_second_run_works(
     assert new_qubes(dom0, before) == {"first", "second"}
 
 
-# Not by a service: the one of these tests keeps its output open until the call ends, as a stalled one does.
-@pytest.mark.parametrize("kind", ["dom0", "path", "command"])
+@pytest.mark.parametrize("kind", LOCATIONS)
 def test_a_backup_that_is_cut_off_gives_what_was_before_the_cut(
     dom0: Dom0, backup: Path, kind: LocationKind
 ) -> None:
