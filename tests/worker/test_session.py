@@ -288,8 +288,8 @@ async def test_the_source_is_waited_for_only_while_nothing_else_is_to_be_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(session, "HEARTBEAT_S", 0.02)
-    gate, silence = threading.Event(), threading.Event()
-    begin = ARCHIVE[: len(ARCHIVE) // 2]
+    gate, asked, silence = threading.Event(), threading.Event(), threading.Event()
+    begin = ARCHIVE[: ARCHIVE.index(b"vm11/private.img.000") + 1024]  # half a kilobyte of a chunk
     reader, writer = os.pipe()
 
     def feed() -> None:
@@ -298,15 +298,30 @@ async def test_the_source_is_waited_for_only_while_nothing_else_is_to_be_done(
             pipe.flush()
             silence.wait(PATIENCE_S)
 
+    def hold_back(_: KdfRequest) -> None:
+        asked.set()
+        gate.wait(PATIENCE_S)
+
     feeder = in_thread(feed)
-    async with Caller(reader, engine=Engine(lambda _: gate.wait(PATIENCE_S))) as caller:
+    async with Caller(reader, engine=Engine(hold_back)) as caller:
         peer = await caller.session()
         peer.open()
         for _ in range(5):
-            assert not (await peer.next_progress()).waiting_for_source  # a key is being derived
+            assert not (await peer.next_progress()).waiting_for_source  # the header's key is being derived
         gate.set()
         await peer.passing(m.Manifest)
+        gate.clear()
+        asked.clear()
         peer.say(m.Start(mode="verify", keys=("vm11",)))
+        while not asked.is_set():
+            await peer.next_progress()
+        for _ in range(3):  # they may have been on their way when the key was asked for
+            await peer.next_progress()
+        for _ in range(5):
+            progress = await peer.next_progress()
+            # The rest of the chunk is missing, but its key is being derived.
+            assert (progress.received, progress.waiting_for_source) == (len(begin), False)
+        gate.set()
         while not (progress := await peer.next_progress()).waiting_for_source:
             pass
         assert progress.received == len(begin)
