@@ -8,6 +8,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 from types import FrameType
 
 _CANCELLED = 130  #: exit status
@@ -51,7 +52,13 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
-def close_read(fd: int) -> None:
-    """Close what was only read from: an error that comes now changes nothing."""
+def close_read(opened: int | socket.socket) -> None:
+    """Close what holds nothing of ours: what was only read, a directory, a lock, a socket, an end of a pipe.
+
+    An error that comes now changes nothing. A written file is closed with `os.close`: there, it counts.
+    """
     with contextlib.suppress(OSError):
-        os.close(fd)
+        if isinstance(opened, int):
+            os.close(opened)
+        else:
+            opened.close()

@@ -34,12 +34,12 @@ OURS: dict[str, set[str]] = {
     "wire": {"wire", "errors"},
     "archive": {"archive", "wire", "errors"},
     "worker": {"worker", "archive", "wire", "errors", "system_memory", "hardening"},
-    "broker": {"broker", "wire", "errors", "owners", "waiting", "host.base", "link.base"},
-    "host": {"host", "wire", "errors", "waiting", "holders", "owners"},
-    "link": {"link", "wire", "errors", "waiting", "system_memory", "holders"},
+    "broker": {"broker", "wire", "errors", "owners", "waiting", "hardening", "host.base", "link.base"},
+    "host": {"host", "wire", "errors", "waiting", "hardening", "holders", "owners"},
+    "link": {"link", "wire", "errors", "waiting", "hardening", "system_memory", "holders"},
     "dom0": {"broker", "host", "link", "wire", "errors", "waiting", "holders"},
     "service": {"service", "dom0", "broker", "link.storage", "wire", "errors", "hardening", "holders"},
-    "client": {"client", "wire", "errors", "waiting"},
+    "client": {"client", "wire", "errors", "waiting", "hardening"},
     "cli": {"cli", "dom0", "client", "broker", "host", "link", "wire", "errors", "waiting", "hardening"},
     # The dialog shows plans and figures as the commands do.
     "manager": {

@@ -30,6 +30,7 @@ from qubes_restore_svc.errors import (
     WorkerStalled,
     exhausted,
 )
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
@@ -127,7 +128,7 @@ class SessionClient:
         try:
             self._reader, self._writer = await asyncio.open_connection(sock=connection)
         except BaseException:
-            connection.close()
+            close_read(connection)
             raise
         return self
 

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from qubes_restore_svc.errors import BadConfiguration
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.owners import writers_besides
 
 
@@ -38,7 +39,7 @@ def read_private_text(path: Path, max_size: int) -> str | None:
     except OSError as error:
         raise _unreadable(path, error) from None
     finally:
-        os.close(descriptor)
+        close_read(descriptor)
     if len(untrusted_data) > max_size:
         raise BadConfiguration(f"{path} is larger than {max_size >> 10} KiB")
     try:

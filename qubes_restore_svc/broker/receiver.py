@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost, exhausted
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.base import VolumeSink
 from qubes_restore_svc.waiting import in_thread, started, to_the_end
 from qubes_restore_svc.wire import messages as m
@@ -96,7 +97,7 @@ class VolumeCopy:
         try:
             await to_the_end(asyncio.wait([self._task]))
         finally:
-            self._connection.close()
+            close_read(self._connection)
             self._sink.abandon()
 
     def _give_up(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qubes_restore_svc.cli.terminal import say
 from qubes_restore_svc.errors import Cancelled, UsageError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE, strip_control
 
 _PROMPT = "Passphrase of the backup: "
@@ -31,7 +32,7 @@ def open_archive(backup: str) -> int:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(f"{shown} cannot be opened: {reason}") from None
     if stat.S_ISDIR(os.fstat(fd).st_mode):
-        os.close(fd)
+        close_read(fd)
         if os.path.exists(os.path.join(backup, "qubes.xml")):
             advice = "Qubes R2 to R3.2 can restore it; a backup that is made there can be restored here."
             raise UsageError(f"{shown} is a directory, as backups of Qubes R1 were (format 1)", advice=advice)
@@ -112,7 +113,7 @@ def _first_line(passphrase_file: str) -> str:
 def _ask(*, stdin_is_backup: bool) -> str:
     # Without a terminal of its own, getpass would read standard input, and echo it.
     try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+        close_read(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
         if stdin_is_backup or sys.stdin is None or not os.isatty(0):
             raise UsageError(

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.names import last_words, strip_control
 
@@ -103,7 +104,7 @@ class ProcessConnection:
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
         except BaseException:
-            ours.close()
+            close_read(ours)
             raise
         self._sockets.append(ours)
         self._writers.append(writer)

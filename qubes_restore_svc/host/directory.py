@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.base import HostView, NewQube
 from qubes_restore_svc.host.directory_layout import clear_partials, partial_name
 from qubes_restore_svc.host.directory_qube import DirectoryQube
@@ -131,12 +132,12 @@ class DirectoryHost:
                     self._check_undisturbed()
                     return directory, created
             except RestoreInProgress:
-                os.close(directory)  # it is in use, whoever created it
+                close_read(directory)  # it is in use, whoever created it
                 raise
             except BaseException:
                 self._unlock(directory, created)
                 raise
-            os.close(directory)
+            close_read(directory)
         raise HostFailed(f"{self._shown} is created and removed again and again by somebody else")
 
     def _open_existing(self) -> int | None:
@@ -179,7 +180,7 @@ class DirectoryHost:
             try:
                 sync_directory(parent)
             finally:
-                os.close(parent)
+                close_read(parent)
 
     def _is_still(self, directory: int) -> bool:
         try:
@@ -216,4 +217,4 @@ class DirectoryHost:
         with suppress(OSError):
             # Closing alone would not do while a child is between fork and exec: it has the descriptor too.
             fcntl.flock(directory, fcntl.LOCK_UN)
-        os.close(directory)
+        close_read(directory)

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.base import NewQube
 from qubes_restore_svc.host.filesystem import open_directory
 from qubes_restore_svc.wire.messages import QubeSettings
@@ -80,7 +81,7 @@ def clear_partials(directory: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
                     remove_partial(name, inside, dir_fd=directory)
                     outcome = cleared
             finally:
-                os.close(inside)
+                close_read(inside)
         outcome.append(name)
     return tuple(cleared), tuple(kept)
 

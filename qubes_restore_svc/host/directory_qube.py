@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from qubes_restore_svc.errors import HostFailed, QubeExists
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.base import Definition, NewQube
 from qubes_restore_svc.host.directory_layout import (
     RECORD,
@@ -281,8 +282,7 @@ class DirectoryQube:
 
     def _leave(self, state: State) -> None:
         self._state = state
-        with suppress(OSError):
-            os.close(self._inside)
+        close_read(self._inside)
 
     def _failure(self, reason: str) -> HostFailed:
         return HostFailed(reason, qube=self._qube.name)

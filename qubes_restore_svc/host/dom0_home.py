@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.base import Definition, NewQube
 from qubes_restore_svc.host.directory_layout import VOLUME_FILES
 from qubes_restore_svc.host.directory_qube import ImageFile
@@ -78,7 +79,7 @@ class Dom0Home:
         try:
             self._name, self._inside = self._make_directory()
         except BaseException:
-            os.close(self._home)
+            close_read(self._home)
             raise
 
     def create_volume(self, volume: VolumeName, image_size: int) -> ImageFile:
@@ -174,8 +175,7 @@ class Dom0Home:
     def _leave(self, state: _State) -> None:
         self._state = state
         for descriptor in (self._inside, self._home):
-            with suppress(OSError):
-                os.close(descriptor)
+            close_read(descriptor)
 
     def _reporting(self, doing: str) -> AbstractContextManager[None]:
         return reporting(doing, qube=self._qube.name)
@@ -201,7 +201,7 @@ def clear_unfinished_homes(home: Path) -> tuple[tuple[str, ...], tuple[str, ...]
                     outcome = cleared
                 outcome.append(name)
     finally:
-        os.close(directory)
+        close_read(directory)
     return tuple(cleared), tuple(kept)
 
 
@@ -220,5 +220,5 @@ def _remove(partial: str, home: int) -> None:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=inside)
     finally:
-        os.close(inside)
+        close_read(inside)
     os.rmdir(partial, dir_fd=home)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, NoSpace
+from qubes_restore_svc.hardening import close_read
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
@@ -108,7 +109,7 @@ def make_directory(name: str | Path, *, dir_fd: int | None = None) -> int:
             _set_mode(handle, f"/proc/self/fd/{handle}", DIRECTORY_MODE)
             return open_directory(".", dir_fd=handle)
         finally:
-            os.close(handle)
+            close_read(handle)
     except BaseException:
         with suppress(OSError):
             os.rmdir(name, dir_fd=dir_fd)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.filesystem import reporting
 
 #: What a terminal, a logout or a shutdown sends to a restore is not meant for its guard.
@@ -41,11 +42,11 @@ class Guard:
             if guard == 0:
                 _be_guard(reader, file, path, clear_up)
         except BaseException:
-            os.close(writer)
+            close_read(writer)
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(reader)
+            close_read(reader)
         os.set_blocking(writer, False)
         self._pipe: int | None = writer
         self._child = guard
@@ -67,7 +68,7 @@ class Guard:
             os.kill(self._child, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(self._child, 0)
-        os.close(pipe)
+        close_read(pipe)
 
     def _tell(self, line: str) -> None:
         if self._pipe is not None:
@@ -81,7 +82,7 @@ def unlock(file: int, path: Path) -> None:
         os.unlink(path)
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would not do as long as a child has it too
-    os.close(file)
+    close_read(file)
 
 
 # --- The child -----------------------------------------------------------------------------------
@@ -114,8 +115,7 @@ def _detach(kept: set[int]) -> None:
         os.dup2(nowhere, stream)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) not in kept:
-            with suppress(OSError):
-                os.close(int(name))
+            close_read(int(name))
 
 
 def _read_until_end(reader: int) -> set[str]:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.filesystem import Room
 from qubes_restore_svc.host.qubes_faults import said_by
 from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
@@ -184,7 +185,7 @@ class VolumeImport:
         with self._waking:
             wake, self._wake = self._wake, None
             if wake is not None:
-                os.close(wake)
+                close_read(wake)
 
     # --- The import's side -----------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ class VolumeImport:
         try:
             thread.start()
         except RuntimeError as error:
-            os.close(reader)
+            close_read(reader)
             raise self._error(f"starting the import failed: {said_by(error)}") from error
         self._thread = thread
         return writer

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.holders import read_holder, write_holder
 from qubes_restore_svc.host.filesystem import reporting
 from qubes_restore_svc.host.guard import Guard, unlock
@@ -118,11 +119,11 @@ def try_lock(path: Path) -> int | None:
                     os.fchmod(file, _MODE)  # whatever the umask: the group has to be able to take it
                 return file
         except BlockingIOError:
-            os.close(file)
+            close_read(file)
             return None
         except FileNotFoundError:
             pass
         except BaseException:
-            os.close(file)
+            close_read(file)
             raise
-        os.close(file)
+        close_read(file)

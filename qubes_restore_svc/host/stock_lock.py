@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qubes_restore_svc.errors import RestoreInProgress
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.host.filesystem import reporting
 
 #: LOCKFILE of `qubesadmin.backup.dispvm`.
@@ -34,4 +35,4 @@ def stock_lock(path: Path = STOCK_LOCK) -> Iterator[None]:
                 raise RestoreInProgress("the stock qvm-backup-restore is running in paranoid mode") from None
         yield
     finally:
-        os.close(file)
+        close_read(file)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import to_the_end
 
 _PROGRAM = "/bin/cat"
@@ -72,6 +73,6 @@ class FileReader:
                     start_new_session=True,
                 )
         except OSError as error:
-            os.close(reader)
+            close_read(reader)
             raise HostFailed(f"the backup cannot be read: {_PROGRAM}: {error.strerror}") from error
         return reader

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.holders import Activity, read_holder, write_holder
 
 #: Writable for the group qubes in dom0, and gone after a reboot.
@@ -83,7 +84,7 @@ def _is_left_to_guard(path: Path) -> bool:
     except BlockingIOError:
         return True
     finally:
-        os.close(descriptor)
+        close_read(descriptor)
     return False
 
 
@@ -97,7 +98,7 @@ def _who(path: Path) -> str:
 def _unlock(descriptor: int, path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
-    os.close(descriptor)
+    close_read(descriptor)
 
 
 def _locked(path: Path) -> int:
@@ -110,9 +111,9 @@ def _locked(path: Path) -> int:
                     os.fchmod(descriptor, _MODE)  # whatever the umask: the group has to be able to take it
                 return descriptor
         except BaseException:
-            os.close(descriptor)
+            close_read(descriptor)
             raise
-        os.close(descriptor)
+        close_read(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import os
 
+from qubes_restore_svc.hardening import close_read
+
 _READ_SIZE = 1 << 16
 
 
@@ -31,7 +33,7 @@ class Tail:
     def close(self) -> None:
         if not self._ended.is_set():
             asyncio.get_running_loop().remove_reader(self._fd)
-            os.close(self._fd)
+            close_read(self._fd)
             self._ended.set()
 
     def _read(self) -> None:
@@ -49,7 +51,7 @@ class Tail:
 def tail_of_pipe(kept: int, inherited: contextlib.ExitStack) -> tuple[Tail, int]:
     """A pipe: the reader of its last `kept` bytes, and the end for a child, which `inherited` closes."""
     reader, writer = os.pipe()
-    inherited.callback(os.close, writer)
+    inherited.callback(close_read, writer)
     return Tail(reader, kept), writer
 
 

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Sequence
 
 from qubes_restore_svc.errors import WorkerLost, exhausted
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.link.limits import limit_resources
 from qubes_restore_svc.link.pipes import Tail, readable, tail_of_pipe
 from qubes_restore_svc.link.sandbox import sandbox_command
@@ -84,10 +85,12 @@ class WorkerProcess:
         with contextlib.ExitStack() as undo:
             try:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-                undo.callback(ours.close)
-                with theirs:
+                undo.callback(close_read, ours)
+                try:
                     ours.sendall(descriptor)
                     socket.send_fds(self._calls, [b"call"], [theirs.fileno()])
+                finally:
+                    close_read(theirs)
             except BlockingIOError:
                 raise WorkerLost("the worker takes no calls any more") from None
             except OSError as error:
@@ -113,7 +116,7 @@ class WorkerProcess:
         if self._process is not None and self._process.returncode is None:
             self._ended_here = True
         if self._calls is not None:
-            self._calls.close()
+            close_read(self._calls)
             self._calls = None
         try:
             if self._process is not None:
@@ -123,7 +126,7 @@ class WorkerProcess:
                 self._stderr.close()
             for descriptor in (self._status, self._first_inside):
                 if descriptor is not None:
-                    os.close(descriptor)
+                    close_read(descriptor)
             self._status = self._first_inside = None
 
     # --- Starting --------------------------------------------------------------------------------
@@ -132,12 +135,12 @@ class WorkerProcess:
         """Start the process. What it inherits is closed here as soon as it has it."""
         with contextlib.ExitStack() as inherited:
             self._calls, calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            inherited.callback(calls.close)
+            inherited.callback(close_read, calls)
             self._calls.setblocking(False)
             self._calls.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             # Another number: our standard input can be the archive, and is something else for the child.
             archive_fd = os.dup(archive_fd)
-            inherited.callback(os.close, archive_fd)
+            inherited.callback(close_read, archive_fd)
             self._stderr, stderr = tail_of_pipe(STDERR_KEPT, inherited)
             command = [
                 *command,
@@ -268,11 +271,11 @@ def _status_pipe(inherited: contextlib.ExitStack) -> tuple[int, int]:
         os.set_blocking(reader, False)
         both = os.open(f"/proc/self/fd/{writer}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        os.close(reader)
+        close_read(reader)
         raise
     finally:
-        os.close(writer)
-    inherited.callback(os.close, both)
+        close_read(writer)
+    inherited.callback(close_read, both)
     return reader, both
 
 

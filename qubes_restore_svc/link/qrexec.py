@@ -23,6 +23,7 @@ from qubes_restore_svc.errors import (
     UsageError,
     WorkerLost,
 )
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.holders import Activity
 from qubes_restore_svc.link.dom0_file import FileReader
 from qubes_restore_svc.link.lock import LOCK_PATH, wait_cleared, worker_lock
@@ -334,6 +335,6 @@ async def _read(connection: socket.socket, size: int) -> bytes:
 def _pipe(ends: contextlib.ExitStack) -> tuple[int, int]:
     """A pipe, reader and writer, both closed by `ends`."""
     reader, writer = os.pipe()
-    ends.callback(os.close, reader)
-    ends.callback(os.close, writer)
+    ends.callback(close_read, reader)
+    ends.callback(close_read, writer)
     return reader, writer

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import HostFailed, how_ended
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.link.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.link.undoing import tell_what_is_left
 from qubes_restore_svc.waiting import started, to_the_end
@@ -92,7 +93,7 @@ class QrexecCall:
     def _release(self) -> None:
         if self._pidfd is not None:
             asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
+            close_read(self._pidfd)
             self._pidfd = None
 
 
@@ -134,10 +135,12 @@ class QrexecCalls:
         except OSError as error:
             raise HostFailed(f"{service} cannot be called: {error.strerror}") from error
         try:
-            with theirs:
+            try:
                 call = await self.open(qube, service, stdin=theirs.fileno(), stdout=theirs.fileno())
+            finally:
+                close_read(theirs)
         except BaseException:
-            ours.close()
+            close_read(ours)
             raise
         return ours, call
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.link.qrexec_calls import NOT_FOUND, QrexecCall, QrexecCalls
 from qubes_restore_svc.link.system import STORAGE_TAG, QubesSystem
 from qubes_restore_svc.link.undoing import tell_what_is_left, undo
@@ -184,7 +185,7 @@ class StorageAccess:
             )
             self._tagged = False
         if self._connection is not None:
-            self._connection.close()
+            close_read(self._connection)
             self._connection = None
         cancelled = isinstance(error, asyncio.CancelledError)
         patience_s = _CANCEL_PATIENCE_S if cancelled else _CLOSE_PATIENCE_S

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.names import strip_control
 
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -34,7 +35,7 @@ def granted_file(text: str, directories: Sequence[Path]) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        close_read(fd)
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def any_file(text: str) -> Iterator[int]:
         os.set_blocking(fd, True)
         yield fd
     finally:
-        os.close(fd)
+        close_read(fd)
 
 
 def size_of(fd: int) -> int | None:
@@ -81,6 +82,6 @@ def _opened_below(text: str, directories: Sequence[Path]) -> int | None:
     except (OSError, ValueError):
         return None
     finally:
-        os.close(place)
+        close_read(place)
     os.set_blocking(fd, True)
     return fd

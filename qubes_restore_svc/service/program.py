@@ -19,7 +19,7 @@ from typing import Never
 from qubes_restore_svc.broker.grants import MODES
 from qubes_restore_svc.dom0 import PLACES, Places, dom0_restore
 from qubes_restore_svc.errors import unforeseen
-from qubes_restore_svc.hardening import prepare_process
+from qubes_restore_svc.hardening import close_read, prepare_process
 from qubes_restore_svc.service.call import Assemble, Call
 from qubes_restore_svc.wire.names import strip_control
 
@@ -71,5 +71,5 @@ def _take_standard_streams() -> tuple[int, int]:
     nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(nowhere, 0)
     os.dup2(2, 1)
-    os.close(nowhere)
+    close_read(nowhere)
     return read_fd, write_fd

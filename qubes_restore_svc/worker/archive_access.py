@@ -20,6 +20,7 @@ from typing import Protocol
 from qubes_restore_svc.archive.members import MemberReader
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import QFILE_ARGUMENT
 from qubes_restore_svc.worker.conversation import BEGINNING, CalledPeer, Conversation, Peer
@@ -91,7 +92,7 @@ class ArchiveAccess:
         with self._changed:
             self._closed = True
             for connection in self._waiting:
-                connection.close()
+                close_read(connection)
             self._waiting.clear()
             self._changed.notify_all()
             peer = self._peer
@@ -169,4 +170,4 @@ class _WholeArchive:
     def close(self) -> None:
         """Let go of the connection; a descriptor stays its owner's."""
         if self._connection is not None:
-            self._connection.close()
+            close_read(self._connection)

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.service import READY
 
 _NOTE_SIZE = 16  #: bytes of the message that comes with a descriptor; its content means nothing
@@ -54,7 +55,7 @@ class PassedCalls:
                 return None
             if descriptors:
                 for surplus in descriptors[1:]:
-                    os.close(surplus)
+                    close_read(surplus)
                 return socket.socket(fileno=descriptors[0])
             if not note:
                 return None

@@ -29,6 +29,7 @@ from qubes_restore_svc.errors import (
     NotABackup,
     RestoreError,
 )
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.worker.restore_by_id import END_TIMEOUT_S, End
 from qubes_restore_svc.worker.source import LateSource
 
@@ -203,7 +204,7 @@ class CalledPeer:
         return None
 
     def close(self) -> None:
-        self.connection.close()
+        close_read(self.connection)
 
 
 class _ConversationReader(QfileReader):

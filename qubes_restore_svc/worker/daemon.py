@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from qubes_restore_svc.archive.kdf import KdfEngine
 from qubes_restore_svc.errors import ProtocolViolation
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.worker.archive_access import ArchiveAccess
 from qubes_restore_svc.worker.budget import BOUNDLESS
@@ -78,7 +79,7 @@ class Daemon:
             pass  # hung up, below
         finally:
             if not taken:
-                connection.close()
+                close_read(connection)
 
     def _dispatch(self, call: service.ServiceCall, connection: socket.socket) -> bool:
         """Hand the connection over; False if nobody takes it."""

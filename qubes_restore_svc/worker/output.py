@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import SkippedOnRequest, exhausted
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.volume import MAX_RECORD, encode_end, encode_header, encode_record
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -132,7 +133,7 @@ class VolumeStream:
 
     def close(self) -> None:
         """Hang up; without `finish` before, the broker knows that the volume is not complete."""
-        self._connection.close()
+        close_read(self._connection)
 
     def _send(self, header: bytes, data: memoryview | None = None) -> None:
         try:

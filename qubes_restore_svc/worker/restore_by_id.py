@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass
 
 from qubes_restore_svc.errors import ArchiveUnreadable, how_ended
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.names import last_words
 
@@ -60,15 +61,15 @@ class RestoreById:
                 start_new_session=True,
             )
         except OSError as error:
-            self.connection.close()
-            os.close(reader)
+            close_read(self.connection)
+            close_read(reader)
             raise ArchiveUnreadable(
                 f"{PROGRAM} could not be started: {error.strerror}",
                 advice="The worker's VM must be a Qubes VM with the package qubes-core-qrexec.",
             ) from error
         finally:
-            theirs.close()
-            os.close(writer)
+            close_read(theirs)
+            close_read(writer)
         self._untrusted_words = b""
         self._listener = threading.Thread(
             target=self._listen, args=(reader,), name="storage-stderr", daemon=True
@@ -133,7 +134,7 @@ class RestoreById:
     def close(self) -> None:
         """Everything goes: process, connection, listener. Safe to repeat."""
         self.kill()
-        self.connection.close()
+        close_read(self.connection)
         self._listener.join(_KILL_TIMEOUT_S)
 
     def _listen(self, reader: int) -> None:

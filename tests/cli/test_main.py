@@ -21,7 +21,6 @@ from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.errors import Cancelled, UsageError
-from qubes_restore_svc.hardening import close_read
 from tests.support.backup_writer import PASSPHRASE
 from tests.system.support import command, small_backup
 
@@ -353,10 +352,3 @@ def test_the_last_resort_is_one_line_and_a_status(
     assert said.count("\n") == 1 or words
     assert ("in fail" in said) == bool(words)
     assert "secret" not in said
-
-
-def test_what_closing_a_file_says_that_was_only_read_changes_nothing() -> None:
-    reader, writer = os.pipe()
-    os.close(writer)
-    close_read(reader)
-    close_read(reader)  # EBADF stands for the EIO of a network file system
