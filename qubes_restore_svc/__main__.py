@@ -4,13 +4,14 @@ Strategy: importing takes a few tenths of a second, and a signal in that time is
 later, not with a traceback through the imports. The command sets its own handlers once it is there.
 """
 
-from qubes_restore_svc.hardening import answer_signals_while_starting
+from qubes_restore_svc.hardening import answer_signals_while_starting, loading
 
 
 def main() -> None:
     """Import the command and carry it out; exits."""
     answer_signals_while_starting()
-    from qubes_restore_svc.cli.main import main as command
+    with loading("qubes-restore-svc"):
+        from qubes_restore_svc.cli.main import main as command
 
     command()
 

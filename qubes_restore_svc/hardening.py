@@ -8,10 +8,17 @@ import contextlib
 import os
 import resource
 import signal
-import socket
+from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it would be the first thing to be imported
+    import socket
 
 _CANCELLED = 130  #: exit status
+_LOADING_ADVICE = (
+    "Close other programs, or raise the limit (ulimit -v). If that does not help, install it again."
+)
 
 
 def prepare_process() -> None:
@@ -37,6 +44,22 @@ def answer_signals_while_starting() -> None:
             signal.signal(number, _end_cancelled)
 
 
+@contextlib.contextmanager
+def loading(program: str) -> Iterator[None]:
+    """Around the imports of a command. If they fail, `program` says so in one line, and the process ends."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - short of memory, Python fails in many ways
+        why = type(error).__name__
+        if isinstance(error, MemoryError):
+            why = "there is no memory left"
+        elif isinstance(error, OSError | ImportError):
+            why = ascii(str(error))
+        with contextlib.suppress(OSError):
+            os.write(2, f"{program}: it cannot be loaded: {why}. {_LOADING_ADVICE}\n".encode())
+        raise SystemExit(1) from None
+
+
 def _end_cancelled(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(OSError):
         os.write(2, b"cancelled\n")
@@ -52,7 +75,7 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
-def close_read(opened: int | socket.socket) -> None:
+def close_read(opened: "int | socket.socket") -> None:
     """Close what holds nothing of ours: what was only read, a directory, a lock, a socket, an end of a pipe.
 
     An error that comes now changes nothing. A written file is closed with `os.close`: there, it counts.

@@ -9,8 +9,8 @@ from typing import Never
 
 from qubes_restore_svc.cli.stock import hand_over, is_isolated
 from qubes_restore_svc.cli.terminal import say_wrapped
-from qubes_restore_svc.errors import RestoreError, UsageError, unforeseen
-from qubes_restore_svc.hardening import answer_signals_while_starting
+from qubes_restore_svc.errors import RestoreError, UsageError
+from qubes_restore_svc.hardening import answer_signals_while_starting, loading
 
 
 def main() -> Never:
@@ -20,13 +20,11 @@ def main() -> Never:
     try:
         if not is_isolated(words):
             hand_over(words)
-        from qubes_restore_svc.cli.qvm_restore import main as restore
+        with loading("qvm-backup-restore"):
+            from qubes_restore_svc.cli.qvm_restore import main as restore
     except RestoreError as error:
         say_wrapped(f"qvm-backup-restore: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except (OSError, MemoryError) as error:  # not even its own modules can be had
-        say_wrapped(f"qvm-backup-restore: {unforeseen(error)}")
-        sys.exit(1)
     restore(words)
 
 
