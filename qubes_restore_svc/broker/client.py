@@ -31,7 +31,7 @@ from qubes_restore_svc.errors import (
     exhausted,
 )
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.link.base import Link
+from qubes_restore_svc.link.base import PIPE, Link
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
@@ -53,6 +53,10 @@ WORKER_SAYS = "worker: "
 
 #: What an archive looks like that is not brought to its end.
 EARLY_ENDS = (EmptyInput, NotABackup, ArchiveTruncated, ArchiveUnreadable, BadArchive, MissingVolume)
+
+#: What a program that fails makes of the pipe it writes into, and what is to be done then.
+_ENDS_OF_A_PIPE = (EmptyInput, ArchiveTruncated, MissingVolume)
+_PIPE_ADVICE = "The program that writes into the pipe may have failed: look at what it said."
 
 #: Seconds without data from the source after which it is named.
 NAMED_AFTER_S = 60
@@ -187,6 +191,8 @@ class SessionClient:
             return error
         fault = await self._link.archive_fault()
         if fault is None:
+            if self._link.source == PIPE and isinstance(error, _ENDS_OF_A_PIPE):
+                error.advice = f"{_PIPE_ADVICE} {error.advice}".rstrip()
             return error
         reason = f"{error.reason}; {fault.reason}"
         told = ArchiveUnreadable(reason, advice=fault.advice)

@@ -11,6 +11,9 @@ from typing import Protocol, Self
 from qubes_restore_svc.errors import ArchiveUnreadable
 from qubes_restore_svc.wire.messages import Storage
 
+#: What `source` is if a program pipes the backup in.
+PIPE = "the pipe that brings the backup"
+
 
 class Link(Protocol):
     """A worker of one's own."""

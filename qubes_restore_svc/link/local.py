@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import BudgetTooSmall, SandboxUnavailable, UsageError, WorkerLost, exhausted
+from qubes_restore_svc.link.base import PIPE
 from qubes_restore_svc.link.interpreter import worker_command
 from qubes_restore_svc.link.process import SandboxFailed, WorkerProcess
 from qubes_restore_svc.link.sandbox import find_bubblewrap, sandbox_failed
@@ -100,7 +101,7 @@ class LocalLink:
         """What kind of thing the descriptor is: its name is the caller's."""
         mode = os.fstat(self._archive_fd).st_mode
         if stat.S_ISFIFO(mode):
-            return "the pipe that brings the backup"
+            return PIPE
         return "the file of the backup" if stat.S_ISREG(mode) else "the device that holds the backup"
 
     @property

@@ -23,7 +23,7 @@ from qubes_restore_svc.link.limits import limit_resources
 from qubes_restore_svc.link.pipes import Tail, readable, tail_of_pipe
 from qubes_restore_svc.link.sandbox import sandbox_command
 from qubes_restore_svc.waiting import to_the_end
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.names import last_words
 from qubes_restore_svc.wire.service import READY
 
 #: Seconds a worker may take to get ready: an interpreter's start on a slow, busy machine.
@@ -256,8 +256,7 @@ class WorkerProcess:
         return self._stderr.content.decode(errors="replace") if self._stderr is not None else ""
 
     def _last_words(self) -> str:
-        lines = [line for line in self._words().splitlines() if line.strip()]
-        return strip_control(lines[-1].strip())[:_LAST_LINE_LENGTH] if lines else ""
+        return last_words(self._stderr.content, _LAST_LINE_LENGTH) if self._stderr is not None else ""
 
 
 def _status_pipe(inherited: contextlib.ExitStack) -> tuple[int, int]:

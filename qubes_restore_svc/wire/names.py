@@ -111,8 +111,12 @@ def shortened(text: str, length: int) -> str:
 
 
 def last_words(untrusted_output: bytes, length: int = 300) -> str:
-    """The last line of a program's output that says something, for a sentence; without qrexec's log marks."""
-    lines = [line for line in untrusted_output.decode(errors="replace").splitlines() if line.strip()]
+    """The last line of a program's output that says something, for a sentence; without qrexec's log marks.
+
+    What Rust adds below why it ends a program says nothing.
+    """
+    lines = untrusted_output.decode(errors="replace").splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith("note: run with `RUST_BACKTRACE")]
     return shortened(_LOG_MARKS.sub("", lines[-1].strip()), length) if lines else ""
 
 

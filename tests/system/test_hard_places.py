@@ -28,6 +28,7 @@ def backup(tmp_path: Path) -> Path:
         ("ulimit -f 0", 0, VERIFIED),
         ("ulimit -s 4000000", 0, VERIFIED),
         ("ulimit -n 12", 1, "Raise the limit (ulimit -n), and try again."),
+        ("ulimit -v 40000", 1, "it cannot be loaded: "),
         ("trap '' CHLD", 0, VERIFIED),
         ("trap '' INT TERM HUP PIPE CHLD", 0, VERIFIED),
         ("umask 777", 0, VERIFIED),
@@ -71,3 +72,16 @@ def test_a_signal_during_the_imports_is_answered(
         outcome = run.outcome()
         assert (outcome.status, outcome.errors) == (130, "cancelled\n")
         assert run.processes() == []
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_pipe_that_ends_early_tells_of_the_program_that_writes_into_it(
+    share: float, backup: Path, tmp_path: Path
+) -> None:
+    size = int(backup.stat().st_size * share)
+    prefix = ["bash", "-c", f'(head -c {size} "$0"; exit 5) | "$@"', str(backup)]
+    with running("verify", "-", "-p", passphrase_file(tmp_path), prefix=prefix) as run:
+        outcome = run.outcome()
+    assert outcome.status != 0
+    told = " ".join((outcome.output + outcome.errors).split())
+    assert "The program that writes into the pipe may have failed: look at what it said." in told

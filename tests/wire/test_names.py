@@ -236,6 +236,11 @@ def test_notes_are_measured_after_they_were_cleaned() -> None:
         ),
         (b"qrexec-agent[7]: exec.c:12:fork_it: no such user", "no such user"),
         (b"cp: /a.c:1: no", "cp: /a.c:1: no"),
+        (
+            b"memory allocation of 65536 bytes failed\nnote: run with `RUST_BACKTRACE=1` environment variable"
+            b" to display a backtrace\n",
+            "memory allocation of 65536 bytes failed",
+        ),
         (b"\x1b[2J" + b"y" * 999, "\ufffd[2J" + "y" * 295 + "\u2026"),
     ],
 )
