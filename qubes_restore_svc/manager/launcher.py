@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qubes_restore_svc import __version__
-from qubes_restore_svc.errors import unforeseen
+from qubes_restore_svc.hardening import loading
 
 _PROGRAM = "qubes-restore-manager"
 #: Modules of others, and the packages that bring them.
@@ -26,13 +26,15 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Show the dialog until it is closed; exit status 0, or 1 if it cannot be shown."""
     level = _parse(arguments)
-    try:
-        from qubesadmin import exc
-        from qubesmanager.utils import run_synchronous
+    with loading(_PROGRAM):
+        try:
+            from qubesadmin import exc
+            from qubesmanager.utils import run_synchronous
 
-        from qubes_restore_svc.manager.window import IsolatedRestoreWindow
-    except ImportError as error:
-        _fail(_missing(error))
+            from qubes_restore_svc.errors import unforeseen
+            from qubes_restore_svc.manager.window import IsolatedRestoreWindow
+        except ImportError as error:
+            _fail(_missing(error))
     sys.argv[1:] = ["--log", level]  # the stock dialog reads it once more
     try:
         run_synchronous(IsolatedRestoreWindow)
