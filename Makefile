@@ -109,7 +109,7 @@ system-demo:
 system-test:
 	@tools/system-packages test $(PYTHON)
 
-$(STAMP): pyproject.toml setup.py $(wildcard qubes_restore_svc/archive/_scrypt/*) | system-demo
+$(STAMP): pyproject.toml setup.py $(wildcard qubes_restore_svc/kdf/_scrypt/*) | system-demo
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = Path("qubes_restore_svc/archive/_scrypt")
+SOURCES = Path("qubes_restore_svc/kdf/_scrypt")
 
 setup(
     ext_modules=[
         Extension(
-            "qubes_restore_svc.archive._romix",
+            "qubes_restore_svc.kdf._romix",
             sources=sorted(str(path) for path in SOURCES.glob("*.c")),
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             # Vectors stay in registers only where the loops over them are unrolled.

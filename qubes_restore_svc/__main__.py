@@ -11,7 +11,7 @@ def main() -> None:
     """Import the command and carry it out; exits."""
     answer_signals_while_starting()
     with loading("qubes-restore-svc"):
-        from qubes_restore_svc.cli.main import main as command
+        from qubes_restore_svc.local.command import main as command
 
     command()
 

@@ -12,19 +12,20 @@ from types import FrameType
 import pytest
 
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.host.directory import DirectoryHost
-from qubes_restore_svc.link.local import LocalLink
-from tests.host.sample_qubes import restore
-from tests.link.probes import INTERPRETER, needs_bubblewrap
+from qubes_restore_svc.local.directory import DirectoryHost
+from qubes_restore_svc.local.link import LocalLink
+from tests.local.probes import INTERPRETER, needs_bubblewrap
+from tests.local.sample_qubes import restore
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qubes_restore_svc"
 #: Where a descriptor is closed that was written to, and how often.
 WRITTEN = {
     "cli/terminal.py": 1,
     "hardening.py": 1,
-    "host/directory_qube.py": 2,
-    "host/filesystem.py": 1,
-    "host/qubes_volume.py": 1,
+    "broker/image_file.py": 1,
+    "local/directory_qube.py": 1,
+    "broker/filesystem.py": 1,
+    "qubes/volume.py": 1,
 }
 
 

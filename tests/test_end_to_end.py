@@ -9,7 +9,7 @@ import pytest
 
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY
-from qubes_restore_svc.link.local import LocalLink
+from qubes_restore_svc.local.link import LocalLink
 
 from .support.backup_writer import BackupWriter, RawMember, Replacements, join_members
 from .support.compare import differences, sha256

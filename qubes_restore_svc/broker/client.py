@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pydantic import SecretStr, ValidationError
 
 from qubes_restore_svc.broker.ledger import believed_error, one_phrase
+from qubes_restore_svc.broker.link import PIPE, Link
 from qubes_restore_svc.errors import (
     ArchiveTruncated,
     ArchiveUnreadable,
@@ -31,7 +32,6 @@ from qubes_restore_svc.errors import (
     exhausted,
 )
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.link.base import PIPE, Link
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame

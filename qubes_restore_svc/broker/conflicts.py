@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from pydantic import TypeAdapter, ValidationError
 
-from qubes_restore_svc.host.base import HostView
+from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.wire.messages import ManifestQube
 from qubes_restore_svc.wire.names import QubeName
 

@@ -6,8 +6,8 @@ system does not know is replaced (a label) or left behind (a device whose backen
 
 from dataclasses import dataclass
 
+from qubes_restore_svc.broker.host import Definition, QubesView
 from qubes_restore_svc.broker.references import Candidate, References
-from qubes_restore_svc.host.base import Definition, QubesView
 
 #: What a qube gets whose label does not exist here, as with the stock command: the least trusted one.
 LABEL_FOR_UNKNOWN = "red"

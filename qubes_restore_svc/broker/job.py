@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
+from qubes_restore_svc.broker.host import Host
+from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
 from qubes_restore_svc.broker.restore import Observer, RestoreRun
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError, exhausted
-from qubes_restore_svc.host.base import Host
-from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.waiting import ask, in_thread
 from qubes_restore_svc.wire import messages as m
 

@@ -14,10 +14,10 @@ from typing import Literal
 from qubes_restore_svc.broker.allowlist import AllowList, AllowNothing
 from qubes_restore_svc.broker.conflicts import MAX_NUMBERED, NamesInUse
 from qubes_restore_svc.broker.definitions import set_up
+from qubes_restore_svc.broker.host import Definition, HostView, QubesView, restored_tag
 from qubes_restore_svc.broker.ledger import believed_error
 from qubes_restore_svc.broker.references import Candidate, Missing, References, find_references
 from qubes_restore_svc.errors import MissingDependency, QubeExists, RestoreError, UsageError
-from qubes_restore_svc.host.base import Definition, HostView, QubesView, restored_tag
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
 
 #: Most names that an error lists.

@@ -10,9 +10,9 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from qubes_restore_svc.broker.host import Definition, QubeTransaction
 from qubes_restore_svc.broker.plan import Plan, PlannedQube
 from qubes_restore_svc.broker.report import QubeReport, VolumeReport
-from qubes_restore_svc.host.base import Definition, QubeTransaction
 from qubes_restore_svc.wire import messages as m
 
 #: Bytes of settings that may wait until templates and netvms are finished: 4096 qubes have 16 KiB each.

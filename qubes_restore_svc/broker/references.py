@@ -29,7 +29,7 @@ from typing import Literal
 from qubes_restore_svc.broker.allowlist import AllowedSettings
 from qubes_restore_svc.broker.circles import netvms_to_give_up
 from qubes_restore_svc.broker.conflicts import MAX_NUMBERED
-from qubes_restore_svc.host.base import HostQube, QubesView
+from qubes_restore_svc.broker.host import HostQube, QubesView
 from qubes_restore_svc.wire.messages import ManifestQube
 
 #: How qubesd writes a property that is set, in qubes.xml.

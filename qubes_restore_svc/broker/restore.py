@@ -13,7 +13,9 @@ from dataclasses import replace
 from typing import Literal, Protocol
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
+from qubes_restore_svc.broker.host import Host, NewQube, QubeTransaction
 from qubes_restore_svc.broker.ledger import Ledger, believed_error
+from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Plan
 from qubes_restore_svc.broker.qube_runs import (
     MAX_WAITING_SETTINGS,
@@ -34,8 +36,6 @@ from qubes_restore_svc.errors import (
     SkippedOnRequest,
     WorkerLost,
 )
-from qubes_restore_svc.host.base import Host, NewQube, QubeTransaction
-from qubes_restore_svc.link.base import Link
 from qubes_restore_svc.waiting import in_thread, to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service

@@ -16,8 +16,8 @@ from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.cli.qvm_remote import remote_restorer
 from qubes_restore_svc.client import transports
-from qubes_restore_svc.dom0 import PLACES, Places, Wishes, dom0_restore
-from qubes_restore_svc.link.storage import Dom0File, Location, QubePath, QubeService
+from qubes_restore_svc.qubes.restore import PLACES, Places, Wishes, dom0_restore
+from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
 
 
 class Restorer(Protocol):

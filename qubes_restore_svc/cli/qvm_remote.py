@@ -25,7 +25,7 @@ from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.transports import QrexecTransport, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, UsageError
-from qubes_restore_svc.link.storage import QubePath, QubeService
+from qubes_restore_svc.qubes.storage import QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.names import strip_control
 

@@ -15,15 +15,15 @@ from typing import Protocol
 
 from qubes_restore_svc.broker.call_messages import plan_message, report_message
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.config import Config, load_config
-from qubes_restore_svc.broker.grants import DOM0, Rights
 from qubes_restore_svc.broker.job import read_manifest
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.report import CANCELLED
-from qubes_restore_svc.dom0 import PLACES, Dom0Restore, Places, Wishes, dom0_restore
 from qubes_restore_svc.errors import BadConfiguration, Cancelled, RestoreError, UsageError, unforeseen
-from qubes_restore_svc.holders import Activity
-from qubes_restore_svc.link.storage import Dom0File, Location, QubePath, QubeService
+from qubes_restore_svc.qubes.config import Config, load_config
+from qubes_restore_svc.qubes.grants import DOM0, Rights
+from qubes_restore_svc.qubes.holders import Activity
+from qubes_restore_svc.qubes.restore import PLACES, Dom0Restore, Places, Wishes, dom0_restore
+from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
 from qubes_restore_svc.service.conversation import Conversation, Final
 from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
 from qubes_restore_svc.wire import restore_call as c

@@ -9,6 +9,6 @@ from qubes_restore_svc.hardening import loading
 
 if __name__ == "__main__":
     with loading("qubes-restore-svc"):
-        from qubes_restore_svc.broker.grants import DOM0
+        from qubes_restore_svc.qubes.grants import DOM0
         from qubes_restore_svc.service.program import carry_out, service_of
     carry_out(service_of(sys.argv[1:]), DOM0)

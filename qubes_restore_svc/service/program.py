@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from typing import Never
 
-from qubes_restore_svc.broker.grants import MODES
-from qubes_restore_svc.dom0 import PLACES, Places, dom0_restore
 from qubes_restore_svc.errors import unforeseen
 from qubes_restore_svc.hardening import close_read, prepare_process
+from qubes_restore_svc.qubes.grants import MODES
+from qubes_restore_svc.qubes.restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.service.call import Assemble, Call
 from qubes_restore_svc.wire.names import strip_control
 

@@ -11,9 +11,9 @@ from typing import Never
 
 from pydantic import TypeAdapter, ValidationError
 
-from qubes_restore_svc.broker.grants import DOM0
-from qubes_restore_svc.dom0 import PLACES, Places, dom0_restore
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.qubes.grants import DOM0
+from qubes_restore_svc.qubes.restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.service.call import Assemble
 from qubes_restore_svc.service.program import FAILED, carry_out, note, service_of
 from qubes_restore_svc.wire.names import QubeName

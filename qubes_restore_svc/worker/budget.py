@@ -12,8 +12,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfParameters
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
+from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters
 from qubes_restore_svc.system_memory import MemoryRoom
 
 MIB = 1 << 20

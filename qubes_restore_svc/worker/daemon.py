@@ -9,9 +9,9 @@ import contextlib
 import socket
 from collections.abc import Callable
 
-from qubes_restore_svc.archive.kdf import KdfEngine
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.kdf.engine import KdfEngine
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.worker.archive_access import ArchiveAccess
 from qubes_restore_svc.worker.budget import BOUNDLESS

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 from qubes_restore_svc.archive.chunks import ChunkName
 from qubes_restore_svc.archive.container import ContainerHead
-from qubes_restore_svc.archive.kdf import KdfRequest
 from qubes_restore_svc.archive.members import Damage
 from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.kdf.engine import KdfRequest
 
 #: Events that may wait. The budget bounds the chunks, and this the files that come without any.
 _MAX_EVENTS = 64

@@ -18,7 +18,6 @@ from dataclasses import replace
 
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD, keys_match, parse_head
-from qubes_restore_svc.archive.kdf import CostLimit
 from qubes_restore_svc.archive.members import Damage, Member, MemberReader
 from qubes_restore_svc.archive.openssl import MAX_MAC_LINE
 from qubes_restore_svc.errors import (
@@ -34,6 +33,7 @@ from qubes_restore_svc.errors import (
     RestoreError,
     SkippedOnRequest,
 )
+from qubes_restore_svc.kdf.engine import CostLimit
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.events import (
     ArchiveEnd,

@@ -23,8 +23,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfLanes, KdfRequest, OpensslEngine
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
+from qubes_restore_svc.kdf.engine import KdfEngine, KdfLanes, KdfRequest, OpensslEngine
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.shares import Situation, choose, least_stride
 

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qubes_restore_svc.archive.kdf import CostLimit, KdfEngine
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation
+from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
 from qubes_restore_svc.wire.session import SessionState, State

@@ -26,9 +26,9 @@ from qubes_restore_svc.archive.container import (
     verify,
 )
 from qubes_restore_svc.archive.header import header_passphrase
-from qubes_restore_svc.archive.kdf import MAX_WORK, KdfParameters, OpensslEngine
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.errors import AuthenticationFailed, BadContainer, ExcessiveCost, RestoreError
+from qubes_restore_svc.kdf.engine import MAX_WORK, KdfParameters, OpensslEngine
 from tests.support.fixtures import expectation, shared_fixture
 
 KEYS = bytes(range(64))

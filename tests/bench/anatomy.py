@@ -14,8 +14,8 @@ from pathlib import Path
 from qubes_restore_svc.archive import header as header_format
 from qubes_restore_svc.archive.chunks import parse_chunk_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, ContainerHead, parse_head, verify
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfRequest
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
+from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest
 from qubes_restore_svc.system_memory import available_memory
 from qubes_restore_svc.worker.source import ArchiveSource
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from qubes_restore_svc.archive.kdf import best_engine
+from qubes_restore_svc.kdf.engine import best_engine
 from qubes_restore_svc.system_memory import available_memory
 
 from .processes import cores

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from qubes_restore_svc.archive.kdf import best_engine
+from qubes_restore_svc.kdf.engine import best_engine
 
 from . import sides
 from .anatomy import derive_keys, dissect, opened

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfParameters, KdfRequest
+from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters, KdfRequest
 from qubes_restore_svc.system_memory import available_memory
 
 #: Share of the free memory that is used for measuring.

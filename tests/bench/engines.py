@@ -4,8 +4,8 @@ Strategy: four derivations wait, arenas are warm, and the engines take turns; al
 cost is CPU time of the thread, so what else runs on the machine matters little.
 """
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfParameters, OpensslEngine
 from qubes_restore_svc.errors import BudgetTooSmall
+from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters, OpensslEngine
 
 from .bench import Bench, Section, median, say
 from .derivations import Derived, Job, derive_side_by_side, sample_requests
@@ -44,7 +44,7 @@ def available_engines() -> dict[str, KdfEngine]:
     openssl = OpensslEngine()
     found: dict[str, KdfEngine] = {openssl.name: openssl}
     try:
-        from qubes_restore_svc.archive.native_kdf import NativeEngine
+        from qubes_restore_svc.kdf.native import NativeEngine
     except ImportError:  # it was not built
         return found
     for instruction_set in _SETS:

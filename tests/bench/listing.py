@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
-from qubes_restore_svc.archive.kdf import best_engine
+from qubes_restore_svc.kdf.engine import best_engine
 
 from . import page_cache
 from .anatomy import Container, dissect

@@ -7,8 +7,8 @@ import pytest
 
 from qubes_restore_svc.archive.filters import decompress
 from qubes_restore_svc.archive.inner_tar import read_image
-from qubes_restore_svc.archive.kdf import best_engine
 from qubes_restore_svc.errors import AuthenticationFailed
+from qubes_restore_svc.kdf.engine import best_engine
 
 from .anatomy import derive_keys, dissect, opened
 from .samples import Sample

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import KdfEngine, KdfParameters, OpensslEngine, best_engine
+from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters, OpensslEngine, best_engine
 
 from . import derivations
 from .derivations import (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import OpensslEngine
+from qubes_restore_svc.kdf.engine import OpensslEngine
 
 from .derivations import Cost, DerivationCosts, Load
 from .model import CHUNK_SIZE, CHUNKS, DISK_BYTES_PER_S, Estimate, estimate

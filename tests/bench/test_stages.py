@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import KdfParameters, OpensslEngine
+from qubes_restore_svc.kdf.engine import KdfParameters, OpensslEngine
 from qubes_restore_svc.wire.volume import encode_end, encode_header, encode_record
 from tests.support.fixtures import Expectation, VolumeExpectation
 

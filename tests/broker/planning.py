@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings
+from qubes_restore_svc.broker.host import HostQube, HostView, QubesView
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, make_plan
-from qubes_restore_svc.host.base import HostQube, HostView, QubesView
 from qubes_restore_svc.wire.messages import ErrorInfo, Manifest, ManifestQube, RefusedQube
 
 NET = {"provides_network": "True"}

@@ -13,11 +13,11 @@ from qubes_restore_svc.broker.call_messages import (
     report_message,
     report_of,
 )
+from qubes_restore_svc.broker.host import Definition
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, Problem, UnlistedQube
 from qubes_restore_svc.broker.report import CUT, ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.cli.qvm_plan_table import plan_table, settings_left_behind
 from qubes_restore_svc.errors import BadMetadata, NoSpace, ProtocolViolation, QubeExists
-from qubes_restore_svc.host.base import Definition
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES

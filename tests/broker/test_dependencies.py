@@ -9,9 +9,9 @@ import pytest
 
 from qubes_restore_svc.broker import restore as restore_module
 from qubes_restore_svc.broker.allowlist import AllowedSettings
+from qubes_restore_svc.broker.host import Definition, HostQube, HostView, NewQube, QubesView
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import HostFailed
-from qubes_restore_svc.host.base import Definition, HostQube, HostView, NewQube, QubesView
 from qubes_restore_svc.wire import messages as m
 from tests.broker.fake_worker import BackupQube, Die, FakeLink, Image, honest
 from tests.broker.jobs import Outcome, check_restored, run

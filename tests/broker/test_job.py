@@ -11,12 +11,12 @@ import pytest
 
 from qubes_restore_svc.broker import client, job
 from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError, UsageError, WorkerStalled
-from qubes_restore_svc.host.base import HostView
-from qubes_restore_svc.host.directory import DirectoryHost
+from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire import messages as m
 from tests.broker.fake_worker import (
     BACKUP_ID,

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
+from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
 from qubes_restore_svc.errors import BadMetadata, QubeExists, UsageError
-from qubes_restore_svc.host.base import HostView
 from qubes_restore_svc.wire.messages import ErrorInfo, Manifest, ManifestQube, RefusedQube, VolumeInfo
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.broker.plan import Decision, PlannedQube, PlanOptions, Problem, make_plan
 from qubes_restore_svc.errors import MissingDependency
-from qubes_restore_svc.host.base import HostView
 from tests.broker.planning import by_name, manifest, plan_of, qube, system
 
 

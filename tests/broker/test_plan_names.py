@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from qubes_restore_svc.broker.host import HostQube, HostView
 from qubes_restore_svc.broker.plan import Decision, PlannedQube, PlanOptions, Problem, make_plan
 from qubes_restore_svc.errors import QubeExists
-from qubes_restore_svc.host.base import HostQube, HostView
 from tests.broker.planning import by_name, manifest, plan_of, qube, system
 
 

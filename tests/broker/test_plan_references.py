@@ -3,9 +3,9 @@
 import pytest
 
 from qubes_restore_svc.broker.allowlist import SettingsPolicy
+from qubes_restore_svc.broker.host import Definition, HostQube
 from qubes_restore_svc.broker.plan import Decision, PlannedQube, Problem
 from qubes_restore_svc.errors import MissingDependency
-from qubes_restore_svc.host.base import Definition, HostQube
 from tests.broker.planning import DISP, NET, AllowAll, is_taken, plan_of, qube, system
 
 

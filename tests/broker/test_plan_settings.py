@@ -1,7 +1,7 @@
 """What of a qube's settings gets into its definition."""
 
+from qubes_restore_svc.broker.host import Definition, HostView
 from qubes_restore_svc.broker.plan import PlanOptions, make_plan
-from qubes_restore_svc.host.base import Definition, HostView
 from tests.broker.planning import NET, AllowAll, by_name, manifest, plan_of, qube, system
 
 PCI = {"bus": "pci", "backend": "dom0", "port": "00_14.0", "required": True}

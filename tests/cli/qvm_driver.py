@@ -9,13 +9,13 @@ import os
 import sys
 from pathlib import Path
 
-from qubes_restore_svc.broker.config import Config, ReportConfig
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.cli.qvm_parts import Restorer
 from qubes_restore_svc.cli.qvm_restore import main
-from qubes_restore_svc.dom0 import Dom0Restore
 from qubes_restore_svc.errors import WorkerMissing
-from qubes_restore_svc.host.directory import DirectoryHost
+from qubes_restore_svc.local.directory import DirectoryHost
+from qubes_restore_svc.qubes.config import Config, ReportConfig
+from qubes_restore_svc.qubes.restore import Dom0Restore
 from tests.support.thread_link import ThreadLink
 
 BROKEN = "broken"

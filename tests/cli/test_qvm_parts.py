@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc import dom0
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.cli.qvm_parts import in_dom0
-from qubes_restore_svc.dom0 import Dom0Restore, Places
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
-from qubes_restore_svc.host import qubes_host
-from qubes_restore_svc.link.qrexec import QrexecLink
-from qubes_restore_svc.link.storage import Dom0File, QubePath, QubeService
-from tests.host.qubes_bed import DISPOSABLES, NETVM, emulation
-from tests.qubes.qubesd import Qubesd
+from qubes_restore_svc.qubes import host as qubes_host
+from qubes_restore_svc.qubes import restore as dom0
+from qubes_restore_svc.qubes.link import QrexecLink
+from qubes_restore_svc.qubes.restore import Dom0Restore, Places
+from qubes_restore_svc.qubes.storage import Dom0File, QubePath, QubeService
+from tests.emulation.qubesd import Qubesd
+from tests.qubes.qubes_bed import DISPOSABLES, NETVM, emulation
 
 from .plans import plan, source, taken
 
@@ -172,7 +172,7 @@ def test_a_mistake_in_the_configuration_and_a_limit_that_an_option_would_void(pl
 
 
 def test_where_there_is_no_qubes_it_is_said(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("qubes_restore_svc.host.qubes")]:
+    for name in [name for name in sys.modules if name.startswith("qubes_restore_svc.qubes.system")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "qubesadmin", None)
     with pytest.raises(HostFailed, match="this is not the dom0 of a Qubes system"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.qubes.emulated import STANDIN
+from tests.emulation.emulated import STANDIN
 
 SCRIPT = Path(__file__).parent / "client_script.py"
 #: How the options of a call of a service are declared; they are compared by being used.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.qubes.qubesd import Qubesd
+from tests.emulation.qubesd import Qubesd
 
 PROGRAM = Path(__file__).parent / "real_qubesd.py"
 NAMES = ("ok", "Work", "work", "a" * 31, "a" * 32, "9x", "-x", "_x", ".x", "a.b-c_d", "é", "a b", "Domain-0",

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.qubes.policy import DOM0_UUID, Policy, Qube
-from tests.qubes.policy_files import PolicyError
-from tests.qubes.stock_policy import STOCK_POLICY
+from tests.emulation.policy import DOM0_UUID, Policy, Qube
+from tests.emulation.policy_files import PolicyError
+from tests.emulation.stock_policy import STOCK_POLICY
 
 POLICIES = 1500  #: how many are made up
 CALLS = 80  #: of each

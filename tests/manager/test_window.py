@@ -16,8 +16,8 @@ from qubesmanager import backup_utils  # isort: skip
 from qubes_restore_svc.errors import AuthenticationFailed, HostFailed, WrongPassphrase
 from qubes_restore_svc.manager import restore
 from qubes_restore_svc.manager.window import IsolatedRestoreWindow
+from tests.emulation.small_system import small_system
 from tests.manager.script import LONG_S, Script, Step, begin, finish, qube, undo_when, wait_for
-from tests.qubes.small_system import small_system
 
 QUBES = (qube("debian-12", "TemplateVM"), qube("work"), qube("vault"))
 FINISH, CANCEL = QWizard.WizardButton.FinishButton, QWizard.WizardButton.CancelButton

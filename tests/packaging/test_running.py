@@ -115,7 +115,7 @@ def test_the_worker_runs_with_its_extension(packages: Packages, tmp_path: Path) 
     site = together([packages["common"], packages["vm"]], tmp_path)
     done = run_python("-m", "qubes_restore_svc.worker", "--engine", path=[site])
     assert done.stdout.startswith("native ("), done.stderr
-    trusted = ["qubes_restore_svc.broker", "qubes_restore_svc.host", "qubes_restore_svc.link"]
+    trusted = ["qubes_restore_svc.broker", "qubes_restore_svc.qubes", "qubes_restore_svc.local"]
     assert import_all(trusted, site) == ([], trusted)
 
 
@@ -160,7 +160,7 @@ def run_tool(tree: Path, *command: str) -> int:
         "desktop/qubes-restore-manager.desktop",
         "docs/administration.md",
         "qubes-rpc/restore.Start",
-        "qubes_restore_svc/dom0.py",
+        "qubes_restore_svc/qubes/restore.py",
     ],
 )
 def test_a_missing_file_ends_the_build(tree: Path, tmp_path: Path, missing: str) -> None:
@@ -177,10 +177,10 @@ def test_a_missing_file_ends_the_build(tree: Path, tmp_path: Path, missing: str)
 def test_an_extension_that_does_not_load_ends_the_build(tree: Path) -> None:
     if reason := cannot_build("rpm"):
         pytest.skip(reason)
-    (tree / "qubes_restore_svc/archive/_scrypt/romix.c").unlink()
+    (tree / "qubes_restore_svc/kdf/_scrypt/romix.c").unlink()
     assert run_tool(tree, "tools/build-extension", SYSTEM_PYTHON) != 0
 
 
 def test_a_package_is_not_made_without_its_extension(tree: Path, tmp_path: Path) -> None:
-    (tree / "build/ext/qubes_restore_svc/archive").mkdir(parents=True)
+    (tree / "build/ext/qubes_restore_svc/kdf").mkdir(parents=True)
     assert run_tool(tree, "tools/stage-files", str(tmp_path / "root"), "/site", "worker") != 0

@@ -7,8 +7,8 @@ worker is a thread and the host a directory (see `parts`).
 import sys
 from pathlib import Path
 
-from qubes_restore_svc.broker.grants import DOM0
-from qubes_restore_svc.dom0 import dom0_restore
+from qubes_restore_svc.qubes.grants import DOM0
+from qubes_restore_svc.qubes.restore import dom0_restore
 from qubes_restore_svc.service.call import Assemble
 from qubes_restore_svc.service.program import carry_out, service_of
 from qubes_restore_svc.service.remote import main

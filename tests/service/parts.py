@@ -14,17 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.broker.config import Config
-from qubes_restore_svc.broker.limits import check_options
-from qubes_restore_svc.dom0 import Dom0Restore, Places, Wishes
+from qubes_restore_svc.broker.host import NewQube
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
-from qubes_restore_svc.holders import Activity
-from qubes_restore_svc.host.base import NewQube
-from qubes_restore_svc.host.directory import DirectoryHost
-from qubes_restore_svc.host.directory_qube import DirectoryQube
-from qubes_restore_svc.host.restore_lock import RestoreLock
-from qubes_restore_svc.link.lock import worker_lock
-from qubes_restore_svc.link.storage import Dom0File, Location, QubePath
+from qubes_restore_svc.local.directory import DirectoryHost
+from qubes_restore_svc.local.directory_qube import DirectoryQube
+from qubes_restore_svc.qubes.config import Config
+from qubes_restore_svc.qubes.holders import Activity
+from qubes_restore_svc.qubes.limits import check_options
+from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes
+from qubes_restore_svc.qubes.restore_lock import RestoreLock
+from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath
+from qubes_restore_svc.qubes.worker_lock import worker_lock
 from tests.support.thread_link import ThreadLink
 
 #: All qubes that there are, and the only storage pool.

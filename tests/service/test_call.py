@@ -2,7 +2,7 @@
 
 import pytest
 
-from qubes_restore_svc.link.storage import Dom0File, QubePath, QubeService
+from qubes_restore_svc.qubes.storage import Dom0File, QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log
 from qubes_restore_svc.wire.service import LIST, START, VERIFY

@@ -11,8 +11,8 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.archive.kdf import KdfEngine, OpensslEngine
 from qubes_restore_svc.errors import WorkerLost
+from qubes_restore_svc.kdf.engine import KdfEngine, OpensslEngine
 from qubes_restore_svc.wire.service import READY, ServiceCall, encode_descriptor
 from qubes_restore_svc.worker.calls import PassedCalls
 from qubes_restore_svc.worker.daemon import Daemon
@@ -21,7 +21,7 @@ MEMORY = 256 << 20  #: bytes; the budget of a worker here, unless the session sa
 
 
 class ThreadLink:
-    """A link (see `link.base`) to a worker of this process. `archive_fd` stays the caller's."""
+    """A link (see `broker.link`) to a worker of this process. `archive_fd` stays the caller's."""
 
     def __init__(self, archive_fd: int, engine: KdfEngine | None = None, jobs: int = 2) -> None:
         self._archive_fd = archive_fd

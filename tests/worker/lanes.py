@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
+from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
 
 from .support import PATIENCE_S
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
-from qubes_restore_svc.archive.kdf import CostLimit, KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
+from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, End, Extent, Header, VolumeDecoder
 from qubes_restore_svc.worker.budget import Budget

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
+from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
 from qubes_restore_svc.system_memory import MemoryRoom
 from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.keys import KeyScheduler

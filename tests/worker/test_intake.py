@@ -14,7 +14,6 @@ from dataclasses import replace
 import pytest
 
 from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD
-from qubes_restore_svc.archive.kdf import CostLimit
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.archive.qfile import QfileReader
 from qubes_restore_svc.errors import (
@@ -23,6 +22,7 @@ from qubes_restore_svc.errors import (
     BudgetTooSmall,
     Cancelled,
 )
+from qubes_restore_svc.kdf.engine import CostLimit
 from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.events import (
     ArchiveEnd,

@@ -7,8 +7,8 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest, OpensslEngine
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
+from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest, OpensslEngine
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
 

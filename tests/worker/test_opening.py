@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import KdfParameters, KdfRequest
 from qubes_restore_svc.errors import (
     BadArchive,
     BadHeader,
@@ -19,6 +18,7 @@ from qubes_restore_svc.errors import (
     UnknownFilter,
     WrongPassphrase,
 )
+from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import OpenBackup
 

@@ -21,7 +21,7 @@ from pydantic import SecretStr
 
 from qubes_restore_svc.archive.container import HEAD_SIZE
 from qubes_restore_svc.archive.inner_tar import Image, read_image
-from qubes_restore_svc.archive.kdf import KdfRequest
+from qubes_restore_svc.kdf.engine import KdfRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VmClass
 from qubes_restore_svc.wire.session import SessionState

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from pydantic import SecretStr
 
-from qubes_restore_svc.archive.kdf import KdfRequest
+from qubes_restore_svc.kdf.engine import KdfRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.worker import session
 from qubes_restore_svc.worker.budget import MAX_LOCATED

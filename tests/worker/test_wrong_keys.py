@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from qubes_restore_svc.archive.kdf import MAX_WORK, KdfParameters, KdfRequest
+from qubes_restore_svc.kdf.engine import MAX_WORK, KdfParameters, KdfRequest
 from qubes_restore_svc.wire import messages as m
 
 from ..support.backup_writer import BackupWriter, ImagePlan, QubePlan, join_members

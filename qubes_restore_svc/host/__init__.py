@@ -1,1 +1,0 @@
-"""Where qubes are created: a directory of sparse images, or a Qubes system."""

@@ -1,1 +1,0 @@
-"""How broker and worker reach each other: a local sandbox, or qrexec."""

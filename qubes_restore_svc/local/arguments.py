@@ -1,0 +1,199 @@
+"""The command line of `qubes-restore-svc`.
+
+Strategy: argparse checks the form, this module turns the result into one frozen value, and everything
+that can be known to be wrong before anything happens is a UsageError. Options may stand before, between and
+after the names; argparse alone would not take `verify BACKUP -p FILE QUBE`. They cannot be abbreviated:
+one of them turns the sandbox off, and that should not happen with `--no`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from qubes_restore_svc import __version__
+from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, number_up_to, path
+from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.local.engine import worker_engine
+from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT
+
+_EPILOG = """\
+exit status: 0 everything that was asked for is there and verified; 1 nothing was;
+2 the command cannot be carried out as given; 3 a part of it; 130 cancelled.
+"""
+
+_MIB = 1 << 20
+_MAX_JOBS = 1024  #: as many as the worker accepts
+
+_Command = Literal["list", "verify", "extract"]
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What the person asked for. `memory` in bytes."""
+
+    command: _Command
+    backup: str
+    passphrase_file: str | None
+    memory: int | None
+    jobs: int | None
+    compression_filter: str | None
+    ignore_size_limit: bool
+    ignore_cost_limit: bool
+    stall_timeout: int | None
+    sandbox: bool
+    verbose: bool
+    quiet: bool
+    report: Path | None = None
+    qubes: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    target: Path | None = None
+    json: bool = False
+
+
+def parse_arguments(argv: Sequence[str] | None) -> Arguments:
+    """The arguments of the process, or `argv`. Exits with 2 and a usage message where the form is wrong."""
+    main_parser, parsers = _parsers()
+    options, rest = main_parser.parse_known_args(argv)
+    command = cast(_Command, options.command)
+    rest = [word for word in rest if word != "--"]
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown or (rest and command == "list"):
+        parsers[command].error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if options.backup == "-" and options.passphrase_file == "-":
+        raise UsageError(
+            "the backup and the passphrase cannot both come from standard input",
+            advice="Give the passphrase in a file (-p FILE), or type it.",
+        )
+    return Arguments(
+        command=command,
+        backup=options.backup,
+        passphrase_file=options.passphrase_file,
+        memory=None if options.memory is None else options.memory * _MIB,
+        jobs=options.jobs,
+        compression_filter=options.compression_filter,
+        ignore_size_limit=options.ignore_size_limit,
+        ignore_cost_limit=options.ignore_cost_limit,
+        stall_timeout=options.stall_timeout,
+        sandbox=not options.no_sandbox,
+        verbose=options.verbose,
+        quiet=options.quiet,
+        report=getattr(options, "report", None),
+        qubes=tuple(dict.fromkeys((*getattr(options, "qubes", ()), *rest))),
+        exclude=tuple(dict.fromkeys(getattr(options, "exclude", None) or ())),
+        target=getattr(options, "target", None),
+        json=getattr(options, "json", False),
+    )
+
+
+class _Version(argparse.Action):
+    """Print the version, and what derives the keys; the worker is asked only when somebody wants to know."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        engine = asyncio.run(worker_engine()) or "unknown (the worker cannot be started)"
+        with contextlib.suppress(OSError):  # `carry_out` tells it, as argparse leaves it to do for the help
+            sys.stdout.write(f"qubes-restore-svc {__version__}\nkey derivation: {engine}\n")
+        parser.exit()
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="qubes-restore-svc",
+        description="Recover a Qubes OS backup on any Linux machine; a worker in a sandbox reads it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show what this is and leave")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    listing = _command(commands, "list", "show which qubes a backup holds")
+    listing.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    verify = _command(commands, "verify", "read a backup to its last byte and check it; writes nothing")
+    _add_selection(verify, "verify")
+
+    extract = _command(commands, "extract", "restore qubes as disk images and settings in a directory")
+    extract.add_argument(
+        "--to", dest="target", metavar="DIR", type=path, required=True, help="where; made if it is not there"
+    )
+    _add_selection(extract, "restore")
+    return parser, {"list": listing, "verify": verify, "extract": extract}
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        allow_abbrev=False,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("backup", metavar="BACKUP", help="the backup file, or - for standard input")
+    parser.add_argument(
+        "-p",
+        "--passphrase-file",
+        metavar="FILE",
+        help="read the passphrase from the first line of FILE, or of standard input if it is -",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="MIB",
+        type=number_up_to(MAX_MIB),
+        help="memory that the worker may use (default: what is free, 4 GiB or 1 GiB a core at most)",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=number_up_to(_MAX_JOBS),
+        help="key derivations at once (default: one a core)",
+    )
+    parser.add_argument(
+        "-Z",
+        "--compression-filter",
+        metavar="FILTER",
+        choices=FILTERS,
+        help="how it is compressed, if its header does not say or says it wrong: " + ", ".join(FILTERS),
+    )
+    parser.add_argument(
+        "--ignore-size-limit",
+        action="store_true",
+        help="accept disk images that are larger than the backup's qubes.xml says",
+    )
+    parser.add_argument(
+        "--ignore-cost-limit",
+        action="store_true",
+        help="accept keys that take longer to derive than a fast computer's backup asks for: minutes each",
+    )
+    parser.add_argument(
+        "--stall-timeout",
+        type=number_up_to(MAX_STALL_TIMEOUT),
+        metavar="SECONDS",
+        help="give up when the backup brings no data for so long; without it, for as long as you like",
+    )
+    parser.add_argument(
+        "--no-sandbox",
+        action="store_true",
+        help="let the worker run without isolation: a hostile backup may then take over your account",
+    )
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="store_true", help="say more")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors and warnings")
+    return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser, verb: str) -> None:
+    parser.add_argument(
+        "qubes", metavar="QUBE", nargs="*", default=[], help=f"{verb} these qubes (default: all)"
+    )
+    parser.add_argument(
+        "-x", "--exclude", metavar="QUBE", action="append", help="leave out this qube; may be repeated"
+    )
+    parser.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")

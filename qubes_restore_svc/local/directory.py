@@ -1,0 +1,220 @@
+"""The host that needs no Qubes: every restored qube becomes a directory of sparse images and a `qube.json`.
+
+Strategy: the directory itself is what is locked, so no lock file stays behind. Everything happens relative to
+the descriptor that holds the lock. Whoever has the lock knows that no restore is running, which is what makes
+it safe to remove what a killed one left. One qube is the business of `directory_qube`.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qubes_restore_svc.broker.filesystem import make_directory, reporting, sync_directory
+from qubes_restore_svc.broker.host import HostView, NewQube
+from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
+from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.local.directory_layout import clear_partials, partial_name
+from qubes_restore_svc.local.directory_qube import DirectoryQube
+from qubes_restore_svc.owners import interference
+from qubes_restore_svc.wire.names import strip_control
+
+_LOCK_ATTEMPTS = 16
+
+
+class DirectoryHost:
+    """A `Host` that creates qubes in a directory.
+
+    The directory is created (mode 0700) by `lock` if only its last component is missing, and removed again
+    at the end if nothing came to stand in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        self._shown = strip_control(str(path))
+        self._mutex = threading.RLock()
+        self._directory: int | None = None
+        self._qubes: list[DirectoryQube] = []
+        self.cleared: tuple[str, ...] = ()  #: partial directories of a killed restore that `lock` removed
+        self.kept: tuple[str, ...] = ()  #: those that it did not touch, or could not remove
+
+    @contextmanager
+    def lock(self) -> Iterator[tuple[str, ...]]:
+        """The one-restore lock; at its end, qubes that were neither committed nor rolled back are.
+
+        Brings remarks on what an interrupted restore left. Raises RestoreInProgress when somebody else
+        holds it, HostFailed when the directory cannot be used.
+        """
+        directory, created = self._open_locked()
+        with ExitStack() as stack:
+            stack.callback(self._unlock, directory, created)
+            with reporting(f"reading {self._shown}"):
+                self.cleared, self.kept = clear_partials(directory)
+            with self._mutex:
+                self._directory = directory
+            stack.callback(self._end_qubes)
+            yield tuple(self._remarks())
+
+    def existing_names(self) -> frozenset[str]:
+        """The names of everything in the directory, as they are written; none if there is no directory.
+
+        Two names that differ in case only are one on FAT and exFAT: `begin` asks the file system.
+        """
+        with self._mutex, reporting(f"reading {self._shown}"):
+            try:
+                return frozenset(os.listdir(self._target()))
+            except FileNotFoundError:
+                return frozenset()
+
+    def view(self) -> HostView:
+        """The names that are taken: a directory knows neither templates nor netvms."""
+        return HostView(self.existing_names())
+
+    def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
+        """A directory keeps what the backup says; there is nothing to be set."""
+
+    def free_space(self) -> int | None:
+        """Bytes that an ordinary user can still write, as far as the file system tells."""
+        with self._mutex, reporting(f"asking for the free space of {self._shown}"):
+            try:
+                answer = os.statvfs(self._target())
+            except FileNotFoundError:
+                return None
+        # Some network and FUSE file systems answer with zeros.
+        return answer.f_bavail * answer.f_frsize if answer.f_blocks else None
+
+    def begin(self, qube: NewQube) -> DirectoryQube:
+        """Start a qube, under the lock; raises QubeExists, NoSpace or HostFailed."""
+        with self._mutex:
+            if self._directory is None:
+                raise HostFailed("the directory is not locked for this restore", qube=qube.name)
+            partial_name(qube.name)  # raises for what is no name, before the file system is asked for it
+            if self._is_taken(qube.name):
+                raise QubeExists(f"{self._shown} has something of that name", qube=qube.name)
+            if not self._is_still(self._directory):
+                raise HostFailed(f"{self._shown} was moved or replaced meanwhile", qube=qube.name)
+            transaction = DirectoryQube(self._directory, qube)
+            self._qubes.append(transaction)
+            return transaction
+
+    def _is_taken(self, name: str) -> bool:
+        with reporting(f"looking for {name}"):
+            try:
+                os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def _remarks(self) -> Iterator[str]:
+        for name in self.cleared:
+            yield f"{name} was removed from {self._shown}: a restore that was interrupted had left it"
+        for name in self.kept:
+            yield f"{name} in {self._shown} looks like the rest of a restore, but cannot be removed safely"
+
+    def _target(self) -> int | Path:
+        return self._path if self._directory is None else self._directory
+
+    def _open_locked(self) -> tuple[int, bool]:
+        """A locked descriptor of the directory, and whether this call created it."""
+        for _ in range(_LOCK_ATTEMPTS):
+            found = self._open_existing()
+            directory = self._create() if found is None else found
+            if directory is None:
+                continue
+            created = found is None
+            try:
+                self._take_lock(directory)
+                # Between opening and locking, the restore that had created it may have removed it.
+                if self._is_still(directory):
+                    self._check_writable(directory)
+                    self._check_undisturbed()
+                    return directory, created
+            except RestoreInProgress:
+                close_read(directory)  # it is in use, whoever created it
+                raise
+            except BaseException:
+                self._unlock(directory, created)
+                raise
+            close_read(directory)
+        raise HostFailed(f"{self._shown} is created and removed again and again by somebody else")
+
+    def _open_existing(self) -> int | None:
+        with reporting(f"opening {self._shown}"):
+            try:
+                return os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if self._path.is_symlink():
+                    raise HostFailed(f"{self._shown} is a symbolic link to nothing") from None
+                return None
+            except NotADirectoryError:
+                raise HostFailed(f"{self._shown} is not a directory") from None
+
+    def _create(self) -> int | None:
+        with reporting(f"creating {self._shown}"):
+            try:
+                directory = make_directory(self._path)
+            except FileExistsError:
+                return None
+            except FileNotFoundError:
+                raise HostFailed(f"the directory that is to hold {self._shown} does not exist") from None
+            try:
+                self._sync_parent()
+            except BaseException:
+                self._unlock(directory, created=True)
+                raise
+            return directory
+
+    def _take_lock(self, directory: int) -> None:
+        with reporting(f"locking {self._shown}"):
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RestoreInProgress(f"another restore writes to {self._shown}") from None
+
+    def _sync_parent(self) -> None:
+        # A parent that we may write to but not read cannot be opened, and so not be synced.
+        with suppress(PermissionError):
+            parent = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sync_directory(parent)
+            finally:
+                close_read(parent)
+
+    def _is_still(self, directory: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(directory), os.stat(self._path))
+        except OSError:
+            return False
+
+    def _check_writable(self, directory: int) -> None:
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=directory):
+            raise HostFailed(f"{self._shown} cannot be written to")
+
+    def _check_undisturbed(self) -> None:
+        with reporting(f"looking at who may write to {self._shown}"):
+            why = interference(self._path)
+        if why is not None:
+            raise HostFailed(
+                f"{strip_control(why)}, who could put other files in the place of those that are restored",
+                advice="Restore to a directory of your own. As root, that is below /root; or restore as the"
+                " user whose directory it is, without sudo.",
+            )
+
+    def _end_qubes(self) -> None:
+        with self._mutex:
+            qubes, self._qubes = self._qubes, []
+            self._directory = None
+            with ExitStack() as stack:
+                for qube in qubes:
+                    stack.callback(qube.rollback)
+
+    def _unlock(self, directory: int, created: bool) -> None:
+        if created and self._is_still(directory):
+            with suppress(OSError):  # something stands in it: it stays
+                os.rmdir(self._path)
+        with suppress(OSError):
+            # Closing alone would not do while a child is between fork and exec: it has the descriptor too.
+            fcntl.flock(directory, fcntl.LOCK_UN)
+        close_read(directory)

@@ -1,0 +1,165 @@
+"""Calls over qrexec that are under way: each is a process, and each process has this owner.
+
+Strategy: a call begins in a thread and is known here before a cancel can count. The event loop watches the
+process and reaps it as soon as it has ended. On leaving, all that still run are killed: with its process a
+call ends in the qube as well, and whoever reads its socket here reads the end.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from types import TracebackType
+from typing import Self
+
+from qubes_restore_svc.errors import HostFailed, how_ended
+from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.qubes.link_system import QubesSystem, ServiceProcess
+from qubes_restore_svc.qubes.undoing import tell_what_is_left
+from qubes_restore_svc.waiting import started, to_the_end
+
+#: The qube has no such service (qrexec.h of qubes-core-qrexec; a shell says the same of a program).
+NOT_FOUND = 127
+#: The connection broke before there was an exit code: the qube died, as a rule (process_io.c there).
+BROKEN = 255
+
+_MEANINGS = {
+    125: "the call could not be made",
+    126: "the call was refused",
+    NOT_FOUND: "there is no such service",
+    BROKEN: "the connection broke off",
+}
+#: Seconds until a killed process must be gone.
+_KILL_TIMEOUT_S = 5.0
+
+
+class QrexecCall:
+    """A call under way, or one that has ended; `name` is `restore.Volume+vm10.private in disp1234`."""
+
+    def __init__(self, name: str, process: ServiceProcess) -> None:
+        """Takes the process over; raises OSError if it cannot be watched."""
+        self.name = name
+        self._process = process
+        self._exit_code: int | None = None
+        self._ended = asyncio.Event()
+        self._ended_here = False
+        self._pidfd: int | None = None
+        self._look()
+        if self._exit_code is None:
+            self._pidfd = os.pidfd_open(process.pid)
+            asyncio.get_running_loop().add_reader(self._pidfd, self._look)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, as far as it is known this instant; None while the call lasts."""
+        self._look()
+        return self._exit_code
+
+    @property
+    def fault(self) -> str | None:
+        """What went wrong, a clause, if the call has ended by itself and not well."""
+        code = self.exit_code
+        if not code or self._ended_here:
+            return None
+        meaning = f" ({_MEANINGS[code]})" if code in _MEANINGS else ""
+        return f"{self.name} {how_ended(code)}{meaning}"
+
+    async def wait(self, timeout_s: float | None = None) -> int | None:
+        """Wait until it has ended: the exit code; None if it still lasts after `timeout_s` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._ended.wait()
+        return self._exit_code
+
+    async def end(self, patience_s: float = 0.0) -> bool:
+        """Give it `patience_s` seconds to end by itself, then kill it. False if it cannot be ended."""
+        if patience_s:
+            await self.wait(patience_s)
+        if self.exit_code is None:
+            self._ended_here = True
+            self._process.kill()
+            await self.wait(_KILL_TIMEOUT_S)
+        ended = self._exit_code is not None
+        self._release()
+        return ended
+
+    def _look(self) -> None:
+        if self._exit_code is None:
+            self._exit_code = self._process.poll()
+        if self._exit_code is not None:
+            self._release()
+            self._ended.set()
+
+    def _release(self) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            close_read(self._pidfd)
+            self._pidfd = None
+
+
+class QrexecCalls:
+    """All calls of one restore. An async context manager; leaving it ends those that still last."""
+
+    def __init__(self, system: QubesSystem) -> None:
+        self._system = system
+        self._calls: set[QrexecCall] = set()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closed = True
+        calls = sorted(self._calls, key=lambda call: call.name)
+        ended = await to_the_end(asyncio.gather(*(call.end() for call in calls)))
+        tell_what_is_left(
+            [f"the process of {call.name}" for call, gone in zip(calls, ended, strict=True) if not gone], exc
+        )
+
+    async def open(self, qube: str, service: str, *, stdin: int, stdout: int) -> QrexecCall:
+        """Call `service` (`NAME+ARG`); the descriptors can be closed afterwards. Raises HostFailed."""
+        return await to_the_end(self._open(qube, service, stdin, stdout))
+
+    async def converse(self, qube: str, service: str) -> tuple[socket.socket, QrexecCall]:
+        """Call `service` over a blocking socket, which is the caller's. Raises HostFailed.
+
+        The socket ends with the process, not with the service's own half of the stream.
+        """
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise HostFailed(f"{service} cannot be called: {error.strerror}") from error
+        try:
+            try:
+                call = await self.open(qube, service, stdin=theirs.fileno(), stdout=theirs.fileno())
+            finally:
+                close_read(theirs)
+        except BaseException:
+            close_read(ours)
+            raise
+        return ours, call
+
+    async def _open(self, qube: str, service: str, stdin: int, stdout: int) -> QrexecCall:
+        process = await started(lambda: self._system.run_service(qube, service, stdin=stdin, stdout=stdout))
+        try:
+            call = QrexecCall(f"{service} in {qube}", process)
+        except OSError as error:
+            process.kill()
+            await started(_reap, process)
+            raise HostFailed(f"{service} cannot be called: {error.strerror}") from error
+        self._calls = {other for other in self._calls if other.exit_code is None} | {call}
+        if self._closed:
+            await call.end()
+            raise HostFailed(f"{service} cannot be called any more")
+        return call
+
+
+def _reap(process: ServiceProcess) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.poll()

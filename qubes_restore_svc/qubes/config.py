@@ -1,0 +1,304 @@
+"""/etc/qubes-restore-svc/config.yaml: how restores are done on this machine, and what they may bring back.
+
+Strategy: a strict frozen model is the whole reference: type, range, unit, default and meaning of every key
+are in it; docs/configuration.md and the sample file are made from it. A mistake is one sentence with file,
+line, key and what is expected.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+
+from qubes_restore_svc.broker.allowlist import DEFAULT, SettingsPolicy, check_entry
+from qubes_restore_svc.errors import BadConfiguration
+from qubes_restore_svc.qubes.config_keys import first_mistake, for_people, place_text
+from qubes_restore_svc.qubes.private_file import read_private_text
+from qubes_restore_svc.qubes.yaml_positions import Place, YamlMistake, read_yaml
+from qubes_restore_svc.wire.names import QubeName
+
+CONFIG_PATH = Path("/etc/qubes-restore-svc/config.yaml")
+
+#: Largest file that is read, bytes.
+MAX_SIZE = 1 << 20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def _absolute(value: object) -> object:
+    if not isinstance(value, str):
+        return value  # for the check of its type
+    path = Path(value)
+    if not path.is_absolute() or ".." in path.parts or not value.isprintable():
+        raise ValueError(f"expected an absolute path without .., found {value!r}")
+    return path
+
+
+_Path = Annotated[Path, BeforeValidator(_absolute)]
+_PropertyEntry = Annotated[str, AfterValidator(partial(check_entry, "property"))]
+_FeatureEntry = Annotated[str, AfterValidator(partial(check_entry, "feature"))]
+_TagEntry = Annotated[str, AfterValidator(partial(check_entry, "tag"))]
+_PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)]
+_Bus = Literal["block", "mic", "pci", "usb", "webcam"]
+
+#: Whose rights are those of every caller that has none of its own.
+ANY_CALLER = "default"
+_QUBE: TypeAdapter[str] = TypeAdapter(QubeName)
+_CALLER_EXPECTED = f"the name of a qube, or `{ANY_CALLER}`"
+
+
+def _caller(name: str) -> str:
+    if name == "dom0":
+        raise ValueError("dom0 needs no grant, and none narrows what it may do")
+    try:
+        return name if name == ANY_CALLER else _QUBE.validate_python(name)
+    except ValidationError:
+        raise ValueError(f"expected {_CALLER_EXPECTED.replace('`', '')}") from None
+
+
+def _pattern(alphabet: str, what: str) -> AfterValidator:
+    allowed = re.compile(f"[*?{alphabet}]{{1,255}}")
+
+    def check(entry: str) -> str:
+        if not allowed.fullmatch(entry):
+            raise ValueError(f"expected the name of {what}, or a pattern with * or ?")
+        return entry
+
+    return AfterValidator(check)
+
+
+_Caller = Annotated[str, AfterValidator(_caller)]
+_QubePattern = Annotated[str, _pattern("a-zA-Z0-9_.-", "a qube")]
+_PoolPattern = Annotated[str, _pattern("a-zA-Z0-9_.-", "a storage pool")]
+_ServicePattern = Annotated[str, _pattern("a-zA-Z0-9_.+-", "a service")]
+
+
+# pydantic's own `Field` gives Any, too: a class body assigns it to fields of every type.
+
+
+def _key(default: object, expected: str, meaning: str) -> Any:
+    return Field(default=default, description=meaning, json_schema_extra=for_people(expected))
+
+
+def _number(default: int | None, low: int, high: int, meaning: str, unit: str = "") -> Any:
+    expected = f"{low} to {high}{unit and ' ' + unit}" + (", or null" if default is None else "")
+    hints = for_people(expected, unit)
+    return Field(default=default, ge=low, le=high, description=meaning, json_schema_extra=hints)
+
+
+_SWITCH = "true or false"
+_LIST = "a list of names and patterns"
+_PATH_OR_NULL = "an absolute path, or null"
+
+
+class WorkerConfig(_Section):
+    """The disposable qube that reads the backup and is thrown away afterwards."""
+
+    template: QubeName | None = _key(
+        None,
+        "the name of a qube, or null",
+        "Disposable template of the worker. null: the system's `management_dispvm`.",
+    )
+    memory: int = _number(
+        4000,
+        256,
+        1 << 20,
+        "Memory of the worker, which has to be free when a restore starts. To derive a key takes 512 MiB to"
+        " 2 GiB; with more memory, more are derived at once.",
+        "MiB",
+    )
+    vcpus: int = _number(
+        2, 1, 128, "Processors of the worker: as many keys are derived at once, as far as the memory goes."
+    )
+    start_timeout: int = _number(
+        120, 1, 3600, "How long the worker may take to answer once its qube runs.", "s"
+    )
+
+
+class RestoreConfig(_Section):
+    """What a backup may bring back beside its volumes."""
+
+    properties: tuple[_PropertyEntry, ...] = _key((DEFAULT,), _LIST, "Properties of qubes that come back.")
+    features: tuple[_FeatureEntry, ...] = _key((DEFAULT,), _LIST, "Features of qubes that come back.")
+    tags: tuple[_TagEntry, ...] = _key(
+        (DEFAULT,), _LIST, "Tags of qubes that come back. Mind what your policy lets a qube do that has them."
+    )
+    autostart: bool = _key(False, _SWITCH, "Whether a qube that started with the system does so again.")
+    kernel: bool = _key(
+        False, _SWITCH, "Whether a qube gets the one of dom0's kernels again that was chosen for it."
+    )
+    kernelopts: bool = _key(
+        False, _SWITCH, "Whether kernel command lines come back, and boot modes, which are parts of them."
+    )
+    devices: tuple[_Bus, ...] = _key(
+        (),
+        "a list of block, mic, pci, usb and webcam",
+        "Classes of devices that are assigned again. The same port may be another device on this machine.",
+    )
+    pool: _PoolName | None = _key(
+        None,
+        "the name of a storage pool, or null",
+        "Storage pool of restored qubes. null: the system's default.",
+    )
+
+    def policy(self) -> SettingsPolicy:
+        """The allow-list that these keys describe."""
+        return SettingsPolicy(
+            properties=self.properties,
+            features=self.features,
+            tags=self.tags,
+            devices=self.devices,
+            autostart=self.autostart,
+            kernel=self.kernel,
+            kernelopts=self.kernelopts,
+        )
+
+
+class LimitsConfig(_Section):
+    """How much one restore may create, whatever the backup says."""
+
+    qubes: int | None = _number(
+        None, 1, 4096, "Most qubes in one restore. null: as many as a backup can hold."
+    )
+    volume_size: int | None = _number(
+        None, 1, 1 << 20, "Largest volume. null: as large as the backup says.", "GiB"
+    )
+    total_size: int | None = _number(
+        None, 1, 1 << 20, "Largest sum of all volumes of a restore. null: as large as the backup says.", "GiB"
+    )
+
+    @property
+    def volume_bytes(self) -> int | None:
+        """`volume_size` in bytes."""
+        return None if self.volume_size is None else self.volume_size << 30
+
+    @property
+    def total_bytes(self) -> int | None:
+        """`total_size` in bytes."""
+        return None if self.total_size is None else self.total_size << 30
+
+
+class ReportConfig(_Section):
+    """The report of every restore, a JSON file each."""
+
+    directory: _Path | None = _key(
+        Path("/var/log/qubes-restore-svc"),
+        _PATH_OR_NULL,
+        "Where reports are kept, each for its owner and the directory's group (mode 0640), at most 8 MiB."
+        " null: nowhere.",
+    )
+    keep: int = _number(100, 1, 100_000, "How many are kept; older ones are deleted.")
+
+
+class LogConfig(_Section):
+    """What is shown during a restore, for later."""
+
+    file: _Path | None = _key(
+        None,
+        _PATH_OR_NULL,
+        "The file that the log is appended to; a new one has the mode 0640. null: none.",
+    )
+
+
+class GrantConfig(_Section):
+    """What a qube that dom0's policy lets call `restore.Start`, `.Verify` or `.List` may do with it."""
+
+    verify_only: bool = _key(False, _SWITCH, "Whether it may list and verify backups, but restore none.")
+    storage: tuple[_QubePattern, ...] = _key(
+        (),
+        _LIST,
+        "Qubes that its backups may lie in, beside itself. It can run commands in each of them: a location"
+        " that names no file is a command that writes the backup.",
+    )
+    services: tuple[_ServicePattern, ...] = _key(
+        (),
+        _LIST,
+        "Services, `NAME` or `NAME+ARGUMENT`, that may bring its backups. dom0 calls them, in these qubes or"
+        " in itself.",
+    )
+    dom0_directories: tuple[_Path, ...] = _key(
+        (), "a list of absolute paths", "Directories of dom0; its backups may be files below them."
+    )
+    pools: tuple[_PoolPattern, ...] = _key(
+        (), _LIST, "Storage pools that it may choose for what it restores, beside `restore.pool`."
+    )
+    templates: tuple[_QubePattern, ...] = _key(
+        (), _LIST, "Disposable templates that it may choose for the worker, beside `worker.template`."
+    )
+    max_memory: int | None = _number(
+        None,
+        256,
+        1 << 20,
+        "Most memory that it may ask for for the worker. null: no more than `worker.memory`.",
+        "MiB",
+    )
+    max_vcpus: int | None = _number(
+        None, 1, 128, "Most processors that it may ask for for the worker. null: no more than `worker.vcpus`."
+    )
+
+
+def _grants() -> dict[str, GrantConfig]:
+    return {ANY_CALLER: GrantConfig()}
+
+
+class Config(_Section):
+    """The whole file. Any section and any key may be missing."""
+
+    worker: WorkerConfig = WorkerConfig()
+    restore: RestoreConfig = RestoreConfig()
+    limits: LimitsConfig = LimitsConfig()
+    report: ReportConfig = ReportConfig()
+    log: LogConfig = LogConfig()
+    grants: dict[_Caller, GrantConfig] = Field(
+        default_factory=_grants, json_schema_extra=for_people(_CALLER_EXPECTED)
+    )
+
+    def grant(self, caller: str) -> GrantConfig:
+        """What the qube `caller` may do: as its own section says, else that of all others."""
+        return self.grants.get(caller) or self.grants.get(ANY_CALLER) or GrantConfig()
+
+
+def load_config(path: Path = CONFIG_PATH) -> Config:
+    """The configuration in the file; the defaults if there is none. Raises BadConfiguration."""
+    text = read_private_text(path, MAX_SIZE)
+    return Config() if text is None else parse_config(text, path)
+
+
+def parse_config(text: str, path: Path = CONFIG_PATH) -> Config:
+    """The configuration in a text, of which errors say that it comes from `path`. Raises BadConfiguration."""
+    try:
+        document = read_yaml(text)
+    except YamlMistake as mistake:
+        raise _bad(path, mistake.line, mistake.place, mistake.reason) from None
+    value = {} if document.value is None else document.value
+    if not isinstance(value, dict):
+        raise _bad(path, document.line(()), (), f"expected sections: {', '.join(Config.model_fields)}")
+    sections = _sections(value)
+    if isinstance(grants := sections.get("grants"), dict):
+        sections["grants"] = _sections(grants)
+    try:
+        return Config.model_validate(sections)
+    except ValidationError as error:
+        raise _bad(path, *first_mistake(Config, error, document)) from None
+
+
+def _sections(value: dict[str, object]) -> dict[str, object]:
+    """A section whose keys are all comments is null."""
+    return {name: {} if section is None else section for name, section in value.items()}
+
+
+def _bad(path: Path, line: int, place: Place, reason: str) -> BadConfiguration:
+    key = place_text(place)
+    return BadConfiguration(f"{path}, line {line}{key and ', ' + key}: {reason}")

@@ -1,0 +1,181 @@
+"""What a caller of `restore.Start`, `restore.Verify` or `restore.List` may do, beyond that it may call.
+
+Strategy: dom0's policy says who may call which service; what the call may then ask for is compared with the
+caller's section of the configuration, before anything is looked up. So a refusal depends on the request and
+the configuration alone: it is the same whether or not there is such a qube, pool or file here. Programs of
+dom0 itself may ask for everything.
+"""
+
+import re
+from pathlib import Path
+from typing import Never
+
+from qubes_restore_svc.broker.plan import Plan
+from qubes_restore_svc.errors import NotGranted
+from qubes_restore_svc.qubes.config import CONFIG_PATH, Config
+from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, Mode, OpenBackup, WorkerWishes
+from qubes_restore_svc.wire.service import LIST, START, VERIFY
+
+DOM0 = "dom0"
+
+#: What each service does; the first is what it is for.
+MODES: dict[str, tuple[Mode, ...]] = {
+    START: ("restore", "verify", "list"),
+    VERIFY: ("verify", "list"),
+    LIST: ("list",),
+}
+_SERVICE_FOR: dict[Mode, str] = {"restore": START, "verify": VERIFY, "list": LIST}
+_DOING: dict[Mode, str] = {"restore": "restore", "verify": "verify", "list": "list"}
+
+
+class Rights:
+    """The rights of `caller` under `config`, which stands in the file `path`: what errors refer to.
+
+    Everything here raises NotGranted, or comes back.
+    """
+
+    def __init__(self, caller: str, config: Config, path: Path = CONFIG_PATH) -> None:
+        self.caller = caller
+        self._config = config
+        self._grant = config.grant(caller)
+        self._path = path
+
+    @property
+    def unlimited(self) -> bool:
+        """Is it dom0 itself that asks?"""
+        return self.caller == DOM0
+
+    @property
+    def dom0_directories(self) -> tuple[Path, ...]:
+        """Directories of dom0 below which the caller's backups may lie; dom0 needs none."""
+        return self._grant.dom0_directories
+
+    def check_request(self, service: str, request: OpenBackup) -> None:
+        """May all of this be asked of that service?"""
+        if request.mode not in MODES[service]:
+            raise NotGranted(
+                f"the service {service} does not {_DOING[request.mode]} backups",
+                advice=f"Call {_SERVICE_FOR[request.mode]}, if dom0's policy lets you.",
+            )
+        if self.unlimited:
+            return
+        if request.mode == "restore" and self._grant.verify_only:
+            self._refuse(f"{self.caller} may verify backups, but restore none", "verify_only", "false")
+        self._check_location(request.location)
+        self._check_wishes(request.worker)
+        self._check_pool(request.pool)
+        self._check_size_limit(ignored=request.ignore_size_limit)
+        self.check_choice(request.mode, request.choice)
+
+    def check_choice(self, mode: Mode, choice: Choice) -> None:
+        """May this be chosen?"""
+        if mode == "restore" and (choice.dom0_home or DOM0 in choice.names):
+            self._refuse_home()
+
+    def check_plan(self, mode: Mode, plan: Plan) -> None:
+        """The same for what has come of a choice, whatever it is called in the backup."""
+        if mode == "restore" and any(qube.source.klass == "AdminVM" for qube in plan.taken):
+            self._refuse_home()
+
+    # --- One thing each --------------------------------------------------------------------------
+
+    def _check_location(self, location: BackupLocation) -> None:
+        qube = location.qube or self.caller
+        if qube == DOM0:
+            self._check_dom0_path(location.text)
+            return
+        if qube != self.caller and not _matches(qube, self._grant.storage):
+            self._refuse(f"the qube {self.caller} may not have a backup read from {qube}", "storage", qube)
+        if location.service and not _matches(location.text, self._grant.services):
+            shown = strip_control(location.text)
+            self._refuse(f"the qube {self.caller} may not have the service {shown} called", "services", shown)
+
+    def _check_dom0_path(self, text: str) -> None:
+        path = Path(text)
+        if path.is_absolute() and ".." not in path.parts:
+            if any(path != folder and path.is_relative_to(folder) for folder in self.dom0_directories):
+                return
+            advice = "the directory of the backup"
+        else:
+            advice = "the directory of the backup, which is to be named by its whole path without .."
+        self._refuse(
+            f"the qube {self.caller} may not have {strip_control(text)} read in dom0",
+            "dom0_directories",
+            advice,
+        )
+
+    def _check_wishes(self, wishes: WorkerWishes) -> None:
+        configured = self._config.worker
+        template = wishes.template
+        if (
+            template is not None
+            and template != configured.template
+            and not _matches(template, self._grant.templates)
+        ):
+            self._refuse(
+                f"the qube {self.caller} may not have the worker made from {template}", "templates", template
+            )
+        most_memory = max(configured.memory, self._grant.max_memory or 0)
+        if wishes.memory is not None and wishes.memory > most_memory:
+            self._refuse(
+                f"the qube {self.caller} may not give the worker more than {most_memory} MiB of memory",
+                "max_memory",
+                str(wishes.memory),
+            )
+        most_vcpus = max(configured.vcpus, self._grant.max_vcpus or 0)
+        if wishes.vcpus is not None and wishes.vcpus > most_vcpus:
+            self._refuse(
+                f"the qube {self.caller} may not give the worker more than {most_vcpus} processors",
+                "max_vcpus",
+                str(wishes.vcpus),
+            )
+
+    def _check_pool(self, pool: str | None) -> None:
+        if pool is None or pool == self._config.restore.pool or _matches(pool, self._grant.pools):
+            return
+        self._refuse(
+            f"the qube {self.caller} may not have qubes restored to the storage pool {pool}", "pools", pool
+        )
+
+    def _check_size_limit(self, *, ignored: bool) -> None:
+        limits = self._config.limits
+        if ignored and (limits.volume_size is not None or limits.total_size is not None):
+            raise NotGranted(
+                "sizes are limited here, so no image may be larger than the backup says",
+                advice="An administrator can lift the limits in dom0: limits.volume_size and"
+                f" limits.total_size in {self._path}.",
+            )
+
+    # --- Refusing --------------------------------------------------------------------------------
+
+    def _refuse_home(self) -> None:
+        if self.unlimited:
+            return
+        raise NotGranted(
+            f"dom0's home is not restored for the qube {self.caller}, nor for any other",
+            advice="Restore it in dom0 itself, or leave it out. It can be verified.",
+        )
+
+    def _refuse(self, reason: str, key: str, value: str) -> Never:
+        """`key` of the caller's section would have to be, or hold, `value`."""
+        name = f"grants.{self.caller}.{key}"
+        is_list = isinstance(getattr(self._grant, key), tuple)
+        change = f"add {value} to {name}" if is_list else f"set {name} to {value}"
+        raise NotGranted(
+            reason, advice=f"An administrator can allow it in dom0: {change} in {self._path}."
+        ) from None
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Upper and lower case are different; `*` is any characters, `?` one, and nothing else is special."""
+    return any(_compiled(pattern).fullmatch(name) for pattern in patterns)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Atomic groups keep it from trying a `*` twice: the time is linear, whatever name is asked for."""
+    first, *rest = (re.escape(part).replace(r"\?", ".") for part in pattern.split("*"))
+    if not rest:
+        return re.compile(first)
+    middle = "".join(f"(?>.*?{part})" for part in rest[:-1])
+    return re.compile(f"{first}{middle}.*{rest[-1]}")

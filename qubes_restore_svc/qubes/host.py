@@ -1,0 +1,220 @@
+"""The host that is a Qubes system: restored qubes are created in it.
+
+Strategy: whoever has the restore lock knows that no restore is running, which is what makes it safe to remove
+what an interrupted one left. One qube is the business of `qubes_qube`, dom0's home of `dom0_home`. What is
+still unfinished when the lock is let go is removed; if this process is killed, its guard does the same.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qubes_restore_svc.broker.host import HostView, NewQube, QubesView, QubeTransaction
+from qubes_restore_svc.errors import HostFailed, RestoreError
+from qubes_restore_svc.qubes.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
+from qubes_restore_svc.qubes.leftovers import (
+    Leftovers,
+    clear_unfinished_qubes,
+    clear_untagged,
+    connect_patiently,
+)
+from qubes_restore_svc.qubes.qube import QubesQube
+from qubes_restore_svc.qubes.restore_lock import RESTORE_LOCK, RestoreLock
+from qubes_restore_svc.qubes.stock_lock import STOCK_LOCK, stock_lock
+from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.wire.names import strip_control
+
+POLICY = Path("/etc/qubes/policy.d")
+
+_QUBE_NAME = re.compile(r"(?:@dispvm:)?([A-Za-z][A-Za-z0-9_.-]{0,30})")
+_NO_QUBES = frozenset({"allow", "deny", "ask", "dom0"})
+
+
+class QubesHost:
+    """A `Host` that creates qubes in `system`.
+
+    `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `connect`
+    makes the connection of the guard, which cannot use this one. `client` is the domain that restores.
+    `policy` is the directory of the policy.
+    """
+
+    def __init__(
+        self,
+        system: QubesSystem,
+        *,
+        pool: str | None = None,
+        home: Path,
+        lock_path: Path = RESTORE_LOCK,
+        stock_lock_path: Path = STOCK_LOCK,
+        connect: Callable[[], QubesSystem] = QubesSystem.connect,
+        client: str = "dom0",
+        policy: Path = POLICY,
+    ) -> None:
+        self._system = system
+        self._pool = pool
+        self._home = home
+        self._lock_path = lock_path
+        self._stock_lock_path = stock_lock_path
+        self._connect = connect
+        self._client = client
+        self._policy = policy
+        self._mutex = threading.RLock()
+        self._is_locked = False
+        self._qubes: list[QubesQube | Dom0Home] = []
+
+    @contextmanager
+    def lock(self) -> Iterator[tuple[str, ...]]:
+        """The one-restore lock; at its end, qubes that were neither committed nor rolled back are.
+
+        Brings remarks on what an interrupted restore left. Raises RestoreInProgress when somebody else holds
+        it; HostFailed if it cannot be had, and at the end if something could not be removed. If the block
+        raises a RestoreError, that is told in its advice instead.
+        """
+        lock = RestoreLock(self._lock_path, self._clear_up_after_kill, self._client)
+        lock.take()
+        try:
+            with stock_lock(self._stock_lock_path):
+                yield from self._locked(lock)
+        finally:
+            lock.release()
+
+    def _locked(self, lock: RestoreLock) -> Iterator[tuple[str, ...]]:
+        found = self._clear_up()
+        with self._mutex:
+            self._is_locked = True
+        try:
+            with self._system.watched_by(lock):
+                yield (*found.cleared, *found.kept)
+        except RestoreError as error:
+            if left := self._end_qubes(lock, found.kept):
+                error.advice = f"{error.advice} Left behind: {'; '.join(left)}.".strip()
+            raise
+        except BaseException as error:
+            if left := self._end_qubes(lock, found.kept):
+                raise _left_behind(left) from error
+            raise
+        if left := self._end_qubes(lock, found.kept):
+            raise _left_behind(left)
+
+    def view(self) -> HostView:
+        """The system as it is now. Raises HostFailed."""
+        qubes = {qube.name: qube for qube in self._system.qubes()}
+        system = QubesView(
+            qubes=qubes,
+            default_template=self._system.default_template(),
+            default_dispvm=self._system.default_dispvm(),
+            labels=self._system.labels(),
+            dom0_user=dom0_user(),
+            policy_names=names_in_policy(self._policy),
+        )
+        # Who asks from outside dom0 must not get, with a name, what the policy gives to it.
+        reserved = frozenset[str]() if self._client == "dom0" else frozenset(system.policy_names)
+        return HostView(frozenset(qubes) | reserved, system)
+
+    def free_space(self) -> int | None:
+        """Bytes that are free in the storage pool, if it tells."""
+        return self._system.free_space(self._pool)
+
+    def begin(self, qube: NewQube) -> QubeTransaction:
+        """Start a qube, under the lock; raises QubeExists, NoSpace or HostFailed."""
+        with self._mutex:
+            if not self._is_locked:
+                raise HostFailed("the system is not locked for this restore", qube=qube.name)
+            transaction: QubesQube | Dom0Home
+            if qube.source.klass == "AdminVM":
+                transaction = Dom0Home(self._home, qube)
+            elif qube.definition is None:
+                raise HostFailed("nothing says how it is to be set up", qube=qube.name)
+            else:
+                transaction = QubesQube(
+                    self._system,
+                    qube,
+                    qube.definition,
+                    pool=self._pool,
+                    something_freed=self._remove_condemned,
+                )
+            self._qubes.append(transaction)
+            return transaction
+
+    def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
+        """Give a finished qube its disposable template. Raises HostFailed."""
+        self._system.set_default_dispvm(qube, default_dispvm)
+
+    # --- Ending ----------------------------------------------------------------------------------
+
+    def _remove_condemned(self) -> None:
+        """Remove what was rolled back while others still referred to it, as far as that is possible now."""
+        with self._mutex:
+            for qube in reversed(self._qubes):
+                if isinstance(qube, QubesQube):
+                    with suppress(HostFailed):  # at the end it is tried again, and told
+                        qube.remove_condemned()
+
+    def _end_qubes(self, lock: RestoreLock, kept_before: Iterable[str]) -> list[str]:
+        """Remove what is unfinished; clauses on what is left, if it was not left before this restore."""
+        with self._mutex:
+            self._is_locked = False
+            qubes, self._qubes = self._qubes, []
+            left: list[str] = []
+            for qube in reversed(qubes):  # what is based on others has mostly begun after them
+                try:
+                    qube.rollback()
+                except HostFailed as error:
+                    if isinstance(qube, QubesQube) and qube.is_gone:
+                        left.append(f"{qube.name}: {error.reason}")
+        try:
+            # Whatever is still there of them, for whatever reason.
+            kept = [*clear_untagged(self._system, lock.being_created).kept, *self._clear_up().kept]
+        except HostFailed as error:
+            kept = [error.reason]
+        return [*left, *(clause for clause in kept if clause not in kept_before)]
+
+    def _clear_up(self) -> Leftovers:
+        """Clear up under the lock what no running restore can own."""
+        found = clear_unfinished_qubes(self._system)
+        cleared, kept = clear_unfinished_homes(self._home)
+        whose = f"in {strip_control(str(self._home))}, left by an interrupted restore,"
+        found.cleared += [f"{name} {whose} was removed" for name in cleared]
+        found.kept += [f"{name} {whose} cannot be removed safely" for name in kept]
+        return found
+
+    def _clear_up_after_kill(self, being_created: Iterable[str]) -> None:
+        """What the guard does once this process is gone. Everything is tried; there is nobody to tell.
+
+        The worker has a guard of its own.
+        """
+        self._system = connect_patiently(self._connect)
+        with ExitStack() as locks:
+            with suppress(RestoreError):  # in vain: the stock restore has begun, and has taken its tag away
+                locks.enter_context(stock_lock(self._stock_lock_path))
+            with suppress(RestoreError):
+                clear_untagged(self._system, being_created)
+            self._clear_up()
+
+
+def names_in_policy(directory: Path) -> dict[str, str]:
+    """The names of qubes in a policy, whether or not there are such qubes; for each the first file.
+
+    It is the system's own, and is not judged here: a word that could be a name counts as one.
+    """
+    names: dict[str, str] = {}
+    for file in [*sorted(directory.glob("*.policy")), *sorted(directory.glob("include/*"))]:
+        lines = list[str]()
+        with suppress(FileNotFoundError, PermissionError, IsADirectoryError):
+            lines = file.read_text("utf-8", "replace").splitlines()
+        for words in (line.partition("#")[0].split() for line in lines):
+            for word in words[2:] if file.suffix == ".policy" else words:
+                key, _, value = word.rpartition("=")
+                found = _QUBE_NAME.fullmatch(value)
+                if found and key in ("", "target", "default_target") and found[1] not in _NO_QUBES:
+                    names.setdefault(found[1], file.name)
+    return names
+
+
+def _left_behind(left: Iterable[str]) -> HostFailed:
+    return HostFailed(
+        f"not everything could be removed again: {'; '.join(left)}",
+        advice="What is left cannot be started; remove it with `qvm-remove`.",
+    )

@@ -1,0 +1,177 @@
+"""What a restore is made of in dom0: the only place that knows all the parts.
+
+Strategy: one function from the configuration, the location and what was wished for to a `Dom0Restore`, which
+creates nothing until it runs. The command and the service both begin here. What needs a Qubes system is
+imported when one is needed, so that the help is there everywhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.host import Host
+from qubes_restore_svc.broker.job import Confirm, run_job
+from qubes_restore_svc.broker.link import Link
+from qubes_restore_svc.broker.plan import Plan, PlanOptions
+from qubes_restore_svc.broker.report import Report
+from qubes_restore_svc.broker.restore import Observer
+from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, load_config
+from qubes_restore_svc.qubes.holders import Activity
+from qubes_restore_svc.qubes.limits import check_limits, check_options
+from qubes_restore_svc.qubes.link import QrexecLink
+from qubes_restore_svc.qubes.records import LogFile, LoggedObserver, file_report
+from qubes_restore_svc.qubes.restore_lock import RESTORE_LOCK, WORKER_LOCK
+from qubes_restore_svc.qubes.stock_lock import STOCK_LOCK
+from qubes_restore_svc.qubes.storage import Location
+from qubes_restore_svc.waiting import ask
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where dom0 keeps what a restore needs; a test has its own. `home`: None is that of dom0's user."""
+
+    config: Path = CONFIG_PATH
+    restore_lock: Path = RESTORE_LOCK
+    worker_lock: Path = WORKER_LOCK
+    stock_lock: Path = STOCK_LOCK
+    home: Path | None = None
+
+
+#: Where it all is on a Qubes system.
+PLACES = Places()
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What was asked for instead of what the configuration says; `memory` in MiB."""
+
+    template: str | None = None
+    memory: int | None = None
+    vcpus: int | None = None
+    pool: str | None = None
+    ignore_size_limit: bool = False
+
+
+class Dom0Link(Link, Protocol):
+    """A link that can be tried before anything is done."""
+
+    async def check(self) -> object:
+        """Raises RestoreError for what would fail later."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dom0Restore:
+    """A restore with the parts of this system. `client` is the domain that asked for it.
+
+    `note` says a line in dom0, where `client` is another: what of a restore cannot be kept concerns dom0.
+    """
+
+    link: Dom0Link
+    host: Host
+    config: Config
+    client: str = "dom0"
+    note: Callable[[str], None] | None = None
+
+    async def check(self) -> None:
+        """Find out early what would fail late (no such pool, no worker). Raises RestoreError."""
+        await self.link.check()
+        await ask(self.host.free_space)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raises UsageError for a plan beyond the administrator's limits."""
+        check_limits(self.config.limits, plan)
+
+    async def run(
+        self,
+        options: SessionOptions,
+        choice: PlanOptions,
+        observer: Observer,
+        confirm: Confirm | None,
+        *,
+        verify_only: bool,
+    ) -> Report:
+        """As `run_job`, with the configured allow-list; report and log are kept as it is configured."""
+
+        def warn(text: str) -> None:
+            observer.log("warning", text)
+            if self.note is not None:
+                self.note(text)
+
+        watched, log = observer, None
+        mode = "verify" if verify_only else "restore"
+        if self.config.log.file is not None:
+            log = LogFile(self.config.log.file, warn)
+            log.write(f"{mode}: begun" + (f" for {self.client}" if self.client != "dom0" else ""))
+            watched = LoggedObserver(observer, log)
+        report = await run_job(
+            self.link,
+            None if verify_only else self.host,
+            options,
+            replace(choice, allow=self.config.restore.policy()),
+            watched,
+            confirm=confirm,
+        )
+        if self.client != "dom0":
+            report.asked_by = self.client
+        if self.config.report.directory is not None:
+            file_report(self.config.report.directory, self.config.report.keep, report, warn)
+        if log is not None:
+            reason = "" if report.error is None else f": {report.error.reason}"
+            log.write(f"{mode}: ended with status {report.status}{reason}")
+        return report
+
+
+def dom0_restore(
+    location: Location,
+    wishes: Wishes,
+    places: Places = PLACES,
+    config: Config | None = None,
+    *,
+    client: str = "dom0",
+    activity: Activity = "restoring",
+) -> Dom0Restore:
+    """The restore from `location` on the Qubes system whose dom0 this is.
+
+    `config` None: as it stands in its file. `client` is the domain that asks, `activity` what for: both are
+    told to whoever comes meanwhile. Raises RestoreError, BadConfiguration among them.
+    """
+    config = load_config(places.config) if config is None else config
+    check_options(config.limits, ignore_size_limit=wishes.ignore_size_limit)
+    try:
+        from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
+        from qubes_restore_svc.qubes.host import QubesHost
+        from qubes_restore_svc.qubes.system import QubesSystem
+        from qubes_restore_svc.qubes.worker_guard import worker_guard
+    except ModuleNotFoundError as error:
+        if error.name != "qubesadmin":
+            raise
+        raise HostFailed(
+            "this is not the dom0 of a Qubes system",
+            advice="Run it in dom0. On any other machine, `qubes-restore-svc` opens the backup.",
+        ) from None
+    system = QubesSystem.connect()
+    link = QrexecLink(
+        system,
+        location,
+        template=wishes.template or config.worker.template,
+        memory=wishes.memory or config.worker.memory,
+        vcpus=wishes.vcpus or config.worker.vcpus,
+        ready_timeout_s=config.worker.start_timeout,
+        lock_path=places.worker_lock,
+        client=client,
+        activity=activity,
+        guard=lambda lock: worker_guard(system, lock, places.worker_lock),
+    )
+    host = QubesHost(
+        system,
+        pool=wishes.pool or config.restore.pool,
+        home=places.home or dom0_home(dom0_user()),
+        lock_path=places.restore_lock,
+        stock_lock_path=places.stock_lock,
+        client=client,
+    )
+    return Dom0Restore(link, host, config, client)

@@ -1,0 +1,516 @@
+"""The Admin API of a Qubes system, as far as a restore needs it: the only module that imports `qubesadmin`.
+
+Strategy: plain values go in and come out. `qubesadmin` is untyped and caches what it has seen, so nothing of
+it leaves this module, every look-up is made afresh, and every call stands inside `asking`, which makes of its
+exceptions a HostFailed (or NoSpace, QubeExists, QubeInUse) that names the qube and what was being done.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import qubesadmin
+import qubesadmin.exc
+
+from qubes_restore_svc.broker.host import RESTORED_TAG, HostQube
+from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
+from qubes_restore_svc.qubes.faults import QubeInUse, asking
+from qubes_restore_svc.wire.messages import DeviceInfo
+
+#: Seconds until a qube that was killed must be gone. Its cleaning up takes a few on a busy system.
+DESTROY_TIMEOUT_S = 60.0
+
+#: Bytes of a text that qubesd takes: a request is at most 64 KiB there, with its head
+#: (qubes/api/__init__.py). Of one that is longer, it is the connection that breaks.
+MAX_REQUEST = 65_000
+
+_PAUSE_S = 0.1
+_MAX_TEMPLATES = 4  #: how far a chain of templates is followed; real ones have two
+_COPYING_FAILED = "error copying data"  #: all that the import tells of a disk that is full, or broken
+_SUPPORTED = "supported-rpc."
+_Value = TypeVar("_Value", str, bool)
+_Answer = TypeVar("_Answer")
+
+
+class CreationWatcher(Protocol):
+    """Is told which qubes come into being, so that none is lost if this process is killed meanwhile."""
+
+    def creating(self, name: str) -> None:
+        """`name`, which is free, will now be asked for."""
+        ...
+
+    def created(self, name: str) -> None:
+        """`name` carries its tags now, or is gone. Not told if it could not be removed again."""
+        ...
+
+
+class ServiceProcess:
+    """The local end of a service call: qrexec's client, until the service has ended."""
+
+    def __init__(self, process: Any) -> None:
+        """`process` is the `Popen` that `qubesadmin` returns."""
+        self._process = process
+        self.pid = int(process.pid)
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        status = self._process.poll()
+        return None if status is None else int(status)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, as soon as it has ended; TimeoutError after `timeout` seconds."""
+        try:
+            return int(self._process.wait(timeout))
+        except Exception as error:
+            if type(error).__name__ == "TimeoutExpired":  # a class of subprocess, which stays out of here
+                raise TimeoutError from error
+            raise
+
+    def kill(self) -> None:
+        """End it; `wait` for it afterwards. Harmless when it has ended."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+
+class QubesSystem:
+    """A Qubes system, seen from dom0. Safe to use from several threads. All calls block."""
+
+    def __init__(self, app: Any) -> None:
+        """`app` is a `qubesadmin.Qubes`; see `connect`."""
+        self._app = app
+        self._cache = threading.RLock()  #: held while `app` fills or empties its list of qubes
+        self._watchers: list[CreationWatcher] = []
+
+    @classmethod
+    def connect(cls) -> "QubesSystem":
+        """The system that this program runs on. Raises HostFailed if this is no dom0, or qubesd is mute."""
+        with asking("asking qubesd"):
+            app = qubesadmin.Qubes()
+            if app.qubesd_connection_type != "socket":
+                raise HostFailed("this is not the dom0 of a Qubes system", advice="Run it in dom0.")
+            if "dom0" not in app.domains:
+                raise HostFailed("asking qubesd failed: it does not know of dom0", advice="")
+        return cls(app)
+
+    @contextmanager
+    def watched_by(self, watcher: CreationWatcher) -> Iterator[None]:
+        """Have `watcher` told of all creations meanwhile."""
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
+
+    # --- Looking ---------------------------------------------------------------------------------
+
+    def exists(self, name: str) -> bool:
+        """Is there a qube of that name?"""
+        with asking("looking for the qube", qube=name), self._cache:
+            self._app.domains.clear_cache()
+            return name in self._app.domains
+
+    def qubes(self) -> list[HostQube]:
+        """All qubes, dom0 among them."""
+
+        def ask(name: str, qube: Any) -> HostQube:
+            return HostQube(
+                name,
+                str(qube.klass),
+                provides_network=_property(qube, "provides_network", False),
+                template_for_dispvms=_property(qube, "template_for_dispvms", False),
+                restored_tags=frozenset(tag for tag in map(str, qube.tags) if tag.startswith(RESTORED_TAG)),
+            )
+
+        return list(self._of_each("listing the qubes", ask))
+
+    def default_template(self) -> str | None:
+        """The template of new qubes."""
+        with asking("asking for the default template"):
+            return _property(self._app, "default_template", "") or None
+
+    def default_dispvm(self) -> str | None:
+        """The disposable template that qubes use unless they name another."""
+        with asking("asking for the default disposable template"):
+            return _property(self._app, "default_dispvm", "") or None
+
+    def management_dispvm(self) -> str | None:
+        """The disposable template that dom0 uses to manage qubes."""
+        with asking("asking for the management disposable template"):
+            return _property(self._app, "management_dispvm", "") or None
+
+    def labels(self) -> frozenset[str]:
+        """The names of all labels."""
+        with asking("listing the labels"):
+            return frozenset(str(label) for label in self._app.labels)
+
+    def free_space(self, pool: str | None = None) -> int | None:
+        """Bytes that are free in `pool` (None: the default pool), if its driver tells."""
+        room = self._pool_room(pool)
+        return None if room is None else room[0]
+
+    def volume_room(self, name: str, volume: str) -> tuple[int, int] | None:
+        """Free bytes and size of the pool in which the volume lies, as far as they can be known."""
+        with suppress(HostFailed):
+            with asking("asking for its storage pool", qube=name, volume=volume):
+                pool = str(self._qube(name).volumes[volume].pool)
+            return self._pool_room(pool)
+        return None
+
+    def _pool_room(self, pool: str | None) -> tuple[int, int] | None:
+        with asking("asking for the free space"):
+            name = pool or _property(self._app, "default_pool", "")
+            if name not in self._app.pools:
+                raise HostFailed(f"there is no storage pool {name!r}", advice="See `qvm-pool`.")
+            size, usage = self._app.pools[name].size, self._app.pools[name].usage
+            return None if size is None or usage is None else (max(0, int(size) - int(usage)), int(size))
+
+    def template_of(self, name: str) -> str | None:
+        """The qube's template; None if it has none."""
+        with asking("asking for its template", qube=name):
+            return _property(self._qube(name), "template", "") or None
+
+    def is_disposable_template(self, name: str) -> bool | None:
+        """Can disposables be made from it? None: there is no such qube."""
+        if not self.exists(name):
+            return None
+        with asking("asking whether it is a disposable template", qube=name):
+            return _property(self._qube(name), "template_for_dispvms", False)
+
+    def reports_service(self, name: str, service: str) -> bool | None:
+        """Does the qube, or its template, say that it has the service? None if neither says of any."""
+        reports: bool | None = None
+        qube: str | None = name
+        for _ in range(_MAX_TEMPLATES):
+            if qube is None:
+                break
+            with asking("asking which services it has", qube=qube):
+                features = self._qube(qube).features
+                reported = [feature for feature in features if feature.startswith(_SUPPORTED)]
+                if _SUPPORTED + service in reported and features[_SUPPORTED + service]:
+                    return True
+            reports = False if reported else reports
+            qube = self.template_of(qube)
+        return reports
+
+    def is_running(self, name: str) -> bool:
+        """Is it anything but halted?"""
+        with asking("asking for its state", qube=name):
+            return bool(self._qube(name).is_running())
+
+    def klass(self, name: str) -> str:
+        """The qube's class, such as `AppVM`."""
+        with asking("asking for its class", qube=name):
+            return str(self._qube(name).klass)
+
+    def tags(self) -> Mapping[str, frozenset[str]]:
+        """The tags of every qube, by its name."""
+
+        def ask(name: str, qube: Any) -> tuple[str, frozenset[str]]:
+            return name, frozenset(map(str, qube.tags))
+
+        return dict(self._of_each("listing the tags", ask))
+
+    def tagged(self, tag: str) -> list[str]:
+        """The names of the qubes that carry `tag`."""
+        return [name for name, tags in self.tags().items() if tag in tags]
+
+    def saved_volumes(self, name: str) -> frozenset[str]:
+        """Its volumes that keep their content when it stops: those that a backup can hold."""
+        with asking("listing its volumes", qube=name):
+            volumes = self._qube(name).volumes
+            return frozenset(str(volume) for volume in volumes if volumes[volume].save_on_stop)
+
+    # --- Creating and removing -------------------------------------------------------------------
+
+    def create(
+        self,
+        name: str,
+        klass: str,
+        label: str,
+        *,
+        template: str | None = None,
+        pool: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        """Create a qube, with `tags`. Raises QubeExists, NoSpace or HostFailed; then nothing is left."""
+        with self._creating(name):
+            self._add(klass, name, label, template, pool)
+            for tag in tags:
+                self.add_tag(name, tag)
+
+    def create_disposable(
+        self, name: str, template: str, *, memory: int, vcpus: int, tags: Sequence[str]
+    ) -> None:
+        """Create a DispVM without network, of exactly `memory` MiB, that is removed when it stops.
+
+        Raises QubeExists, NoSpace or HostFailed; then nothing is left.
+        """
+        with self._creating(name):
+            self._add("DispVM", name, "red", template, None)
+            for tag in tags:
+                self.add_tag(name, tag)
+            with asking("setting the disposable up", qube=name):
+                qube = self._qube(name)
+                qube.netvm = None
+                qube.maxmem = 0  # no balancing: what it has must not be taken away while keys are derived
+                qube.memory = memory
+                qube.vcpus = vcpus
+                qube.auto_cleanup = True
+
+    def remove(self, name: str) -> None:
+        """Remove a halted qube and its volumes; nothing if it is gone. Raises QubeInUse or HostFailed."""
+        if not self.exists(name):
+            return
+        if self.is_running(name):
+            raise HostFailed("removing the qube failed: it is running", qube=name)
+        try:
+            with asking("removing the qube", qube=name), self._cache:
+                del self._app.domains[name]
+        except QubeInUse:
+            raise
+        except HostFailed:
+            if self.exists(name):
+                raise
+        if self.exists(name):
+            raise HostFailed("removing the qube failed: it is still there", qube=name)
+
+    def start(self, name: str) -> None:
+        """Start a qube and wait until it is up. Raises HostFailed."""
+        with asking("starting the qube", qube=name):
+            self._qube(name).start()
+
+    def destroy(self, name: str) -> None:
+        """Kill a disposable, or remove it if it does not run, and wait until it is gone.
+
+        Harmless when it is gone already. Raises HostFailed if it is not gone after `DESTROY_TIMEOUT_S`.
+        """
+        deadline = time.monotonic() + DESTROY_TIMEOUT_S
+        failure = HostFailed("it was killed, and is still there", qube=name)
+        while True:
+            try:
+                if not self.exists(name):
+                    return
+                self._kill_or_remove(name)
+                if not self.exists(name):
+                    return
+            except HostFailed as error:  # it is starting, halting, or being removed by somebody else
+                failure = error
+            if time.monotonic() > deadline:
+                raise failure
+            time.sleep(_PAUSE_S)
+
+    # --- Setting ---------------------------------------------------------------------------------
+
+    def add_tag(self, name: str, tag: str) -> None:
+        """Set a tag; one that it has already stays."""
+        qube = self._qube(name)
+        try:
+            with asking(f"setting tag {tag}", qube=name):
+                qube.tags.add(tag)
+        except HostFailed:
+            # Some tags are qubesd's own business; one of them that is there is as good as set.
+            with asking(f"asking for tag {tag}", qube=name):
+                if tag in qube.tags:
+                    return
+            raise
+
+    def discard_tag(self, name: str, tag: str) -> None:
+        """Remove a tag; nothing if the qube does not have it, or is gone."""
+        if self.exists(name):
+            with asking(f"removing tag {tag}", qube=name):
+                self._qube(name).tags.discard(tag)
+
+    def set_property(self, name: str, key: str, value: str | None) -> None:
+        """Set a property, as text; None makes it the default again, "" is none at all for a reference."""
+        with asking(f"setting property {key}", qube=name):
+            qube = self._qube(name)
+            # `qubesadmin` takes an assignment to what is an attribute of its own for just that; and setting
+            # `name`, which is both, renames the qube.
+            if hasattr(type(qube), key) or key not in qube.property_list():
+                raise HostFailed(f"setting property {key} failed: it has none that could be set", qube=name)
+            setattr(qube, key, qubesadmin.DEFAULT if value is None else value)
+
+    def set_default_dispvm(self, name: str, dispvm: str) -> None:
+        """Give the qube its disposable template; "" is none. qubesd itself would take any qube for one."""
+        if dispvm and not self.is_disposable_template(dispvm):
+            raise HostFailed(
+                f"setting property default_dispvm failed: {dispvm} is no disposable template", qube=name
+            )
+        self.set_property(name, "default_dispvm", dispvm)
+
+    def set_feature(self, name: str, key: str, value: str) -> None:
+        """Set a feature; "" means false."""
+        with asking(f"setting feature {key}", qube=name):
+            self._qube(name).features[key] = value
+
+    def set_notes(self, name: str, notes: str) -> None:
+        """Set the qube's notes, as far as qubesd takes them; raises HostFailed if that is not all of them."""
+        fitting = notes.encode()[:MAX_REQUEST].decode(errors="ignore")
+        with asking("setting its notes", qube=name):
+            self._qube(name).set_notes(fitting)
+        if fitting != notes:
+            raise HostFailed(
+                f"its notes end after {len(fitting.encode())} bytes, which is what Qubes takes at once;"
+                " the whole text stays in the backup, from where `qubes-restore-svc extract` brings it",
+                qube=name,
+            )
+
+    def set_firewall(self, name: str, rules: Sequence[str]) -> None:
+        """Replace the firewall's rules, given as qubesd writes them; what none of them matches is dropped.
+
+        All of them are set or, with HostFailed, none.
+        """
+        size = sum(len(rule) + 1 for rule in rules)
+        if size > MAX_REQUEST:
+            raise HostFailed(
+                f"{len(rules)} firewall rules of {size} bytes, and Qubes takes {MAX_REQUEST} at once",
+                qube=name,
+            )
+        with asking("setting its firewall rules", qube=name):
+            self._qube(name).firewall.rules = [_RuleText(rule) for rule in rules]
+
+    def assign_device(self, name: str, device: DeviceInfo) -> None:
+        """Assign a device of another qube, to be attached whenever the qube starts."""
+        with asking(f"assigning {device.bus} device {device.backend}:{device.port}", qube=name):
+            from qubesadmin.device_protocol import DeviceAssignment  # R4.3; without it the rest still works
+
+            assignment = DeviceAssignment.new(
+                backend_domain=self._qube(device.backend),
+                port_id=device.port,
+                devclass=device.bus,
+                device_id=device.identity,
+                options=dict(device.options),
+                mode="required" if device.required else "auto-attach",
+            )
+            self._qube(name).devices[device.bus].assign(assignment)
+
+    # --- Data ------------------------------------------------------------------------------------
+
+    def import_volume(self, name: str, volume: str, stream: BinaryIO, size: int) -> None:
+        """Make the volume `size` bytes large and fill it with exactly as many from `stream`; closes it.
+
+        Returns when the data is on the disk. Raises NoSpace or HostFailed, also if more or fewer bytes come;
+        the volume is then what it was before.
+        """
+        try:
+            with asking("importing the volume", qube=name, volume=volume):
+                found = self._qube(name).volumes[volume]
+                found.import_data_with_size(stream, size)
+        except HostFailed as error:
+            pool = self.volume_room(name, volume) if _COPYING_FAILED in error.reason else None
+            if pool is None or pool[0] >= size:
+                raise
+            free = pool[0]
+            # What had been written is discarded already, so this is what there was to begin with.
+            room = f"{free >> 20} MiB are free in its storage pool, and it may need {size >> 20}"
+            raise NoSpace(f"{error.reason} ({room})", qube=name, volume=volume) from error
+
+    def run_service(self, name: str, service: str, *, stdin: int, stdout: int) -> ServiceProcess:
+        """Call a service of a running qube, with these descriptors, which stay the caller's.
+
+        `service` may carry an argument (`NAME+ARG`). Raises HostFailed.
+        """
+        with asking(f"calling {service}", qube=name), open(os.devnull, "wb") as nowhere:
+            process = self._qube(name).run_service(
+                service,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=nowhere,
+                autostart=False,
+                start_new_session=True,  # Ctrl-C is for the broker to act on
+            )
+            return ServiceProcess(process)
+
+    # --- Helpers ---------------------------------------------------------------------------------
+
+    def _qube(self, name: str) -> Any:
+        with asking("looking for the qube", qube=name), self._cache:
+            self._app.domains.clear_cache()
+            if name not in self._app.domains:
+                raise HostFailed("there is no such qube", qube=name)
+            return self._app.domains[name]
+
+    def _of_each(self, doing: str, ask: Callable[[str, Any], _Answer]) -> Iterator[_Answer]:
+        """What `ask` says of each qube, but for those that are removed meanwhile."""
+        with asking(doing), self._cache:
+            self._app.domains.clear_cache()
+            qubes = [(str(qube.name), qube) for qube in self._app.domains]
+        for name, qube in qubes:
+            try:
+                with asking(doing, qube=name):
+                    answer = ask(name, qube)
+            except HostFailed:
+                if self.exists(name):
+                    raise
+                continue
+            yield answer
+
+    def _add(self, klass: str, name: str, label: str, template: str | None, pool: str | None) -> None:
+        try:
+            with asking("creating the qube", qube=name), self._cache:
+                self._app.add_new_vm(klass, name=name, label=label, template=template, pool=pool)
+        except HostFailed as error:
+            if "already exists" in error.reason.lower():
+                raise _taken(name) from error
+            raise
+
+    @contextmanager
+    def _creating(self, name: str) -> Iterator[None]:
+        """Around the creation of `name`: refused if it is taken, and removed again if the block fails."""
+        if self.exists(name):
+            raise _taken(name)
+        for watcher in self._watchers:
+            watcher.creating(name)
+        try:
+            yield
+        except QubeExists:  # it has appeared meanwhile, and is not ours
+            self._tell_created(name)
+            raise
+        except HostFailed as error:
+            try:
+                self.remove(name)
+            except HostFailed as left:
+                error.reason += f"; what was created of it is still there, because {left.reason}"
+                error.advice = f"Remove it with `qvm-remove {name}`."
+            else:
+                self._tell_created(name)
+            raise
+        self._tell_created(name)
+
+    def _tell_created(self, name: str) -> None:
+        for watcher in self._watchers:
+            watcher.created(name)
+
+    def _kill_or_remove(self, name: str) -> None:
+        if self.is_running(name):
+            with asking("killing the qube", qube=name):
+                self._qube(name).kill()
+        else:
+            self.remove(name)
+
+
+class _RuleText:
+    """A firewall rule for `qubesadmin`, which asks for no more of one than its text.
+
+    Its own class for rules leaves out a destination of 0.0.0.0/0, and thereby lets an IPv4 rule match IPv6.
+    """
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+
+
+def _property(holder: Any, key: str, default: _Value) -> _Value:
+    """A property, in the type of `default`, which is what stands for none."""
+    value = getattr(holder, key, None)
+    return default if value is None else type(default)(value)
+
+
+def _taken(name: str) -> QubeExists:
+    return QubeExists(
+        "a qube of this name is there already",
+        qube=name,
+        advice="Rename or remove it, or restore under another name.",
+    )

@@ -1,0 +1,181 @@
+"""The worker's DisposableVM: a qube of its own for one restore, without network.
+
+Strategy: it is created under a name that nobody has, with its memory all at once (keys need it at once) and
+with the tag that the policy knows. On leaving, the tag goes first, and with it all that the policy grants,
+then the qube. What a restore that was killed has left behind goes before the next one begins.
+"""
+
+import asyncio
+import contextlib
+import re
+import secrets
+from types import TracebackType
+from typing import Self
+
+from qubes_restore_svc.errors import HostFailed, RestoreError, UsageError, WorkerMissing
+from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG, QubesSystem
+from qubes_restore_svc.qubes.undoing import tell_what_is_left, undo
+from qubes_restore_svc.waiting import ask, in_thread, started, to_the_end
+from qubes_restore_svc.wire.service import SESSION
+
+PACKAGE = "qubes-restore-svc-vm"
+
+_NAME = re.compile(r"disp-restore-[0-9]{4}")
+_NAME_ATTEMPTS = 100
+
+
+class WorkerVm:
+    """The qube, started when this is entered and gone when it is left; `memory` in MiB."""
+
+    def __init__(self, system: QubesSystem, template: str, memory: int, vcpus: int) -> None:
+        self._system = system
+        self._template = template
+        self._memory = memory
+        self._vcpus = vcpus
+        self.name = ""  #: the qube's name, empty as long as there is none
+
+    async def __aenter__(self) -> Self:
+        """Create and start it. Raises HostFailed."""
+        try:
+            await to_the_end(self._create())
+            await self._start()
+        except BaseException as error:
+            await to_the_end(self._remove(error))
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await to_the_end(self._remove(exc))
+
+    async def _create(self) -> None:
+        name = await started(self._free_name)
+        try:
+            await started(
+                lambda: self._system.create_disposable(
+                    name, self._template, memory=self._memory, vcpus=self._vcpus, tags=[WORKER_TAG]
+                )
+            )
+        except RestoreError as error:
+            # Half of it may be there. Without the tag somebody else may have taken the name.
+            with contextlib.suppress(RestoreError):
+                if name in await started(self._system.tagged, WORKER_TAG):
+                    self.name = name
+            raise self._failed("created", error) from error
+        self.name = name
+
+    def _free_name(self) -> str:
+        for _ in range(_NAME_ATTEMPTS):
+            name = f"disp-restore-{secrets.randbelow(10000):04}"
+            if not self._system.exists(name):
+                return name
+        raise HostFailed("there is no free name for the worker's qube", advice="Remove some disposables.")
+
+    async def _start(self) -> None:
+        starting = started(self._system.start, self.name)
+        try:
+            await asyncio.wait([starting])
+        except asyncio.CancelledError:
+            # Starting takes a while; killing the qube ends it at once.
+            with contextlib.suppress(RestoreError):
+                await in_thread(self._system.destroy, self.name)
+            with contextlib.suppress(RestoreError):
+                await to_the_end(starting)
+            raise
+        error = starting.exception()
+        if isinstance(error, RestoreError):
+            raise self._failed("started", error) from error
+        starting.result()
+
+    def _failed(self, done: str, error: RestoreError) -> HostFailed:
+        if "memory" in error.reason.lower():
+            advice = (
+                f"It needs {self._memory} MiB. Shut some qubes down, or give it less with --memory MIB"
+                " (or in /etc/qubes-restore-svc/config.yaml)."
+            )
+        else:
+            advice = f"See whether other disposables of it start: qvm-run --dispvm={self._template} true."
+        return HostFailed(f"the worker's qube could not be {done}: {error.reason}", advice=advice)
+
+    async def _remove(self, error: BaseException | None) -> None:
+        name, self.name = self.name, ""
+        left = []
+        # A start that failed has removed it already.
+        if name and await _exists(self._system, name):
+            left += await undo(
+                lambda: self._system.discard_tag(name, WORKER_TAG), f"the tag {WORKER_TAG} of the qube {name}"
+            )
+            left += await undo(lambda: self._system.destroy(name), f"the qube {name}")
+            if not await _exists(self._system, name):
+                left = []
+        tell_what_is_left(left, error)
+
+
+async def choose_template(system: QubesSystem, template: str | None) -> str:
+    """The disposable template to make the worker of: `template`, or the system's own for management.
+
+    Raises UsageError if that is none, and WorkerMissing if it says that it has no worker.
+    """
+    name = template or await ask(system.management_dispvm)
+    if name is None:
+        raise UsageError(
+            "this system has no management disposable template",
+            advice="Name a disposable template with --mgmt-template NAME.",
+        )
+    disposable = await ask(system.is_disposable_template, name)
+    if disposable is None:
+        raise UsageError(
+            f"there is no qube {name}", advice="Name a disposable template with --mgmt-template."
+        )
+    if not disposable:
+        raise UsageError(
+            f"no disposables can be made from {name}",
+            advice="Name a disposable template with --mgmt-template NAME.",
+        )
+    if await ask(system.reports_service, name, SESSION) is False:
+        raise await worker_missing(system, name)
+    return name
+
+
+async def worker_missing(system: QubesSystem, template: str) -> WorkerMissing:
+    """The error for a disposable template without a worker: it names what to install, where and how."""
+    # What a disposable runs is installed in the template of its template.
+    where = await ask(system.template_of, template) or template
+    return WorkerMissing(
+        f"the template {where}, which the disposables of {template} run, has no worker",
+        advice=(
+            f"Install the package {PACKAGE} in {where}: sudo dnf install {PACKAGE} (Fedora) or"
+            f" sudo apt install {PACKAGE} (Debian) there; shut {where} down and try again."
+        ),
+    )
+
+
+async def clear_leftovers(system: QubesSystem) -> None:
+    """Remove the worker and the tags that a killed restore has left; only while none is running.
+
+    Raises HostFailed: what still carries a tag of ours could reach the next backup.
+    """
+    await in_thread(_clear_leftovers, system)
+
+
+def _clear_leftovers(system: QubesSystem) -> None:
+    for name in system.tagged(STORAGE_TAG):
+        system.discard_tag(name, STORAGE_TAG)
+    for name in system.tagged(WORKER_TAG):
+        # The tag alone does not make a qube a worker: a disposable inherits those of its template.
+        if _NAME.fullmatch(name) and system.klass(name) == "DispVM":
+            system.destroy(name)
+        else:
+            system.discard_tag(name, WORKER_TAG)
+
+
+async def _exists(system: QubesSystem, name: str) -> bool:
+    """Is it there, as far as can be told?"""
+    try:
+        return await in_thread(system.exists, name)
+    except RestoreError:
+        return True

@@ -1,0 +1,160 @@
+"""Names in the directory, the record, and what is removed as a killed restore's."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc import __version__
+from qubes_restore_svc.errors import BadMetadata, HostFailed
+from qubes_restore_svc.local.directory_layout import clear_partials, partial_name, record, remove_partial
+from qubes_restore_svc.wire.messages import ErrorInfo, QubeSettings
+from tests.local.sample_qubes import new_qube, settings
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> int:
+    return os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def make_partial(path: Path, *files: str) -> Path:
+    path.mkdir()
+    for file in files:
+        (path / file).write_text("data")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".work",
+        "a/b",
+        "/etc",
+        "../x",
+        "work\n",
+        "\nwork",
+        "a\0b",
+        "x" * 32,
+        "1st",
+        "-f",
+        "ö",
+        "a b",
+    ],
+)
+def test_a_name_that_could_leave_its_place_is_refused(name: str) -> None:
+    with pytest.raises(HostFailed):
+        partial_name(name)
+
+
+def test_a_refused_name_is_shown_without_its_control_characters() -> None:
+    with pytest.raises(HostFailed) as caught:
+        partial_name("\x1b[2J" + "x" * 5000)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["a", "dom0", "Work_2-b", "x" * 31])
+def test_a_name_that_is_accepted_is_recognised_as_a_leftover(
+    directory: int, tmp_path: Path, name: str
+) -> None:
+    make_partial(tmp_path / partial_name(name))
+    assert clear_partials(directory) == ((partial_name(name),), ())
+
+
+def test_leftovers_with_our_files_are_removed(directory: int, tmp_path: Path) -> None:
+    make_partial(tmp_path / ".b.partial", "private.img", "root.img", "home.tar", "qube.json")
+    make_partial(tmp_path / ".a.partial")
+    make_partial(tmp_path / "c", "private.img")
+    assert clear_partials(directory) == ((".a.partial", ".b.partial"), ())
+    assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".a.partial.bak", "a.partial", "..partial", ".a.partial\n", ".a b.partial", ".a.PARTIAL", ".1.partial"],
+)
+def test_other_names_are_left_alone(directory: int, tmp_path: Path, name: str) -> None:
+    make_partial(tmp_path / name, "private.img")
+    assert clear_partials(directory) == ((), ())
+    assert (tmp_path / name / "private.img").exists()
+
+
+def test_a_leftover_with_a_file_of_somebody_else_is_kept_whole(directory: int, tmp_path: Path) -> None:
+    partial = make_partial(tmp_path / ".a.partial", "private.img", "thesis.odt")
+    assert clear_partials(directory) == ((), (".a.partial",))
+    assert sorted(os.listdir(partial)) == ["private.img", "thesis.odt"]
+
+
+def test_a_symbolic_link_with_a_leftovers_name_is_not_followed(directory: int, tmp_path: Path) -> None:
+    elsewhere = make_partial(tmp_path / "elsewhere", "private.img")
+    (tmp_path / ".a.partial").symlink_to("elsewhere")
+    assert clear_partials(directory) == ((), (".a.partial",))
+    assert (elsewhere / "private.img").exists()
+
+
+def test_a_leftover_that_holds_a_link_or_a_directory_is_kept(directory: int, tmp_path: Path) -> None:
+    (make_partial(tmp_path / ".a.partial", "qube.json") / "private.img").symlink_to("/etc/passwd")
+    (make_partial(tmp_path / ".b.partial", "qube.json") / "private.img").mkdir()
+    (tmp_path / ".c.partial").write_text("a file")
+    assert clear_partials(directory) == ((), (".a.partial", ".b.partial", ".c.partial"))
+    assert (tmp_path / ".a.partial" / "qube.json").exists()
+    assert (tmp_path / ".b.partial" / "qube.json").exists()
+    assert (tmp_path / ".c.partial").exists()
+
+
+def test_removing_what_is_not_there_does_nothing(directory: int) -> None:
+    remove_partial(".a.partial", directory, dir_fd=directory)
+
+
+def test_the_record_holds_everything_that_the_backup_says() -> None:
+    qube = new_qube("work-2", warnings=("no such template",))
+    content = record(qube, settings(), {"private": 1 << 40})
+    assert json.loads(content) == {
+        "format": 1,
+        "tool_version": __version__,
+        "backup_id": "20260101T010203-1234",
+        "name": "work-2",
+        "name_in_backup": "work",
+        "class": "AppVM",
+        "label": "blue",
+        "template": "fedora-42",
+        "netvm": "",
+        "properties": {"memory": "400", "autostart": "True"},
+        "features": {"gui": "1"},
+        "tags": ["audio", "zoo"],
+        "firewall": [{"action": "accept", "dsthost": "example.org"}, {"action": "drop"}],
+        "notes": "naïve\nnotes",
+        "appmenus": ["firefox.desktop"],
+        "volumes": {"private": {"file": "private.img", "size": 1 << 40}},
+        "warnings": ["no such template"],
+    }
+
+
+def test_the_record_is_indented_and_sorted_utf_8() -> None:
+    text = record(new_qube(), settings(), {"root": 1, "private": 2}).decode("utf-8")
+    assert "naïve" in text
+    assert text.endswith("\n}\n")
+    keys = [line.split('"')[1] for line in text.splitlines() if line.startswith('  "')]
+    assert keys == sorted(keys)
+    assert text.index('"private": {') < text.index('"root": {')
+
+
+def test_settings_that_could_not_be_had_are_null_and_a_warning() -> None:
+    error = ErrorInfo.of(BadMetadata("firewall.xml is malformed"))
+    content = json.loads(record(new_qube(), QubeSettings(key="vm10", error=error), {}))
+    assert content["firewall"] is content["notes"] is content["appmenus"] is None
+    assert "firewall.xml is malformed" in content["warnings"][0]
+
+
+def test_no_rules_are_not_the_same_as_unknown_rules() -> None:
+    content = json.loads(record(new_qube(), QubeSettings(key="vm10", firewall=(), appmenus=()), {}))
+    assert content["firewall"] == content["appmenus"] == []
+
+
+def test_a_warning_that_is_not_quite_unicode_still_gives_valid_json() -> None:
+    content = record(new_qube(warnings=("/media/\udcff",)), settings(), {})
+    assert json.loads(content.decode("utf-8"))["warnings"] == ["/media/\udcff"]

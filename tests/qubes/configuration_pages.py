@@ -1,0 +1,93 @@
+"""What is made from the model of the configuration: the sample file, and the tables of docs/configuration.md.
+
+python -m tests.qubes.configuration_pages      writes both anew
+"""
+
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from qubes_restore_svc.broker.settings_table import TABLES, Kind, Rule
+from qubes_restore_svc.qubes.config import ANY_CALLER, CONFIG_PATH, Config
+from qubes_restore_svc.qubes.config_keys import Key, has_names, keys_of, sections_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "etc" / "config.yaml"
+PAGE = ROOT / "docs" / "configuration.md"
+
+_WIDTH = 100
+_NAMES = (
+    f"The name of the qube that calls, or `{ANY_CALLER}` for all that are not named. A qube that is named has"
+    " the rights below its name, and none of the others."
+)
+
+
+def sample() -> str:
+    """The file as it is installed: everything in it is a comment, and every key shows its default."""
+    lines = [
+        f"# {CONFIG_PATH}: how qubes-restore-svc restores, and what a backup may bring back.",
+        "# Everything here is a default; remove the # before a key (and before its section) to change it.",
+        "# configuration.md, which comes with the package, explains the lists and the settings they name.",
+    ]
+    sections = sections_of(Config)
+    by_section: dict[str, list[Key]] = {name: [] for name in sections}
+    for key in keys_of(Config):
+        by_section[key.name.partition(".")[0]].append(key)
+    for name, keys in by_section.items():
+        lines += ["", *_comment(f"{sections[name].__doc__}"), f"#{name}:"]
+        indent = "  "
+        if has_names(Config, name):
+            lines += _comment(_NAMES, indent)
+            lines.append(f"#{indent}{ANY_CALLER}:")
+            indent *= 2
+        for key in keys:
+            lines += _comment(f"{key.meaning} ({key.expected})", indent)
+            lines.append(f"#{indent}{key.name.rpartition('.')[2]}: {key.default}")
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"# {indent}", subsequent_indent=f"# {indent}")
+
+
+def page(current: str) -> str:
+    """The page with the tables between its marks made anew."""
+    tables = {"keys": _table(["key", "default", "may be", "meaning"], map(_key_row, keys_of(Config)))}
+    for kind, rules in TABLES.items():
+        tables[kind] = _table([kind, "comes back", "values", "why"], _rule_rows(kind, rules))
+    for name, table in tables.items():
+        begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        before, mark, rest = current.partition(begin)
+        _, end_mark, after = rest.partition(end)
+        if not mark or not end_mark or begin in after:
+            raise ValueError(f"the page has not one place for the table {name}")
+        current = before + begin + table + end + after
+    return current
+
+
+def _key_row(key: Key) -> list[str]:
+    return [f"`{key.name}`", f"`{key.default}`", key.expected, key.meaning]
+
+
+def _rule_rows(kind: Kind, rules: Iterable[Rule]) -> Iterable[list[str]]:
+    """A row for neighbours that differ in their names only."""
+    rows: list[tuple[list[str], tuple[str, ...]]] = []
+    for rule in rules:
+        values = "" if rule.values is None else rule.values.text
+        only = "" if rule.only_on is None else f" ({', '.join(sorted(rule.only_on))} only)"
+        rest = (rule.standing.value + only, values, rule.why)
+        if rows and rows[-1][1] == rest:
+            rows[-1][0].append(f"`{rule.pattern}`")
+        else:
+            rows.append(([f"`{rule.pattern}`"], rest))
+    return ([", ".join(names), *rest] for names, rest in rows)
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    SAMPLE.write_text(sample())
+    PAGE.write_text(page(PAGE.read_text()))

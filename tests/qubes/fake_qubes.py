@@ -1,0 +1,212 @@
+"""A Qubes system in a dictionary, whose services are shell scripts: real processes, real descriptors.
+
+Strategy: it notes what was asked of it, in order; any method can be made to fail or to wait. It is as strict
+as the real one where the link could go wrong: no call to a qube that does not run, no second qube of a name.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qubes_restore_svc.errors import HostFailed, RestoreError
+from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG
+
+TEMPLATE = "restore-dvm"
+STORAGE = "sys-usb"
+PATIENCE_S = 20
+
+#: What a worker does, by service: it is ready, and repeats what it gets.
+WORKER = {
+    "restore.Session+ready": "printf ready",
+    "restore.Session": "exec cat",
+    "restore.Volume": 'printf "%s" "$0"; exec cat',
+    "restore.Archive": "exec cat > {directory}/archive",
+}
+#: Registration as the stock service does it, but for its file of ids.
+REGISTER = """
+read -r location
+printf '%s\\n' "$location" > {directory}/location
+echo aB3dE6
+exec >&-
+cat > /dev/null
+echo closed >> {directory}/registrations
+"""
+
+
+class Gate:
+    """Holds a method up: `reached` when it has begun, it goes on when `opened` is set."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+
+class Process(subprocess.Popen[bytes]):
+    """As qrexec-client: what it runs ends with it."""
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+@dataclass
+class FakeQube:
+    klass: str = "AppVM"
+    template: str | None = None
+    disposable_template: bool = False
+    running: bool = False
+    tags: set[str] = field(default_factory=set)
+    services: dict[str, str] = field(default_factory=dict)
+    reported: set[str] | None = None
+    memory: int = 0
+    vcpus: int = 0
+
+
+class FakeQubes:
+    """The system; scripts write what they got into `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.events: list[str] = []
+        self.faults: dict[str, RestoreError] = {}
+        self.gates: dict[str, Gate] = {}
+        self.processes: list[Process] = []
+        self.by_qube: dict[str, list[Process]] = {}
+        self.worker = dict(WORKER)
+        self.management: str | None = TEMPLATE
+        self.qubes = {
+            "fedora-42": FakeQube(),
+            TEMPLATE: FakeQube(template="fedora-42", disposable_template=True),
+            STORAGE: FakeQube(running=True, services={"qubes.RegisterBackupLocation": REGISTER}),
+        }
+
+    @property
+    def workers(self) -> list[str]:
+        return [name for name in self.qubes if name.startswith("disp-restore-")]
+
+    def running_processes(self) -> list[int]:
+        return [process.pid for process in self.processes if process.poll() is None]
+
+    # --- What the link asks ----------------------------------------------------------------------
+
+    def management_dispvm(self) -> str | None:
+        self._enter("management_dispvm")
+        return self.management
+
+    def template_of(self, name: str) -> str | None:
+        self._enter("template_of")
+        return self.qubes[name].template
+
+    def reports_service(self, name: str, service: str) -> bool | None:
+        self._enter("reports_service")
+        reported = self.qubes[name].reported
+        return None if reported is None else service in reported
+
+    def is_disposable_template(self, name: str) -> bool | None:
+        self._enter("is_disposable_template")
+        return self.qubes[name].disposable_template if name in self.qubes else None
+
+    def exists(self, name: str) -> bool:
+        self._enter("exists")
+        return name in self.qubes
+
+    def klass(self, name: str) -> str:
+        self._enter("klass")
+        return self.qubes[name].klass
+
+    def create_disposable(
+        self, name: str, template: str, *, memory: int, vcpus: int, tags: Sequence[str]
+    ) -> None:
+        self._enter("create_disposable", name)
+        if name in self.qubes:
+            raise HostFailed(f"a qube {name} is there already")
+        self.qubes[name] = FakeQube(
+            "DispVM", template, tags=set(tags), services=self.worker, memory=memory, vcpus=vcpus
+        )
+
+    def start(self, name: str) -> None:
+        self._enter("start", name)
+        if name not in self.qubes:
+            raise HostFailed(f"{name} was killed")
+        self.qubes[name].running = True
+
+    def destroy(self, name: str) -> None:
+        self._enter("destroy", name)
+        if name not in self.qubes:
+            raise HostFailed(f"there is no qube {name}")
+        self.vanish(name)
+
+    def add_tag(self, name: str, tag: str) -> None:
+        self._enter("add_tag", f"{name} {tag}")
+        self.qubes[name].tags.add(tag)
+
+    def discard_tag(self, name: str, tag: str) -> None:
+        self._enter("discard_tag", f"{name} {tag}")
+        self.qubes[name].tags.discard(tag)
+
+    def tagged(self, tag: str) -> list[str]:
+        self._enter("tagged")
+        return [name for name, qube in self.qubes.items() if tag in qube.tags]
+
+    def run_service(self, name: str, service: str, *, stdin: int, stdout: int) -> Process:
+        self._enter("run_service", f"{service} in {name}", key=f"run_service {service}")
+        qube = self.qubes[name]
+        if not qube.running:
+            raise HostFailed(f"the qube {name} does not run")
+        script = qube.services.get(service, qube.services.get(service.split("+")[0]))
+        command = "exit 127" if script is None else script.format(directory=self.directory)
+        process = Process(
+            ["/bin/sh", "-c", command, service], stdin=stdin, stdout=stdout, start_new_session=True
+        )
+        self.processes.append(process)
+        self.by_qube.setdefault(name, []).append(process)
+        return process
+
+    # --- What tests do to it ---------------------------------------------------------------------
+
+    def vanish(self, name: str) -> None:
+        """The qube is gone, and with it its ends of all calls."""
+        del self.qubes[name]
+        for process in self.by_qube.get(name, []):
+            process.kill()
+
+    def _enter(self, method: str, subject: str = "", key: str | None = None) -> None:
+        if subject:
+            self.events.append(f"{method} {subject}")
+        for name in (method, key):
+            gate = self.gates.get(name or "")
+            if gate is not None:
+                gate.reached.set()
+                assert gate.opened.wait(PATIENCE_S)
+            fault = self.faults.get(name or "")
+            if fault is not None:
+                raise fault
+
+
+class Traces:
+    """What there is now, to be compared with afterwards: after a restore nothing may be left."""
+
+    def __init__(self, system: FakeQubes) -> None:
+        self._system = system
+        self._qubes = set(system.qubes)
+        self._descriptors = descriptors()
+
+    def left(self) -> list[str]:
+        """All that is there now and was not at first."""
+        system = self._system
+        found = [f"qube {name}" for name in set(system.qubes) - self._qubes]
+        for name, qube in system.qubes.items():
+            found += [f"tag {tag} of {name}" for tag in qube.tags & {WORKER_TAG, STORAGE_TAG}]
+        found += [f"process {process.args!r}" for process in system.processes if process.returncode is None]
+        found += [f"descriptor {number}" for number in descriptors() - self._descriptors]
+        found += [f"file {path.name}" for path in system.directory.glob("*.lock")]
+        return found
+
+
+def descriptors() -> set[str]:
+    """The numbers of all descriptors of this process, but for the one that lists them."""
+    return {number for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")}

@@ -1,0 +1,470 @@
+"""The Qubes host as a whole: one restore at a time, what it sees, and what an interrupted one leaves."""
+
+import grp
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import qubesadmin
+
+from qubes_restore_svc.broker.host import HostQube
+from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreInProgress
+from qubes_restore_svc.qubes import dom0_home, leftovers
+from qubes_restore_svc.qubes.host import QubesHost, names_in_policy
+from qubes_restore_svc.qubes.leftovers import STORAGE_TAG, WORKER_TAG, clear_untagged, clear_worker
+from qubes_restore_svc.qubes.qube import IN_PROGRESS_TAG, UNFINISHED_TAG
+from qubes_restore_svc.qubes.system import QubesSystem
+from tests.emulation.daemon.state import NEW_TAGS
+from tests.emulation.qubesd import Qubesd
+from tests.qubes.qubes_bed import (
+    DISPOSABLES,
+    NETVM,
+    TEMPLATE,
+    definition,
+    new_host,
+    new_qube,
+    settings,
+    state_of,
+)
+
+from ..support.descriptors import open_descriptors
+
+REPOSITORY = Path(__file__).parents[2]
+SOON_S = 60.0
+
+
+def leave_unfinished(name: str, template: str = TEMPLATE, klass: str = "AppVM") -> None:
+    """What a restore that was killed together with its guard leaves."""
+    qube = qubesadmin.Qubes().add_new_vm(klass, name, "red", template if klass == "AppVM" else None)
+    qube.tags.add(IN_PROGRESS_TAG)
+    qube.tags.add(UNFINISHED_TAG)
+
+
+POLICY = {
+    "50-config-input.policy": "qubes.InputMouse * sys-usb @adminvm ask default_target=@adminvm # for vault\n",
+    "30-user.policy": "!include include/mine\nqubes.Gpg + work @dispvm:gpg-dvm allow user=root\n",
+    "40-x.policy": "qubes.Filecopy * @anyvm @default allow target=files.x notify=no\n",
+    "include/mine": "sys-gui @tag:guivm-sys-gui allow target=dom0\n",
+    "notes.txt": "a b holiday",
+}
+
+
+def test_the_names_in_the_policy_are_those_of_qubes(tmp_path: Path) -> None:
+    (tmp_path / "include").mkdir()
+    for name, text in POLICY.items():
+        (tmp_path / name).write_text(text)
+    assert names_in_policy(tmp_path) == {
+        "work": "30-user.policy",
+        "gpg-dvm": "30-user.policy",
+        "files.x": "40-x.policy",
+        "sys-usb": "50-config-input.policy",
+        "sys-gui": "mine",
+    }
+    assert names_in_policy(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize(("client", "reserved"), [("dom0", set[str]()), ("sys-gui", {"sys-usb"})])
+def test_a_name_in_the_policy_is_reserved_for_dom0(
+    host: QubesHost, tmp_path: Path, client: str, reserved: set[str]
+) -> None:
+    (tmp_path / "50.policy").write_text(POLICY["50-config-input.policy"])
+    host = new_host(tmp_path, client=client, policy=tmp_path)
+    view = host.view()
+    assert view.qubes_system is not None
+    assert view.qubes_system.policy_names == {"sys-usb": "50.policy"}
+    assert view.names == {*view.qubes_system.qubes, *reserved}
+
+
+# --- The system as it is -------------------------------------------------------------------------
+
+
+def test_the_host_shows_the_system(host: QubesHost, qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = grp.struct_group(("qubes", "x", 98, ["lena", "root"]))
+    monkeypatch.setattr(grp, "getgrnam", {"qubes": group}.__getitem__)
+    view = host.view()
+    assert view.names == {"dom0", TEMPLATE, NETVM, DISPOSABLES}
+    assert view.qubes_system is not None
+    assert view.qubes_system.qubes[NETVM] == HostQube(NETVM, "AppVM", provides_network=True)
+    assert (view.qubes_system.default_template, view.qubes_system.default_dispvm) == (TEMPLATE, DISPOSABLES)
+    assert "red" in view.qubes_system.labels
+    assert view.qubes_system.dom0_user == "lena"
+
+
+def test_free_space_is_that_of_the_pool_that_is_used(
+    tmp_path: Path, host: QubesHost, system: QubesSystem, qubesd: Qubesd
+) -> None:
+    qubesd.limit_pool("vm-pool", 5000)
+    qubesd.limit_pool("lvm", 6000)
+    assert host.free_space() == 5000
+    assert new_host(tmp_path, system, pool="lvm").free_space() == 6000
+
+
+def test_a_finished_qube_gets_its_disposable_template_later(host: QubesHost, qubesd: Qubesd) -> None:
+    host.set_default_dispvm(NETVM, DISPOSABLES)
+    assert qubesd.system.domains[NETVM].properties["default_dispvm"] == DISPOSABLES
+    with pytest.raises(HostFailed):
+        host.set_default_dispvm(NETVM, NETVM)
+
+
+# --- The lock ------------------------------------------------------------------------------------
+
+
+def test_only_one_restore_at_a_time(host: QubesHost, tmp_path: Path, system: QubesSystem) -> None:
+    other = new_host(tmp_path, system)
+    with host.lock():
+        for second in (other, host):
+            match = r"has been restoring since \d\d:\d\d .* \(process"
+            with pytest.raises(RestoreInProgress, match=match), second.lock():
+                pass
+        host.begin(new_qube()).rollback()
+    with other.lock():
+        pass
+
+
+def test_nothing_begins_without_the_lock(host: QubesHost) -> None:
+    for _ in range(2):
+        with pytest.raises(HostFailed, match="not locked"):
+            host.begin(new_qube())
+        with host.lock():
+            pass
+
+
+def test_a_qube_without_a_definition_is_refused(host: QubesHost) -> None:
+    qube = new_qube()
+    with host.lock(), pytest.raises(HostFailed, match="how it is to be set up"):
+        host.begin(type(qube)(qube.name, qube.source, qube.backup_id))
+
+
+def test_what_nobody_ended_ends_with_the_lock(host: QubesHost, qubesd: Qubesd, tmp_path: Path) -> None:
+    before = state_of(tmp_path, qubesd)
+    with pytest.raises(KeyError), host.lock():
+        base = host.begin(new_qube("base", klass="TemplateVM", wanted=definition(template=None)))
+        first = host.begin(new_qube("first", wanted=definition(template="base")))
+        first.create_volume("private", 1 << 30).write(0, memoryview(b"x" * 100_000))
+        base.create_volume("root", 100)
+        host.begin(new_qube("dom0", klass="AdminVM")).create_volume("home", 100).write(0, memoryview(b"x"))
+        raise KeyError
+    assert state_of(tmp_path, qubesd) == before
+    with pytest.raises(HostFailed):
+        first.create_volume("private", 10)
+
+
+def test_no_process_and_no_descriptor_stays(host: QubesHost, qubesd: Qubesd, tmp_path: Path) -> None:
+    with host.lock():
+        pass
+    before = set(os.listdir("/proc/self/fd"))
+    with host.lock():
+        with pytest.raises(RestoreInProgress), host.lock():
+            pass
+        host.begin(new_qube()).create_volume("private", 100).write(0, memoryview(b"x"))
+        host.begin(new_qube("dom0", klass="AdminVM")).create_volume("home", 100)
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    assert not (tmp_path / "restore.lock").exists()
+
+
+def test_what_cannot_be_removed_is_told_at_the_end(host: QubesHost, qubesd: Qubesd) -> None:
+    qubesd.fail("admin.vm.Remove+", message="the disk says no", times=None)
+    with pytest.raises(HostFailed, match=r"not everything .*work.*the disk says no") as caught, host.lock():
+        host.begin(new_qube())
+    assert "qvm-remove" in caught.value.advice
+
+
+def test_what_cannot_be_removed_does_not_hide_why_the_restore_ended(host: QubesHost, qubesd: Qubesd) -> None:
+    qubesd.fail("admin.vm.Remove+", message="the disk says no", times=None)
+    with pytest.raises(Cancelled) as caught, host.lock():
+        host.begin(new_qube())
+        raise Cancelled("it was cancelled", advice="As you like.")
+    assert caught.value.advice.startswith("As you like. Left behind: work")
+    qubesd.mend()
+    with host.lock() as remarks:
+        assert len(remarks) == 1
+    qubesd.fail("admin.vm.Remove+", message="the disk says no", times=None)
+    with pytest.raises(HostFailed, match="not everything") as failed, host.lock():
+        host.begin(new_qube())
+        raise KeyError
+    assert isinstance(failed.value.__cause__, KeyError)
+
+
+# --- What an interrupted restore has left --------------------------------------------------------
+
+
+def test_unfinished_qubes_are_removed_whatever_order_they_need(
+    host: QubesHost, qubesd: Qubesd, tmp_path: Path
+) -> None:
+    before = state_of(tmp_path, qubesd)
+    leave_unfinished("a-base", klass="TemplateVM")
+    leave_unfinished("b", template="a-base")
+    leave_unfinished("c")
+    with host.lock() as remarks:
+        assert sorted(remark.split(" was removed: ")[0] for remark in remarks) == ["a-base", "b", "c"]
+        assert state_of(tmp_path, qubesd).keys() - before.keys() == {str(tmp_path / "restore.lock")}
+    assert state_of(tmp_path, qubesd) == before
+
+
+def test_an_unfinished_qube_is_not_removed_while_a_volume_is_being_imported(
+    host: QubesHost, qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unfinished("work")
+    waited: list[bool] = []
+    monkeypatch.setattr(leftovers, "wait_for_imports", lambda: waited.append("work" in qubesd.system.domains))
+    with host.lock():
+        assert waited == [True]
+        assert "work" not in qubesd.system.domains
+
+
+@pytest.mark.parametrize("tags", [[IN_PROGRESS_TAG], [], ["restored-from-backup-x"]])
+def test_what_is_not_ours_stays(host: QubesHost, qubesd: Qubesd, tmp_path: Path, tags: list[str]) -> None:
+    other = qubesadmin.Qubes().add_new_vm("AppVM", "other", "red", TEMPLATE)
+    other.tags.update(tags)
+    before = state_of(tmp_path, qubesd)
+    with host.lock() as remarks:
+        assert remarks == ()
+    assert state_of(tmp_path, qubesd) == before
+
+
+def test_a_finished_qube_loses_the_tag_that_was_left_on_it(host: QubesHost, qubesd: Qubesd) -> None:
+    other = qubesadmin.Qubes().add_new_vm("AppVM", "other", "red", TEMPLATE)
+    other.tags.add(UNFINISHED_TAG)
+    other.tags.add("restored-from-backup-x")
+    with host.lock() as remarks:
+        assert "the tag restore-svc-unfinished" in remarks[0]
+    assert qubesd.system.domains["other"].tags == {*NEW_TAGS, "restored-from-backup-x"}
+
+
+def test_an_unfinished_qube_that_others_use_is_told_and_left(host: QubesHost, qubesd: Qubesd) -> None:
+    leave_unfinished("base", klass="TemplateVM")
+    qubesadmin.Qubes().add_new_vm("AppVM", "mine", "red", "base")
+    with host.lock() as remarks:
+        assert remarks == ("base, left by an interrupted restore, is used by other qubes",)
+    assert {"base", "mine"} <= set(qubesd.names())
+
+
+def test_a_verification_that_runs_keeps_its_worker(
+    host: QubesHost, system: QubesSystem, qubesd: Qubesd
+) -> None:
+    system.create_disposable("disp-restore-0007", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
+    system.start("disp-restore-0007")
+    system.add_tag(NETVM, STORAGE_TAG)
+    with host.lock():
+        assert system.is_running("disp-restore-0007")
+    assert system.is_running("disp-restore-0007")
+    assert system.tagged(STORAGE_TAG) == [NETVM]
+
+
+def test_an_unfinished_qube_that_the_stock_restore_has_released_is_told_and_left_to_the_person(
+    host: QubesHost, qubesd: Qubesd
+) -> None:
+    """Which takes the tag that keeps a qube from starting from all of them (clear_old_tags)."""
+    leave_unfinished("half")
+    qubesadmin.Qubes().domains["half"].tags.discard(IN_PROGRESS_TAG)
+    for _ in range(2):
+        with host.lock() as [remark]:
+            assert "half was left by an interrupted restore, incomplete" in remark
+        assert UNFINISHED_TAG in qubesd.system.domains["half"].tags
+    del qubesadmin.Qubes().domains["half"]
+    with host.lock() as remarks:
+        assert remarks == ()
+
+
+def test_a_worker_is_known_by_its_tag_its_name_and_its_class(system: QubesSystem, qubesd: Qubesd) -> None:
+    system.create_disposable("disp-restore-0007", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
+    system.start("disp-restore-0007")
+    # A tag on the template, by mistake, is inherited by all disposables of it.
+    system.create_disposable("disp4711", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
+    system.create("disp-restore-0008", "AppVM", "red", template=TEMPLATE, tags=[WORKER_TAG])
+    system.create_disposable("disp-restore-0009", DISPOSABLES, memory=400, vcpus=1, tags=["other"])
+    system.add_tag(NETVM, STORAGE_TAG)
+    found = clear_worker(system)
+    assert not system.exists("disp-restore-0007")
+    for name in ("disp4711", "disp-restore-0008", "disp-restore-0009"):
+        assert system.exists(name)
+    assert system.tagged(WORKER_TAG) == system.tagged(STORAGE_TAG) == []
+    assert len(found.cleared) == 4 and not found.kept
+
+
+def test_what_was_asked_for_is_removed_when_it_appears(
+    system: QubesSystem, qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "_PAUSE_S", 0.001)
+    looked = threading.Event()
+    exists = QubesSystem.exists
+
+    def looking(self: QubesSystem, name: str) -> bool:
+        looked.set()
+        return exists(self, name)
+
+    monkeypatch.setattr(QubesSystem, "exists", looking)
+
+    def create() -> None:
+        assert looked.wait(SOON_S)
+        qubesadmin.Qubes().add_new_vm("AppVM", "late", "red", TEMPLATE)
+
+    creator = threading.Thread(target=create)
+    creator.start()
+    assert "late" in clear_untagged(system, ["late"]).cleared[0]
+    creator.join()
+    assert "late" not in qubesd.names()
+
+
+def test_what_was_asked_for_and_never_comes_is_not_waited_for_long(
+    system: QubesSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "APPEAR_TIMEOUT_S", 0.01)
+    assert clear_untagged(system, ["never"]).cleared == []
+
+
+def test_imports_that_still_run_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys; print('up', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, "/etc/qubes-rpc/admin.vm.volume.ImportWithSize", "private"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        monkeypatch.setattr(leftovers, "IMPORTS_END_TIMEOUT_S", 0.01)
+        leftovers.wait_for_imports()  # not for ever
+        assert process.poll() is None
+        monkeypatch.setattr(leftovers, "IMPORTS_END_TIMEOUT_S", SOON_S)
+        monkeypatch.setattr(time, "sleep", lambda _seconds: (process.stdin.close(), process.wait()))
+        leftovers.wait_for_imports()
+        assert process.poll() == 0
+
+
+# --- A restore that is killed --------------------------------------------------------------------
+
+KILLED = """
+import sys, threading
+from pathlib import Path
+from tests.qubes import qubes_bed as bed
+from qubes_restore_svc.qubes.host import QubesHost
+directory, step = Path(sys.argv[1]), sys.argv[2]
+
+def stop(here):
+    if here == step:
+        print("here", flush=True)
+        sys.stdin.read()
+
+host = bed.new_host(directory)
+system = host._system
+with host.lock():
+    stop("locked")
+    if step == "creating":
+        add_tag = system.add_tag
+        system.add_tag = lambda *arguments: stop("creating")
+    home = host.begin(bed.new_qube("dom0", klass="AdminVM", key="dom0-home"))
+    home.create_volume("home", 100).write(0, memoryview(b"x"))
+    base = host.begin(bed.new_qube("base", klass="TemplateVM", wanted=bed.definition(template=None)))
+    qube = host.begin(bed.new_qube(wanted=bed.definition(template="base")))
+    sink = qube.create_volume("private", 1 << 30)
+    sink.write(0, memoryview(b"x" * 100_000))
+    sink.write(500_000_000, memoryview(b"x" * 100_000))
+    stop("writing")
+"""
+
+
+@pytest.mark.parametrize("step", ["locked", "creating", "writing"])
+def test_a_restore_that_is_killed_leaves_nothing(
+    host: QubesHost, qubesd: Qubesd, tmp_path: Path, step: str
+) -> None:
+    before = state_of(tmp_path, qubesd)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), step]
+    path = f"{REPOSITORY}:{REPOSITORY}/tests/emulation/standin"
+    with subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        with pytest.raises(RestoreInProgress), host.lock():
+            pass
+        # The whole session, with what the restore has started; the guard has one of its own.
+        os.killpg(process.pid, signal.SIGINT if step == "locked" else signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # A second run works at once: it waits until the guard has cleared up.
+        with host.lock() as remarks:
+            assert remarks == ()
+            host.begin(new_qube()).rollback()
+    assert state_of(tmp_path, qubesd) == before
+
+
+def test_a_restore_whose_guard_is_killed_goes_on(host: QubesHost, qubesd: Qubesd, tmp_path: Path) -> None:
+    before = state_of(tmp_path, qubesd)
+    with host.lock():
+        [guard] = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+        os.kill(guard, signal.SIGKILL)
+        os.waitid(os.P_PID, guard, os.WEXITED | os.WNOWAIT)
+        host.begin(new_qube()).commit(settings(), definition())
+        host.begin(new_qube("second")).rollback()
+    del qubesadmin.Qubes().domains["work"]
+    assert state_of(tmp_path, qubesd) == before
+
+
+def test_a_process_that_cannot_be_started_is_an_error_and_leaves_no_lock(
+    host: QubesHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = open_descriptors()
+    with monkeypatch.context() as patch, pytest.raises(HostFailed, match="starting the process"):
+        patch.setattr(os, "fork", refuse)
+        with host.lock():
+            pass
+    assert not open_descriptors() - before
+    assert not (tmp_path / "restore.lock").exists()
+    with host.lock():
+        pass
+
+
+def test_a_system_that_cannot_be_asked_is_an_error_and_leaves_no_lock(
+    host: QubesHost, qubesd: Qubesd, tmp_path: Path
+) -> None:
+    qubesd.fail("*", "", times=None)
+    with pytest.raises(HostFailed, match="listing the tags failed"), host.lock():
+        pass
+    assert not (tmp_path / "restore.lock").exists()
+
+
+# --- dom0's home ---------------------------------------------------------------------------------
+
+
+def test_an_unfinished_home_is_removed_and_what_only_looks_like_one_is_not(
+    host: QubesHost, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    for name, file in (("2026-01-01-010203", "home.tar"), ("2026-01-01-010204", "dom0-home.tar"),
+                       ("2026-01-01-010205", "thesis.odt")):  # fmt: skip
+        directory = home / f".home-restore-{name}.partial"
+        directory.mkdir()
+        (directory / file).touch()
+    (home / ".home-restore-mine.partial").mkdir()
+    with host.lock() as remarks:
+        assert ["was removed" in remark for remark in remarks] == [True, True, False]
+    assert sorted(os.listdir(home)) == [
+        ".home-restore-2026-01-01-010205.partial",
+        ".home-restore-mine.partial",
+    ]
+
+
+def test_the_home_of_dom0_is_one_archive(host: QubesHost, tmp_path: Path) -> None:
+    with host.lock():
+        home = host.begin(new_qube("dom0", klass="AdminVM", key="dom0-home"))
+        sink = home.create_volume("home", 1 << 40)
+        sink.write(0, memoryview(b"archive"))
+        sink.finish(7)
+        [remark] = home.commit(settings("dom0-home"), None)
+    [directory] = (tmp_path / "home").iterdir()
+    assert directory.name.startswith("home-restore-")
+    archive = directory / dom0_home.ARCHIVE_NAME
+    assert archive.read_bytes() == b"archive"
+    assert str(archive) in remark and "not in dom0" in remark

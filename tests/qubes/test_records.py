@@ -1,0 +1,116 @@
+"""What is kept of every restore: reports, and the log."""
+
+import os
+import re
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from qubes_restore_svc.broker.report import CUT, ErrorReport, QubeReport, Report
+from qubes_restore_svc.broker.report_file import MAX_REPORT, write_report
+from qubes_restore_svc.qubes.records import LogFile, LoggedObserver, file_report
+from qubes_restore_svc.wire.names import MAX_QUBES
+from tests.broker.test_call_messages import the_longest_report
+from tests.support.restoring import Recorder
+
+
+def report(minute: int, mode: Literal["restore", "verify"] = "restore") -> Report:
+    made = Report(mode=mode, started=datetime(2026, 11, 20, 20, minute, tzinfo=UTC))
+    made.close(datetime(2026, 11, 20, 21, tzinfo=UTC))
+    return made
+
+
+def test_the_newest_reports_are_kept_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    strangers = ["notes.txt", "restore-20200101T000000Z-1.json.bak", "x-restore-20200101T000000Z-1.json"]
+    for stranger in strangers:
+        (tmp_path / stranger).touch()
+    for minute, mode in [(3, "restore"), (1, "verify"), (4, "verify"), (2, "restore")]:
+        file_report(tmp_path, 2, report(minute, "verify" if mode == "verify" else "restore"), print)
+    file_report(tmp_path, 3, report(3), print)
+    kept = [f"restore-20261120T200300Z-{os.getpid()}.json", f"verify-20261120T200400Z-{os.getpid()}.json"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*strangers, *kept])
+    assert Report.model_validate_json((tmp_path / kept[0]).read_text()) == report(3)
+    assert stat.S_IMODE((tmp_path / kept[0]).stat().st_mode) & 0o007 == 0
+
+
+def test_a_directory_that_is_not_there_is_a_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    file_report(tmp_path / "nowhere", 2, report(1), warnings.append)
+    assert [text.split(" in ")[0] for text in warnings] == ["the report cannot be kept"]
+
+
+def test_the_log_has_what_was_said_and_the_observer_hears_it_too(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    heard = Recorder()
+    display = LoggedObserver(heard, LogFile(path, print))
+    display.log("info", "é it goes on")
+    display.volume_started("work", "private", 10)
+    display.progress(1, 1)
+    error = ErrorReport(kind="error", reason="no room", advice="")
+    display.qube_finished(QubeReport(name="work", klass="AppVM", error=error))
+    first, *lines = path.read_text().splitlines()
+    assert first == "before"
+    assert all(
+        re.match(rf"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d \[{os.getpid()}\] ", line) for line in lines
+    )
+    assert [line.split("] ", 1)[1] for line in lines] == [
+        "info: é it goes on",
+        "work/private: begun",
+        "work: failed: no room",
+    ]
+    assert heard.lines == ["info: é it goes on"]
+
+
+def test_the_group_can_read_what_is_kept_under_any_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)  # qrexec's
+    try:
+        file_report(tmp_path, 2, report(1), print)
+        LogFile(tmp_path / "log", print).write("one")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in tmp_path.iterdir()} == {0o640}
+
+
+def test_what_a_worker_makes_a_report_say_does_not_fill_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_report(path, the_longest_report())
+    assert path.stat().st_size <= MAX_REPORT
+    kept = Report.model_validate_json(path.read_text())
+    assert [qube.outcome for qube in kept.qubes] == ["failed"] * MAX_QUBES and kept.warnings[-1] == CUT
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in (".", "missing/log", "link", "pipe"):
+        warnings: list[str] = []
+        log = LogFile(tmp_path / name, warnings.append)
+        log.write("one")
+        log.write("two")
+        assert [text.split(" to ")[0] for text in warnings] == ["the log cannot be written"]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_root_writes_no_report_where_another_user_leads_it(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+    (tmp_path / "mine.json").write_text("precious")
+    link = tmp_path / "link.json"
+    link.symlink_to("mine.json")
+    write_report(link, report(1))  # a link of one's own is followed
+    (tmp_path / "mine.json").write_text("precious")
+    os.chown(link, 4321, -1, follow_symlinks=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 4321, -1)
+    for path, reason in (
+        (link, "a symbolic link of user 4321"),
+        (home / "r.json", "home belongs to user 4321"),
+    ):
+        with pytest.raises(PermissionError, match=reason):
+            write_report(path, report(1))
+    assert (tmp_path / "mine.json").read_text() == "precious" and os.listdir(home) == []

@@ -1,0 +1,287 @@
+"""Where the backup lies, and how a worker gets access to it and loses it again."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError, WorkerLost
+from qubes_restore_svc.qubes import storage as storage_module
+from qubes_restore_svc.qubes.calls import QrexecCalls
+from qubes_restore_svc.qubes.link_system import STORAGE_TAG
+from qubes_restore_svc.qubes.storage import (
+    REGISTER_SERVICE,
+    QubePath,
+    QubeService,
+    StorageAccess,
+    start_storage,
+)
+from qubes_restore_svc.wire.messages import Storage
+from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, FakeQubes, Gate, Traces
+
+PATH = QubePath(STORAGE, "/media/usb/my backup")
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> FakeQubes:
+    return FakeQubes(tmp_path)
+
+
+@pytest.fixture
+async def calls(system: FakeQubes) -> AsyncIterator[QrexecCalls]:
+    async with QrexecCalls(system) as calls:
+        yield calls
+
+
+def _answer(system: FakeQubes, script: str) -> None:
+    system.qubes[STORAGE].services[REGISTER_SERVICE] = script
+
+
+# --- Locations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("/backups/qubes backup", b"/backups/qubes backup\n"),
+        ("/with\nline\r\nends", b"/withlineends\n"),
+        ("ssh host 'cat \"/x\"' | gpg -d", b"ssh host 'cat \"/x\"' | gpg -d\n"),
+        ("/büro", "/büro\n".encode()),
+        ("/not-utf8-\udcff", b"/not-utf8-\xff\n"),
+        ("x" * 16383, b"x" * 16383 + b"\n"),
+    ],
+)
+def test_a_path_or_command_is_one_line_as_it_stands(text: str, line: bytes) -> None:
+    assert QubePath(STORAGE, text).line == line
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("\r\n", "empty"),
+        ("  ", "empty"),
+        ("/a\x00b", "control character"),
+        ("/a\tb", "control character"),
+        ("/a\x1b[2J", "control character"),
+        ("/a\x85b", "control character"),
+        ("/a\ud800", "UTF-8"),
+        ("x" * 16384, "longer"),
+    ],
+)
+def test_what_is_no_path_and_no_command_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        QubePath(STORAGE, text)
+
+
+@pytest.mark.parametrize("service", ["x", "my.Backup", "my.Backup+", "my.Backup+arg.1_2-3+4"])
+def test_a_service_is_a_name_perhaps_with_an_argument(service: str) -> None:
+    assert QubeService(STORAGE, service).service == service
+
+
+@pytest.mark.parametrize(
+    "service", ["", "+arg", "a b", "a\n", "a;b", "../a", "a+b c", "a+/b", "ä", "DEFAULT:x", "x" * 201]
+)
+def test_what_is_no_service_is_refused(service: str) -> None:
+    with pytest.raises(UsageError, match="not the name of a qrexec service"):
+        QubeService(STORAGE, service)
+
+
+@pytest.mark.parametrize("qube", ["", "dom0", "@dispvm", "a b", "-d", "sys-usb\n", "x" * 32])
+def test_a_backup_lies_in_a_qube(qube: str) -> None:
+    with pytest.raises(UsageError):
+        QubePath(qube, "/x")
+    with pytest.raises(UsageError):
+        QubeService(qube, "x")
+
+
+# --- Access --------------------------------------------------------------------------------------
+
+
+async def test_access_is_a_registration_that_stays_open_and_a_tag(
+    system: FakeQubes, calls: QrexecCalls
+) -> None:
+    traces = Traces(system)
+    async with StorageAccess(system, calls, PATH) as access:
+        assert access.storage == Storage(qube=STORAGE, location_id="aB3dE6")
+        assert access.fault is None
+        assert system.qubes[STORAGE].tags == {STORAGE_TAG}
+        assert (system.directory / "location").read_bytes() == PATH.line
+        assert len(system.running_processes()) == 1
+        assert not (system.directory / "registrations").exists()
+    assert (system.directory / "registrations").read_text() == "closed\n"
+    assert traces.left() == []
+
+
+async def test_the_tag_comes_last_and_goes_first(
+    system: FakeQubes, calls: QrexecCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discard_tag, registered = system.discard_tag, []
+
+    def watched(name: str, tag: str) -> None:
+        registered.append(len(system.running_processes()))
+        discard_tag(name, tag)
+
+    monkeypatch.setattr(system, "discard_tag", watched)
+    async with StorageAccess(system, calls, PATH):
+        pass
+    assert registered == [1]
+    assert system.events == [
+        f"run_service {REGISTER_SERVICE} in {STORAGE}",
+        f"add_tag {STORAGE} {STORAGE_TAG}",
+        f"discard_tag {STORAGE} {STORAGE_TAG}",
+    ]
+
+
+@pytest.mark.parametrize("answer", ["a", "aB3dE6 ", "x" * 64, "abc\\nmore"])
+async def test_an_id_is_letters_and_digits(system: FakeQubes, calls: QrexecCalls, answer: str) -> None:
+    _answer(system, f"read -r x; printf '{answer}\\n'; cat > /dev/null")
+    async with StorageAccess(system, calls, PATH) as access:
+        assert access.storage.location_id == answer.split("\\n")[0].strip()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["\\n", "../../x\\n", "a b\\n", "abc", "x" * 65 + "\\n", "x" * 100000, "\\303\\244\\n", "a\\0b\\n"],
+)
+async def test_anything_else_is_no_id(system: FakeQubes, calls: QrexecCalls, answer: str) -> None:
+    _answer(system, f"read -r x; printf '{answer}'; exec >&-; exit 0")
+    traces = Traces(system)
+    with pytest.raises(ArchiveUnreadable, match=r"sys-usb did not register .*its answer is not an id"):
+        await StorageAccess(system, calls, PATH).__aenter__()
+    assert traces.left() == []
+
+
+async def test_a_storage_that_writes_without_end_is_ended(
+    system: FakeQubes, calls: QrexecCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "_CLOSE_PATIENCE_S", 0.05)
+    _answer(system, "trap '' PIPE; while :; do echo /; done")
+    traces = Traces(system)
+    with pytest.raises(ArchiveUnreadable, match="not an id"):
+        await StorageAccess(system, calls, PATH).__aenter__()
+    assert traces.left() == []
+
+
+async def test_an_agent_without_the_service_is_named_as_too_old(
+    system: FakeQubes, calls: QrexecCalls
+) -> None:
+    del system.qubes[STORAGE].services[REGISTER_SERVICE]
+    traces = Traces(system)
+    with pytest.raises(ArchiveUnreadable, match=r"qubes\.RegisterBackupLocation\. .*qubes-core-agent"):
+        await StorageAccess(system, calls, PATH).__aenter__()
+    assert traces.left() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("exit 1", "ended with exit code 1"), ("exit 126", "refused"), ("exit 0", "no answer")],
+)
+async def test_a_registration_that_ends_without_an_answer_says_how(
+    system: FakeQubes, calls: QrexecCalls, script: str, why: str
+) -> None:
+    _answer(system, script)
+    with pytest.raises(ArchiveUnreadable, match=why):
+        await StorageAccess(system, calls, PATH).__aenter__()
+
+
+async def test_a_storage_that_does_not_answer_is_given_up(
+    system: FakeQubes, calls: QrexecCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "REGISTER_TIMEOUT_S", 0.05)
+    _answer(system, "exec cat > /dev/null")
+    traces = Traces(system)
+    with pytest.raises(ArchiveUnreadable, match="no answer for 0 seconds"):
+        await StorageAccess(system, calls, PATH).__aenter__()
+    assert traces.left() == []
+
+
+async def test_a_cancel_while_waiting_for_the_answer_leaves_nothing(
+    system: FakeQubes, calls: QrexecCalls
+) -> None:
+    _answer(system, "echo x > {directory}/begun; exec cat > /dev/null")
+    traces = Traces(system)
+    task = asyncio.create_task(StorageAccess(system, calls, PATH).__aenter__())
+    while not (system.directory / "begun").exists():
+        await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert traces.left() == []
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_tag_that_cannot_be_set_leaves_no_registration(
+    system: FakeQubes, calls: QrexecCalls, cancelled: bool
+) -> None:
+    traces = Traces(system)
+    task = asyncio.create_task(StorageAccess(system, calls, PATH).__aenter__())
+    if cancelled:
+        gate = system.gates["add_tag"] = Gate()
+        await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+        task.cancel()
+        gate.opened.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        system.faults["add_tag"] = HostFailed("no")
+        with pytest.raises(HostFailed, match="no"):
+            await task
+    assert (system.directory / "registrations").read_text() == "closed\n"
+    assert traces.left() == []
+
+
+async def test_a_registration_that_its_qube_ends_is_a_fault(system: FakeQubes, calls: QrexecCalls) -> None:
+    _answer(system, "read -r x; echo abc; kill -9 $$")
+    async with StorageAccess(system, calls, PATH) as access:
+        while access.fault is None:
+            await asyncio.sleep(0.005)
+        assert access.fault == f"{REGISTER_SERVICE} in sys-usb was killed by signal 9 (SIGKILL)"
+    assert access.fault is None
+    _answer(system, "read -r x; echo abc")
+    async with StorageAccess(system, calls, PATH) as access:
+        while access.fault is None:
+            await asyncio.sleep(0.005)
+        assert "has ended, and with it the access to the backup" in access.fault
+
+
+async def test_a_registration_that_does_not_end_with_its_input_is_ended(
+    system: FakeQubes, calls: QrexecCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "_CLOSE_PATIENCE_S", 0.05)
+    _answer(system, "read -r x; echo abc; while :; do sleep 1000; done")
+    traces = Traces(system)
+    async with StorageAccess(system, calls, PATH):
+        pass
+    assert traces.left() == []
+
+
+async def test_a_tag_that_stays_is_named_and_the_registration_is_closed_all_the_same(
+    system: FakeQubes, calls: QrexecCalls
+) -> None:
+    what = r"Left behind.*the tag restore-svc-storage of the qube sys-usb \(qubesd is gone\)\."
+    with pytest.raises(HostFailed, match=f"not everything could be cleared up. {what}"):
+        async with StorageAccess(system, calls, PATH):
+            system.faults["discard_tag"] = HostFailed("qubesd is gone")
+    assert (system.directory / "registrations").read_text() == "closed\n"
+    system.faults.clear()
+    with pytest.raises(WorkerLost, match=f"^the reason. {WorkerLost.default_advice} {what}"):
+        async with StorageAccess(system, calls, PATH):
+            system.faults["discard_tag"] = HostFailed("qubesd is gone")
+            raise WorkerLost("the reason")
+
+
+async def test_a_qube_that_does_not_run_is_said(system: FakeQubes, calls: QrexecCalls) -> None:
+    system.qubes[STORAGE].running = False
+    with pytest.raises(ArchiveUnreadable, match=r"sys-usb did not register .*does not run"):
+        await StorageAccess(system, calls, PATH).__aenter__()
+
+
+async def test_the_qube_of_the_backup_is_started(system: FakeQubes) -> None:
+    system.qubes[STORAGE].running = False
+    await start_storage(system, STORAGE)
+    assert system.qubes[STORAGE].running
+    system.faults["start"] = HostFailed("the disk is full")
+    with pytest.raises(ArchiveUnreadable, match=r"could not be started: the disk is full.*qvm-start sys-usb"):
+        await start_storage(system, STORAGE)

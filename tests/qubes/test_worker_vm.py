@@ -1,0 +1,288 @@
+"""The worker's qube: there for one restore, and gone after it."""
+
+import asyncio
+import re
+import secrets
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.errors import Cancelled, HostFailed, UsageError, WorkerLost, WorkerMissing
+from qubes_restore_svc.qubes import undoing
+from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG
+from qubes_restore_svc.qubes.worker_vm import WorkerVm, choose_template, clear_leftovers
+from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> FakeQubes:
+    return FakeQubes(tmp_path)
+
+
+@pytest.fixture
+async def traces(system: FakeQubes) -> Traces:
+    return Traces(system)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers that the next names will have, instead of random ones."""
+    numbers: list[int] = []
+    monkeypatch.setattr(secrets, "randbelow", lambda limit: numbers.pop(0))
+    return numbers
+
+
+def _worker(system: FakeQubes) -> WorkerVm:
+    return WorkerVm(system, TEMPLATE, 4096, 3)
+
+
+async def test_it_is_created_as_configured_and_started(system: FakeQubes, traces: Traces) -> None:
+    async with _worker(system) as worker:
+        assert re.fullmatch("disp-restore-[0-9]{4}", worker.name)
+        qube = system.qubes[worker.name]
+        assert (qube.template, qube.memory, qube.vcpus, qube.tags) == (TEMPLATE, 4096, 3, {WORKER_TAG})
+        assert qube.running
+    assert traces.left() == []
+
+
+async def test_what_the_tag_grants_ends_before_the_qube_does(system: FakeQubes) -> None:
+    async with _worker(system) as worker:
+        name = worker.name
+    assert system.events == [
+        f"create_disposable {name}",
+        f"start {name}",
+        f"discard_tag {name} {WORKER_TAG}",
+        f"destroy {name}",
+    ]
+    assert worker.name == ""
+
+
+async def test_a_name_that_is_taken_is_left_alone(
+    system: FakeQubes, names: list[int], traces: Traces
+) -> None:
+    names += [7, 7, 42]
+    system.qubes["disp-restore-0007"] = FakeQube()
+    async with _worker(system) as worker:
+        assert worker.name == "disp-restore-0042"
+    assert "disp-restore-0007" in system.qubes
+    names += [7] * 100
+    with pytest.raises(HostFailed, match="no free name"):
+        await _worker(system).__aenter__()
+
+
+# --- Failure -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["exists", "create_disposable", "start"])
+async def test_a_step_that_fails_leaves_nothing(system: FakeQubes, traces: Traces, method: str) -> None:
+    system.faults[method] = HostFailed("the reason")
+    with pytest.raises(HostFailed, match="the reason"):
+        await _worker(system).__aenter__()
+    assert traces.left() == []
+
+
+async def test_a_creation_that_fails_half_way_leaves_nothing(
+    system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = system.create_disposable
+
+    def half(name: str, template: str, *, memory: int, vcpus: int, tags: list[str]) -> None:
+        create(name, template, memory=memory, vcpus=vcpus, tags=tags)
+        raise HostFailed("the reason")
+
+    monkeypatch.setattr(system, "create_disposable", half)
+    with pytest.raises(HostFailed, match="could not be created: the reason"):
+        await _worker(system).__aenter__()
+    assert traces.left() == []
+
+
+async def test_a_qube_that_somebody_else_makes_under_the_same_name_is_not_touched(
+    system: FakeQubes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def theirs(name: str, template: str, **_: object) -> None:
+        system.qubes[name] = FakeQube()
+        raise HostFailed(f"there is a qube {name}")
+
+    monkeypatch.setattr(system, "create_disposable", theirs)
+    with pytest.raises(HostFailed, match="there is a qube"):
+        await _worker(system).__aenter__()
+    assert len(system.workers) == 1
+
+
+async def test_too_little_memory_is_told_with_the_options_that_help(system: FakeQubes) -> None:
+    system.faults["start"] = HostFailed("Not enough memory to start domain 'disp-restore-1'")
+    with pytest.raises(HostFailed, match=r"could not be started: Not enough memory.*4096 MiB.*--memory MIB"):
+        await _worker(system).__aenter__()
+    system.faults["start"] = HostFailed("something else")
+    with pytest.raises(HostFailed, match=f"could not be started: something else.*--dispvm={TEMPLATE}"):
+        await _worker(system).__aenter__()
+
+
+async def test_a_qube_that_the_system_removes_after_a_failed_start_is_not_missed(
+    system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(name: str) -> None:
+        system.vanish(name)
+        raise HostFailed("the reason")
+
+    monkeypatch.setattr(system, "start", start)
+    with pytest.raises(HostFailed, match="the reason") as caught:
+        await _worker(system).__aenter__()
+    assert "Left behind" not in str(caught.value)
+    assert traces.left() == []
+
+
+@pytest.mark.parametrize("method", ["exists", "create_disposable", "start"])
+async def test_a_cancel_at_any_step_leaves_nothing(system: FakeQubes, traces: Traces, method: str) -> None:
+    gate = system.gates[method] = Gate()
+    task = asyncio.create_task(_worker(system).__aenter__())
+    await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.01, gate.opened.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert traces.left() == []
+
+
+async def test_a_cancel_does_not_wait_until_the_qube_has_started(
+    system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed while it starts, which is what ends the start."""
+    gate = system.gates["start"] = Gate()
+    destroy = system.destroy
+
+    def kill(name: str) -> None:
+        destroy(name)
+        gate.opened.set()
+
+    monkeypatch.setattr(system, "destroy", kill)
+    task = asyncio.create_task(_worker(system).__aenter__())
+    await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asyncio.shield(task), PATIENCE_S)
+    assert traces.left() == []
+
+
+# --- Leaving -------------------------------------------------------------------------------------
+
+
+async def test_a_qube_that_has_gone_by_itself_is_not_missed(system: FakeQubes, traces: Traces) -> None:
+    async with _worker(system) as worker:
+        system.vanish(worker.name)
+    assert traces.left() == []
+
+
+async def test_a_tag_that_stays_does_not_keep_the_qube(system: FakeQubes, traces: Traces) -> None:
+    async with _worker(system):
+        system.faults["discard_tag"] = HostFailed("no")
+    assert traces.left() == []
+
+
+async def test_a_qube_that_stays_is_named(system: FakeQubes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HostFailed, match=r"Left behind.*the qube disp-restore-[0-9]{4} \(no\)\."):
+        async with _worker(system):
+            system.faults["destroy"] = HostFailed("no")
+    with pytest.raises(WorkerLost, match=r"^the reason\. .*Left behind.*the qube disp-restore-"):
+        async with _worker(system):
+            raise WorkerLost("the reason")
+    with pytest.raises(Cancelled, match=r"Left behind.*the qube disp-restore-"):
+        async with _worker(system):
+            raise asyncio.CancelledError
+
+
+async def test_a_system_that_does_not_answer_is_not_waited_for_without_end(
+    system: FakeQubes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(undoing, "UNDO_TIMEOUT_S", 0.02)
+    gate = Gate()
+    with pytest.raises(HostFailed, match=r"the qube disp-restore-[0-9]{4} \(no answer for 0 seconds\)"):
+        async with _worker(system):
+            system.gates["destroy"] = gate
+    gate.opened.set()
+
+
+async def test_leaving_is_carried_through_even_if_cancelled(system: FakeQubes, traces: Traces) -> None:
+    async def work() -> None:
+        async with _worker(system):
+            system.gates["discard_tag"] = gate
+
+    gate = Gate()
+    task = asyncio.create_task(work())
+    await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+    task.cancel()
+    gate.opened.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert traces.left() == []
+
+
+# --- The template --------------------------------------------------------------------------------
+
+
+async def test_the_template_is_the_one_named_or_the_systems_own(system: FakeQubes) -> None:
+    system.qubes["other-dvm"] = FakeQube(disposable_template=True)
+    assert await choose_template(system, None) == TEMPLATE
+    assert await choose_template(system, "other-dvm") == "other-dvm"
+
+
+@pytest.mark.parametrize("reported", [None, {"restore.Session", "qubes.VMShell"}])
+async def test_a_template_that_reports_the_service_or_nothing_will_do(
+    system: FakeQubes, reported: set[str] | None
+) -> None:
+    system.qubes[TEMPLATE].reported = reported
+    assert await choose_template(system, None) == TEMPLATE
+
+
+async def test_a_template_without_the_worker_is_told_with_what_to_install_where(system: FakeQubes) -> None:
+    system.qubes[TEMPLATE].reported = {"qubes.VMShell"}
+    with pytest.raises(WorkerMissing) as caught:
+        await choose_template(system, None)
+    assert "fedora-42" in caught.value.reason and TEMPLATE in caught.value.reason
+    assert "qubes-restore-svc-vm in fedora-42: sudo dnf install qubes-restore-svc-vm" in caught.value.advice
+    assert "sudo apt install qubes-restore-svc-vm" in caught.value.advice
+
+
+async def test_a_template_without_a_template_is_where_to_install(system: FakeQubes) -> None:
+    system.qubes["alone"] = FakeQube(disposable_template=True, reported=set())
+    with pytest.raises(WorkerMissing, match="the template alone"):
+        await choose_template(system, "alone")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [("none-such", "there is no qube none-such"), (STORAGE, "no disposables")]
+)
+async def test_what_is_no_disposable_template_is_refused(
+    system: FakeQubes, template: str, reason: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{reason}.*--mgmt-template"):
+        await choose_template(system, template)
+
+
+async def test_a_system_without_a_management_template_is_told_how_to_name_one(system: FakeQubes) -> None:
+    system.management = None
+    with pytest.raises(UsageError, match="--mgmt-template"):
+        await choose_template(system, None)
+
+
+# --- What a killed restore has left --------------------------------------------------------------
+
+
+async def test_leftovers_go_and_nothing_else_does(system: FakeQubes, traces: Traces) -> None:
+    system.qubes["disp-restore-1234"] = FakeQube("DispVM", tags={WORKER_TAG})
+    system.qubes["disp-restore-4321"] = FakeQube("AppVM", tags={WORKER_TAG})
+    system.qubes["disp4321"] = FakeQube("DispVM", tags={WORKER_TAG})
+    system.qubes["mine"] = FakeQube(tags={WORKER_TAG, STORAGE_TAG, "other"})
+    system.qubes["disp-restore-5678"] = FakeQube()
+    await clear_leftovers(system)
+    assert "disp-restore-1234" not in system.qubes
+    assert system.qubes["mine"].tags == {"other"}
+    assert {"disp-restore-5678", "disp-restore-4321", "disp4321"} <= set(system.qubes)
+    assert system.tagged(WORKER_TAG) == system.tagged(STORAGE_TAG) == []
+
+
+async def test_leftovers_that_stay_are_an_error(system: FakeQubes) -> None:
+    system.qubes["disp-restore-1234"] = FakeQube("DispVM", tags={WORKER_TAG})
+    system.faults["destroy"] = HostFailed("no")
+    with pytest.raises(HostFailed, match="no"):
+        await clear_leftovers(system)
