@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from qubes_restore_svc.hardening import forbid_core_dumps, loading
 
 with loading("qubes-restore-worker"):
-    from qubes_restore_svc.kdf.engine import KdfEngine, best_engine
     from qubes_restore_svc.errors import UsageError
+    from qubes_restore_svc.kdf.engine import KdfEngine, best_engine
     from qubes_restore_svc.system_memory import LEAST_MEMORY, MemoryRoom, memory_room
     from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
     from qubes_restore_svc.worker.daemon import Daemon
