@@ -25,7 +25,7 @@ from qubes_restore_svc.errors import BadConfiguration
 from qubes_restore_svc.qubes.config_keys import first_mistake, for_people, place_text
 from qubes_restore_svc.qubes.private_file import read_private_text
 from qubes_restore_svc.qubes.yaml_positions import Place, YamlMistake, read_yaml
-from qubes_restore_svc.wire.names import QubeName
+from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, QubeName
 
 CONFIG_PATH = Path("/etc/qubes-restore-svc/config.yaml")
 
@@ -167,7 +167,7 @@ class RestoreConfig(_Section):
 
 
 class LimitsConfig(_Section):
-    """How much one restore may create, whatever the backup says."""
+    """How much one restore may create, and how long it may wait, whatever the backup says."""
 
     qubes: int | None = _number(
         None, 1, 4096, "Most qubes in one restore. null: as many as a backup can hold."
@@ -177,6 +177,15 @@ class LimitsConfig(_Section):
     )
     total_size: int | None = _number(
         None, 1, 1 << 20, "Largest sum of all volumes of a restore. null: as large as the backup says.", "GiB"
+    )
+    stall_timeout: int | None = _number(
+        None,
+        1,
+        MAX_STALL_TIMEOUT,
+        "How long a backup may bring no data, while nothing else is to be done than waiting for it. In dom0,"
+        " `--stall-timeout` goes before; for a qube that asks dom0, the shorter of the two holds. null: as"
+        " long as it takes.",
+        "s",
     )
 
     @property

@@ -85,6 +85,16 @@ class Dom0Restore:
         """Raises UsageError for a plan beyond the administrator's limits."""
         check_limits(self.config.limits, plan)
 
+    def timed(self, options: SessionOptions) -> SessionOptions:
+        """The same options with the configured `limits.stall_timeout`, where that holds.
+
+        dom0's own word goes before it; a client in a qube can only shorten it.
+        """
+        asked, configured = options.stall_timeout_s, self.config.limits.stall_timeout
+        if configured is None or (asked is not None and (self.client == "dom0" or asked < configured)):
+            return options
+        return replace(options, stall_timeout_s=configured)
+
     async def run(
         self,
         options: SessionOptions,
@@ -110,7 +120,7 @@ class Dom0Restore:
         report = await run_job(
             self.link,
             None if verify_only else self.host,
-            options,
+            self.timed(options),
             replace(choice, allow=self.config.restore.policy()),
             watched,
             confirm=confirm,

@@ -206,7 +206,7 @@ class Call:
 async def _listed(
     restore: Dom0Restore, request: c.OpenBackup, conversation: Conversation, archive_size: int | None
 ) -> c.Plan:
-    manifest = await read_manifest(restore.link, _session_options(request), conversation)
+    manifest = await read_manifest(restore.link, restore.timed(_session_options(request)), conversation)
     plan = make_plan(manifest, _plan_options(request.choice), None)
     return plan_message(plan, 1, "list", archive_size)
 

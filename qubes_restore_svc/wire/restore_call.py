@@ -108,7 +108,7 @@ class OpenBackup(Message):
     compression_filter: FilterName | None = None  #: instead of the header's
     ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
     ignore_cost_limit: bool = False  #: accept key derivations of more work than the fixed ceiling
-    stall_timeout: StallTimeout | None = None  #: seconds without data after which it ends; None: never
+    stall_timeout: StallTimeout | None = None  #: without data, in seconds; at most the configured time
     pool: PoolName | None = None  #: of the restored qubes; None: as the configuration says
     worker: WorkerWishes = WorkerWishes()
     max_size: ClassVar[int] = 1 << 20

@@ -4,10 +4,12 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.cli.qvm_parts import in_dom0
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
@@ -24,7 +26,7 @@ from .plans import plan, source, taken
 CONFIG = """\
 worker: {template: configured-dvm, memory: 3000, vcpus: 3}
 restore: {pool: varlibqubes}
-limits: {qubes: 1}
+limits: {qubes: 1, stall_timeout: 90}
 report: {directory: /reports, keep: 7}
 log: {file: /log}
 """
@@ -111,6 +113,7 @@ def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
     assert made.host["pool"] == "varlibqubes"
     assert (found.config.report.directory, found.config.report.keep) == (Path("/reports"), 7)
     assert found.config.log.file == Path("/log")
+    assert found.config.limits.stall_timeout == 90
     with pytest.raises(UsageError, match="2 qubes are to be restored"):
         found.check_plan(plan(taken(source("a")), taken(source("b"))))
 
@@ -120,6 +123,27 @@ def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
     parts(places, "b --mgmt-template mine --memory 9000 --vcpus 8 --pool vault", 5)
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
     assert made.host["pool"] == "vault"
+
+
+@pytest.mark.parametrize(
+    ("configured", "client", "asked", "holds"),
+    [
+        (None, "dom0", None, None),
+        (None, "sys-gui", 60, 60),
+        (90, "dom0", None, 90),
+        (90, "dom0", 600, 600),
+        (90, "dom0", 60, 60),
+        (90, "sys-gui", None, 90),
+        (90, "sys-gui", 600, 90),
+        (90, "sys-gui", 60, 60),
+    ],
+)
+def test_dom0_has_the_last_word_on_a_stalled_backup_and_a_qube_can_only_shorten_it(
+    configured: int | None, client: str, asked: int | None, holds: int | None, places: Places, made: Made
+) -> None:
+    configure(places, "" if configured is None else f"limits: {{stall_timeout: {configured}}}")
+    restore = replace(parts(places, "b", 5), client=client)
+    assert restore.timed(SessionOptions("", stall_timeout_s=asked)).stall_timeout_s == holds
 
 
 def test_what_it_is_for_is_told_to_whoever_comes_meanwhile(places: Places, made: Made) -> None:

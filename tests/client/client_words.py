@@ -15,6 +15,8 @@ FIELDS = {
     "OpenBackup.passphrase": "of the backup; in no log, and in no other message",
     "OpenBackup.choice": "what is to be restored or verified",
     "OpenBackup.worker": "the disposable that reads it",
+    "OpenBackup.stall_timeout": "seconds without data after which it ends; at most the configured ones, which"
+    " `null` stands for",
     "Choose.choice": "all of it; nothing of the last one stays",
     "Confirm.plan": "its `number`",
     "Log.level": "how much it matters",

@@ -73,7 +73,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
           kernelopts: on
           devices: [pci, block]
           pool: vm-pool_2
-        limits: {qubes: 20, volume_size: 500, total_size: 2000}
+        limits: {qubes: 20, volume_size: 500, total_size: 2000, stall_timeout: 600}
         report: {directory: /srv/reports, keep: 5}
         log: {file: /var/log/restore.log}
         grants:
@@ -104,6 +104,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
         "devices": ("pci", "block"),
         "pool": "vm-pool_2",
     }
+    assert config.limits.stall_timeout == 600
     assert (config.limits.qubes, config.limits.volume_bytes, config.limits.total_bytes) == (
         20,
         500 << 30,
@@ -514,7 +515,7 @@ def test_every_key_is_explained() -> None:
     for section in sections_of(Config).values():
         assert (section.__doc__ or "").endswith(".")
     keys = list(keys_of(Config))
-    assert len(keys) == len({key.name for key in keys}) == 26
+    assert len(keys) == len({key.name for key in keys}) == 27
     for key in keys:
         assert key.meaning.endswith("."), key
         assert key.expected, key

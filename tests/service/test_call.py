@@ -1,7 +1,10 @@
 """A call that goes as it should: what is asked for, what is told, and what comes of it."""
 
+import os
+
 import pytest
 
+from qubes_restore_svc.broker.client import SourceClock
 from qubes_restore_svc.qubes.storage import Dom0File, QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log
@@ -158,6 +161,20 @@ async def test_a_plan_beyond_the_limits_is_not_carried_out(bed: Bed) -> None:
         await client.plan()
         client.say({"type": "confirm", "plan": 1})
         assert (await client.report()).status == 0
+
+
+@pytest.mark.parametrize("mode", ["list", "verify", "restore"])
+async def test_a_stalled_backup_ends_the_call_after_the_configured_time(
+    mode: str, bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bed.configure("limits: {stall_timeout: 90}")
+    monkeypatch.setattr(SourceClock, "heard", lambda clock, progress, now: setattr(clock, "stalled_s", 90))
+    os.mkfifo(bed.folder / "silent")
+    with open(bed.folder / "silent", "r+b", buffering=0):
+        async with bed.call() as client:
+            client.say(open_message(bed.folder / "silent", mode, stall_timeout=600))
+            refused = await client.refused()
+    assert refused.error.kind == "source-stalled"
 
 
 async def test_a_cancel_before_and_after_the_confirmation(bed: Bed) -> None:
