@@ -28,7 +28,9 @@ from qubes_restore_svc.wire.models import Message, Model
 
 from .client_words import FIELDS, TEXTS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "clients.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "clients.md"
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 #: Types of `names` that are told in a table of their own, by their name.
 _NAMED = {name: value for name, value in vars(names).items() if get_origin(value) is Annotated}
@@ -48,6 +50,7 @@ def page(current: str) -> str:
         "broker messages": "\n".join(map(_section, broker)),
         "parts": "\n".join(map(_section, parts)),
         "types": _table(["type", "JSON", "meaning"], map(_type_row, sorted(used))),
+        **{path.stem: _example(path) for path in EXAMPLES},
         "errors": _table(["kind", "meaning", "what is advised, if nothing better is known"], _error_rows()),
     }.items():
         begin, end = f"<!-- made: {name} -->\n", "<!-- end -->"
@@ -57,6 +60,11 @@ def page(current: str) -> str:
             raise ValueError(f"the page has not one place for {name}")
         current = before + begin + content + end + after
     return current
+
+
+def _example(path: Path) -> str:
+    source = path.read_text()
+    return f"[examples/{path.name}](../examples/{path.name}):\n\n```python\n{source}```\n"
 
 
 # --- States --------------------------------------------------------------------------------------

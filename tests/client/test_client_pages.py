@@ -1,8 +1,11 @@
 """docs/clients.md: it lists what there is, and its examples run."""
 
+import getpass
 import os
 import re
 import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +28,9 @@ from .fakes import OTHER, QUBE, RESULT, plan, report
 from .programs import Step, fake_program, fake_qrexec, said
 
 TEXT = pages.PAGE.read_text()
-BLOCKING, ASYNC, STOCK, BYTES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+#: Runs an example with words: its exit status, and the lines that it prints.
+Run = Callable[..., tuple[int, list[str]]]
 
 
 def test_the_page_is_current() -> None:
@@ -60,10 +65,21 @@ def test_the_bytes_of_the_page_are_those_of_the_message() -> None:
     assert bytes.fromhex(shown) == encode_frame(encode_message(Cancel()))
 
 
-def run(example: str, folder: Path) -> None:
-    path = folder / "example.py"
-    path.write_text(example)
-    runpy.run_path(str(path), run_name="__main__")
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The way to run a program of `examples/`."""
+
+    def run(name: str, *words: str) -> tuple[int, list[str]]:
+        monkeypatch.setattr(getpass, "getpass", lambda prompt: "correct horse")
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        status = 0
+        try:
+            runpy.run_path(str(pages.ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, capsys.readouterr().out.splitlines()
+
+    return run
 
 
 def restoring(mode: c.Mode, *middle: Step) -> tuple[Step, ...]:
@@ -71,66 +87,55 @@ def restoring(mode: c.Mode, *middle: Step) -> tuple[Step, ...]:
     return ("hear", "open"), said(plan(mode=mode)), *middle, ("hear", "confirm"), last
 
 
-def test_the_blocking_example_restores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_blocking_example_restores(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = said(c.QubeFinished(qube=RESULT))
     steps = (*restoring("restore", ("hear", "choose"), said(plan(2)))[:-1], finished, said(report()))
     monkeypatch.setattr(transports, "system_transport", lambda: fake_program(tmp_path, *steps))
-    run(BLOCKING, tmp_path)
-    assert capsys.readouterr().out.splitlines() == [
-        "in the backup: work, vault",
-        "will be restored: work",
-        "work: restored",
-        "everything is there",
-    ]
+    assert run("restore", "sys-usb", "/media/usb/backup", "work") == (
+        0,
+        ["in the backup: work, vault", "will be restored: work", "work: restored", "everything is there"],
+    )
 
 
-def test_the_asyncio_example_verifies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_asyncio_example_verifies(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = restoring("verify")
     monkeypatch.setattr(transports, "system_transport", lambda: fake_program(tmp_path, *steps))
-    run(ASYNC, tmp_path)
-    assert capsys.readouterr().out.splitlines() == ["work: restored", "the backup is good"]
+    assert run("verify", "/home/user/backup") == (0, ["work: restored", "the backup is good"])
 
 
-@pytest.mark.parametrize("example", [BLOCKING, ASYNC], ids=["blocking", "asyncio"])
+@pytest.mark.parametrize("words", [("restore", "sys-usb", "/backup", "work"), ("verify", "/backup")])
 def test_an_example_says_what_is_wrong(
-    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = fake_qrexec(tmp_path, ("exit", 126))
     monkeypatch.setattr(transports, "system_transport", lambda: transports.QrexecTransport(program=program))
-    run(example, tmp_path)
-    assert "dom0's policy does not let this qube call restore." in capsys.readouterr().out
+    status, lines = run(*words)
+    assert status == 1
+    assert "dom0's policy does not let this qube call restore." in lines[0]
 
 
-def test_the_example_with_the_stock_names_restores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_example_with_the_stock_names_restores(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script((qube("work"), qube("vault")), steps=[move(0, 64 << 20), finish("work")])
     app = SimpleNamespace(local_name="sys-gui", domains={"sys-usb": SimpleNamespace(name="sys-usb")})
     monkeypatch.setattr(restore, "call_dom0", script)
     monkeypatch.setattr(qubesadmin, "Qubes", lambda: app)
-    run(STOCK, tmp_path)
-    told = capsys.readouterr().out.splitlines()
+    _, told = run("stock_names", "sys-usb", "/backup", "vault")
     assert told[-3:] == ["64 %", "100 %", "everything is there"]
     assert [line for line in told if line.lstrip().startswith("work |")]
     assert not [line for line in told if "vault" in line]
     assert script.is_closed
     script.refusal = WrongPassphrase("it is another one")
-    run(STOCK, tmp_path)
-    assert capsys.readouterr().out.startswith("It is another one. ")
+    _, told = run("stock_names", "sys-usb", "/backup", "vault")
+    assert told[0].startswith("It is another one. ")
 
 
 def test_the_example_without_the_library_lists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: Step = ("say", {"type": "log", "level": "info", "text": "t"})
     fake_qrexec(tmp_path, ("hear", "open"), log, said(plan(1, "list", QUBE, OTHER)), ("hear end",))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    run(BYTES, tmp_path)
-    assert capsys.readouterr().out.splitlines() == ["work AppVM 0", "vault AppVM 0"]
+    words = ("without_the_library", "sys-usb", "/backup")
+    assert run(*words) == (0, ["work AppVM 0", "vault AppVM 0"])
     fake_qrexec(tmp_path, ("exit", 126))
-    with pytest.raises(SystemExit, match="the call ended with exit code 126"):
-        run(BYTES, tmp_path)
+    assert run(*words) == (0, ["the call ended with exit code 126"])
