@@ -8,10 +8,25 @@ error of a worker from its kind without trusting the worker's wording.
 This module imports the standard library only, so that both sides of the VM boundary can use it.
 """
 
+import enum
 import errno
+import os.path
 import signal
-from pathlib import PurePath
 from typing import ClassVar
+
+
+class ExitStatus(enum.IntEnum):
+    """How commands and services end. A report tells it as its `status`.
+
+    A class of errors has the status of a run that ends with such an error. Where that is NOTHING, or where
+    there was no error, the report decides: by what has become of the qubes (`broker/report.py`).
+    """
+
+    COMPLETE = 0  #: all that was wanted is there. Of a service: the caller was told how the call ended
+    NOTHING = 1  #: nothing is there
+    USAGE = 2  #: the command cannot be carried out as it was given
+    PARTLY = 3  #: a part is there, or the report or the table could not be written
+    CANCELLED = 130  #: what shells say of a program that Ctrl-C has ended
 
 
 def how_ended(status: int) -> str:
@@ -39,6 +54,7 @@ class RestoreError(Exception):
     """
 
     kind: ClassVar[str] = "error"
+    exit_status: ClassVar[ExitStatus] = ExitStatus.NOTHING
     default_advice: ClassVar[str] = ""
 
     def __init__(
@@ -353,6 +369,7 @@ class UsageError(RestoreError):
     """The command cannot be carried out as it was given."""
 
     kind = "usage"
+    exit_status = ExitStatus.USAGE
 
 
 class BadConfiguration(UsageError):
@@ -366,6 +383,7 @@ class Cancelled(RestoreError):
     """The person, or a signal, stopped the restore."""
 
     kind = "cancelled"
+    exit_status = ExitStatus.CANCELLED
 
 
 class SkippedOnRequest(RestoreError):
@@ -421,7 +439,7 @@ def unforeseen(error: BaseException, where: str = "on this machine") -> RestoreE
         return found
     trace, place = error.__traceback__, ""
     while trace is not None:
-        place = f", {PurePath(trace.tb_frame.f_code.co_filename).name} line {trace.tb_lineno}"
+        place = f", {os.path.basename(trace.tb_frame.f_code.co_filename)} line {trace.tb_lineno}"
         trace = trace.tb_next
     return RestoreError(
         f"something failed that must not fail ({type(error).__name__}{place})",

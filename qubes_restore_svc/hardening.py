@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from qubes_restore_svc.errors import ExitStatus
+
 if TYPE_CHECKING:  # it would be the first thing to be imported
     import socket
 
-_CANCELLED = 130  #: exit status
 _LOADING_ADVICE = (
     "Close other programs, or raise the limit (ulimit -v). If that does not help, install it again."
 )
@@ -57,13 +58,13 @@ def loading(program: str) -> Iterator[None]:
             why = ascii(str(error))
         with contextlib.suppress(OSError):
             os.write(2, f"{program}: it cannot be loaded: {why}. {_LOADING_ADVICE}\n".encode())
-        raise SystemExit(1) from None
+        raise SystemExit(ExitStatus.NOTHING) from None
 
 
 def _end_cancelled(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(OSError):
         os.write(2, b"cancelled\n")
-    os._exit(_CANCELLED)
+    os._exit(ExitStatus.CANCELLED)
 
 
 def _open_standard_streams() -> None:

@@ -28,7 +28,7 @@ OURS: dict[str, set[str]] = {
     "errors": set(),
     "system_memory": {"errors"},
     "waiting": set(),
-    "hardening": set(),
+    "hardening": {"errors"},
     "owners": set(),
     "wire": {"wire", "errors"},
     "kdf": {"kdf", "errors", "archive.types"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY
+from qubes_restore_svc.errors import ExitStatus
 from qubes_restore_svc.local.link import LocalLink
 
 from .support.backup_writer import BackupWriter, RawMember, Replacements, join_members
@@ -45,7 +45,7 @@ def test_a_recorded_backup_is_restored_bit_by_bit_through_the_sandbox(name: str,
     backup = shared_fixture(f"{name}.qbackup")
     # 2 GiB derivations are among the recorded ones.
     report = restore(backup, tmp_path / "out", make_link=LocalLink, memory=3 << 30)
-    assert report.status == COMPLETE, report
+    assert report.status == ExitStatus.COMPLETE, report
     assert not differences(backup.with_name(backup.name + ".json"), tmp_path / "out")
     if name in RECORDED:
         assert report.backup_id == expectation(backup).backup_id
@@ -62,7 +62,7 @@ def test_a_recorded_backup_verifies_with_the_recorded_hashes(name: str) -> None:
         if volume.name != "home"
     }
     expected = expectation(backup).volumes
-    assert report.status == COMPLETE
+    assert report.status == ExitStatus.COMPLETE
     assert found == {place: (volume.size, volume.sha256) for place, volume in expected.items()}
 
 
@@ -73,7 +73,7 @@ def test_every_filter_and_sparse_format_is_restored_bit_by_bit(
 ) -> None:
     backup = written(sample_backup(compression, sparse), tmp_path)
     report = restore(backup, tmp_path / "out")
-    assert report.status == COMPLETE, report
+    assert report.status == ExitStatus.COMPLETE, report
     assert not differences(backup.with_suffix(".json"), tmp_path / "out")
 
 
@@ -96,7 +96,7 @@ def test_settings_that_are_not_understood_cost_themselves_and_leave_the_firewall
     )
     observer = Recorder()
     report = restore(written(BackupWriter([qube]), tmp_path), tmp_path / "out", observer=observer)
-    assert report.status == COMPLETE
+    assert report.status == ExitStatus.COMPLETE
     settings = json.loads((tmp_path / "out/work/qube.json").read_text())
     assert (settings["firewall"], settings["appmenus"], settings["notes"]) == ([], None, "mine\n")
     (warnings,) = [qube.warnings for qube in report.qubes]
@@ -107,10 +107,10 @@ def test_settings_that_are_not_understood_cost_themselves_and_leave_the_firewall
 
 def test_dom0s_home_is_extracted_only_when_it_is_named_and_stays_closed(tmp_path: Path) -> None:
     backup = written(BackupWriter([sample_qube("work", 1 << 16, 0.5)], dom0_home=True), tmp_path)
-    assert restore(backup, tmp_path / "all").status == COMPLETE
+    assert restore(backup, tmp_path / "all").status == ExitStatus.COMPLETE
     assert not (tmp_path / "all/dom0").exists()
     report = restore(backup, tmp_path / "named", choice=PlanOptions(names=["dom0"]))
-    assert report.status == COMPLETE
+    assert report.status == ExitStatus.COMPLETE
     home = tmp_path / "named/dom0/home.tar"
     (volume,) = report.qubes[[qube.name for qube in report.qubes].index("dom0")].volumes
     assert (home.stat().st_size, sha256(home)) == (volume.size, volume.sha256)
@@ -124,14 +124,14 @@ def test_a_member_that_is_no_chunk_is_named_and_costs_nothing(behind: str, tmp_p
     backup = tmp_path / "backup"
     backup.write_bytes(join_members(members))
     report = restore(backup, tmp_path / "out")
-    assert report.status == COMPLETE
+    assert report.status == ExitStatus.COMPLETE
     assert any("'backup-header'" in line for line in report.warnings)
 
 
 def test_a_selected_qube_is_restored_and_the_others_are_not(tmp_path: Path) -> None:
     backup = written(sample_backup(), tmp_path)
     report = restore(backup, tmp_path / "out", choice=PlanOptions(names=["vault"]))
-    assert report.status == COMPLETE
+    assert report.status == ExitStatus.COMPLETE
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vault"]
 
 
@@ -141,7 +141,7 @@ def test_a_second_restore_refuses_what_is_there_and_changes_nothing(tmp_path: Pa
     before = sha256(tmp_path / "out/vault/private.img")
     (tmp_path / "out/vault/private.img").touch()
     report = restore(backup, tmp_path / "out")
-    assert report.status == PARTLY
+    assert report.status == ExitStatus.PARTLY
     assert "qube-exists" in kinds(report)
     assert sha256(tmp_path / "out/vault/private.img") == before
 
@@ -158,10 +158,10 @@ def check_outcome(damage: Damage, backup: Path, target: Path | None) -> None:
         assert kinds(report) & damage.kinds, (kinds(report), report)
     succeeded = {qube.name for qube in report.qubes if qube.succeeded}
     if damage.scope == "backup":
-        assert report.status == NOTHING
+        assert report.status == ExitStatus.NOTHING
         assert not succeeded
     else:
-        assert report.status == (COMPLETE if damage.scope == "nothing" else PARTLY)
+        assert report.status == (ExitStatus.COMPLETE if damage.scope == "nothing" else ExitStatus.PARTLY)
         victims = {sample_backup().qubes[victim].name for victim in damage.victims}
         victims = set() if damage.scope == "nothing" else victims
         assert succeeded == {qube.name for qube in sample_backup().qubes} - victims
@@ -200,7 +200,7 @@ def test_a_qube_does_not_come_back_with_the_volumes_of_another(tmp_path: Path) -
     lie = qubes_xml([replace(work, path="vm11/"), vault, *others])
     backup = written(replace(writer, replacements=Replacements(qubes_xml=lie)), tmp_path)
     report = restore(backup, tmp_path / "out")
-    assert report.status == PARTLY
+    assert report.status == ExitStatus.PARTLY
     assert {path.name for path in (tmp_path / "out").iterdir()} == {qube.name for qube in others}
     reasons = {qube.name: qube.error.reason for qube in report.qubes if qube.error is not None}
     assert "'vault'" in reasons["work"] and "'work'" in reasons["vault"]
@@ -226,8 +226,8 @@ def survivors(
     found = {path.name for path in (tmp_path / "out").iterdir()} if (tmp_path / "out").exists() else set()
     for name in found:
         assert sha256(tmp_path / "out" / name / "private.img") == plans[name].volumes["private"].sha256()
-    assert (report.status == COMPLETE) == (found == set(plans))
-    assert report.status == COMPLETE or kinds(report)
+    assert (report.status == ExitStatus.COMPLETE) == (found == set(plans))
+    assert report.status == ExitStatus.COMPLETE or kinds(report)
     return report.status, found
 
 
@@ -238,7 +238,7 @@ def test_a_backup_cut_off_anywhere_gives_whole_qubes_or_none(whole: bytes, tmp_p
         directory.mkdir()
         status, _ = survivors(cut_off(whole, size), directory)
         # Past the last chunk there are only zeros that mean nothing.
-        assert status != COMPLETE or size >= end_of_data, size
+        assert status != ExitStatus.COMPLETE or size >= end_of_data, size
 
 
 def test_a_bit_flipped_anywhere_never_changes_what_is_restored(whole: bytes, tmp_path: Path) -> None:

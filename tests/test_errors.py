@@ -12,6 +12,7 @@ from qubes_restore_svc import errors
 from qubes_restore_svc.errors import (
     ERROR_KINDS,
     BadImage,
+    ExitStatus,
     HostFailed,
     NoSpace,
     RestoreError,
@@ -19,6 +20,7 @@ from qubes_restore_svc.errors import (
     how_ended,
     unforeseen,
 )
+from tests.support.fixtures import REPOSITORY
 
 CLASSES = [
     value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, RestoreError)
@@ -80,6 +82,26 @@ def test_places_are_filled_in_once() -> None:
     assert (error.qube, error.volume, error.chunk) == ("work", "root", 0)
     error.at()
     assert error.place == "work/root, chunk 0"
+
+
+def test_every_error_ends_a_run_with_the_status_of_its_class() -> None:
+    statuses = {"usage": 2, "bad-configuration": 2, "cancelled": 130}
+    assert {kind: cls.exit_status for kind, cls in ERROR_KINDS.items()} == {
+        kind: statuses.get(kind, 1) for kind in ERROR_KINDS
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "row"),
+    [
+        ("README.md", r"^\| (\d+) \| "),
+        ("man/qubes-restore-svc.1", r"^\.TP\n\.B (\d+)$"),
+        ("man/qvm-backup-restore.1", r"^\.TP\n\.B (\d+)$"),
+    ],
+)
+def test_the_documents_tell_every_exit_status_and_no_other(path: str, row: str) -> None:
+    told = [int(number) for number in re.findall(row, (REPOSITORY / path).read_text(), re.MULTILINE)]
+    assert told == list(ExitStatus)
 
 
 def test_a_full_disk_is_a_failure_of_the_host() -> None:

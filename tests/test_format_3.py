@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.job import OLD_FORMAT
-from qubes_restore_svc.broker.report import COMPLETE, NOTHING, Report
+from qubes_restore_svc.broker.report import Report
+from qubes_restore_svc.errors import ExitStatus
 
 from .support.compare import sha256
 from .support.format3_writer import Format3Writer
@@ -54,7 +55,7 @@ def judged(archive: bytes, writer: Format3Writer, directory: Path) -> Report:
     for name in restored:
         for volume, image in plans[name].volumes.items():
             assert sha256(directory / "out" / name / f"{volume}.img") == image.sha256(), (name, volume)
-    assert report.status == COMPLETE or report.error is not None or len(restored) < len(plans)
+    assert report.status == ExitStatus.COMPLETE or report.error is not None or len(restored) < len(plans)
     return report
 
 
@@ -68,14 +69,14 @@ def test_a_backup_of_format_3_is_restored_bit_by_bit(
 ) -> None:
     writer = sample(compression=compression, encrypted=encrypted)
     report = judged(writer.to_bytes(), writer, tmp_path)
-    assert report.status == COMPLETE, report
+    assert report.status == ExitStatus.COMPLETE, report
 
 
 @pytest.mark.parametrize("digest", ["sha1", "sha224", "sha256", "sha384", "sha512"])
 @pytest.mark.parametrize("key_size", [16, 24, 32])
 def test_every_digest_and_key_size_is_read(digest: str, key_size: int, tmp_path: Path) -> None:
     writer = replace(sample(), qubes=sample().qubes[:1], digest=digest, key_size=key_size)
-    assert judged(writer.to_bytes(), writer, tmp_path).status == COMPLETE
+    assert judged(writer.to_bytes(), writer, tmp_path).status == ExitStatus.COMPLETE
 
 
 def test_settings_arrive_in_the_words_of_today(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_settings_arrive_in_the_words_of_today(tmp_path: Path) -> None:
 def test_the_settings_in_a_templates_directory_arrive(tmp_path: Path) -> None:
     template = replace(sample_qube("tpl", 1 << 16, 0.5, "TemplateVM"), firewall=FIREWALL)
     writer = sample(qubes=[template], dom0_home=False)
-    assert judged(writer.to_bytes(), writer, tmp_path).status == COMPLETE
+    assert judged(writer.to_bytes(), writer, tmp_path).status == ExitStatus.COMPLETE
     assert len(json.loads((tmp_path / "out/tpl/qube.json").read_text())["firewall"]) == 4
 
 
@@ -115,7 +116,7 @@ def test_the_same_backup_has_the_same_id_and_another_one_another(tmp_path: Path)
 def test_a_wrong_passphrase_is_known_at_the_header(tmp_path: Path) -> None:
     (tmp_path / "backup").write_bytes(join_members(list(sample().members())[:2]))
     report = restore(tmp_path / "backup", tmp_path / "out", passphrase="wrong")
-    assert (report.status, kinds(report)) == (NOTHING, {"wrong-passphrase"})
+    assert (report.status, kinds(report)) == (ExitStatus.NOTHING, {"wrong-passphrase"})
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_a_header_that_names_what_is_not_known_is_refused(old: bytes, new: bytes
     writer = sample(header=sample().header_text().replace(old, new))
     (tmp_path / "backup").write_bytes(writer.to_bytes())
     report = restore(tmp_path / "backup", tmp_path / "out")
-    assert report.status == NOTHING
+    assert report.status == ExitStatus.NOTHING
     assert kinds(report) <= {"bad-header", "unknown-filter", "unsupported-format"}
 
 
@@ -141,7 +142,7 @@ def test_a_mac_of_a_tebibyte_is_refused_unread(place: int, kind: str, tmp_path: 
     members[place] = replace(members[place], declared_size=1 << 40)
     (tmp_path / "backup").write_bytes(join_members(members))
     report = restore(tmp_path / "backup", tmp_path / "out")
-    assert (report.status, kinds(report)) == (NOTHING, {kind})
+    assert (report.status, kinds(report)) == (ExitStatus.NOTHING, {kind})
 
 
 def test_qubes_xml_whose_pieces_are_not_in_order_is_refused_as_such(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_qubes_xml_whose_pieces_are_not_in_order_is_refused_as_such(tmp_path: Pa
     for name, edited, kind in (("a", swapped, "chunk-out-of-order"), ("b", repeated, "bad-archive")):
         (tmp_path / name).write_bytes(join_members(edited))
         report = restore(tmp_path / name, tmp_path / "out")
-        assert (report.status, kinds(report)) == (NOTHING, {kind})
+        assert (report.status, kinds(report)) == (ExitStatus.NOTHING, {kind})
 
 
 Members = list[RawMember]
@@ -243,7 +244,7 @@ def test_no_piece_that_was_changed_is_called_restored(edit: str, compression: st
         name = members[place].name
         # Nothing promises a settings file, in no format.
         unseen = edit == "dropped" and ("firewall" in name or "appmenus" in name)
-        assert (report.status == COMPLETE) == unseen, (name, report)
+        assert (report.status == ExitStatus.COMPLETE) == unseen, (name, report)
 
 
 @pytest.mark.parametrize("behind", [6, 14, None])
@@ -252,7 +253,7 @@ def test_a_foreign_member_between_files_or_pieces_costs_nothing(behind: int | No
     members = list(writer.members())
     members.insert(len(members) if behind is None else behind, RawMember("README", b"x"))
     report = judged(join_members(members), writer, tmp_path)
-    assert report.status == COMPLETE
+    assert report.status == ExitStatus.COMPLETE
     assert any("README" in warning for warning in report.warnings)
 
 
@@ -264,7 +265,7 @@ def test_a_backup_that_was_cut_anywhere_is_not_complete(tmp_path: Path) -> None:
         directory = tmp_path / str(number)
         directory.mkdir()
         size = source.randrange(1, len(archive) - 20_480)
-        assert judged(archive[:size], writer, directory).status != COMPLETE
+        assert judged(archive[:size], writer, directory).status != ExitStatus.COMPLETE
 
 
 def test_bits_that_were_flipped_anywhere_cost_one_qube(tmp_path: Path) -> None:

@@ -12,11 +12,8 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from qubes_restore_svc import __version__
-from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
+from qubes_restore_svc.errors import ExitStatus, RestoreError
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
-
-COMPLETE, NOTHING, USAGE, PARTLY, CANCELLED = 0, 1, 2, 3, 130  #: exit statuses
-
 
 #: Stands in a report in place of what there was no room for.
 CUT = "there was more to say than there is room for: texts were shortened or left out"
@@ -150,7 +147,7 @@ class Report(_Model):
     backup_id: str | None = None
     started: datetime
     finished: datetime | None = None
-    status: int = NOTHING
+    status: int = ExitStatus.NOTHING
     error: ErrorReport | None = None
     warnings: list[str] = Field(default_factory=list)
     qubes: list[QubeReport] = Field(default_factory=list)
@@ -160,16 +157,14 @@ class Report(_Model):
         self.finished = finished
         self.error = None if error is None else ErrorReport.of(error)
         wanted = [qube for qube in self.qubes if qube.outcome != "left out"]
-        if isinstance(error, Cancelled):
-            self.status = CANCELLED
-        elif isinstance(error, UsageError):
-            self.status = USAGE
+        if error is not None and error.exit_status is not ExitStatus.NOTHING:
+            self.status = error.exit_status
         elif not any(qube.succeeded or qube.outcome == "incomplete" for qube in wanted):
-            self.status = NOTHING
+            self.status = ExitStatus.NOTHING
         elif error is None and all(qube.succeeded for qube in wanted):
-            self.status = COMPLETE
+            self.status = ExitStatus.COMPLETE
         else:
-            self.status = PARTLY
+            self.status = ExitStatus.PARTLY
 
     def fitting(self, size: Callable[["Report"], int], limit: int) -> "Report":
         """The fullest form of it whose `size` is within the limit, both in bytes.

@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Never
 
-from qubes_restore_svc.broker.report import CANCELLED, COMPLETE, NOTHING, USAGE
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped
-from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError, unforeseen
+from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, unforeseen
 from qubes_restore_svc.hardening import prepare_process
 
 
@@ -25,8 +24,8 @@ def carry_out(program: str, work: Callable[[Interruption], int]) -> Never:
     status = _status(program, work, interruption)
     interruption.finish()
     # What the help or the version could not be written for shows only now.
-    if print_result(program, "", end="") is False and status == COMPLETE:
-        status = NOTHING
+    if print_result(program, "", end="") is False and status == ExitStatus.COMPLETE:
+        status = ExitStatus.NOTHING
     sys.exit(status)
 
 
@@ -38,22 +37,16 @@ def last_resort(program: str, error: Exception, words: Sequence[str]) -> int:
     if {"-v", "--verbose"} & set(words):
         say("".join(traceback.format_tb(error.__traceback__)).rstrip())
     say_wrapped(f"{program}: {unforeseen(error)}")
-    return NOTHING
+    return ExitStatus.NOTHING
 
 
 def _status(program: str, work: Callable[[Interruption], int], interruption: Interruption) -> int:
     try:
         return work(interruption)
-    except UsageError as error:
-        say_wrapped(f"{program}: {error}")
-        return USAGE
-    except Cancelled:
-        say("cancelled")
-        return CANCELLED
     except RestoreError as error:
-        say_wrapped(f"{program}: {error}")
-        return NOTHING
+        say_wrapped("cancelled" if isinstance(error, Cancelled) else f"{program}: {error}")
+        return error.exit_status
     except SystemExit as end:  # argparse: help, version, a mistake in the arguments
-        return end.code if isinstance(end.code, int) else COMPLETE if end.code is None else NOTHING
+        return end.code if isinstance(end.code, int) else ExitStatus.USAGE
     except Exception as error:  # noqa: BLE001 - the last one that can say it in words
         return last_resort(program, error, sys.argv[1:])

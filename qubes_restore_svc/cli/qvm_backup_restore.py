@@ -9,7 +9,7 @@ from typing import Never
 
 from qubes_restore_svc.cli.stock import hand_over, is_isolated
 from qubes_restore_svc.cli.terminal import say_wrapped
-from qubes_restore_svc.errors import RestoreError, UsageError
+from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.hardening import answer_signals_while_starting, loading
 
 
@@ -24,7 +24,7 @@ def main() -> Never:
             from qubes_restore_svc.cli.qvm_restore import main as restore
     except RestoreError as error:
         say_wrapped(f"qvm-backup-restore: {error}")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(error.exit_status)
     restore(words)
 
 

@@ -12,7 +12,7 @@ from typing import Never
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.broker.report import COMPLETE, PARTLY, Report
+from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.process import carry_out
@@ -23,7 +23,7 @@ from qubes_restore_svc.cli.qvm_parts import Assemble, Restorer, is_file_here, on
 from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_error, show_report
-from qubes_restore_svc.errors import RestoreError, UsageError
+from qubes_restore_svc.errors import ExitStatus, RestoreError, UsageError
 from qubes_restore_svc.hardening import close_read
 
 PROGRAM = "qvm-backup-restore"
@@ -85,7 +85,8 @@ def _run(
     else:
         shown = show_report(PROGRAM, report, quiet=quiet)
     # Whoever asked for a report, or for the table, relies on it.
-    return report.status if (written and shown) or report.status != COMPLETE else PARTLY
+    untold = report.status == ExitStatus.COMPLETE and not (written and shown)
+    return ExitStatus.PARTLY if untold else report.status
 
 
 @contextmanager

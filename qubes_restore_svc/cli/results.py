@@ -7,10 +7,11 @@ agree. The table is the result, on standard output; all other words go to standa
 import sys
 from pathlib import Path
 
-from qubes_restore_svc.broker.report import CANCELLED, Report
+from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli.tables import failures, left_out, report_table
 from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
+from qubes_restore_svc.errors import ExitStatus
 
 
 def show_report(program: str, report: Report, *, quiet: bool) -> bool:
@@ -40,7 +41,7 @@ def show_error(program: str, report: Report) -> None:
     if report.error is None:
         return
     advice = f" {report.error.advice}" if report.error.advice else ""
-    cancelled = report.status == CANCELLED
+    cancelled = report.status == ExitStatus.CANCELLED
     say_wrapped("cancelled" if cancelled else f"{program}: {report.error.reason}.{advice}")
 
 

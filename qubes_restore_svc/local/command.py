@@ -13,7 +13,7 @@ from typing import Never
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY, Report
+from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.cli.inputs import archive_size, check_target, open_archive, read_passphrase
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.process import carry_out
@@ -22,7 +22,7 @@ from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_report
 from qubes_restore_svc.cli.tables import manifest_table
 from qubes_restore_svc.cli.terminal import print_result, say_wrapped
-from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.errors import ExitStatus, RestoreError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.arguments import Arguments, parse_arguments
 from qubes_restore_svc.local.directory import DirectoryHost
@@ -83,7 +83,8 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
     interruption.resume()
     shown = show_report(_PROGRAM, report, quiet=arguments.quiet)
     # Whoever asked for a report, or for the table, relies on it.
-    return report.status if (written and shown) or report.status != COMPLETE else PARTLY
+    untold = report.status == ExitStatus.COMPLETE and not (written and shown)
+    return ExitStatus.PARTLY if untold else report.status
 
 
 def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
@@ -122,7 +123,9 @@ def _show_manifest(manifest: Manifest, *, as_json: bool) -> int:
     shown = print_result(_PROGRAM, _manifest_json(manifest) if as_json else manifest_table(manifest))
     for refused in manifest.refused:
         say_wrapped(f"not listed: {refused.name}: {refused.error.reason}")
-    return NOTHING if shown is False else PARTLY if manifest.refused else COMPLETE
+    if shown is False:
+        return ExitStatus.NOTHING
+    return ExitStatus.PARTLY if manifest.refused else ExitStatus.COMPLETE
 
 
 def _manifest_json(manifest: Manifest) -> str:

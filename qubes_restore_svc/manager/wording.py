@@ -9,12 +9,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qubes_restore_svc.errors import Cancelled, RestoreError
+from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
-
-#: Exit status of a run that was cancelled, as in a report.
-_CANCELLED_STATUS = 130
 
 _CONFIG = "/etc/qubes-restore-svc/config.yaml"
 #: Instead of an advice that names options of a command line, which a dialog does not have.
@@ -98,7 +95,7 @@ def problem_text(planned: c.PlanQube) -> str:
 
 def is_cancelled(report: c.RestoreReport) -> bool:
     """Did the person end it?"""
-    return report.status == _CANCELLED_STATUS or (
+    return report.status == ExitStatus.CANCELLED or (
         report.error is not None and report.error.kind == Cancelled.kind
     )
 

@@ -17,8 +17,14 @@ from qubes_restore_svc.broker.call_messages import plan_message, report_message
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
-from qubes_restore_svc.broker.report import CANCELLED
-from qubes_restore_svc.errors import BadConfiguration, Cancelled, RestoreError, UsageError, unforeseen
+from qubes_restore_svc.errors import (
+    BadConfiguration,
+    Cancelled,
+    ExitStatus,
+    RestoreError,
+    UsageError,
+    unforeseen,
+)
 from qubes_restore_svc.qubes.config import Config, load_config
 from qubes_restore_svc.qubes.grants import DOM0, Rights
 from qubes_restore_svc.qubes.holders import Activity
@@ -164,7 +170,7 @@ class Call:
         if not self._running:
             assert message.error is not None, "it has ended before it was confirmed"
             return self._refused(message.error.to_error())
-        if report.status == CANCELLED and conversation.ended is not None:
+        if report.status == ExitStatus.CANCELLED and conversation.ended is not None:
             return message.model_copy(update={"error": ErrorInfo.of(conversation.ended)})
         return message
 

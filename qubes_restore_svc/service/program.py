@@ -16,14 +16,12 @@ import sys
 from collections.abc import Sequence
 from typing import Never
 
-from qubes_restore_svc.errors import unforeseen
+from qubes_restore_svc.errors import ExitStatus, unforeseen
 from qubes_restore_svc.hardening import close_read, prepare_process
 from qubes_restore_svc.qubes.grants import MODES
 from qubes_restore_svc.qubes.restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.service.call import Assemble, Call
 from qubes_restore_svc.wire.names import strip_control
-
-DELIVERED, FAILED, USAGE = 0, 1, 2  #: exit statuses
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -32,7 +30,7 @@ def service_of(words: Sequence[str]) -> str:
     """The service that the arguments name; exits with an explanation if they name none."""
     if len(words) != 1 or words[0] not in MODES:
         note(f"expected one of {', '.join(MODES)}")
-        sys.exit(USAGE)
+        sys.exit(ExitStatus.USAGE)
     return words[0]
 
 
@@ -49,8 +47,8 @@ def carry_out(service: str, caller: str, places: Places = PLACES, assemble: Asse
         delivered = asyncio.run(_served(call, read_fd, write_fd))
     except Exception as error:  # noqa: BLE001 - the last one that can say it in words
         say(unforeseen(error).reason)
-        sys.exit(FAILED)
-    sys.exit(DELIVERED if delivered else FAILED)
+        sys.exit(ExitStatus.NOTHING)
+    sys.exit(ExitStatus.COMPLETE if delivered else ExitStatus.NOTHING)
 
 
 def note(text: str) -> None:

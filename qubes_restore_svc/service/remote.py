@@ -11,11 +11,11 @@ from typing import Never
 
 from pydantic import TypeAdapter, ValidationError
 
-from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.errors import ExitStatus, UsageError
 from qubes_restore_svc.qubes.grants import DOM0
 from qubes_restore_svc.qubes.restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.service.call import Assemble
-from qubes_restore_svc.service.program import FAILED, carry_out, note, service_of
+from qubes_restore_svc.service.program import carry_out, note, service_of
 from qubes_restore_svc.wire.names import QubeName
 
 _QUBE: TypeAdapter[str] = TypeAdapter(QubeName)
@@ -28,7 +28,7 @@ def main(words: Sequence[str], places: Places = PLACES, assemble: Assemble = dom
         caller = caller_of(os.environ)
     except UsageError as error:
         note(f"{service}: {error.reason}")
-        sys.exit(FAILED)
+        sys.exit(ExitStatus.NOTHING)
     carry_out(service, caller, places, assemble)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.report import PARTLY, Report
+from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli import interruption as interruption_module
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.reports import check_report_path
-from qubes_restore_svc.errors import Cancelled, UsageError
+from qubes_restore_svc.errors import Cancelled, ExitStatus, UsageError
 from tests.cli.terminal import on_terminal, rendered
 from tests.support.backup_writer import PASSPHRASE
 from tests.system.support import command, small_backup
@@ -207,7 +207,7 @@ def test_a_report_that_was_asked_for_and_not_written_shows_in_the_status(
         text=True,
         check=False,
     )
-    assert done.returncode == PARTLY, done
+    assert done.returncode == ExitStatus.PARTLY, done
     assert "the report cannot be written: No space left on device" in done.stderr
     assert "1 of 1 qube verified" in done.stderr
 
@@ -326,7 +326,7 @@ def test_a_job_that_does_not_come_back_is_cancelled(interruption: Interruption) 
             " raise the limit (ulimit -u, ulimit -v, TasksMax= of a service), and try again.\n",
         ),
         (MemoryError(), "program: there is no memory left on this machine."),
-        (KeyError("secret"), "program: something failed that must not fail (KeyError, test_main.py line "),
+        (KeyError("secret"), "program: something failed that must not fail (KeyError, test_command.py line "),
     ],
 )
 @pytest.mark.parametrize("words", [[], ["-v"]])

@@ -11,7 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qubes_restore_svc.broker.report import COMPLETE, NOTHING, PARTLY, Report
+from qubes_restore_svc.broker.report import Report
+from qubes_restore_svc.errors import ExitStatus
 
 from .sample import Sample, found_in
 
@@ -67,10 +68,12 @@ def judge(case: Case, report: Report, target: Path) -> list[str]:
 
 
 def _dishonest(report: Report, restored: Collection[str], wanted: Collection[str]) -> list[str]:
-    expected = {COMPLETE, PARTLY} if restored == wanted else {PARTLY} if restored else {NOTHING}
-    if report.status == PARTLY and restored == wanted and report.error is None:
+    expected = {ExitStatus.PARTLY if restored else ExitStatus.NOTHING}
+    if restored == wanted:
+        expected = {ExitStatus.COMPLETE, ExitStatus.PARTLY}
+    if report.status == ExitStatus.PARTLY and restored == wanted and report.error is None:
         return ["status 3, though nothing is missing and nothing is said to be"]
-    if report.status == COMPLETE and report.error is not None:
+    if report.status == ExitStatus.COMPLETE and report.error is not None:
         return [f"status 0 with an error: {report.error.reason}"]
     return [] if report.status in expected else [f"status {report.status} with {sorted(restored)} restored"]
 
@@ -119,7 +122,7 @@ def _unnamed(report: Report) -> list[str]:
         for error in errors
         if error.kind not in DAMAGE_KINDS
     ]
-    if report.status != COMPLETE and not errors:
+    if report.status != ExitStatus.COMPLETE and not errors:
         wrong.append("it failed, and nothing says why")
     text = report.model_dump_json()
     return wrong + [f"the report says {phrase!r}" for phrase in OUR_MISTAKE if phrase in text]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from qubes_restore_svc.broker.report import CANCELLED, COMPLETE, NOTHING, PARTLY, USAGE
+from qubes_restore_svc.errors import ExitStatus
 from tests.support.compare import sha256
 from tests.system.support import Outcome as Ended
 from tests.system.support import (
@@ -75,7 +75,7 @@ _PATIENCE_S = 60
 _SPAN_S = 2.0
 #: Seconds in which a cancel is answered, and what tracing and another run beside it may cost.
 _AT_ONCE_S = 4.0
-_STATUSES = {COMPLETE, NOTHING, USAGE, PARTLY, CANCELLED}
+_STATUSES = set(ExitStatus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _run_call_case(case: CallCase, directory: Path) -> tuple[str, list[str]]:
         faults = _judge(ended, target, run.mark, of_the_start=case.side == "command")
     if case.side != "command":
         faults += _unnamed(ended, case.error)
-    if not struck and ended.status != COMPLETE:
+    if not struck and ended.status != ExitStatus.COMPLETE:
         faults.append("nothing was injected, and it failed")
     return (str(ended.status) if struck else "not struck"), [*faults, *(_said(ended) if faults else [])]
 
@@ -265,7 +265,7 @@ def _run_signal_case(case: SignalCase, directory: Path) -> tuple[str, list[str]]
             faults = [f"it died of {case.number.name} without a word"]
         else:
             faults = _after_death(run, arguments, target)
-    answers = (CANCELLED, COMPLETE) if started else (CANCELLED, COMPLETE, NOTHING)
+    answers = {ExitStatus.CANCELLED, ExitStatus.COMPLETE} | (set() if started else {ExitStatus.NOTHING})
     if case.whom != "worker" and not killed and ended.status not in answers:
         faults.append(f"status {ended.status} after a cancel")
     if case.whom != "worker" and took > _AT_ONCE_S:
@@ -292,7 +292,7 @@ def _after_death(run: Run, arguments: tuple[str | Path, ...], target: Path) -> l
     there = sorted(path.name for path in target.iterdir() if path.name[0] != ".") if target.exists() else []
     rest = [word for name in there for word in ("--exclude", name)]
     again = finished(*arguments, *rest) if len(there) < 3 else None
-    if again is not None and again.status != COMPLETE:
+    if again is not None and again.status != ExitStatus.COMPLETE:
         faults.append(f"the next restore ends with status {again.status}: {again.errors}")
     hidden = [path.name for path in target.iterdir() if path.name[0] == "."] if target.exists() else []
     if hidden and again is not None:
@@ -321,7 +321,7 @@ def _judge(ended: Ended, target: Path, mark: str, *, of_the_start: bool = False)
     complete = {"work", "vault", "debian"}
     if ended.status not in _STATUSES and (there or ended.report or not of_the_start):
         faults.append(f"status {ended.status}")
-    if ended.status == COMPLETE and there != complete:
+    if ended.status == ExitStatus.COMPLETE and there != complete:
         faults.append(f"status 0 with {sorted(there)}")
     if ended.report is not None:
         faults += _differs(ended.report, ended.status, there)
@@ -337,7 +337,7 @@ def _differs(report: dict[str, object], status: int, there: set[str]) -> list[st
     assert isinstance(qubes, list)
     restored = {qube["name"] for qube in qubes if qube["outcome"] == "restored"}
     faults = [] if restored == there else [f"restored {sorted(restored)}, and there are {sorted(there)}"]
-    if report["status"] != status and (report["status"], status) != (COMPLETE, PARTLY):
+    if report["status"] != status and (report["status"], status) != (ExitStatus.COMPLETE, ExitStatus.PARTLY):
         faults.append(f"the report says {report['status']}, the status is {status}")
     return faults
 
@@ -355,7 +355,7 @@ def _unnamed(ended: Ended, error: int) -> list[str]:
     faults = [f"it says {phrase!r}" for phrase in OUR_MISTAKE if phrase in ended.everything]
     kinds = _kinds(ended.report)
     faults += [f"it is blamed on the backup ({kind})" for kind in sorted(kinds & DAMAGE_KINDS)]
-    if ended.status not in (COMPLETE,) and not _names(ended, error):
+    if ended.status != ExitStatus.COMPLETE and not _names(ended, error):
         faults.append(f"the cause is not named ({os.strerror(error)})")
     return faults
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.report import COMPLETE, ErrorReport, Report
-from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.broker.report import ErrorReport, Report
+from qubes_restore_svc.errors import ExitStatus, HostFailed
 from tests.support.fixtures import REPOSITORY
 from tests.support.restoring import restore
 
@@ -104,7 +104,7 @@ def test_the_judge_sees_each_kind_of_lie(
     case = Case("nothing damaged", sample.archive, sample=sample)
     (tmp_path / "archive").write_bytes(case.archive)
     report = restore(tmp_path / "archive", tmp_path / "target")
-    assert report.status == COMPLETE and not judge(case, report, tmp_path / "target")
+    assert report.status == ExitStatus.COMPLETE and not judge(case, report, tmp_path / "target")
     lie(report, tmp_path / "target")
     assert told in "\n".join(judge(case, report, tmp_path / "target"))
 
