@@ -303,7 +303,7 @@ _ROWS = (
     ),
     ("broker/filesystem.py", "        os.fsync(directory)\n", "        pass\n", "tests/local"),
     (
-        "local/directory_qube.py",
+        "broker/image_file.py",
         "            os.fsync(self._file)\n",
         "",
         "tests/local/test_directory_qube.py tests/local/test_directory_qube_volumes.py",
@@ -333,7 +333,7 @@ _ROWS = (
         "tests/local/test_directory_qube.py",
     ),
     (
-        "local/directory_qube.py",
+        "broker/image_file.py",
         "            if actual != size:",
         "            if False:",
         "tests/local/test_directory_qube.py tests/local/test_directory_qube_volumes.py",
