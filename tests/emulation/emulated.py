@@ -29,7 +29,7 @@ from tests.emulation.stock_policy import STOCK_POLICY
 from tests.emulation.switchboard import Question, Switchboard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STANDIN = REPOSITORY / "tests" / "qubes" / "standin"
+STANDIN = REPOSITORY / "tests" / "emulation" / "standin"
 TEMPLATES = ("fedora-41-xfce", "debian-12-xfce")
 #: What a template says that it can do, before anything of ours is installed in it.
 _STOCK_SERVICES = ("qubes.Filecopy", "qubes.RegisterBackupLocation", "qubes.RestoreById", "qubes.VMShell")

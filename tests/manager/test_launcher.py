@@ -11,7 +11,7 @@ from tests.support.fixtures import REPOSITORY
 
 from qubesmanager import utils  # isort: skip
 
-STANDINS = (REPOSITORY / "tests" / "qubes" / "standin", REPOSITORY / "tests" / "manager" / "standin")
+STANDINS = (REPOSITORY / "tests" / "emulation" / "standin", REPOSITORY / "tests" / "manager" / "standin")
 RUN = "from qubes_restore_svc.manager.launcher import main; main()"
 
 

@@ -16,7 +16,7 @@ from tests.packaging.packages import SYSTEM_PYTHON, Package, cannot_build, run_p
 from tests.support.fixtures import REPOSITORY
 
 #: What stands in for the library that dom0 has.
-STANDIN = REPOSITORY / "tests" / "qubes" / "standin"
+STANDIN = REPOSITORY / "tests" / "emulation" / "standin"
 
 _IMPORT_ALL = """
 import importlib, json, sys
