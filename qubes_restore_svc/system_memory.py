@@ -87,6 +87,12 @@ def memory_room(root: Path = Path("/")) -> MemoryRoom:
     return room
 
 
+def group_limit(process_id: int, root: Path = Path("/")) -> int | None:
+    """The least that a control group of this process may take, bytes; None where none is limited."""
+    limits = [_room(group, version)[1] for group, _, version in _control_groups(root, str(process_id))]
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+
 def _system_memory(root: Path) -> int:
     match = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
     if match:
@@ -94,10 +100,10 @@ def _system_memory(root: Path) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _control_groups(root: Path) -> Iterator[tuple[Path, str, int]]:
-    """The directories, with their names and their cgroup version, of this process's memory groups up to the
+def _control_groups(root: Path, process: str = "self") -> Iterator[tuple[Path, str, int]]:
+    """The directories, with their names and their cgroup version, of a process's memory groups up to the
     topmost seen."""
-    memberships = _memberships(_read(root / "proc/self/cgroup"))
+    memberships = _memberships(_read(root / "proc" / process / "cgroup"))
     for version, mounted_group, mount_point in _mounts(_read(root / "proc/self/mountinfo")):
         if version not in memberships:
             continue

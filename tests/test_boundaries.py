@@ -93,12 +93,14 @@ PROCESSES = {
 MAY_START_PROCESSES = {"client", *UNTRUSTED}
 #: Single modules, and the one function that each may use: the command becomes the stock command; whoever
 #: holds the lock leaves a process behind that clears up should it be killed; a program
-#: reads dom0's backup; the worker is one, in a sandbox that is another.
+#: reads dom0's backup; the worker is one, in a sandbox that is another, and a
+#: third asks for its control group.
 MAY_USE = {
     "cli.stock": {"execv"},
     "qubes.guard": {"fork"},
     "qubes.dom0_file": {"create_subprocess_exec"},
     "local.engine": {"create_subprocess_exec"},
+    "local.limits": {"create_subprocess_exec"},
     "local.worker_process": {"create_subprocess_exec"},
 }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.system_memory import MemoryRoom, available_memory, memory_room
+from qubes_restore_svc.system_memory import MemoryRoom, available_memory, group_limit, memory_room
 
 MIB = 1 << 20
 V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate"
@@ -161,3 +161,14 @@ def test_files_that_hold_something_else_are_passed_over(machine: Machine) -> Non
     machine.process("0::/a\nnonsense\n\n7:", f"{V2_MOUNT}\nshort line\n - \n")
     machine.group("a", max="-5", current="many")
     assert machine.available == 8000
+
+
+def test_the_least_limit_of_any_group_of_another_process_is_known(machine: Machine) -> None:
+    machine.process("0::/", V2_MOUNT)
+    machine.write("proc/7/cgroup", "0::/user/worker.scope\n")
+    machine.group("user", max="max", current=0)
+    assert group_limit(7, machine.root) is None
+    machine.group("user/worker.scope", max=300 * MIB, current=0)
+    assert group_limit(7, machine.root) == 300 * MIB
+    machine.group("user", max=200 * MIB, current=0)
+    assert group_limit(7, machine.root) == 200 * MIB

@@ -71,8 +71,8 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         raise
     host = None if arguments.target is None else DirectoryHost(arguments.target)
     choice = PlanOptions(arguments.qubes, arguments.exclude)
-    link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=archive_size(archive_fd))
+    link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
         report = interruption.run(
             with_clock(display, run_job(link, host, options, choice, display)), display.ending
@@ -89,8 +89,8 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
 
 def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
     options = _prepare(arguments)
-    link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=None)
+    link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
         manifest = interruption.run(
             with_clock(display, read_manifest(link, options, display)), display.ending

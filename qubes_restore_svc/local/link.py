@@ -10,7 +10,7 @@ is ready, before it has touched the archive; a sandbox that cannot be had is kno
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fcntl import F_GETFL, fcntl
 from types import TracebackType
 from typing import Self
@@ -31,6 +31,9 @@ _FOR_A_FAST_COMPUTER = 320 << 20
 #: (docs/performance.md), and what runs beside it needs memory as well.
 _ENOUGH, _ENOUGH_A_PROCESSOR = 4 << 30, 1 << 30
 
+_OWN_GROUP = "the worker has a control group of its own, which limits its memory"
+_NO_GROUP = "the worker has no control group of its own: limits of its addresses bound its memory"
+
 
 class LocalLink:
     """The link to a worker of one's own on this machine; to be entered once, in the main thread.
@@ -42,6 +45,8 @@ class LocalLink:
     which calls come, each a message with a descriptor; `--archive-fd N`; `--memory-limit BYTES`;
     `--memory-room TEXT`, what could be granted at most.
 
+    `log` is told, with a level and a text, how the worker is limited.
+
     Without `sandbox` the worker has the rights, the files and the network of this process.
     """
 
@@ -52,11 +57,13 @@ class LocalLink:
         sandbox: bool = True,
         memory_limit: int | None = None,
         command: Sequence[str] | None = None,
+        log: Callable[[str, str], None] | None = None,
     ) -> None:
         self._archive_fd = archive_fd
         self._sandbox = sandbox
         self._memory_limit = memory_limit
         self._command = command
+        self._log = log
         self._worker: WorkerProcess | None = None
 
     async def __aenter__(self) -> Self:
@@ -77,6 +84,8 @@ class LocalLink:
                 self._worker = await self._start(bubblewrap, disable_userns=False)
             except SandboxFailed as second_failure:
                 raise sandbox_failed(second_failure.words) from None
+        if self._log is not None:
+            self._log("info", _OWN_GROUP if self._worker.in_group else _NO_GROUP)
         return self
 
     async def __aexit__(

@@ -54,14 +54,22 @@ _SETTINGS = {
 
 def find_bubblewrap() -> str:
     """Path of the program; raises SandboxUnavailable with the command that installs it."""
+    program = find_program("bwrap")
+    if program is None:
+        raise SandboxUnavailable(
+            "bubblewrap, which isolates the worker, is not installed",
+            advice=f"Install it ({_install_command()}) and try again. {_WITHOUT}",
+        )
+    return program
+
+
+def find_program(name: str) -> str | None:
+    """Path of a program; nothing that the current directory brings is one."""
     for directory in os.get_exec_path():
-        program = os.path.join(directory, "bwrap")
+        program = os.path.join(directory, name)
         if os.path.isabs(program) and os.path.isfile(program) and os.access(program, os.X_OK):
             return program
-    raise SandboxUnavailable(
-        "bubblewrap, which isolates the worker, is not installed",
-        advice=f"Install it ({_install_command()}) and try again. {_WITHOUT}",
-    )
+    return None
 
 
 def sandbox_command(

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from qubes_restore_svc.errors import WorkerLost, exhausted
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.local.limits import limit_resources
+from qubes_restore_svc.local.limits import limit_group, limit_resources, memory_reserve
 from qubes_restore_svc.local.pipes import Tail, readable, tail_of_pipe
 from qubes_restore_svc.local.sandbox import sandbox_command
 from qubes_restore_svc.waiting import to_the_end
@@ -64,6 +64,7 @@ class WorkerProcess:
         self._told = b""  #: what came out of it
         self._first_inside: int | None = None  #: pidfd of the first process in the sandbox
         self._ended_here = False
+        self.in_group = False  #: its memory is limited by a control group of its own
 
     async def start(self, command: Sequence[str], archive_fd: int, memory_limit: int) -> None:
         """Run `command` and wait until it says that it is ready.
@@ -74,6 +75,7 @@ class WorkerProcess:
             await to_the_end(self._spawn(command, archive_fd, memory_limit))
             process_id = await self._wait_ready()
             limit_resources(process_id, memory_limit, own_namespace=self._bubblewrap is not None)
+            self.in_group = await limit_group(process_id, memory_limit + memory_reserve())
         except BaseException:
             await to_the_end(self.destroy())
             raise

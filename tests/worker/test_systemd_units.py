@@ -1,14 +1,9 @@
 """The worker's units: systemd understands them, they promise what they should, and a worker can live so."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +11,7 @@ from typing import Any
 import pytest
 
 from ..support.fixtures import REPOSITORY
+from ..support.systemd import started_systemd
 
 UNITS = REPOSITORY / "systemd"
 SOCKET = UNITS / "qubes-restore-worker.socket"
@@ -139,20 +135,6 @@ def test_the_worker_can_set_its_limits_inside_those_of_the_service() -> None:
 
 # --- The service, started by a systemd ---------------------------------------------------------------
 
-SYSTEMD = Path("/usr/lib/systemd/systemd")
-
-#: Becomes a systemd with our units alone: process 1 of its own namespaces, with a /run of its own.
-BOOT = """
-set -e
-mount --make-rprivate /
-mount -t tmpfs -o mode=755 tmpfs /run
-[ ! -e /dev/console ] || mount --bind /dev/null /dev/console
-mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys
-exec env -i container=test PATH=/usr/bin:/usr/sbin SYSTEMD_UNIT_PATH="$1" \
-  SYSTEMD_GENERATOR_PATH=/nonexistent SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/nonexistent \
-  "$2" --system --unit=boot.target --log-target=null --show-status=no --default-standard-output=null
-"""
-
 #: In the worker's place: tells whoever calls what it sees and what it can do.
 PROBE = """
 import ctypes, errno, json, os, socket
@@ -181,25 +163,8 @@ connection.sendall(json.dumps(answer).encode())
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What a program finds that the unit has started in the worker's place."""
-    namespaces = [
-        "unshare",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        "--ipc",
-        "--uts",
-        "--net",
-        "--cgroup",
-    ]
-    if os.getuid() != 0 or not SYSTEMD.exists() or subprocess.run([*namespaces, "true"]).returncode:
-        pytest.skip("to start a systemd takes root, namespaces and a systemd")
     units = tmp_path_factory.mktemp("units")
     shutil.copytree(UNITS, units, dirs_exist_ok=True)
-    for target in ("sysinit", "basic", "sockets", "shutdown", "boot"):
-        (units / f"{target}.target").write_text("[Unit]\nDefaultDependencies=no\nAllowIsolate=yes\n")
-    with (units / "boot.target").open("a") as boot:
-        boot.write(f"Requires={SOCKET.name}\nAfter={SOCKET.name}\n")
     changes = units / f"{SERVICE.name}.d" / "test.conf"
     changes.parent.mkdir()
     # As text, because a file would have to lie where the service sees nothing.
@@ -207,35 +172,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     changes.write_text(
         f"[Service]\nSupplementaryGroups=\nExecStart=\nExecStart=/usr/bin/python3 -I -c {text}\n"
     )
-    before = set(Path("/sys/fs/cgroup").glob("**/"))
-    boot_command = [*namespaces, "--kill-child", "sh", "-c", BOOT, "sh", str(units), str(SYSTEMD)]
-    with subprocess.Popen(boot_command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as system:
-        try:
-            yield json.loads(_ask(system))
-        finally:
-            for process in _children(system):
-                os.kill(process, signal.SIGKILL)  # and with it all that it has started
-    for group in sorted(set(Path("/sys/fs/cgroup").glob("**/")) - before, reverse=True):
-        with contextlib.suppress(OSError):
-            group.rmdir()
-
-
-def _ask(system: "subprocess.Popen[bytes]") -> bytes:
-    deadline = time.monotonic() + 20
-    with socket.socket(socket.AF_UNIX) as connection:
-        while True:
-            with contextlib.suppress(OSError):
-                for first in _children(system):
-                    connection.connect(f"/proc/{first}/root{only(SOCKET, 'Socket', 'ListenStream')}")
-                    connection.settimeout(20)
-                    return b"".join(iter(lambda: connection.recv(65536), b""))
-            assert system.poll() is None and time.monotonic() < deadline, "systemd does not start the socket"
-            time.sleep(0.02)
-
-
-def _children(system: "subprocess.Popen[bytes]") -> list[int]:
-    found = Path(f"/proc/{system.pid}/task/{system.pid}/children").read_text()
-    return [int(child) for child in found.split()]
+    with started_systemd(units, SOCKET.name, only(SOCKET, "Socket", "ListenStream")) as (_, connection):
+        connection.settimeout(20)
+        yield json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
 
 
 def test_the_started_service_can_write_nowhere(started: dict[str, Any]) -> None:
