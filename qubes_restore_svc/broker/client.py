@@ -17,10 +17,16 @@ from pydantic import SecretStr, ValidationError
 from qubes_restore_svc.broker.ledger import believed_error, one_phrase
 from qubes_restore_svc.broker.link import PIPE, Link
 from qubes_restore_svc.errors import (
+    ArchiveDamaged,
     ArchiveTruncated,
     ArchiveUnreadable,
+    AuthenticationFailed,
     BadArchive,
+    BadContainer,
+    BadHeader,
+    ChunkOutOfOrder,
     EmptyInput,
+    ExcessiveCost,
     MissingVolume,
     NotABackup,
     ProtocolViolation,
@@ -29,6 +35,7 @@ from qubes_restore_svc.errors import (
     UsageError,
     WorkerLost,
     WorkerStalled,
+    WrongPassphrase,
     exhausted,
 )
 from qubes_restore_svc.hardening import close_read
@@ -53,6 +60,16 @@ WORKER_SAYS = "worker: "
 
 #: What an archive looks like that is not brought to its end.
 EARLY_ENDS = (EmptyInput, NotABackup, ArchiveTruncated, ArchiveUnreadable, BadArchive, MissingVolume)
+#: What zeros in place of what the archive holds can be taken for, beside these.
+_DAMAGE = (
+    ArchiveDamaged,
+    AuthenticationFailed,
+    BadContainer,
+    BadHeader,
+    ChunkOutOfOrder,
+    ExcessiveCost,
+    WrongPassphrase,
+)
 
 #: What a program that fails makes of the pipe it writes into, and what is to be done then.
 _ENDS_OF_A_PIPE = (EmptyInput, ArchiveTruncated, MissingVolume)
@@ -186,7 +203,12 @@ class SessionClient:
         return WorkerLost(reason)
 
     async def explained(self, error: RestoreError) -> RestoreError:
-        """`error`, or why the archive ended too early for it, if the side that brings it knows the reason."""
+        """`error`, or why the archive ended too early for it, if the side that brings it knows the reason.
+
+        If that side could not read all of it, that may be the reason of any damage.
+        """
+        if (gaps := self._link.archive_gaps) is not None and isinstance(error, (*EARLY_ENDS, *_DAMAGE)):
+            error.reason = f"{error.reason}; {gaps}"
         if not isinstance(error, EARLY_ENDS):
             return error
         fault = await self._link.archive_fault()

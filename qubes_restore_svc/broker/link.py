@@ -59,6 +59,14 @@ class Link(Protocol):
         """
         ...
 
+    @property
+    def archive_gaps(self) -> str | None:
+        """A clause, if the side that brings the archive could not read all of it, and brought zeros instead.
+
+        What the worker reads itself, it tells itself.
+        """
+        ...
+
     async def wait_gone(self) -> str:
         """Return when the worker has ended, with what is known of why (printable, one line)."""
         ...

@@ -156,9 +156,15 @@ class RestoreRun:
     async def _doubt_the_end(self) -> None:
         """All is there that was promised; but a source that has failed may have held more, a firewall say."""
         fault = await self._link.archive_fault()
+        if (gaps := self._link.archive_gaps) is not None:
+            self._warn_of_source(gaps)
         if fault is None or any(volume.error for qube in self._qubes for volume in qube.report.volumes):
             return
-        text = f"{fault.reason}, after the last file that has come; settings files may be missing"
+        self._warn_of_source(
+            f"{fault.reason}, after the last file that has come; settings files may be missing"
+        )
+
+    def _warn_of_source(self, text: str) -> None:
         if len(self._warnings) < MAX_WARNINGS:
             self._warnings.append(text)
         self._observer.log("warning", text)

@@ -123,6 +123,10 @@ class LocalLink:
     async def archive_fault(self) -> None:
         """The worker reads it itself and has said all that can be known."""
 
+    @property
+    def archive_gaps(self) -> None:
+        """The same."""
+
     async def wait_gone(self) -> str:
         """Return when the worker has ended, with what is known of why (printable, one line)."""
         return await self._running().wait_gone()

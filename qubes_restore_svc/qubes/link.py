@@ -235,6 +235,11 @@ class QrexecLink:
                 return ArchiveUnreadable(call.fault, advice="Try again.")
         return None
 
+    @property
+    def archive_gaps(self) -> str | None:
+        """A clause, if places of dom0's file could not be read so far."""
+        return None if self._reader is None else self._reader.gaps
+
     async def wait_gone(self) -> str:
         """Return when the worker has ended, with what is known of why (printable, one line)."""
         if self._session is None:

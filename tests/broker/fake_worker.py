@@ -265,6 +265,7 @@ class FakeLink:
         self.heard: list[m.BrokerMessage] = []
         self.calls: list[str] = []  #: `SERVICE+ARGUMENT` of each call
         self.fault: ArchiveUnreadable | None = None  #: of the side that brings the archive
+        self.gaps: str | None = None  #: of what it has brought
         self.left = False  #: has the broker destroyed the worker?
         self.job: asyncio.Task[Report] | None = None
         self.failures: list[BaseException] = []
@@ -327,6 +328,10 @@ class FakeLink:
 
     async def archive_fault(self) -> ArchiveUnreadable | None:
         return self.fault
+
+    @property
+    def archive_gaps(self) -> str | None:
+        return self.gaps
 
     async def wait_gone(self) -> str:
         await self._gone.wait()

@@ -257,6 +257,38 @@ def test_a_source_that_failed_behind_the_last_file_is_a_warning(target: Path) ->
     assert warning.startswith("the file could not be read (Input/output error), after the last file")
 
 
+@pytest.mark.parametrize(
+    "kind", ["authentication-failed", "archive-damaged", "bad-container", "missing-volume"]
+)
+def test_what_the_source_could_not_read_is_told_as_the_reason_of_damage_and_at_the_end(
+    target: Path, kind: str
+) -> None:
+    gaps = "the file could not be read at byte 8192"
+    error: Json = {"kind": kind, "reason": "it is damaged"}
+    script = honest(QUBES)
+    place: Json = {"type": "volume_done", "key": "vm2", "outcome": "failed", "error": error}
+    script = script.until(
+        script.find("volume_ready", "vm2", "root"),
+        Say({**place, "volume": "root"}),
+        Say({**place, "volume": "private"}),
+        Say({"type": "qube_settings", "key": "vm2", "error": error}),
+        Say({"type": "qube_settings", "key": "vm3", "error": {"kind": "no-space", "reason": "it is full"}}),
+        Say({"type": "finished", "archive_bytes": 1}),
+    )
+
+    def host(link: FakeLink) -> TroubledHost:
+        link.gaps = gaps
+        return TroubledHost(target, {})
+
+    outcome = run(script, target, host=host)
+    told = {name: outcome.qube(name).error for name in ("vault", "empty")}
+    assert {name: error and error.reason for name, error in told.items()} == {
+        "vault": f"it is damaged; {gaps}",
+        "empty": "it is full",
+    }
+    assert outcome.report.warnings == [gaps]
+
+
 def test_the_source_is_asked_as_well_when_the_backup_cannot_even_be_opened(target: Path) -> None:
     def host(link: FakeLink) -> TroubledHost:
         link.fault = ArchiveUnreadable("my.Backup in sys-usb ended with exit code 5", advice="Mend it.")

@@ -11,6 +11,7 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, RestoreError, WorkerMissing
+from qubes_restore_svc.qubes import dom0_file
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG
 from qubes_restore_svc.qubes.link_system import QubesSystem as NeededSystem
@@ -18,6 +19,7 @@ from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeSe
 from qubes_restore_svc.qubes.system import QubesSystem
 from tests.emulation.emulated import EmulatedQubes
 from tests.support.backup_writer import PASSPHRASE
+from tests.support.bad_medium import PAGE, Medium
 from tests.support.damage import sample_backup
 from tests.support.restoring import Recorder
 
@@ -93,6 +95,25 @@ async def test_a_backup_verifies_from_every_kind_of_location_and_nothing_is_left
     assert qubes.settled(before) == before
     if isinstance(location, Dom0File):
         os.close(location.fd)
+
+
+async def test_a_page_of_dom0s_file_that_cannot_be_read_costs_the_qube_that_it_hit(
+    qubes: EmulatedQubes, system: QubesSystem, backup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = backup.read_bytes()
+    archive += bytes(-len(archive) % (5 * PAGE))  # whole pages, and whole records of tar
+    bad = archive.index(b"vm11/private.img.000") // PAGE + 1
+    medium = Medium(archive, {bad})
+    monkeypatch.setattr(dom0_file, "_end_of", lambda fd: medium.end)
+    before = qubes.snapshot()
+    link = _link(system, Dom0File(medium.fd), tmp_path)
+    report = await run_job(link, None, _options(), PlanOptions(), Recorder())
+    gap = f"the file could not be read at byte {medium.start + bad * PAGE} (Input/output error)"
+    assert [text for text in report.warnings if text.startswith(gap)]
+    failed = {qube.name: qube.error.reason for qube in report.qubes if qube.error}
+    assert failed.keys() == {"vault"} and gap in failed["vault"]
+    assert qubes.settled(before) == before
+    medium.close()
 
 
 async def test_the_tags_are_there_as_long_as_the_link_and_the_worker_is_as_configured(

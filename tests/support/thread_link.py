@@ -92,6 +92,10 @@ class ThreadLink:
     async def archive_fault(self) -> None:
         """The archive is a descriptor."""
 
+    @property
+    def archive_gaps(self) -> None:
+        """The same."""
+
     async def wait_gone(self) -> str:
         """Return when the thread has ended."""
         while not self._ended.is_set():
