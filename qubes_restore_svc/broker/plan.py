@@ -13,10 +13,9 @@ from typing import Literal
 
 from qubes_restore_svc.broker.allowlist import AllowList, AllowNothing
 from qubes_restore_svc.broker.conflicts import MAX_NUMBERED, NamesInUse
-from qubes_restore_svc.broker.definitions import set_up
 from qubes_restore_svc.broker.host import Definition, HostView, QubesView, restored_tag
 from qubes_restore_svc.broker.ledger import believed_error
-from qubes_restore_svc.broker.references import Candidate, Missing, References, find_references
+from qubes_restore_svc.broker.references import Candidate, Missing, SetUp, set_up
 from qubes_restore_svc.errors import MissingDependency, QubeExists, RestoreError, UsageError
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
 
@@ -239,7 +238,7 @@ def _set_up(
         for qube in planned
         if qube.decision is Decision.TAKE and qube.source.klass != "AdminVM"
     }
-    found = find_references(
+    found = set_up(
         tuple(candidates.values()),
         system,
         use_defaults=options.missing == "default",
@@ -248,11 +247,11 @@ def _set_up(
     )
     decided = []
     for qube in planned:
-        references = found.get(qube.source.key)
-        if isinstance(references, Missing):
-            qube = _lacking(qube, references, options)
-        elif references is not None:
-            qube = _defined(qube, candidates[qube.source.key], references, system)
+        outcome = found.get(qube.source.key)
+        if isinstance(outcome, Missing):
+            qube = _lacking(qube, outcome, options)
+        elif outcome is not None:
+            qube = _defined(qube, outcome, system)
         decided.append(qube)
     return decided
 
@@ -265,20 +264,17 @@ def _lacking(planned: PlannedQube, missing: Missing, options: PlanOptions) -> Pl
     return _refused(planned, problem, error)
 
 
-def _defined(
-    planned: PlannedQube, candidate: Candidate, references: References, system: QubesView
-) -> PlannedQube:
-    found = set_up(candidate, references, system)
+def _defined(planned: PlannedQube, found: SetUp, system: QubesView) -> PlannedQube:
     named = (_has_rules(planned.name, system),) if planned.name in system.policy_names else ()
     return replace(
         planned,
         notes=planned.notes + named + found.notes,
         left_out=found.left_out,
         definition=found.definition,
-        template_key=references.template.key,
-        netvm_key=references.netvm.key,
-        default_dispvm_key=references.default_dispvm.key,
-        fallback_template=references.fallback_template,
+        template_key=found.template_key,
+        netvm_key=found.netvm_key,
+        default_dispvm_key=found.default_dispvm_key,
+        fallback_template=found.fallback_template,
     )
 
 

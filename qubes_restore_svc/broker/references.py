@@ -1,4 +1,4 @@
-"""Template, netvm and default_dispvm of the qubes that are to be restored on a Qubes system.
+"""How qubes are set up on a Qubes system: what they refer to, and the settings that may come back.
 
 Strategy: begin with all of them and strike out each that lacks what it cannot do without; those that refer to
 it are looked at again, until nothing more falls. That ends with the same qubes whatever their order, and
@@ -19,18 +19,31 @@ configuration allows it. A template gets no netvm, as a new one has none. In dou
 system's default could reach what the qube must not.
 
 A template is a TemplateVM, for a DispVM a qube that serves as one, and only an AppVM or StandaloneVM
-can; so templates alone never lead in a circle, whatever a backup says. Netvms can: see `circles`.
+can; so templates alone never lead in a circle, whatever a backup says. Netvms can: see `netvms_to_give_up`.
+
+Which settings may come back, the allow-list has decided. Here a label that this system does not know is
+replaced, and a device stays behind whose backend is not here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings
-from qubes_restore_svc.broker.circles import netvms_to_give_up
 from qubes_restore_svc.broker.conflicts import MAX_NUMBERED
-from qubes_restore_svc.broker.host import HostQube, QubesView
-from qubes_restore_svc.wire.messages import ManifestQube
+from qubes_restore_svc.broker.host import Definition, HostQube, QubesView
+from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube
+
+#: What a qube gets whose label does not exist here, as with the stock command: the least trusted one.
+_LABEL_FOR_UNKNOWN = "red"
+
+#: Most devices of one qube that are told one by one.
+_MAX_TOLD = 20
+
+#: What is decided here, or by qubesd, and not by a backup, whatever an allow-list says.
+_NOT_AS_PROPERTY = frozenset(
+    {"name", "klass", "qid", "uuid", "dispid", "label", "template", "netvm", "default_dispvm"}
+)
 
 #: How qubesd writes a property that is set, in qubes.xml.
 _TRUE = "True"
@@ -80,17 +93,21 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class References:
-    """The references of a qube that can be restored, and notes for the person on what has changed.
+class SetUp:
+    """How a qube that can be restored is set up here.
 
-    `fallback_template`: what to take, if anything, should the template, of this restore, fail.
+    Its template, netvm and default_dispvm can be qubes of the same restore: their keys are told, and
+    `fallback_template` is what to take, if anything, should that template fail. `notes` say what differs from
+    the backup, `left_out` which of its settings stay behind.
     """
 
-    template: Target
-    netvm: Target
-    default_dispvm: Target
+    definition: Definition
+    template_key: str | None
+    netvm_key: str | None
+    default_dispvm_key: str | None
     fallback_template: str | None
     notes: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +119,14 @@ class Missing:
     advice: str | None = None
 
 
-def find_references(
+def set_up(
     candidates: Sequence[Candidate],
     system: QubesView,
     *,
     use_defaults: bool,
     in_backup: Collection[str],
     restored_tag: str,
-) -> dict[str, References | Missing]:
+) -> dict[str, SetUp | Missing]:
     """What becomes of each candidate (none of them dom0), by its key.
 
     `use_defaults`: a template or netvm that cannot be found is replaced by the system's default.
@@ -153,8 +170,8 @@ class _Search:
         to_look_at = list(self._standing.values())
         while to_look_at:
             qube = to_look_at.pop()
-            if qube.source.name in self._standing and self._lack(qube) is not None:
-                del self._standing[qube.source.name]
+            lacks = isinstance(self._template(qube), Missing) or isinstance(self._netvm(qube), Missing)
+            if lacks and self._standing.pop(qube.source.name, None) is not None:
                 to_look_at.extend(referring.get(qube.source.name, ()))
 
     def break_circles(self) -> None:
@@ -167,17 +184,17 @@ class _Search:
                     references[qube.source.key] = found.key
         self._without_netvm = netvms_to_give_up(templates, netvms)
 
-    def result(self, qube: Candidate) -> References | Missing:
+    def result(self, qube: Candidate) -> SetUp | Missing:
         """What has become of a candidate."""
         template, netvm = self._template(qube), self._netvm(qube)
         if isinstance(template, Missing):
             return template
         if isinstance(netvm, Missing):
             return netvm
-        source, notes = qube.source, []
+        source, allowed, notes = qube.source, qube.allowed, []
         if template.key is None and template.name is not None and template.name != source.template:
             notes.append(f"template change to '{template.name}'{self._origin(source.template, template)}")
-        if qube.source.key in self._without_netvm:
+        if source.key in self._without_netvm:
             notes.append(_without_netvm(qube, netvm))
             netvm = Target("")
         elif source.netvm and not _wanted_netvm(qube):
@@ -188,15 +205,41 @@ class _Search:
         elif netvm.name and netvm.key is None and netvm.name != source.netvm:
             notes.append(f"netvm change to '{netvm.name}'{self._origin(source.netvm, netvm)}")
         dispvm = self._default_dispvm(qube)
-        notes.extend(self._dispvm_notes(qube, dispvm))
-        fallback = self._default(source) if self._use_defaults and template.key is not None else None
-        return References(template, netvm, dispvm, fallback, tuple(notes))
-
-    def _lack(self, qube: Candidate) -> Missing | None:
-        for found in (self._template(qube), self._netvm(qube)):
-            if isinstance(found, Missing):
-                return found
-        return None
+        notes += self._dispvm_notes(qube, dispvm)
+        label = source.label if source.label in self._system.labels else _LABEL_FOR_UNKNOWN
+        if label != source.label:
+            notes.append(f"label change to '{label}'")
+        # A backend that this restore brings need not be there yet when its frontend is finished.
+        devices = [device for device in allowed.devices if device.backend in self._system.qubes]
+        stranded = [device for device in allowed.devices if device.backend not in self._system.qubes]
+        notes += allowed.notes
+        notes += (
+            f"{_named(device)} is assigned, as the configuration allows" for device in devices[:_MAX_TOLD]
+        )
+        if len(devices) > _MAX_TOLD:
+            notes.append(f"{len(devices) - _MAX_TOLD} more devices are assigned")
+        properties = allowed.properties.items()
+        return SetUp(
+            Definition(
+                label=label,
+                template=template.name,
+                netvm=netvm.name,
+                default_dispvm=dispvm.name,
+                properties={name: value for name, value in properties if name not in _NOT_AS_PROPERTY},
+                features=allowed.features,
+                tags=allowed.tags,
+                devices=tuple(devices),
+            ),
+            template_key=template.key,
+            netvm_key=netvm.key,
+            default_dispvm_key=dispvm.key,
+            fallback_template=self._default(source) if self._use_defaults and template.key else None,
+            notes=tuple(notes),
+            left_out=(
+                *allowed.left_out,
+                *(f"{_named(device)} (its backend is not here)" for device in stranded),
+            ),
+        )
 
     # --- What a reference finds --------------------------------------------------------------------
 
@@ -319,6 +362,10 @@ def _afterwards(qube: Candidate, key: str, there: Target | None) -> str:
     return "" if there is None else f" (afterwards: qvm-prefs {qube.name} {key} {there.name})"
 
 
+def _named(device: DeviceInfo) -> str:
+    return f"device {device.bus} {device.backend}:{device.port}"
+
+
 def _wanted_netvm(qube: Candidate) -> str | None:
     """The netvm to look for; a template gets none, whatever the backup says."""
     return "" if qube.source.klass == "TemplateVM" and qube.source.netvm else qube.source.netvm
@@ -338,3 +385,70 @@ _NETVM = _Role("a netvm", lambda qube: qube.provides_network)
 
 #: The classes that have a template.
 _TEMPLATE_ROLES = {"AppVM": _TEMPLATE, "DispVM": _DISPVM_TEMPLATE}
+
+
+# --- Circles --------------------------------------------------------------------------------------
+
+
+def netvms_to_give_up(templates: Mapping[str, str], netvms: Mapping[str, str]) -> frozenset[str]:
+    """The qubes that must not wait for their netvm; without those, nothing leads back to itself.
+
+    `templates` and `netvms` give a qube's template and netvm, for those that have one; `templates` alone
+    must be free of circles.
+
+    A qube is finished after its template and its netvm. There are two kinds of circles. One leads through a
+    template. A Qubes system can be in that state: a template with the netvm sys-firewall, which is based on
+    it; a disposable template with that netvm, sys-firewall being a disposable of it. There the template
+    gives its netvm up, and nobody else has to. The other kind is a loop of netvms alone, which qubesd does
+    not allow: all of its members give theirs up.
+
+    The graph comes from a backup, with up to thousands of qubes in a row: time is linear, and nothing
+    recurses.
+    """
+    qubes = templates.keys() | netvms.keys() | set(templates.values()) | set(netvms.values())
+    group = _groups(
+        {qube: [found[qube] for found in (templates, netvms) if qube in found] for qube in sorted(qubes)}
+    )
+    in_a_circle = {qube for qube, netvm in netvms.items() if group[netvm] == group[qube]}
+    used_in_a_circle = {template for qube, template in templates.items() if group[template] == group[qube]}
+    through_templates = in_a_circle & used_in_a_circle
+    kept = {qube: netvms[qube] for qube in sorted(in_a_circle - through_templates)}
+    group = _groups({qube: [netvm] for qube, netvm in kept.items()})
+    return frozenset(
+        through_templates | {qube for qube, netvm in kept.items() if group[netvm] == group[qube]}
+    )
+
+
+def _groups(edges: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """For each node, one that stands for all nodes from which it can be reached and that it can reach.
+
+    A path-based search for strongly connected components (Gabow, 2000), its stack kept by hand.
+    """
+    group: dict[str, str] = {}
+    order: dict[str, int] = {}
+    path: list[str] = []  # nodes without a group yet, as they were met
+    firsts: list[str] = []  # of these, each that may be the first of its group
+
+    def enter(node: str) -> tuple[str, Iterator[str]]:
+        order[node] = len(order)
+        path.append(node)
+        firsts.append(node)
+        return node, iter(edges.get(node, ()))
+
+    for start in edges:
+        todo = [enter(start)] if start not in order else []
+        while todo:
+            node, rest = todo[-1]
+            following = next(rest, None)
+            if following is None:
+                todo.pop()
+                if firsts[-1] == node:
+                    firsts.pop()
+                    while node not in group:
+                        group[path.pop()] = node
+            elif following not in order:
+                todo.append(enter(following))
+            elif following not in group:
+                while order[firsts[-1]] > order[following]:
+                    firsts.pop()
+    return group

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.broker.circles import netvms_to_give_up
+from qubes_restore_svc.broker.references import netvms_to_give_up
 
 
 def edges(text: str) -> dict[str, str]:

@@ -6,9 +6,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.broker.circles import netvms_to_give_up
 from qubes_restore_svc.broker.host import HostQube, HostView, QubesView
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, Problem, make_plan
+from qubes_restore_svc.broker.references import netvms_to_give_up
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
 from tests.broker.planning import AllowAll, manifest, qube
