@@ -59,11 +59,13 @@ class HostView:
     """What a plan must know of a host: the names that are taken, and the system if it is a Qubes system.
 
     Names that the policy speaks of are among them, if the restore is for somebody outside dom0.
-    `qubes_system` None: a place that keeps images and knows neither templates nor netvms.
+    `qubes_system` None: a place that keeps images and knows neither templates nor netvms. `remarks` are
+    sentences, without a stop, on what of it could not be found out.
     """
 
     names: frozenset[str]
     qubes_system: QubesView | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,9 +139,12 @@ class _Agreement:
     ) -> tuple[Plan, RestoreRun]:
         """Plan until nothing else is wanted. The report tells of the last plan, whatever comes of it."""
         while True:
-            plan = make_plan(manifest, choice, None if self.host is None else await ask(self.host.view))
+            view = None if self.host is None else await ask(self.host.view)
+            plan = make_plan(manifest, choice, view)
             free = None if self.host is None else await ask(self.host.free_space)
             _warn_of_space(plan, free, self.observer, self.report.warnings)
+            for remark in () if view is None else view.remarks:
+                _warn(remark, self.observer, self.report.warnings)
             run = self._run_of(plan)
             self.report.qubes = _in_order(plan, run.reports)
             other = None if confirm is None else await _confirmed(plan, run, confirm)
@@ -226,11 +229,12 @@ def _warn_of_space(plan: Plan, free: int | None, observer: Observer, warnings: l
     if free is None or needed <= free:
         return
     text = f"the qubes took {needed >> 20} MiB when they were backed up, and only {free >> 20} MiB are free"
-    if text not in warnings:  # it may be said of another plan already
-        _warn(text, observer, warnings)
+    _warn(text, observer, warnings)
 
 
 def _warn(text: str, observer: Observer, warnings: list[str]) -> None:
+    if text in warnings:  # it was said of another plan
+        return
     if len(warnings) < MAX_WARNINGS:
         warnings.append(text)
     observer.log("warning", text)

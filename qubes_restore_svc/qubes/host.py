@@ -7,7 +7,7 @@ still unfinished when the lock is let go is removed; if this process is killed, 
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -26,7 +26,10 @@ from qubes_restore_svc.qubes.stock_lock import STOCK_LOCK, stock_lock
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.wire.names import strip_control
 
-POLICY = Path("/etc/qubes/policy.d")
+#: Directories of the policy: what holds until the next start of the system, what lasts, what R4.0 left.
+POLICY = (Path("/run/qubes/policy.d"), Path("/etc/qubes/policy.d"), Path("/etc/qubes-rpc/policy"))
+
+_MAX_LISTED = 5  #: files in a remark
 
 _QUBE_NAME = re.compile(r"(?:@dispvm:)?([A-Za-z][A-Za-z0-9_.-]{0,30})")
 _NO_QUBES = frozenset({"allow", "deny", "ask", "dom0"})
@@ -37,7 +40,7 @@ class QubesHost:
 
     `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `connect`
     makes the connection of the guard, which cannot use this one. `client` is the domain that restores.
-    `policy` is the directory of the policy.
+    `policy` are the directories of the policy.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class QubesHost:
         stock_lock_path: Path = STOCK_LOCK,
         connect: Callable[[], QubesSystem] = QubesSystem.connect,
         client: str = "dom0",
-        policy: Path = POLICY,
+        policy: Sequence[Path] = POLICY,
     ) -> None:
         self._system = system
         self._pool = pool
@@ -101,17 +104,18 @@ class QubesHost:
     def view(self) -> HostView:
         """The system as it is now. Raises HostFailed."""
         qubes = {qube.name: qube for qube in self._system.qubes()}
+        policy_names, unread = names_in_policy(self._policy)
         system = QubesView(
             qubes=qubes,
             default_template=self._system.default_template(),
             default_dispvm=self._system.default_dispvm(),
             labels=self._system.labels(),
             dom0_user=dom0_user(),
-            policy_names=names_in_policy(self._policy),
+            policy_names=policy_names,
         )
         # Who asks from outside dom0 must not get, with a name, what the policy gives to it.
         reserved = frozenset[str]() if self._client == "dom0" else frozenset(system.policy_names)
-        return HostView(frozenset(qubes) | reserved, system)
+        return HostView(frozenset(qubes) | reserved, system, _policy_remarks(unread))
 
     def free_space(self) -> int | None:
         """Bytes that are free in the storage pool, if it tells."""
@@ -194,23 +198,54 @@ class QubesHost:
             self._clear_up()
 
 
-def names_in_policy(directory: Path) -> dict[str, str]:
+def names_in_policy(directories: Iterable[Path]) -> tuple[dict[str, str], tuple[str, ...]]:
     """The names of qubes in a policy, whether or not there are such qubes; for each the first file.
 
-    It is the system's own, and is not judged here: a word that could be a name counts as one.
+    It is the system's own, and is not judged here: a word that could be a name counts as one. Beside them,
+    clauses on what of the policy cannot be read.
     """
-    names: dict[str, str] = {}
-    for file in [*sorted(directory.glob("*.policy")), *sorted(directory.glob("include/*"))]:
-        lines = list[str]()
-        with suppress(FileNotFoundError, PermissionError, IsADirectoryError):
-            lines = file.read_text("utf-8", "replace").splitlines()
-        for words in (line.partition("#")[0].split() for line in lines):
-            for word in words[2:] if file.suffix == ".policy" else words:
-                key, _, value = word.rpartition("=")
-                found = _QUBE_NAME.fullmatch(value)
-                if found and key in ("", "target", "default_target") and found[1] not in _NO_QUBES:
-                    names.setdefault(found[1], file.name)
-    return names
+    names, unread = dict[str, str](), list[str]()
+    for directory in directories:
+        for folder in (directory, directory / "include"):
+            try:
+                files = sorted(folder.iterdir())
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                unread.append(f"{strip_control(str(folder))} ({error.strerror})")
+                continue
+            for file in files:
+                has_services = file.suffix == ".policy"
+                if has_services or folder != directory or directory.name == POLICY[-1].name:
+                    _add_names(file, names, unread, ignored_words=2 if has_services else 0)
+    return names, tuple(unread)
+
+
+def _add_names(file: Path, names: dict[str, str], unread: list[str], *, ignored_words: int) -> None:
+    try:
+        text = file.read_text("utf-8", "replace") if file.is_file() else ""
+    except OSError as error:
+        unread.append(f"{strip_control(str(file))} ({error.strerror})")
+        return
+    if "\ufffd" in text:
+        unread.append(f"{strip_control(str(file))} (it is not UTF-8)")
+    for line in text.splitlines():
+        # Commas are between the options of R4.0.
+        for word in line.partition("#")[0].replace(",", " ").split()[ignored_words:]:
+            key, _, value = word.rpartition("=")
+            found = _QUBE_NAME.fullmatch(value)
+            if found and key in ("", "target", "default_target") and found[1] not in _NO_QUBES:
+                names.setdefault(found[1], file.name)
+
+
+def _policy_remarks(unread: Sequence[str]) -> tuple[str, ...]:
+    if not unread:
+        return ()
+    more = f", and {len(unread) - _MAX_LISTED} more" if len(unread) > _MAX_LISTED else ""
+    return (
+        "rules for the names of restored qubes may stand in what cannot be read of this system's policy:"
+        f" {', '.join(unread[:_MAX_LISTED])}{more}",
+    )
 
 
 def _left_behind(left: Iterable[str]) -> HostFailed:

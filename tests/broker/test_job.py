@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -287,6 +288,15 @@ def test_what_the_source_could_not_read_is_told_as_the_reason_of_damage_and_at_t
         "empty": "it is full",
     }
     assert outcome.report.warnings == [gaps]
+
+
+def test_what_could_not_be_found_out_of_the_host_is_a_warning_once(target: Path) -> None:
+    class Host(TroubledHost):
+        def view(self) -> HostView:
+            return replace(super().view(), remarks=("the policy cannot be read",) * 2)
+
+    outcome = run(honest(QUBES), target, host=lambda link: Host(target, {}))
+    assert (outcome.status, outcome.report.warnings) == (0, ["the policy cannot be read"])
 
 
 def test_the_source_is_asked_as_well_when_the_backup_cannot_even_be_opened(target: Path) -> None:

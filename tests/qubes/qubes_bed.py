@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def new_host(
     system: QubesSystem | None = None,
     pool: str | None = None,
     client: str = "dom0",
-    policy: Path = POLICY,
+    policy: Sequence[Path] = POLICY,
 ) -> QubesHost:
     """A host whose locks and home are below `directory`."""
     home = directory / "home"

@@ -1,6 +1,8 @@
 """The Qubes host as a whole: one restore at a time, what it sees, and what an interrupted one leaves."""
 
+import errno
 import grp
+import io
 import os
 import signal
 import subprocess
@@ -46,34 +48,82 @@ def leave_unfinished(name: str, template: str = TEMPLATE, klass: str = "AppVM") 
 
 
 POLICY = {
-    "50-config-input.policy": "qubes.InputMouse * sys-usb @adminvm ask default_target=@adminvm # for vault\n",
-    "30-user.policy": "!include include/mine\nqubes.Gpg + work @dispvm:gpg-dvm allow user=root\n",
-    "40-x.policy": "qubes.Filecopy * @anyvm @default allow target=files.x notify=no\n",
-    "include/mine": "sys-gui @tag:guivm-sys-gui allow target=dom0\n",
-    "notes.txt": "a b holiday",
+    "policy.d/50-config-input.policy": "qubes.InputMouse * sys-usb @adminvm ask # for vault\n",
+    "policy.d/30-user.policy": "!include include/mine\nqubes.Gpg + work @dispvm:gpg-dvm allow user=root\n",
+    "policy.d/40-x.policy": "qubes.Filecopy * @anyvm @default allow target=files.x notify=no\n",
+    "policy.d/include/mine": "sys-gui @tag:guivm-sys-gui allow target=dom0\n",
+    "policy.d/notes.txt": "a b holiday",
+    "run/policy.d/20-late.policy": "x * @anyvm late allow\n",
+    "policy/qubes.Gpg": "$anyvm old-gui ask,user=root,default_target=old-files\n",
 }
 
 
-def test_the_names_in_the_policy_are_those_of_qubes(tmp_path: Path) -> None:
-    (tmp_path / "include").mkdir()
+@pytest.fixture
+def policy(tmp_path: Path) -> list[Path]:
     for name, text in POLICY.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert names_in_policy(tmp_path) == {
+    return [tmp_path / "run/policy.d", tmp_path / "policy.d", tmp_path / "policy"]
+
+
+def test_the_names_in_the_policy_are_those_of_qubes(policy: list[Path]) -> None:
+    os.mkfifo(policy[1] / "10-pipe.policy")
+    names, unread = names_in_policy(policy)
+    assert names == {
+        "late": "20-late.policy",
         "work": "30-user.policy",
         "gpg-dvm": "30-user.policy",
         "files.x": "40-x.policy",
         "sys-usb": "50-config-input.policy",
         "sys-gui": "mine",
+        "old-gui": "qubes.Gpg",
+        "old-files": "qubes.Gpg",
     }
-    assert names_in_policy(tmp_path / "none") == {}
+    assert unread == ()
+
+
+def test_what_of_the_policy_cannot_be_read_is_said_and_the_rest_is_read(
+    policy: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (policy[1] / "20-binary.policy").write_bytes(b"x * m\xe4n mail allow\n")
+    honest = io.open
+
+    def troubled(path: Path | str, *rest: object, **more: object) -> object:
+        for end, number in {"30-user.policy": errno.EIO, "40-x.policy": errno.EACCES}.items():
+            if str(path).endswith(end):
+                raise OSError(number, os.strerror(number))
+        return honest(path, *rest, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(io, "open", troubled)
+    (policy[0] / "include").write_text("no directory")
+    names, unread = names_in_policy(policy)
+    assert "work" not in names and names["mail"] == "20-binary.policy" and names["sys-usb"]
+    folder = policy[1]
+    assert unread == (
+        f"{policy[0]}/include (Not a directory)",
+        f"{folder}/20-binary.policy (it is not UTF-8)",
+        f"{folder}/30-user.policy (Input/output error)",
+        f"{folder}/40-x.policy (Permission denied)",
+    )
+
+
+def test_a_policy_that_cannot_be_read_whole_is_a_remark_and_no_failure(
+    host: QubesHost, tmp_path: Path
+) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.policy").write_bytes(b"\xff")
+    (remark,) = new_host(tmp_path, policy=[tmp_path]).view().remarks
+    assert remark.startswith("rules for the names of restored qubes may stand in what cannot be read")
+    assert f"{tmp_path}/0.policy (it is not UTF-8), " in remark and remark.endswith(", and 2 more")
+    assert host.view().remarks == ()
 
 
 @pytest.mark.parametrize(("client", "reserved"), [("dom0", set[str]()), ("sys-gui", {"sys-usb"})])
 def test_a_name_in_the_policy_is_reserved_for_dom0(
     host: QubesHost, tmp_path: Path, client: str, reserved: set[str]
 ) -> None:
-    (tmp_path / "50.policy").write_text(POLICY["50-config-input.policy"])
-    host = new_host(tmp_path, client=client, policy=tmp_path)
+    (tmp_path / "50.policy").write_text(POLICY["policy.d/50-config-input.policy"])
+    host = new_host(tmp_path, client=client, policy=[tmp_path])
     view = host.view()
     assert view.qubes_system is not None
     assert view.qubes_system.policy_names == {"sys-usb": "50.policy"}
