@@ -354,6 +354,8 @@ class RestoreInProgress(RestoreError):
 
     kind = "restore-in-progress"
     default_advice = "Wait until it has finished."
+    #: There is only a guard that clears up after a restore that was killed: it is worth waiting for.
+    ends_soon = False
 
 
 # --- The person ----------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ class Host(Protocol):
     def lock(self) -> AbstractContextManager[Sequence[str]]:
         """The one-restore lock, also clears up what an interrupted restore left behind.
 
-        Brings remarks on that for the person (clauses, fit for a terminal). Raises RestoreInProgress when
-        somebody else holds it.
+        Brings remarks on that for the person (clauses, fit for a terminal). Raises RestoreInProgress at once
+        when somebody else holds it.
         """
         ...
 

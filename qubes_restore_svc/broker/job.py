@@ -6,7 +6,9 @@ session. Whatever ends the job, a wrong passphrase or a cancel, becomes the repo
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -17,13 +19,24 @@ from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS
 from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
 from qubes_restore_svc.broker.restore import Observer, RestoreRun
-from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError, UsageError, exhausted
+from qubes_restore_svc.errors import (
+    Cancelled,
+    ProtocolViolation,
+    RestoreError,
+    RestoreInProgress,
+    UsageError,
+    exhausted,
+)
 from qubes_restore_svc.waiting import ask, in_thread
 from qubes_restore_svc.wire import messages as m
 
 #: Shows the plan to the person before anything is created. None: it is to be carried out. Options: it is not,
 #: another plan is to be made of these, and shown. Raises RestoreError to end the job.
 Confirm = Callable[[Plan], Awaitable[PlanOptions | None]]
+
+#: Seconds to wait for what clears up after a restore that was killed.
+CLEARING_TIMEOUT_S = 30.0
+_PAUSE_S = 0.1
 
 
 async def read_manifest(
@@ -104,22 +117,33 @@ async def _run(
 @contextlib.asynccontextmanager
 async def _locked(host: Host) -> AsyncIterator[Sequence[str]]:
     """The host's lock, taken and let go of in threads: both clear up, and that may take its time."""
-    lock = host.lock()
-    entered = False
+    held: list[AbstractContextManager[Sequence[str]]] = []
 
     def enter() -> Sequence[str]:
-        nonlocal entered
+        lock = host.lock()
         remarks = lock.__enter__()
-        entered = True
+        held.append(lock)
         return remarks
 
     try:
-        yield await in_thread(enter)
+        yield await _when_cleared(enter)
     except BaseException as error:
-        if not entered or not await in_thread(lock.__exit__, type(error), error, error.__traceback__):
+        if not held or not await in_thread(held[0].__exit__, type(error), error, error.__traceback__):
             raise
     else:
-        await in_thread(lock.__exit__, None, None, None)
+        await in_thread(held[0].__exit__, None, None, None)
+
+
+async def _when_cleared(enter: Callable[[], Sequence[str]]) -> Sequence[str]:
+    """Enter, once what a killed restore left is cleared up. A cancel does not wait for that."""
+    deadline = time.monotonic() + CLEARING_TIMEOUT_S
+    while True:
+        try:
+            return await in_thread(enter)
+        except RestoreInProgress as error:
+            if not error.ends_soon or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_PAUSE_S)
 
 
 @dataclass(frozen=True, slots=True)

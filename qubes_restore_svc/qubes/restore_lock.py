@@ -2,12 +2,11 @@
 
 Strategy: the lock is the kernel's, on a file below /run, so that it ends with its holders. There are two of
 them: the restore, and its guard, which clears up before it lets go of the lock. Whoever finds the lock held
-by a process that is gone waits for that.
+by a process that is gone is told that this ends soon.
 """
 
 import fcntl
 import os
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +22,6 @@ RESTORE_LOCK = Path("/run/qubes/qubes-restore-svc.lock")
 #: The lock of whoever has a worker running, restore or verification.
 WORKER_LOCK = Path("/run/qubes/restore-svc-worker.lock")
 
-#: Seconds to wait for a guard that clears up.
-CLEARING_TIMEOUT_S = 30.0
-
-_PAUSE_S = 0.1
 _MODE = 0o660
 
 
@@ -82,7 +77,6 @@ class RestoreLock:
             self._guard.created(name)
 
     def _locked(self) -> int:
-        deadline = time.monotonic() + CLEARING_TIMEOUT_S
         while True:
             try:
                 with reporting(f"locking {self._path}"):
@@ -97,12 +91,12 @@ class RestoreLock:
                 continue
             if holder is None or holder.is_alive():
                 raise RestoreInProgress("another restore is running" if holder is None else holder.describe())
-            if time.monotonic() > deadline:
-                raise RestoreInProgress(
-                    "what a restore left that was killed is still being cleared up",
-                    advice="Try again in a minute.",
-                )
-            time.sleep(_PAUSE_S)
+            clearing = RestoreInProgress(
+                "what a restore left that was killed is still being cleared up",
+                advice="Try again in a minute.",
+            )
+            clearing.ends_soon = True
+            raise clearing
 
 
 def try_lock(path: Path) -> int | None:

@@ -16,7 +16,13 @@ from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
 from qubes_restore_svc.broker.report import Report
-from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError, UsageError, WorkerStalled
+from qubes_restore_svc.errors import (
+    ArchiveUnreadable,
+    RestoreError,
+    RestoreInProgress,
+    UsageError,
+    WorkerStalled,
+)
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire import messages as m
 from tests.broker.fake_worker import (
@@ -159,6 +165,43 @@ def test_a_cancel_comes_before_the_end_of_a_slow_call(target: Path, call: str, d
     assert in_time == [True] * len(in_time) and in_time
     assert (outcome.status, outcome.error) == (130, "cancelled: it was cancelled")
     assert (target / "vault").exists() == (call == "commit vault")
+
+
+@pytest.mark.parametrize(
+    ("attempts", "cancelled", "patience_s", "status"),
+    [(2, False, 5, 0), (1000, True, 5, 130), (1000, False, 0.02, 1)],
+    ids=["it ends", "a cancel does not wait for it", "nobody waits for ever"],
+)
+def test_what_clears_up_after_a_killed_restore_is_waited_for(
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attempts: int,
+    cancelled: bool,
+    patience_s: float,
+    status: int,
+) -> None:
+    monkeypatch.setattr(job, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(job, "CLEARING_TIMEOUT_S", patience_s)
+    left = [attempts]
+
+    def host(link: FakeLink) -> TroubledHost:
+        def still_held() -> None:
+            left[0] -= 1
+            if cancelled and left[0] == attempts - 5:
+                assert link.job is not None
+                link.job.get_loop().call_soon_threadsafe(link.job.cancel)
+            if left[0] >= 0:
+                clearing = RestoreInProgress("it is being cleared up")
+                clearing.ends_soon = True
+                raise clearing
+
+        return TroubledHost(target, {"lock": still_held})
+
+    outcome = run(honest(QUBES), target, host=host)
+    assert outcome.status == status
+    assert left[0] == -1 if status == 0 else left[0] > attempts - 20
+    if status == 1:
+        assert "it is being cleared up" in outcome.error
 
 
 def test_a_cancel_while_the_worker_derives_keys(target: Path) -> None:
