@@ -12,17 +12,14 @@ two digits, we cut one more.)
 
 from collections.abc import Iterable, Iterator
 
-from pydantic import TypeAdapter, ValidationError
-
 from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.wire.messages import ManifestQube
-from qubes_restore_svc.wire.names import QubeName
+from qubes_restore_svc.wire.names import is_qube_name
 
 MAX_NUMBERED = 99  #: the last number that is tried
 
 _MAX_NAME = 31  #: characters of a qube's name
 _MAX_UNNUMBERED = 29  #: of it without a number
-_QUBE_NAME: TypeAdapter[str] = TypeAdapter(QubeName)
 
 #: In lower case. qubesd would take some of them.
 _DOM0_NAMES = frozenset({"dom0", "domain-0"})
@@ -47,7 +44,7 @@ class NamesInUse:
         It is a valid name, and neither on the host, nor in the backup, nor given out before.
         """
         for candidate in _candidates(name):
-            if candidate.casefold() not in self._unavailable and _is_name(candidate):
+            if candidate.casefold() not in self._unavailable and is_qube_name(candidate):
                 self._unavailable.add(candidate.casefold())
                 return candidate
         return None
@@ -59,11 +56,3 @@ def _candidates(name: str) -> Iterator[str]:
     for number in range(1, MAX_NUMBERED + 1):
         suffix = f"-{number}"
         yield name[: _MAX_NAME - len(suffix)] + suffix
-
-
-def _is_name(candidate: str) -> bool:
-    try:
-        _QUBE_NAME.validate_python(candidate)
-    except ValidationError:
-        return False
-    return True

@@ -1,8 +1,8 @@
 """/etc/qubes-restore-svc/config.yaml: how restores are done on this machine, and what they may bring back.
 
 Strategy: a strict frozen model is the whole reference: type, range, unit, default and meaning of every key
-are in it; docs/configuration.md and the sample file are made from it. A mistake is one sentence with file,
-line, key and what is expected.
+are in it; docs/configuration.md and the sample file are made from it. How a file is read, and what is said
+of a mistake in it, is in `config_file`.
 """
 
 import re
@@ -10,22 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qubes_restore_svc.broker.allowlist import DEFAULT, SettingsPolicy, check_entry
-from qubes_restore_svc.errors import BadConfiguration
-from qubes_restore_svc.qubes.config_keys import first_mistake, for_people, place_text
-from qubes_restore_svc.qubes.private_file import read_private_text
-from qubes_restore_svc.qubes.yaml_positions import Place, YamlMistake, read_yaml
-from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, QubeName
+from qubes_restore_svc.qubes.config_file import for_people, parse, read_private_text
+from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, QubeName, is_qube_name
 
 CONFIG_PATH = Path("/etc/qubes-restore-svc/config.yaml")
 
@@ -33,8 +22,15 @@ CONFIG_PATH = Path("/etc/qubes-restore-svc/config.yaml")
 MAX_SIZE = 1 << 20
 
 
+def _or_empty(value: object) -> object:
+    """A section whose keys are all comments is null."""
+    return {} if value is None else value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    _all_comments = model_validator(mode="before")(_or_empty)
 
 
 def _absolute(value: object) -> object:
@@ -55,17 +51,15 @@ _Bus = Literal["block", "mic", "pci", "usb", "webcam"]
 
 #: Whose rights are those of every caller that has none of its own.
 ANY_CALLER = "default"
-_QUBE: TypeAdapter[str] = TypeAdapter(QubeName)
-_CALLER_EXPECTED = f"the name of a qube, or `{ANY_CALLER}`"
+_CALLER_EXPECTED = f"the name of a qube, or {ANY_CALLER}"
 
 
 def _caller(name: str) -> str:
     if name == "dom0":
         raise ValueError("dom0 needs no grant, and none narrows what it may do")
-    try:
-        return name if name == ANY_CALLER else _QUBE.validate_python(name)
-    except ValidationError:
-        raise ValueError(f"expected {_CALLER_EXPECTED.replace('`', '')}") from None
+    if name != ANY_CALLER and not is_qube_name(name):
+        raise ValueError(f"expected {_CALLER_EXPECTED}")
+    return name
 
 
 def _pattern(alphabet: str, what: str) -> AfterValidator:
@@ -155,15 +149,7 @@ class RestoreConfig(_Section):
 
     def policy(self) -> SettingsPolicy:
         """The allow-list that these keys describe."""
-        return SettingsPolicy(
-            properties=self.properties,
-            features=self.features,
-            tags=self.tags,
-            devices=self.devices,
-            autostart=self.autostart,
-            kernel=self.kernel,
-            kernelopts=self.kernelopts,
-        )
+        return SettingsPolicy(**self.model_dump(exclude={"pool"}))
 
 
 class LimitsConfig(_Section):
@@ -189,14 +175,9 @@ class LimitsConfig(_Section):
     )
 
     @property
-    def volume_bytes(self) -> int | None:
-        """`volume_size` in bytes."""
-        return None if self.volume_size is None else self.volume_size << 30
-
-    @property
-    def total_bytes(self) -> int | None:
-        """`total_size` in bytes."""
-        return None if self.total_size is None else self.total_size << 30
+    def of_sizes(self) -> bool:
+        """Is there any limit on the sizes of volumes?"""
+        return self.volume_size is not None or self.total_size is not None
 
 
 class ReportConfig(_Section):
@@ -258,10 +239,6 @@ class GrantConfig(_Section):
     )
 
 
-def _grants() -> dict[str, GrantConfig]:
-    return {ANY_CALLER: GrantConfig()}
-
-
 class Config(_Section):
     """The whole file. Any section and any key may be missing."""
 
@@ -270,8 +247,9 @@ class Config(_Section):
     limits: LimitsConfig = LimitsConfig()
     report: ReportConfig = ReportConfig()
     log: LogConfig = LogConfig()
-    grants: dict[_Caller, GrantConfig] = Field(
-        default_factory=_grants, json_schema_extra=for_people(_CALLER_EXPECTED)
+    grants: Annotated[dict[_Caller, GrantConfig], BeforeValidator(_or_empty)] = Field(
+        default={ANY_CALLER: GrantConfig()},
+        json_schema_extra=for_people(f"names, each with keys below it: {_CALLER_EXPECTED}"),
     )
 
     def grant(self, caller: str) -> GrantConfig:
@@ -287,27 +265,4 @@ def load_config(path: Path = CONFIG_PATH) -> Config:
 
 def parse_config(text: str, path: Path = CONFIG_PATH) -> Config:
     """The configuration in a text, of which errors say that it comes from `path`. Raises BadConfiguration."""
-    try:
-        document = read_yaml(text)
-    except YamlMistake as mistake:
-        raise _bad(path, mistake.line, mistake.place, mistake.reason) from None
-    value = {} if document.value is None else document.value
-    if not isinstance(value, dict):
-        raise _bad(path, document.line(()), (), f"expected sections: {', '.join(Config.model_fields)}")
-    sections = _sections(value)
-    if isinstance(grants := sections.get("grants"), dict):
-        sections["grants"] = _sections(grants)
-    try:
-        return Config.model_validate(sections)
-    except ValidationError as error:
-        raise _bad(path, *first_mistake(Config, error, document)) from None
-
-
-def _sections(value: dict[str, object]) -> dict[str, object]:
-    """A section whose keys are all comments is null."""
-    return {name: {} if section is None else section for name, section in value.items()}
-
-
-def _bad(path: Path, line: int, place: Place, reason: str) -> BadConfiguration:
-    key = place_text(place)
-    return BadConfiguration(f"{path}, line {line}{key and ', ' + key}: {reason}")
+    return parse(Config, text, path)

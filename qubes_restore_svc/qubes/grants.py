@@ -3,7 +3,11 @@
 Strategy: dom0's policy says who may call which service; what the call may then ask for is compared with the
 caller's section of the configuration, before anything is looked up. So a refusal depends on the request and
 the configuration alone: it is the same whether or not there is such a qube, pool or file here. Programs of
-dom0 itself may ask for everything.
+dom0 itself may ask for everything, within the limits of the section `limits`, which hold for everybody.
+
+Those limits are applied to the plan. The sizes are those that the backup records, and no volume that is
+written may be larger than that. So what has no recorded size, or may exceed it, does not go together with a
+limit on sizes.
 """
 
 import re
@@ -11,8 +15,8 @@ from pathlib import Path
 from typing import Never
 
 from qubes_restore_svc.broker.plan import Plan
-from qubes_restore_svc.errors import NotGranted
-from qubes_restore_svc.qubes.config import CONFIG_PATH, Config
+from qubes_restore_svc.errors import NotGranted, UsageError
+from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, LimitsConfig
 from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, Mode, OpenBackup, WorkerWishes
 from qubes_restore_svc.wire.service import LIST, START, VERIFY
@@ -65,7 +69,12 @@ class Rights:
         self._check_location(request.location)
         self._check_wishes(request.worker)
         self._check_pool(request.pool)
-        self._check_size_limit(ignored=request.ignore_size_limit)
+        if request.ignore_size_limit and self._config.limits.of_sizes:
+            raise NotGranted(
+                "sizes are limited here, so no image may be larger than the backup says",
+                advice="An administrator can lift the limits in dom0: limits.volume_size and"
+                f" limits.total_size in {self._path}.",
+            )
         self.check_choice(request.mode, request.choice)
 
     def check_choice(self, mode: Mode, choice: Choice) -> None:
@@ -106,30 +115,20 @@ class Rights:
         )
 
     def _check_wishes(self, wishes: WorkerWishes) -> None:
-        configured = self._config.worker
+        configured, grant = self._config.worker, self._grant
         template = wishes.template
-        if (
-            template is not None
-            and template != configured.template
-            and not _matches(template, self._grant.templates)
-        ):
+        if template not in (None, configured.template) and not _matches(template, grant.templates):
             self._refuse(
                 f"the qube {self.caller} may not have the worker made from {template}", "templates", template
             )
-        most_memory = max(configured.memory, self._grant.max_memory or 0)
-        if wishes.memory is not None and wishes.memory > most_memory:
-            self._refuse(
-                f"the qube {self.caller} may not give the worker more than {most_memory} MiB of memory",
-                "max_memory",
-                str(wishes.memory),
-            )
-        most_vcpus = max(configured.vcpus, self._grant.max_vcpus or 0)
-        if wishes.vcpus is not None and wishes.vcpus > most_vcpus:
-            self._refuse(
-                f"the qube {self.caller} may not give the worker more than {most_vcpus} processors",
-                "max_vcpus",
-                str(wishes.vcpus),
-            )
+        for key, what, wanted, usual, granted in (
+            ("max_memory", "MiB of memory", wishes.memory, configured.memory, grant.max_memory),
+            ("max_vcpus", "processors", wishes.vcpus, configured.vcpus, grant.max_vcpus),
+        ):
+            most = max(usual, granted or 0)
+            if wanted is not None and wanted > most:
+                reason = f"the qube {self.caller} may not give the worker more than {most} {what}"
+                self._refuse(reason, key, str(wanted))
 
     def _check_pool(self, pool: str | None) -> None:
         if pool is None or pool == self._config.restore.pool or _matches(pool, self._grant.pools):
@@ -137,15 +136,6 @@ class Rights:
         self._refuse(
             f"the qube {self.caller} may not have qubes restored to the storage pool {pool}", "pools", pool
         )
-
-    def _check_size_limit(self, *, ignored: bool) -> None:
-        limits = self._config.limits
-        if ignored and (limits.volume_size is not None or limits.total_size is not None):
-            raise NotGranted(
-                "sizes are limited here, so no image may be larger than the backup says",
-                advice="An administrator can lift the limits in dom0: limits.volume_size and"
-                f" limits.total_size in {self._path}.",
-            )
 
     # --- Refusing --------------------------------------------------------------------------------
 
@@ -165,6 +155,45 @@ class Rights:
         raise NotGranted(
             reason, advice=f"An administrator can allow it in dom0: {change} in {self._path}."
         ) from None
+
+
+# --- The limits for everybody ------------------------------------------------------------------------
+
+_ADVICE = "Restore fewer qubes at a time, or change the section `limits` of the configuration."
+
+
+def check_limits(limits: LimitsConfig, plan: Plan) -> None:
+    """Raises UsageError if the taken qubes exceed the limits. dom0's home has no size, and does not count."""
+    taken = [planned.source for planned in plan.taken if planned.source.klass != "AdminVM"]
+    if limits.qubes is not None and len(taken) > limits.qubes:
+        count = f"{len(taken)} qubes are to be restored"
+        raise UsageError(f"{count}, and the configuration allows {limits.qubes}", advice=_ADVICE)
+    if not limits.of_sizes:
+        return
+    total = 0
+    for qube in taken:
+        for volume in qube.volumes:
+            place = f"the volume {qube.name}/{volume.name}"
+            if volume.size is None:
+                raise UsageError(f"{place} has no recorded size, but sizes are limited here", advice=_ADVICE)
+            _check_size(f"{place} has {{}}", volume.size, limits.volume_size)
+            total += volume.size
+    _check_size("the volumes have {} together", total, limits.total_size)
+
+
+def _check_size(has: str, size: int, most_gib: int | None) -> None:
+    if most_gib is not None and size > most_gib << 30:
+        has = has.format(f"{size / (1 << 30):.1f} GiB")
+        raise UsageError(f"{has}, and the configuration allows {most_gib}", advice=_ADVICE)
+
+
+def check_options(limits: LimitsConfig, *, ignore_size_limit: bool) -> None:
+    """Raises UsageError for the option that would make a limit on sizes void."""
+    if ignore_size_limit and limits.of_sizes:
+        raise UsageError("--ignore-size-limit is not possible: the configuration limits sizes", advice="")
+
+
+# --- Patterns ----------------------------------------------------------------------------------------
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

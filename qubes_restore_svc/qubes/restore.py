@@ -19,8 +19,8 @@ from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, load_config
+from qubes_restore_svc.qubes.grants import check_limits, check_options
 from qubes_restore_svc.qubes.holders import Activity
-from qubes_restore_svc.qubes.limits import check_limits, check_options
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.records import LogFile, LoggedObserver, file_report
 from qubes_restore_svc.qubes.restore_lock import RESTORE_LOCK, WORKER_LOCK

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 MAX_QUBES = 4096  #: qubes in one manifest
 MAX_NUMBER = (1 << 63) - 1  #: largest size or offset in any message, bytes
@@ -33,6 +33,7 @@ def _not_reserved(name: str) -> str:
 
 #: Name of a qube, as qubesd enforces it (31 characters at most; dots since R4.3).
 QubeName = Annotated[str, _pattern(r"^[a-zA-Z][a-zA-Z0-9_.-]*$", 31), AfterValidator(_not_reserved)]
+_QUBE_NAME: TypeAdapter[str] = TypeAdapter(QubeName)
 #: A qube's netvm: a name, or "" for none.
 NetvmName = Annotated[str, _pattern(r"^([a-zA-Z][a-zA-Z0-9_.-]*)?$", 31), AfterValidator(_not_reserved)]
 #: What the archive calls a qube (`vm10`): the first half of the argument of `restore.Volume`.
@@ -153,3 +154,12 @@ LocationText = Annotated[str, _text(4096), AfterValidator(_one_line)]
 FreeText = Annotated[str, _text(MAX_TEXT), AfterValidator(strip_control)]
 #: A qube's notes (qubesd allows 256,000 bytes of UTF-8).
 Notes = Annotated[str, _text(MAX_NOTES), AfterValidator(strip_control_lines), AfterValidator(_fits_qubesd)]
+
+
+def is_qube_name(untrusted_text: str) -> bool:
+    """Can a qube be called so?"""
+    try:
+        _QUBE_NAME.validate_python(untrusted_text)
+    except ValidationError:
+        return False
+    return True

@@ -7,13 +7,20 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from qubes_restore_svc.broker.settings_table import TABLES, Kind, Rule
-from qubes_restore_svc.qubes.config import ANY_CALLER, CONFIG_PATH, Config
-from qubes_restore_svc.qubes.config_keys import Key, has_names, keys_of, sections_of
+from qubes_restore_svc.qubes.config import ANY_CALLER, CONFIG_PATH, Config, GrantConfig
+from qubes_restore_svc.qubes.config_file import hints, keys_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "etc" / "config.yaml"
 PAGE = ROOT / "docs" / "configuration.md"
+
+#: The sections by their names; of `grants`, what each of the names has.
+SECTIONS: dict[str, type[BaseModel]] = {
+    name: GrantConfig if name == "grants" else type(value) for name, value in Config()
+}
 
 _WIDTH = 100
 _NAMES = (
@@ -29,20 +36,16 @@ def sample() -> str:
         "# Everything here is a default; remove the # before a key (and before its section) to change it.",
         "# configuration.md, which comes with the package, explains the lists and the settings they name.",
     ]
-    sections = sections_of(Config)
-    by_section: dict[str, list[Key]] = {name: [] for name in sections}
-    for key in keys_of(Config):
-        by_section[key.name.partition(".")[0]].append(key)
-    for name, keys in by_section.items():
-        lines += ["", *_comment(f"{sections[name].__doc__}"), f"#{name}:"]
+    for name, section in SECTIONS.items():
+        lines += ["", *_comment(f"{section.__doc__}"), f"#{name}:"]
         indent = "  "
-        if has_names(Config, name):
+        if section is GrantConfig:
             lines += _comment(_NAMES, indent)
             lines.append(f"#{indent}{ANY_CALLER}:")
             indent *= 2
-        for key in keys:
-            lines += _comment(f"{key.meaning} ({key.expected})", indent)
-            lines.append(f"#{indent}{key.name.rpartition('.')[2]}: {key.default}")
+        for key, field in section.model_fields.items():
+            lines += _comment(f"{field.description} ({hints(field)[0]})", indent)
+            lines.append(f"#{indent}{key}: {_as_yaml(field.default)}")
     return "\n".join(lines) + "\n"
 
 
@@ -52,7 +55,7 @@ def _comment(text: str, indent: str = "") -> list[str]:
 
 def page(current: str) -> str:
     """The page with the tables between its marks made anew."""
-    tables = {"keys": _table(["key", "default", "may be", "meaning"], map(_key_row, keys_of(Config)))}
+    tables = {"keys": _table(["key", "default", "may be", "meaning"], _key_rows())}
     for kind, rules in TABLES.items():
         tables[kind] = _table([kind, "comes back", "values", "why"], _rule_rows(kind, rules))
     for name, table in tables.items():
@@ -65,8 +68,22 @@ def page(current: str) -> str:
     return current
 
 
-def _key_row(key: Key) -> list[str]:
-    return [f"`{key.name}`", f"`{key.default}`", key.expected, key.meaning]
+def _key_rows() -> Iterable[list[str]]:
+    for name, field in keys_of(Config):
+        yield [f"`{name}`", f"`{_as_yaml(field.default)}`", hints(field)[0], field.description or ""]
+
+
+def _as_yaml(default: object) -> str:
+    match default:
+        case None:
+            return "null"
+        case bool():
+            return "true" if default else "false"
+        case tuple():
+            return "[" + ", ".join(f'"{entry}"' for entry in default) + "]"
+        case Path() | int() | str():
+            return str(default)
+    raise AssertionError(f"a default that is not known to be YAML: {default!r}")
 
 
 def _rule_rows(kind: Kind, rules: Iterable[Rule]) -> Iterable[list[str]]:

@@ -5,7 +5,7 @@ import pytest
 from qubes_restore_svc.broker.plan import Plan, Problem
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.qubes.config import LimitsConfig
-from qubes_restore_svc.qubes.limits import check_limits, check_options
+from qubes_restore_svc.qubes.grants import check_limits, check_options
 from qubes_restore_svc.wire.messages import ManifestQube, VolumeInfo
 from qubes_restore_svc.wire.names import VolumeName
 from tests.cli.plans import not_wanted, plan, source, taken

@@ -19,8 +19,8 @@ from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.qubes.config import Config
+from qubes_restore_svc.qubes.grants import check_options
 from qubes_restore_svc.qubes.holders import Activity
-from qubes_restore_svc.qubes.limits import check_options
 from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes
 from qubes_restore_svc.qubes.restore_lock import RestoreLock
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath
