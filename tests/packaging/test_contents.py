@@ -75,12 +75,12 @@ def code(*folders: str) -> set[str]:
 
 #: ... and the code.
 MODULES = {
-    "common": code("", "client", "wire"),
+    "common": code("", "client", "wire") | {"py.typed"},
     "tools": code("broker", "cli", "qubes"),
     "manager": code("manager"),
     "dom0": code("service"),
     "vm": code("archive", "kdf", "worker"),
-    "": code("", *(FOLDERS - {"manager", "service"})) | {"__main__.py"},
+    "": code("", *(FOLDERS - {"manager", "service"})) | {"__main__.py", "py.typed"},
 }
 #: Those that are installed in dom0; a GUI domain has no "dom0".
 FOR_DOM0 = ("common", "tools", "manager", "dom0")
@@ -111,7 +111,9 @@ def test_a_package_installs_exactly_these_files(packages: Packages) -> None:
 
 def test_dom0_gets_all_but_the_parsers_and_what_is_for_any_machine() -> None:
     assert MODULES["vm"] == code(*UNTRUSTED)
-    assert set().union(*(MODULES[name] for name in FOR_DOM0)) == code("", *(FOLDERS - UNTRUSTED - {"local"}))
+    assert set().union(*(MODULES[name] for name in FOR_DOM0)) == code(
+        "", *(FOLDERS - UNTRUSTED - {"local"})
+    ) | {"py.typed"}
 
 
 def test_no_file_is_in_two_packages(packages: Packages) -> None:

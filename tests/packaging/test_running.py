@@ -39,7 +39,11 @@ def import_all(names: list[str], site: Path) -> tuple[list[str], list[str]]:
 
 
 def dotted(modules: set[str]) -> list[str]:
-    names = [f"qubes_restore_svc.{name.removesuffix('.py').replace('/', '.')}" for name in sorted(modules)]
+    names = [
+        f"qubes_restore_svc.{name.removesuffix('.py').replace('/', '.')}"
+        for name in sorted(modules)
+        if name.endswith(".py")
+    ]
     return [name for name in names if not name.endswith(("__init__", "__main__"))]
 
 
@@ -160,7 +164,7 @@ def run_tool(tree: Path, *command: str) -> int:
         "desktop/qubes-restore-manager.desktop",
         "docs/administration.md",
         "qubes-rpc/restore.Start",
-        "qubes_restore_svc/qubes/restore.py",
+        "qubes_restore_svc/py.typed",
     ],
 )
 def test_a_missing_file_ends_the_build(tree: Path, tmp_path: Path, missing: str) -> None:
