@@ -14,6 +14,7 @@ from typing import Protocol
 
 from qubes_restore_svc.broker.settings_table import Kind, Rule, Standing, family_rule_for, rule_for
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube
+from qubes_restore_svc.wire.names import shortened
 
 #: The entry of a list that stands for all settings of its kind that come back by default.
 DEFAULT = "@default"
@@ -117,8 +118,8 @@ class SettingsPolicy:
             if not self._may(allowed, rule, name, untrusted_value, klass):
                 if not rule.silent and untrusted_value not in rule.silent_values:
                     told[f"{allowed.kind} {rule.pattern if rule.together else name}"] = None
-            elif len(name) > rule.longest:
-                told[f"{allowed.kind} {name[:_MAX_SHOWN]}… (only names of {rule.longest} characters)"] = None
+            elif rule.names is not None and not rule.names.allow(name):
+                told[f"{allowed.kind} {shortened(name, _MAX_SHOWN)} (only names {rule.names.text})"] = None
             elif rule.most is not None and count[rule.pattern] > rule.most:
                 told[f"{allowed.kind} {rule.pattern} (only {rule.most} of them)"] = None
             elif rule.values is not None and not rule.values.allow(untrusted_value):

@@ -42,8 +42,9 @@ class Rule:
     """What holds for the settings that match `pattern`; `why` is a clause or a few.
 
     `values`: those it may have, whoever allows it; `instead`: what it gets for another one, where without
-    any the qube would be less guarded. `most`: how many that match the pattern a qube may have; `longest`:
-    how many characters their names. `free_values` come back even if its switch is off. `silent_values`:
+    any the qube would be less guarded. `most`: how many that match the pattern a qube may have; `names`:
+    those of them that the system takes. (It keeps some that it refuses, and the qube cannot start then.)
+    `free_values` come back even if its switch is off. `silent_values`:
     those which, left out, are not worth telling; `silent`: none is. `together`: what is left out is told
     once, by the pattern. `only_on`: the classes of qubes that may have it.
     """
@@ -54,7 +55,7 @@ class Rule:
     values: Values | None = None
     instead: str | None = None
     most: int | None = None
-    longest: int = 255
+    names: Values | None = None
     free_values: tuple[str, ...] = ()
     silent_values: tuple[str, ...] = ()
     silent: bool = False
@@ -189,15 +190,19 @@ FEATURES: tuple[Rule, ...] = (
     *(Rule(name, _RESTORED, "a template says it of itself; the Whonix extension sees to the rest",
            _FLAG, only_on=_TEMPLATE)
       for name in ("whonix-ws", "whonix-gw")),
-    Rule("service.*", _RESTORED, _INSIDE, _FLAG, most=256, longest=56),
+    Rule("service.*", _RESTORED, _INSIDE, _FLAG, most=256,
+         names=_shape(r"service\.(?!\.{1,2}$).{1,48}", "of at most 48 characters after the first dot")),
+    Rule("service.app-dispvm.*", _RESTORED, _INSIDE, _FLAG, most=256),
     Rule("service.guivm*", _NAMED, "it makes the qube a GUI domain, which shows others' windows", _FLAG),
     Rule("service.clocksync", _NAMED, "the system sets it on the qube that it takes the time from", _FLAG),
     *_host_decides("switched off, it means that memory is not balanced: maxmem 0", "service.meminfo-writer"),
     Rule("vm-config.*", _RESTORED, f"{_INSIDE}; a longer one would keep it from starting",
-         _shape(r"[\x20-\x7e]{0,3000}", "at most 3000 characters"), most=256, longest=62),
+         _shape(r"[\x20-\x7e]{0,3000}", "at most 3000 characters"), most=256,
+         names=_shape(r"vm-config\.[A-Za-z].{0,51}", "of a letter and at most 51 characters after it")),
     Rule("custom-persist.*", _RESTORED, _INSIDE,
-         _shape(r"((file|dir):[^:/]*:[^:/]*:[0-7]{1,5}:)?/[\x20-\x7e]{0,1024}",
-                "a path, or TYPE:OWNER:GROUP:MODE:PATH"), most=256, longest=69),
+         _shape(r"((file|dir):[^:/]*:[^:/]*:0?[0-7]{1,4}:)?/[\x20-\x7e]{0,1024}",
+                "a path, or TYPE:OWNER:GROUP:MODE:PATH"), most=256,
+         names=_shape(r"custom-persist\..{1,54}", "of at most 54 characters after the dot")),
     Rule("app-dispvm.*", _RESTORED, "the qube opens files and links in a disposable", _FLAG),
     Rule("x-*", _RESTORED, "reserved for your own use; Qubes OS does not look at it"),
     *(Rule(name, _RESTORED, _APPEARANCE, _ENTRIES)

@@ -19,13 +19,10 @@ from qubes_restore_svc.broker.host import RESTORED_TAG, HostQube
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
 from qubes_restore_svc.qubes.faults import QubeInUse, asking
 from qubes_restore_svc.wire.messages import DeviceInfo
+from qubes_restore_svc.wire.names import MAX_REQUEST
 
 #: Seconds until a qube that was killed must be gone. Its cleaning up takes a few on a busy system.
 DESTROY_TIMEOUT_S = 60.0
-
-#: Bytes of a text that qubesd takes: a request is at most 64 KiB there, with its head
-#: (qubes/api/__init__.py). Of one that is longer, it is the connection that breaks.
-MAX_REQUEST = 65_000
 
 _PAUSE_S = 0.1
 _MAX_TEMPLATES = 4  #: how far a chain of templates is followed; real ones have two

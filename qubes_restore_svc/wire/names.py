@@ -18,6 +18,9 @@ MAX_COUNT = 1 << 31  #: largest number of anything that is counted
 MAX_STALL_TIMEOUT = 86_400  #: seconds
 MAX_PASSPHRASE = 4096  #: characters
 MAX_NOTES = 256_000  #: bytes
+#: Bytes of a text that qubesd takes: a request is at most 64 KiB there, with its head
+#: (qubes/api/__init__.py). Of one that is longer, it is the connection that breaks.
+MAX_REQUEST = 65_000
 MAX_TEXT = 1000  #: characters of a line that people read
 
 
@@ -43,9 +46,9 @@ HomeUser = Annotated[str, _pattern(r"^[A-Za-z0-9_.+@-]+$", 255)]
 LabelName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.-]+$", 64)]
 PropertyName = Annotated[str, _pattern(r"^[a-z][a-z0-9_]*$", 64)]
 FeatureName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+:-]+$", 255)]
-#: Values of properties and features: printable ASCII on one line.
-SettingValue = Annotated[str, _pattern(r"^[\x20-\x7e]*$", 16384)]
-TagName = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 128)]
+#: Values of properties and features: printable ASCII on one line, as much as qubesd takes in one request.
+SettingValue = Annotated[str, _pattern(r"^[\x20-\x7e]*$", MAX_REQUEST)]
+TagName = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 255)]
 #: What `qubes.RegisterBackupLocation` answers with: the argument of `qubes.RestoreById`.
 LocationId = Annotated[str, _pattern(r"^[A-Za-z0-9]+$", 64)]
 #: What qubes.xml calls a class of devices (`pci`), and one of them within its backend (`00_14.0`).

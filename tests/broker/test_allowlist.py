@@ -279,9 +279,14 @@ def test_what_guards_the_qube_is_not_lost_for_its_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "longest"), [("vm-config.", 62), ("service.", 56), ("custom-persist.", 69)]
+    ("family", "longest", "text"),
+    [
+        ("vm-config.", 62, "of a letter and at most 51 characters after it"),
+        ("service.", 56, "of at most 48 characters after the first dot"),
+        ("custom-persist.", 69, "of at most 54 characters after the dot"),
+    ],
 )
-def test_a_family_of_features_is_bounded_in_number_and_length(family: str, longest: int) -> None:
+def test_a_family_of_features_is_bounded_in_number_and_length(family: str, longest: int, text: str) -> None:
     value = "/x" if family == "custom-persist." else "1"
     chosen = features({f"{family}n{number}": value for number in range(1000)})
     assert len(chosen.features) == 256
@@ -289,7 +294,7 @@ def test_a_family_of_features_is_bounded_in_number_and_length(family: str, longe
     longest_name = (family + "n" * 255)[:longest]
     assert features({longest_name: value}).features == {longest_name: value}
     chosen = features({longest_name + "n": value})
-    assert chosen.features == {} and f"(only names of {longest} characters)" in chosen.left_out[0]
+    assert chosen.features == {} and f"(only names {text})" in chosen.left_out[0]
 
 
 # --- Settings of older systems -----------------------------------------------------------------------

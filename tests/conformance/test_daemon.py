@@ -52,8 +52,22 @@ TAGS = ("x", "x-1", "x_1", "x.1", "é", "", "a" * 100, "created-by-dom0", "creat
         "restored-from-backup-1")  # fmt: skip
 FEATURES = ("x", "x.y", "x-y_z", "x+y", "é", "", "a" * 300, "service.x", "service.", "service.meminfo-writer",
             "vm-config.", "vm-config.x", "vm-config.9", "vm-config." + "x" * 52, "vm-config." + "x" * 53,
-            "qubes-firewall", "preload-dispvm", "prohibit-start", "os", "gui-x")  # fmt: skip
-TEXTS = ("", "1", "é", "a\nb", "x" * 500, "\x7f")
+            "qubes-firewall", "preload-dispvm", "prohibit-start", "os", "gui-x", "service..",
+            "service." + "s" * 49, "service.app-dispvm." + "s" * 99,
+            "custom-persist.", "custom-persist.k", "custom-persist." + "k" * 55)  # fmt: skip
+TEXTS = (
+    "",
+    "1",
+    "é",
+    "a\nb",
+    "x" * 500,
+    "\x7f",
+    "/p",
+    "dir:a:b:7777:/p",
+    "dir:a:b:17777:/p",
+    "x:a:b:1:/p",
+    "dir:/p",
+)
 RULES = (
     "", "action=accept", "action=accept\n", "action=drop dsthost=1.2.3.4\n", "\n", "action=maybe\n",
     "proto=tcp\n",

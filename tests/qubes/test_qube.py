@@ -1,5 +1,6 @@
 """One qube on its way into a Qubes system: complete in the end, or gone without a trace."""
 
+import json
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import BinaryIO
 import pytest
 import qubesadmin
 import qubesadmin.exc
+from pydantic import ValidationError
 
+from qubes_restore_svc.broker.allowlist import AllowedSettings, SettingsPolicy
 from qubes_restore_svc.broker.host import Definition, QubeTransaction, restored_tag
+from qubes_restore_svc.broker.settings_table import Kind
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
 from qubes_restore_svc.qubes import qube as qubes_qube
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.qube import IN_PROGRESS_TAG, UNFINISHED_TAG
 from qubes_restore_svc.qubes.system import QubesSystem
-from qubes_restore_svc.wire.messages import DeviceInfo, FirewallRule
+from qubes_restore_svc.wire.messages import DeviceInfo, FirewallRule, ManifestQube
 from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd
 from tests.qubes.qubes_bed import (
@@ -129,6 +133,83 @@ def test_settings_are_applied(host: QubesHost, qubesd: Qubesd) -> None:
     assert [key[:3] for key in made.devices] == [("block", "dom0", "sdb")]
     assert len(made.firewall) == 2
     assert "example.org" in made.firewall[0] and made.firewall[1].endswith("comment=the rest")
+
+
+#: Kind, name and value of settings around the limits of qubesd and its extensions.
+BORDERS: tuple[tuple[Kind, str, str], ...] = (
+    ("tag", "Mine_1-x", ""),
+    ("tag", "t" * 255, ""),
+    ("tag", "a.b", ""),
+    ("tag", "m\xfc", ""),
+    ("tag", "a b", ""),
+    ("feature", "A.b_c-9", "all of it: ~!@#$%^&*()[]{}<>|\\\"'`"),
+    ("feature", "f" * 255, "1"),
+    ("feature", "long", "v" * 65_000),
+    ("feature", "empty", ""),
+    ("feature", "blank", " v "),
+    *(("feature", f"a{char}b", "1") for char in "+:@ /\xe4"),
+    *(("feature", f"x-{ord(char)}", f"a{char}b") for char in "\t\n\x7f\xe4"),
+    *(("feature", f"service.{name}", "1") for name in ("s" * 48, "s" * 49, ".", "..", "...", "-s")),
+    ("feature", "service.app-dispvm." + "a" * 100, "1"),
+    *(("feature", f"vm-config.{name}", "v") for name in ("c" * 52, "c" * 53, "1c", "-c", "C.c")),
+    *(("feature", f"custom-persist.{name}", "/p") for name in ("p" * 54, "p" * 55, ".")),
+    *(
+        ("feature", f"custom-persist.m{mode}", f"dir:a:b:{mode}:/p")
+        for mode in ("0", "7777", "07777", "10000", "17777", "8")
+    ),
+    *(
+        ("feature", f"custom-persist.{name}", value)
+        for name, value in {
+            "good": "file:a:b:644:/p", "link": "link:a:b:644:/p", "bare": "p", "relative": "file:a:b:644:p"
+        }.items()
+    ),
+)  # fmt: skip
+
+
+def is_taken(kind: Kind, name: str, value: str) -> bool:
+    """Does qubesd take this setting of the qube `asked`?"""
+    asked = qubesadmin.Qubes().domains["asked"]
+    try:
+        if kind == "tag":
+            asked.tags.add(name)
+        else:
+            asked.features[name] = value
+    except (qubesadmin.exc.QubesException, UnicodeEncodeError):
+        return False
+    return True
+
+
+def chosen(kind: Kind, name: str, value: str) -> AllowedSettings:
+    """What the worker and the allow-list let through of it."""
+    setting: dict[str, object] = {"tags": [name]} if kind == "tag" else {"features": {name: value}}
+    source = {"key": "vm1", "name": "work", "klass": "AppVM", "label": "red", **setting}
+    try:
+        qube = ManifestQube.model_validate_json(json.dumps(source))
+    except ValidationError:
+        return AllowedSettings()
+    return SettingsPolicy(features=["*"], tags=["*"]).choose(qube)
+
+
+def test_settings_come_back_that_qubesd_takes_and_those_that_it_refuses_harm_no_qube(
+    host: QubesHost, qubesd: Qubesd
+) -> None:
+    qubesadmin.Qubes().add_new_vm("AppVM", "asked", "red")
+    taken = {setting for setting in BORDERS if is_taken(*setting)}
+    features, tags = dict[str, str](), list[str]()
+    for setting in BORDERS:
+        allowed = chosen(*setting)
+        features.update(allowed.features)
+        tags.extend(allowed.tags)
+    with host.lock():
+        assert restore(host, wanted=definition(features=features, tags=tuple(tags))) == ()
+    made = qubesd.system.domains["work"]
+    come = {
+        (kind, name, value)
+        for kind, name, value in BORDERS
+        if (name in made.tags if kind == "tag" else made.features.get(name) == value)
+    }
+    assert come == taken
+    assert 15 < len(taken) < len(BORDERS) - 15
 
 
 def test_a_netvm_that_is_none_stays_none(host: QubesHost, qubesd: Qubesd) -> None:

@@ -14,6 +14,7 @@ from qubes_restore_svc.qubes import system as qubes
 from qubes_restore_svc.qubes.faults import QubeInUse, said_by
 from qubes_restore_svc.qubes.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.wire.messages import DeviceInfo
+from qubes_restore_svc.wire.names import MAX_REQUEST
 from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd
 from tests.qubes.qubes_bed import DISPOSABLES, NETVM, TEMPLATE, state_of
@@ -377,7 +378,7 @@ def test_notes_longer_than_qubesd_takes_are_cut_and_that_is_said(system: QubesSy
         HostFailed, match=r"its notes end after 64998 bytes.*the whole text stays in the backup"
     ):
         system.set_notes(NETVM, "\u20ac" * 30_000)
-    assert domain(qubesd, NETVM).notes == "\u20ac" * (qubes.MAX_REQUEST // 3)
+    assert domain(qubesd, NETVM).notes == "\u20ac" * (MAX_REQUEST // 3)
 
 
 def test_more_firewall_rules_than_qubesd_takes_are_refused_by_their_size(system: QubesSystem) -> None:

@@ -23,8 +23,7 @@ def set_feature(domain: Domain, name: str, payload: bytes) -> None:
     if not re.fullmatch(r"[\x20-\x7E]*", value):
         raise bad_value(f"{name} value contains illegal characters")
     check_allowed(name)
-    if name == "service.":
-        raise bad_value("Service name cannot be empty")
+    _check_service(name)
     domain.features[name] = value
     # These come after the feature has been set, and leave it set.
     if name.startswith("vm-config."):
@@ -35,12 +34,48 @@ def set_feature(domain: Domain, name: str, payload: bytes) -> None:
             raise bad_value("Empty config name not allowed")
         if not config[0].isalpha():
             raise bad_value("Config name must start with an ASCII letter")
+    _check_persist(name, value)
     if name == "service.meminfo-writer":
         if value:
             domain.properties.pop("maxmem", None)
         else:
             domain.properties["maxmem"] = 0
         del domain.features[name]
+
+
+def _check_service(name: str) -> None:
+    prefix, _, service = name.partition(".")
+    if prefix != "service" or name == "service":
+        return
+    if not service:
+        raise bad_value("Service name cannot be empty")
+    if service in (".", ".."):
+        raise bad_value('Service name cannot be "." or ".."')
+    if len(service) > 48 and not service.startswith("app-dispvm."):
+        raise bad_value("Service name must not exceed 48 bytes")
+
+
+def _check_persist(name: str, value: str) -> None:
+    prefix, _, key = name.partition(".")
+    if prefix != "custom-persist" or name == "custom-persist":
+        return
+    if not key:
+        raise bad_value("custom-persist key cannot be empty")
+    if len(key) > 54:
+        raise bad_value(f"custom-persist key is too long (max 54), ignoring: {key}")
+    if value.startswith("/"):
+        return
+    kind, *rest = value.split(":")
+    if len(rest) < 4 or not rest[3].startswith("/"):
+        raise bad_value(f"invalid value format: '{value}'")
+    if kind not in ("file", "dir"):
+        raise bad_value(f"invalid resource type option '{kind}' in value '{value}'")
+    try:
+        is_mode = 0 <= int(rest[2], 8) <= 0o7777
+    except ValueError:
+        is_mode = False
+    if not is_mode:
+        raise bad_value(f"invalid mode option '{rest[2]}' in value '{value}'")
 
 
 def remove_feature(domain: Domain, name: str) -> None:
