@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qubes_restore_svc"
 WRITTEN = {
     "cli/terminal.py": 1,
     "hardening.py": 1,
-    "broker/image_file.py": 1,
+    "broker/image_directory.py": 1,
     "local/directory_qube.py": 1,
     "broker/filesystem.py": 1,
     "qubes/volume.py": 1,

@@ -16,8 +16,7 @@ from qubes_restore_svc.broker.filesystem import make_directory, reporting, sync_
 from qubes_restore_svc.broker.host import HostView, NewQube
 from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.local.directory_layout import clear_partials, partial_name
-from qubes_restore_svc.local.directory_qube import DirectoryQube
+from qubes_restore_svc.local.directory_qube import DirectoryQube, check_name, clear_unfinished
 from qubes_restore_svc.owners import interference
 from qubes_restore_svc.wire.names import strip_control
 
@@ -51,7 +50,7 @@ class DirectoryHost:
         with ExitStack() as stack:
             stack.callback(self._unlock, directory, created)
             with reporting(f"reading {self._shown}"):
-                self.cleared, self.kept = clear_partials(directory)
+                self.cleared, self.kept = clear_unfinished(directory)
             with self._mutex:
                 self._directory = directory
             stack.callback(self._end_qubes)
@@ -90,7 +89,7 @@ class DirectoryHost:
         with self._mutex:
             if self._directory is None:
                 raise HostFailed("the directory is not locked for this restore", qube=qube.name)
-            partial_name(qube.name)  # raises for what is no name, before the file system is asked for it
+            check_name(qube.name)  # before the file system is asked for it
             if self._is_taken(qube.name):
                 raise QubeExists(f"{self._shown} has something of that name", qube=qube.name)
             if not self._is_still(self._directory):

@@ -1,38 +1,36 @@
-"""One qube on its way into a directory: a hidden directory, then sparse files in it, then its real name.
+"""One qube on its way into a directory, and the record `qube.json` that it gets there.
 
-Strategy: all is written under the partial name and forced to disk; the last step, one rename, makes it a
-qube. It has one state and one lock, as its image files have: see `image_file`.
+Strategy: a qube is a directory of its name, with its images and the record. The record holds every setting of
+the backup as data, for people and programs to read; nothing in it is acted upon here. How the directory comes
+to be there as a whole, or not at all, is in `broker/image_directory.py`.
 """
 
+import json
 import os
-import threading
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
-from qubes_restore_svc.broker.filesystem import (
-    NAME_TAKEN,
-    make_directory,
-    make_file,
-    rename_new,
-    reporting,
-    sync_directory,
-    write_fully,
-)
+from qubes_restore_svc import __version__
+from qubes_restore_svc.broker.filesystem import make_file, reporting, write_fully
 from qubes_restore_svc.broker.host import Definition, NewQube
-from qubes_restore_svc.broker.image_file import ImageFile, State
-from qubes_restore_svc.errors import HostFailed, QubeExists
-from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.local.directory_layout import (
-    RECORD,
-    leads_to,
+from qubes_restore_svc.broker.image_directory import (
+    VOLUME_FILES,
+    ImageDirectory,
+    clear_partials,
     partial_name,
-    record,
-    remove_partial,
 )
+from qubes_restore_svc.errors import HostFailed, QubeExists
 from qubes_restore_svc.wire.messages import QubeSettings
-from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.names import VolumeName, strip_control
+
+RECORD = "qube.json"
+RECORD_FORMAT = 1  #: rises when a reader of the record has to know
+
+_NAME = r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}"
+_FILES = frozenset({RECORD, *VOLUME_FILES.values()})
 
 
-class DirectoryQube:
+class DirectoryQube(ImageDirectory):
     """A `QubeTransaction` in a directory."""
 
     def __init__(self, directory: int, qube: NewQube) -> None:
@@ -40,25 +38,15 @@ class DirectoryQube:
 
         Raises HostFailed, also when something that is not ours has the partial name.
         """
-        self._directory = directory
+        check_name(qube.name)
         self._qube = qube
-        self._partial = partial_name(qube.name)
-        self._sinks: dict[VolumeName, ImageFile] = {}
-        self._mutex = threading.Lock()
-        self._state = State.OPEN
-        with reporting(f"creating {self._partial}", qube=qube.name):
+        partial = partial_name(qube.name)
+        with reporting(f"creating {partial}", qube=qube.name):
             try:
-                self._inside = make_directory(self._partial, dir_fd=directory)
+                super().__init__(directory, qube.name, qube.name, _FILES)
             except FileExistsError:
-                raise self._failure(f"{self._partial} is in the way, and not a restore's leftover") from None
-
-    def create_volume(self, volume: VolumeName, image_size: int) -> ImageFile:
-        """A sink for `volume`; raises HostFailed, also when it has one or cannot be as large here."""
-        with self._mutex:
-            self._check_open()
-            sink = ImageFile(self._inside, self._qube.name, volume, image_size)
-            self._sinks[volume] = sink
-            return sink
+                reason = f"{partial} is in the way, and not a restore's leftover"
+                raise HostFailed(reason, qube=qube.name) from None
 
     def change_template(self, template: str) -> None:
         """A directory has no templates, so this is never called."""
@@ -70,44 +58,17 @@ class DirectoryQube:
         Raises QubeExists if the name has been taken since `begin`, NoSpace, or HostFailed (also when a
         volume is not finished). After any of these the qube can only be rolled back.
         """
+        name = self._qube.name
         with self._mutex:
             self._check_open()
             if settings.key != self._qube.source.key:
                 raise self._failure("the settings are those of another qube")
-            with reporting(f"writing {RECORD}", qube=self._qube.name):
+            with reporting(f"writing {RECORD}", qube=name):
                 self._write_record(record(self._qube, settings, self._sizes()))
-                sync_directory(self._inside)
-            with reporting("giving the complete qube its name", qube=self._qube.name):
-                self._publish()
-            self._leave(State.COMPLETE)
+            with reporting("giving the complete qube its name", qube=name):
+                if self._publish([name]) is None:
+                    raise QubeExists("something of that name has appeared in the directory", qube=name)
         return ()
-
-    def rollback(self) -> None:
-        """Remove all that was created; raises HostFailed if it cannot, or if others put something there."""
-        with self._mutex:
-            if self._state is not State.OPEN:
-                return
-            for sink in self._sinks.values():
-                sink.abandon()
-            for sink in self._sinks.values():
-                sink.wait_ended()
-            try:
-                with reporting(f"removing {self._partial}", qube=self._qube.name):
-                    remove_partial(self._partial, self._inside, dir_fd=self._directory)
-            finally:
-                self._leave(State.GONE)
-
-    def _check_open(self) -> None:
-        if self._state is not State.OPEN:
-            raise self._failure("this qube has been committed or rolled back")
-
-    def _sizes(self) -> dict[VolumeName, int]:
-        sizes: dict[VolumeName, int] = {}
-        for volume, sink in self._sinks.items():
-            if sink.size is None:
-                raise HostFailed("the volume is not complete", qube=self._qube.name, volume=volume)
-            sizes[volume] = sink.size
-        return sizes
 
     def _write_record(self, content: bytes) -> None:
         file = make_file(RECORD, dir_fd=self._inside)
@@ -117,28 +78,58 @@ class DirectoryQube:
         finally:
             os.close(file)
 
-    def _publish(self) -> None:
-        name = self._qube.name
-        try:
-            rename_new(self._partial, name, dir_fd=self._directory)
-        except OSError as error:
-            if error.errno not in NAME_TAKEN:
-                raise
-            raise QubeExists("something of that name has appeared in the directory", qube=name) from error
-        try:
-            if not leads_to(name, self._inside, dir_fd=self._directory):
-                raise self._failure(
-                    f"what is called {name} now is not what was restored: somebody else changes the directory"
-                )
-            sync_directory(self._directory)
-        except OSError:
-            # Not known to be there, or to last, so not a success: back to where a rollback finds it.
-            os.rename(name, self._partial, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            raise
 
-    def _leave(self, state: State) -> None:
-        self._state = state
-        close_read(self._inside)
+def check_name(qube_name: str) -> None:
+    """Raises HostFailed for what no qube can be called.
 
-    def _failure(self, reason: str) -> HostFailed:
-        return HostFailed(reason, qube=self._qube.name)
+    Names were checked long before they come here. The check stands here again because here it is that a
+    `/` or a leading dot would do harm.
+    """
+    if not re.fullmatch(_NAME, qube_name):
+        shown = strip_control(qube_name[:64])
+        raise HostFailed("a directory for a qube of that name cannot be created", qube=shown)
+
+
+def clear_unfinished(directory: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """See `clear_partials`, for the qubes of restores to this directory that were killed."""
+    return clear_partials(directory, _NAME, _FILES)
+
+
+def record(qube: NewQube, settings: QubeSettings, sizes: Mapping[VolumeName, int]) -> bytes:
+    """The content of `qube.json`: UTF-8, keys in order, the same bytes for the same qube.
+
+    `sizes` are those of the volumes that were written, in bytes. `null` stands for what the backup does not
+    say (`netvm`: the system's default), and for settings files that could not be had; why is a warning.
+    """
+    source = qube.source
+    warnings = list(qube.warnings)
+    if settings.error is not None:
+        warnings.append(str(settings.error.to_error()))
+    content = {
+        "format": RECORD_FORMAT,
+        "tool_version": __version__,
+        "backup_id": qube.backup_id,
+        "name": qube.name,
+        "name_in_backup": source.name,
+        "class": source.klass,
+        "label": source.label,
+        "template": source.template,
+        "netvm": source.netvm,
+        "properties": source.properties,
+        "features": source.features,
+        "tags": sorted(source.tags),
+        "firewall": _rules(settings),
+        "notes": settings.notes,
+        "appmenus": None if settings.appmenus is None else list(settings.appmenus),
+        "volumes": {volume: {"file": VOLUME_FILES[volume], "size": size} for volume, size in sizes.items()},
+        "warnings": warnings,
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    # A lone surrogate (from a path in a warning) becomes \udcXX, which is how JSON writes it.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _rules(settings: QubeSettings) -> list[dict[str, object]] | None:
+    if settings.firewall is None:
+        return None
+    return [rule.model_dump(exclude_none=True) for rule in settings.firewall]

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker import filesystem
+from qubes_restore_svc.broker import filesystem, image_directory
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
-from qubes_restore_svc.local import directory_qube
 from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
 from tests.local.sample_qubes import new_qube, settings
@@ -63,7 +62,7 @@ def test_a_qube_whose_new_name_cannot_be_looked_at_is_rolled_back(
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     qube.create_volume("private", 10).finish(10)
-    monkeypatch.setattr(directory_qube, "leads_to", fail)
+    monkeypatch.setattr(image_directory, "_leads_to", fail)
     with pytest.raises(HostFailed, match="Cannot allocate memory"):
         qube.commit(settings())
     monkeypatch.undo()
@@ -165,7 +164,7 @@ def test_everything_is_on_disk_before_the_name_and_the_name_before_commit_return
         rename(old, new, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(directory_qube, "rename_new", noted_rename)
+    monkeypatch.setattr(image_directory, "rename_new", noted_rename)
     sink = qube.create_volume("private", 10)
     sink.finish(10)
     qube.commit(settings())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker import image_file
+from qubes_restore_svc.broker import image_directory
 from qubes_restore_svc.errors import HostFailed, NoSpace, RestoreError
 from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.wire.names import MAX_NUMBER
@@ -57,7 +57,7 @@ def test_an_image_may_end_in_zeros_or_consist_of_them(tmp_path: Path, qube: Dire
 
 
 def test_writing_takes_no_memory_of_its_own(qube: DirectoryQube, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_file, "WRITEBACK_STEP", MIB)
+    monkeypatch.setattr(image_directory, "WRITEBACK_STEP", MIB)
     data = memoryview(bytes(8 * MIB))
     sink = qube.create_volume("private", 80 * MIB)
     tracemalloc.start()
@@ -74,7 +74,7 @@ def test_writing_out_begins_on_the_way_and_covers_all_that_was_written(
     qube: DirectoryQube, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(image_file, "WRITEBACK_STEP", 3 * MIB)
+    monkeypatch.setattr(image_directory, "WRITEBACK_STEP", 3 * MIB)
     monkeypatch.setattr(
         os, "posix_fadvise", lambda _file, start, length, _: asked.append((start, start + length))
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.broker import image_directory
 from qubes_restore_svc.errors import HostFailed, NoSpace
 from qubes_restore_svc.qubes import dom0_home
 from qubes_restore_svc.qubes.dom0_home import ARCHIVE_NAME, Dom0Home, clear_unfinished_homes, dom0_user
@@ -133,7 +134,7 @@ def test_a_disk_that_fails_at_the_end_leaves_nothing(
     home = Dom0Home(tmp_path, QUBE)
     write_archive(home)
     with monkeypatch.context() as patch, pytest.raises(NoSpace):
-        patch.setattr(dom0_home if step == "rename_new" else os, step, fail)
+        patch.setattr(image_directory if step == "rename_new" else os, step, fail)
         home.commit(SETTINGS, None)
     home.rollback()
     assert os.listdir(tmp_path) == []
@@ -151,7 +152,7 @@ def test_a_publication_that_may_not_last_is_taken_back(
 
     home = Dom0Home(tmp_path, QUBE)
     write_archive(home)
-    monkeypatch.setattr(dom0_home, "sync_directory", fail_second)
+    monkeypatch.setattr(image_directory, "sync_directory", fail_second)
     with pytest.raises(HostFailed):
         home.commit(SETTINGS, None)
     home.rollback()

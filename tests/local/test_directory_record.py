@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc import __version__
+from qubes_restore_svc.broker.image_directory import partial_name
 from qubes_restore_svc.errors import BadMetadata, HostFailed
-from qubes_restore_svc.local.directory_layout import clear_partials, partial_name, record, remove_partial
+from qubes_restore_svc.local.directory_qube import check_name, clear_unfinished, record
 from qubes_restore_svc.wire.messages import ErrorInfo, QubeSettings
 from tests.local.sample_qubes import new_qube, settings
 
@@ -47,12 +48,12 @@ def make_partial(path: Path, *files: str) -> Path:
 )
 def test_a_name_that_could_leave_its_place_is_refused(name: str) -> None:
     with pytest.raises(HostFailed):
-        partial_name(name)
+        check_name(name)
 
 
 def test_a_refused_name_is_shown_without_its_control_characters() -> None:
     with pytest.raises(HostFailed) as caught:
-        partial_name("\x1b[2J" + "x" * 5000)
+        check_name("\x1b[2J" + "x" * 5000)
     assert "\x1b" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
@@ -61,15 +62,16 @@ def test_a_refused_name_is_shown_without_its_control_characters() -> None:
 def test_a_name_that_is_accepted_is_recognised_as_a_leftover(
     directory: int, tmp_path: Path, name: str
 ) -> None:
+    check_name(name)
     make_partial(tmp_path / partial_name(name))
-    assert clear_partials(directory) == ((partial_name(name),), ())
+    assert clear_unfinished(directory) == ((partial_name(name),), ())
 
 
 def test_leftovers_with_our_files_are_removed(directory: int, tmp_path: Path) -> None:
     make_partial(tmp_path / ".b.partial", "private.img", "root.img", "home.tar", "qube.json")
     make_partial(tmp_path / ".a.partial")
     make_partial(tmp_path / "c", "private.img")
-    assert clear_partials(directory) == ((".a.partial", ".b.partial"), ())
+    assert clear_unfinished(directory) == ((".a.partial", ".b.partial"), ())
     assert os.listdir(tmp_path) == ["c"]
 
 
@@ -79,20 +81,20 @@ def test_leftovers_with_our_files_are_removed(directory: int, tmp_path: Path) ->
 )
 def test_other_names_are_left_alone(directory: int, tmp_path: Path, name: str) -> None:
     make_partial(tmp_path / name, "private.img")
-    assert clear_partials(directory) == ((), ())
+    assert clear_unfinished(directory) == ((), ())
     assert (tmp_path / name / "private.img").exists()
 
 
 def test_a_leftover_with_a_file_of_somebody_else_is_kept_whole(directory: int, tmp_path: Path) -> None:
     partial = make_partial(tmp_path / ".a.partial", "private.img", "thesis.odt")
-    assert clear_partials(directory) == ((), (".a.partial",))
+    assert clear_unfinished(directory) == ((), (".a.partial",))
     assert sorted(os.listdir(partial)) == ["private.img", "thesis.odt"]
 
 
 def test_a_symbolic_link_with_a_leftovers_name_is_not_followed(directory: int, tmp_path: Path) -> None:
     elsewhere = make_partial(tmp_path / "elsewhere", "private.img")
     (tmp_path / ".a.partial").symlink_to("elsewhere")
-    assert clear_partials(directory) == ((), (".a.partial",))
+    assert clear_unfinished(directory) == ((), (".a.partial",))
     assert (elsewhere / "private.img").exists()
 
 
@@ -100,14 +102,10 @@ def test_a_leftover_that_holds_a_link_or_a_directory_is_kept(directory: int, tmp
     (make_partial(tmp_path / ".a.partial", "qube.json") / "private.img").symlink_to("/etc/passwd")
     (make_partial(tmp_path / ".b.partial", "qube.json") / "private.img").mkdir()
     (tmp_path / ".c.partial").write_text("a file")
-    assert clear_partials(directory) == ((), (".a.partial", ".b.partial", ".c.partial"))
+    assert clear_unfinished(directory) == ((), (".a.partial", ".b.partial", ".c.partial"))
     assert (tmp_path / ".a.partial" / "qube.json").exists()
     assert (tmp_path / ".b.partial" / "qube.json").exists()
     assert (tmp_path / ".c.partial").exists()
-
-
-def test_removing_what_is_not_there_does_nothing(directory: int) -> None:
-    remove_partial(".a.partial", directory, dir_fd=directory)
 
 
 def test_the_record_holds_everything_that_the_backup_says() -> None:
