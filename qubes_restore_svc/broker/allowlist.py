@@ -185,6 +185,18 @@ def check_entry(kind: Kind, entry: str) -> str:
             raise ValueError(f"on the {kind} {entry} no list decides, but {switch}: {rule.why}")
 
 
+def with_wildcards(entry: str) -> re.Pattern[str]:
+    """For fullmatch: `*` is any characters, `?` one, and nothing else is special.
+
+    Atomic groups keep it from trying a `*` twice: the time is linear, whatever the name is.
+    """
+    first, *rest = (re.escape(part).replace(r"\?", ".") for part in entry.split("*"))
+    if not rest:
+        return re.compile(first)
+    middle = "".join(f"(?>.*?{part})" for part in rest[:-1])
+    return re.compile(f"{first}{middle}.*{rest[-1]}")
+
+
 class _List:
     """One list of the configuration, ready to be asked."""
 
@@ -192,7 +204,7 @@ class _List:
         self.kind: Kind = kind
         self.names = frozenset(check_entry(kind, entry) for entry in entries)
         self.default = DEFAULT in self.names
-        patterns = [_compiled(kind, entry) for entry in sorted(self.names - {DEFAULT})]
+        patterns = [with_wildcards(entry) for entry in sorted(self.names - {DEFAULT})]
         self.matches: Callable[[str], bool] = lambda name: any(p.fullmatch(name) for p in patterns)
 
 
@@ -237,16 +249,6 @@ _ENTRIES = {kind: re.compile(f"[*?{alphabet}]{{1,255}}") for kind, alphabet in _
 
 #: Options of an assignment that nobody's safety depends on. Others, as `permissive` of pci, stay behind.
 _DEVICE_OPTIONS = {"block": frozenset({"read-only", "frontend-dev", "devtype"})}
-
-
-def _compiled(kind: Kind, entry: str) -> re.Pattern[str]:
-    """The pattern, for fullmatch. Atomic groups keep it from trying a `*` twice: the time is linear."""
-    char = f"[{_ALPHABETS[kind]}]"
-    first, *rest = ("".join(char if c == "?" else re.escape(c) for c in part) for part in entry.split("*"))
-    if not rest:
-        return re.compile(first)
-    middle = "".join(f"(?>{char}*?{part})" for part in rest[:-1])
-    return re.compile(f"{first}{middle}{char}*{rest[-1]}")
 
 
 def _shortened(left_out: tuple[str, ...]) -> tuple[str, ...]:

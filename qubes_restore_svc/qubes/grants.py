@@ -10,10 +10,10 @@ written may be larger than that. So what has no recorded size, or may exceed it,
 limit on sizes.
 """
 
-import re
 from pathlib import Path
 from typing import Never
 
+from qubes_restore_svc.broker.allowlist import with_wildcards
 from qubes_restore_svc.broker.plan import Plan
 from qubes_restore_svc.errors import NotGranted, UsageError
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, LimitsConfig
@@ -193,18 +193,6 @@ def check_options(limits: LimitsConfig, *, ignore_size_limit: bool) -> None:
         raise UsageError("--ignore-size-limit is not possible: the configuration limits sizes", advice="")
 
 
-# --- Patterns ----------------------------------------------------------------------------------------
-
-
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Upper and lower case are different; `*` is any characters, `?` one, and nothing else is special."""
-    return any(_compiled(pattern).fullmatch(name) for pattern in patterns)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """Atomic groups keep it from trying a `*` twice: the time is linear, whatever name is asked for."""
-    first, *rest = (re.escape(part).replace(r"\?", ".") for part in pattern.split("*"))
-    if not rest:
-        return re.compile(first)
-    middle = "".join(f"(?>.*?{part})" for part in rest[:-1])
-    return re.compile(f"{first}{middle}.*{rest[-1]}")
+    """Upper and lower case are different."""
+    return any(with_wildcards(pattern).fullmatch(name) for pattern in patterns)
