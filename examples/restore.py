@@ -9,7 +9,8 @@ from qubes_restore_svc.client.observer import NullObserver
 from qubes_restore_svc.client.sync import BlockingRestoreCall
 from qubes_restore_svc.client.transports import system_transport
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, OpenBackup, QubeResult
+from qubes_restore_svc.wire.report import QubeReport
+from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, OpenBackup
 
 
 class Shown(NullObserver):
@@ -19,9 +20,9 @@ class Shown(NullObserver):
         """About twice a second."""
         print(f"{archive_bytes >> 20} MiB of the backup are dealt with")
 
-    def qube_finished(self, result: QubeResult) -> None:
+    def qube_finished(self, report: QubeReport) -> None:
         """A qube is there, or it is not."""
-        print(f"{result.name}: {result.outcome}")
+        print(f"{report.name}: {report.outcome}")
 
 
 def restore(storage_qube: str, path: str, qube: str) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.job import OLD_FORMAT
-from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.errors import ExitStatus
+from qubes_restore_svc.wire.report import Report
 
 from .support.compare import sha256
 from .support.format3_writer import Format3Writer

@@ -6,19 +6,16 @@ lost that a person is shown. A client that speaks for a person (the command in a
 and shows them with what shows them in dom0.
 """
 
-from collections.abc import Iterable
-from datetime import UTC, datetime
-
 from pydantic import ValidationError
 
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, Problem, UnlistedQube
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
-from qubes_restore_svc.errors import ERROR_KINDS, ProtocolViolation, RestoreError
+from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.framing import MAX_FRAME
 from qubes_restore_svc.wire.messages import ManifestQube, RefusedQube
-from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.models import ErrorInfo, encoded_size
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
+from qubes_restore_svc.wire.report import CUT, remarks
 
 _DECISIONS: dict[Decision, c.Decision] = {
     Decision.TAKE: "take",
@@ -37,8 +34,6 @@ _PROBLEMS: dict[Problem, c.Problem] = {
 _DECISION_OF = {word: decision for decision, word in _DECISIONS.items()}
 _PROBLEM_OF = {word: problem for problem, word in _PROBLEMS.items()}
 
-_TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
-_CUT = "there was more to say than one message holds; the report in dom0 has more of it"
 
 #: Characters of a text and remarks on a qube in a plan that would be too large, from the most to the least.
 _PLAN_ROOMS = ((MAX_TEXT, 1), (300, 1), (100, 0), (20, 0))
@@ -61,7 +56,7 @@ def plan_message(plan: Plan, number: int, mode: c.Mode, archive_size: int | None
     )
     rooms = iter(_PLAN_ROOMS)
     short = message
-    while _size(short) > MAX_FRAME and (room := next(rooms, None)) is not None:
+    while encoded_size(short) > MAX_FRAME and (room := next(rooms, None)) is not None:
         short = _plan_within(message, *room)
     return short
 
@@ -100,7 +95,7 @@ def _plan_within(plan: c.Plan, length: int, remarks: int) -> c.Plan:
                 "remark": shortened(whole.remark, length),
                 "error": error(whole.error),
                 "notes": tuple(shortened(note, length) for note in whole.notes[: 10 * remarks]),
-                "settings_left_out": (_CUT,)[:remarks],
+                "settings_left_out": (CUT,)[:remarks],
             }
         )
 
@@ -130,8 +125,8 @@ def _plan_qube(planned: PlannedQube) -> c.PlanQube:
         problem=None if planned.problem is None else _PROBLEMS[planned.problem],
         remark=_text(planned.remark),
         error=None if planned.error is None else ErrorInfo.of(planned.error),
-        notes=_texts(planned.notes),
-        settings_left_out=_texts(planned.left_out),
+        notes=remarks(planned.notes),
+        settings_left_out=remarks(planned.left_out),
     )
 
 
@@ -162,127 +157,7 @@ def _planned_qube(qube: c.PlanQube) -> PlannedQube:
     )
 
 
-# --- Reports ---------------------------------------------------------------------------------------
-
-
-def report_message(report: Report) -> c.RestoreReport:
-    """The message that tells a client of a closed report, shortened until it fits."""
-    return _report_message(report.fitting(lambda short: _size(_report_message(short)), MAX_FRAME))
-
-
-def _report_message(report: Report) -> c.RestoreReport:
-    assert report.finished is not None, "it is told when it is closed"
-    return c.RestoreReport(
-        mode=report.mode,
-        version=_text(report.version),
-        backup_id=report.backup_id,
-        started=report.started.astimezone(UTC).strftime(_TIME_FORMAT),
-        finished=report.finished.astimezone(UTC).strftime(_TIME_FORMAT),
-        status=report.status,
-        error=_error_info(report.error),
-        warnings=_texts(report.warnings),
-        qubes=tuple(qube_result(qube) for qube in report.qubes),
-    )
-
-
-def report_of(message: c.RestoreReport) -> Report:
-    """The report that a message tells of."""
-    return Report(
-        version=message.version,
-        mode=message.mode,
-        backup_id=message.backup_id,
-        started=_moment(message.started),
-        finished=_moment(message.finished),
-        status=message.status,
-        error=_error_report(message.error),
-        warnings=list(message.warnings),
-        qubes=[qube_report(qube) for qube in message.qubes],
-    )
-
-
-def qube_message(report: QubeReport) -> c.QubeFinished:
-    """The message that tells a client of a qube that is through, shortened until it fits."""
-
-    def message(report: QubeReport) -> c.QubeFinished:
-        return c.QubeFinished(qube=qube_result(report))
-
-    return message(report.fitting(lambda short: _size(message(short)), MAX_FRAME))
-
-
-def qube_result(report: QubeReport) -> c.QubeResult:
-    """What a client is told of one qube."""
-    return c.QubeResult.model_validate(
-        {
-            "name": _text(report.name),
-            "name_in_backup": None if report.name_in_backup is None else _text(report.name_in_backup),
-            "klass": report.klass,
-            "outcome": report.outcome,
-            "remark": _text(report.remark),
-            "error": _error_info(report.error),
-            "warnings": _texts(report.warnings),
-            "settings_left_out": _texts(report.settings_left_out),
-            "volumes": tuple(_volume_result(volume) for volume in report.volumes),
-        }
-    )
-
-
-def qube_report(result: c.QubeResult) -> QubeReport:
-    """The same, back."""
-    return QubeReport(
-        name=result.name,
-        name_in_backup=result.name_in_backup,
-        klass=result.klass,
-        outcome=result.outcome,
-        remark=result.remark,
-        error=_error_report(result.error),
-        warnings=list(result.warnings),
-        settings_left_out=list(result.settings_left_out),
-        volumes=[_volume_report(volume) for volume in result.volumes],
-    )
-
-
-def _volume_result(report: VolumeReport) -> c.VolumeResult:
-    return c.VolumeResult.model_validate(
-        {**report.model_dump(exclude={"error"}), "error": _error_info(report.error)}
-    )
-
-
-def _volume_report(result: c.VolumeResult) -> VolumeReport:
-    return VolumeReport.model_validate(
-        {**result.model_dump(exclude={"error"}), "error": _error_report(result.error)}
-    )
-
-
 # --- Small things ----------------------------------------------------------------------------------
-
-
-def _error_info(report: ErrorReport | None) -> ErrorInfo | None:
-    if report is None:
-        return None
-    kind = ERROR_KINDS.get(report.kind, RestoreError)
-    return ErrorInfo.of(kind(report.reason, chunk=report.chunk, advice=report.advice))
-
-
-def _error_report(info: ErrorInfo | None) -> ErrorReport | None:
-    if info is None:
-        return None
-    return ErrorReport(kind=info.kind, reason=info.reason, advice=info.advice, chunk=info.chunk)
-
-
-def _size(message: c.Plan | c.QubeFinished | c.RestoreReport) -> int:
-    return len(message.model_dump_json().encode())
-
-
-def _moment(text: str) -> datetime:
-    try:
-        return datetime.strptime(text, _TIME_FORMAT).replace(tzinfo=UTC)
-    except ValueError:
-        raise ProtocolViolation("a report of a time that is none") from None
-
-
-def _texts(texts: Iterable[str]) -> tuple[str, ...]:
-    cut = tuple(_text(text) for text in texts)
-    return cut if len(cut) <= c.MAX_REMARKS else (*cut[: c.MAX_REMARKS - 1], _CUT)
 
 
 def _text(text: str) -> str:

@@ -10,14 +10,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
 from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
-from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report
 from qubes_restore_svc.broker.restore import Observer, RestoreRun
 from qubes_restore_svc.errors import (
     Cancelled,
@@ -29,6 +26,9 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.waiting import ask, in_thread
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import MAX_TEXT, shortened
+from qubes_restore_svc.wire.report import QubeReport, Report, warn
 
 #: Shows the plan to the person before anything is created. None: it is to be carried out. Options: it is not,
 #: another plan is to be made of these, and shown. Raises RestoreError to end the job.
@@ -47,7 +47,7 @@ async def read_manifest(
     `stall_s`: seconds of silence after which the worker counts as stalled.
     """
     async with link, SessionClient(link, stall_s) as client:
-        manifest = await _opened(client, options, observer, [])
+        manifest = await _opened(client, options, observer, None)
         client.cancel()
         return manifest
 
@@ -68,7 +68,7 @@ async def run_job(
     Which settings may come back (`allow`) stays as `choice` says. Without `confirm` nobody is asked.
     `stall_s`: seconds of silence after which the worker, or a volume's stream, counts as stalled.
     """
-    report = Report(mode="verify" if host is None else "restore", started=_now())
+    report = Report.begun("verify" if host is None else "restore")
     error: RestoreError | None = None
     try:
         await _run(report, link, host, options, choice, observer, confirm, stall_s)
@@ -80,7 +80,7 @@ async def run_job(
         error = exhausted(caught)
         if error is None:  # a mistake of ours
             raise
-    report.close(_now(), error)
+    report.close(error)
     return report
 
 
@@ -97,9 +97,9 @@ async def _run(
     async with contextlib.AsyncExitStack() as locks:
         if host is not None:
             for remark in await locks.enter_async_context(_locked(host)):
-                _warn(remark, observer, report.warnings)
+                _warn(remark, observer, report)
         async with link, SessionClient(link, stall_s) as client:
-            manifest = await _opened(client, options, observer, report.warnings)
+            manifest = await _opened(client, options, observer, report)
             report.backup_id = manifest.backup_id
             agreed = _Agreement(report, link, client, host, options, observer, stall_s)
             plan, run = await agreed.reach(manifest, choice, confirm)
@@ -166,9 +166,9 @@ class _Agreement:
             view = None if self.host is None else await ask(self.host.view)
             plan = make_plan(manifest, choice, view)
             free = None if self.host is None else await ask(self.host.free_space)
-            _warn_of_space(plan, free, self.observer, self.report.warnings)
+            _warn_of_space(plan, free, self.observer, self.report)
             for remark in () if view is None else view.remarks:
-                _warn(remark, self.observer, self.report.warnings)
+                _warn(remark, self.observer, self.report)
             run = self._run_of(plan)
             self.report.qubes = _in_order(plan, run.reports)
             other = None if confirm is None else await _confirmed(plan, run, confirm)
@@ -183,9 +183,9 @@ class _Agreement:
             plan,
             self.host,
             self.observer,
+            self.report,
             ignore_size_limit=self.options.ignore_size_limit,
             tail_timeout_s=self.stall_s,
-            warnings=self.report.warnings,
         )
 
 
@@ -194,7 +194,7 @@ async def _confirmed(plan: Plan, run: RestoreRun, confirm: Confirm) -> PlanOptio
         return await confirm(plan)
     except RestoreError as error:
         for report in run.reports:  # nothing is wrong with them; this is why they have not come
-            report.error = ErrorReport.of(error)
+            report.error = ErrorInfo.without_place(error)
         raise
 
 
@@ -207,22 +207,22 @@ OLD_FORMAT = (
 
 
 async def _opened(
-    client: SessionClient, options: SessionOptions, observer: Observer, warnings: list[str]
+    client: SessionClient, options: SessionOptions, observer: Observer, report: Report | None
 ) -> m.Manifest:
     async with contextlib.aclosing(client.open(options)) as messages:
         async for message in messages:
             if isinstance(message, m.Manifest):
                 if message.format == 3:
-                    _warn(OLD_FORMAT, observer, warnings)
+                    _warn(OLD_FORMAT, observer, report)
                 return message
             if isinstance(message, m.Log) and message.level == "warning":
-                _warn(message.text, observer, warnings)
+                _warn(message.text, observer, report)
             elif isinstance(message, m.Log):
                 observer.log(message.level, message.text)
     raise ProtocolViolation("the session ended without a manifest")
 
 
-def _in_order(plan: Plan, taken: list[QubeReport]) -> list[QubeReport]:
+def _in_order(plan: Plan, taken: list[QubeReport]) -> tuple[QubeReport, ...]:
     """One report a qube of the backup, in its order; those of the taken ones are filled in later."""
     by_name = {report.name: report for report in taken}
     reports = []
@@ -230,39 +230,40 @@ def _in_order(plan: Plan, taken: list[QubeReport]) -> list[QubeReport]:
         if qube.decision is Decision.TAKE:
             reports.append(by_name[qube.name])
             continue
-        error = None if qube.error is None else ErrorReport.of(qube.error)
+        error = None if qube.error is None else ErrorInfo.without_place(qube.error)
         reports.append(
             QubeReport(
                 name=qube.name,
                 klass=qube.source.klass,
                 outcome="left out" if qube.decision is Decision.LEAVE_OUT else "refused",
-                remark=qube.remark,
+                remark=shortened(qube.remark, MAX_TEXT),
                 error=error,
             )
         )
     for unlisted in plan.unlisted:
         reports.append(
-            QubeReport(name=unlisted.name, klass="?", outcome="refused", error=ErrorReport.of(unlisted.error))
+            QubeReport(
+                name=unlisted.name,
+                klass="?",
+                outcome="refused",
+                error=ErrorInfo.without_place(unlisted.error),
+            )
         )
-    return reports
+    return tuple(reports)
 
 
-def _warn_of_space(plan: Plan, free: int | None, observer: Observer, warnings: list[str]) -> None:
+def _warn_of_space(plan: Plan, free: int | None, observer: Observer, report: Report) -> None:
     """Say so early when the qubes took more room than there is; their holes may still make them fit."""
     needed = sum(qube.source.backup_size for qube in plan.taken)
     if free is None or needed <= free:
         return
     text = f"the qubes took {needed >> 20} MiB when they were backed up, and only {free >> 20} MiB are free"
-    _warn(text, observer, warnings)
+    _warn(text, observer, report)
 
 
-def _warn(text: str, observer: Observer, warnings: list[str]) -> None:
-    if text in warnings:  # it was said of another plan
-        return
-    if len(warnings) < MAX_WARNINGS:
-        warnings.append(text)
+def _warn(text: str, observer: Observer, report: Report | None) -> None:
+    if report is not None:
+        if text in report.warnings:  # it was said of another plan
+            return
+        warn(report, text)
     observer.log("warning", text)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 
 from qubes_restore_svc.broker.host import Definition, QubeTransaction
 from qubes_restore_svc.broker.plan import Plan, PlannedQube
-from qubes_restore_svc.broker.report import QubeReport, VolumeReport
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.names import MAX_TEXT, VolumeName, shortened
+from qubes_restore_svc.wire.report import QubeReport, VolumeReport, remarks
 
 #: Bytes of settings that may wait until templates and netvms are finished: 4096 qubes have 16 KiB each.
 MAX_WAITING_SETTINGS = 64 << 20
-
-#: Most warnings that a report keeps for one qube, or for none.
-MAX_WARNINGS = 100
 
 
 class Stage(enum.Enum):
@@ -71,18 +69,13 @@ class QubeRun:
         """There is nothing more to be done with it, and nothing to be kept but its report."""
         self.stage, self.settings = Stage.FINISHED, b""
 
-    def volume(self, name: str) -> VolumeReport:
+    def volume(self, name: VolumeName) -> VolumeReport:
         """The report of one of its volumes; a new one if nothing promised it."""
         for volume in self.report.volumes:
             if volume.name == name:
                 return volume
-        self.report.volumes.append(VolumeReport(name=name))
+        self.report.volumes += (VolumeReport(name=name, outcome="not reached"),)
         return self.report.volumes[-1]
-
-    def warn(self, text: str) -> None:
-        """Keep a warning for the report, as far as there is room."""
-        if len(self.report.warnings) < MAX_WARNINGS:
-            self.report.warnings.append(text)
 
 
 class QubeRuns:
@@ -162,7 +155,8 @@ def _empty_report(qube: PlannedQube) -> QubeReport:
         name=qube.name,
         name_in_backup=None if qube.name == qube.source.name else qube.source.name,
         klass=qube.source.klass,
-        remark="; ".join(qube.notes),
-        settings_left_out=list(qube.left_out),
-        volumes=[VolumeReport(name=volume.name) for volume in qube.source.volumes],
+        outcome="failed",
+        remark=shortened("; ".join(qube.notes), MAX_TEXT),
+        settings_left_out=remarks(qube.left_out),
+        volumes=tuple(VolumeReport(name=one.name, outcome="not reached") for one in qube.source.volumes),
     )

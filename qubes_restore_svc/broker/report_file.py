@@ -6,25 +6,39 @@ device) is written to where it is, never replaced.
 
 import contextlib
 import errno
+import json
 import os
+from datetime import datetime
 from pathlib import Path
 
-from qubes_restore_svc.broker.report import Report
+from pydantic.main import IncEx
+
 from qubes_restore_svc.owners import interference, user_name
+from qubes_restore_svc.wire.report import Report
 
 _ATTEMPTS = 100
 
 #: Bytes that a report may have; one of 250 qubes has less than a tenth of it.
 MAX_REPORT = 8 << 20
 
+#: What only a message has. An error stands in what it is about, and names no place.
+_ERROR: dict[str, IncEx | bool] = {"error": {"qube": True, "volume": True}}
+_NOT_KEPT: dict[str, IncEx | bool] = {
+    "type": True,
+    **_ERROR,
+    "qubes": {"__all__": {**_ERROR, "volumes": {"__all__": _ERROR}}},
+}
 
-def write_report(path: Path, report: Report, mode: int | None = None) -> None:
+
+def write_report(path: Path, report: Report, mode: int | None = None, asked_by: str | None = None) -> None:
     """Write `report` as JSON, shortened until it fits MAX_REPORT; raises OSError.
 
     `mode`: the permissions of a file that is kept for others too, whatever the umask; None leaves them to the
-    umask. What exists and is replaced counts as new.
+    umask. What exists and is replaced counts as new. `asked_by`: the domain that asked for the restore, if it
+    was another than the one that keeps the report.
     """
-    content = _encoded(report.fitting(lambda short: len(_encoded(short)), MAX_REPORT))
+    short = report.fitting(MAX_REPORT, lambda form: len(_encoded(form, asked_by)))
+    content = _encoded(short, asked_by)
     if path.exists() and not path.is_file():
         # A pipe without a reader would let an ordinary open wait, past every signal.
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -53,8 +67,19 @@ def write_report(path: Path, report: Report, mode: int | None = None) -> None:
         raise
 
 
-def _encoded(report: Report) -> bytes:
-    return (report.model_dump_json(indent=2) + "\n").encode()
+def _encoded(report: Report, asked_by: str | None) -> bytes:
+    fields = report.model_dump(exclude=_NOT_KEPT)
+    head = {
+        "tool": "qubes-restore-svc",
+        "version": fields.pop("version"),
+        "mode": fields.pop("mode"),
+        "asked_by": asked_by,
+    }
+    return (json.dumps(head | fields, indent=2, ensure_ascii=False, default=_moment) + "\n").encode()
+
+
+def _moment(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
 
 
 def _new_file_beside(path: Path, mode: int) -> tuple[int, Path]:

@@ -19,14 +19,12 @@ from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Plan
 from qubes_restore_svc.broker.qube_runs import (
     MAX_WAITING_SETTINGS,
-    MAX_WARNINGS,
     QubeRun,
     QubeRuns,
     Stage,
     without_dispvm,
 )
 from qubes_restore_svc.broker.receiver import VolumeCopy
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport
 from qubes_restore_svc.errors import (
     BadMetadata,
     Cancelled,
@@ -39,6 +37,9 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.waiting import in_thread, to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import QubeReport, Report, warn
 
 _TOO_MUCH_WAITS = (
     "its settings would have to wait for its template or its netvm, which come later in the backup; and"
@@ -70,7 +71,7 @@ class RestoreRun:
     """Restores the taken qubes of `plan` to `host`, or verifies them if `host` is None.
 
     `tail_timeout_s`: seconds that the rest of a volume may take to arrive once the worker has called it
-    complete. `warnings` takes those that belong to no qube.
+    complete. `report` takes the warnings that belong to no qube.
     """
 
     def __init__(
@@ -80,13 +81,13 @@ class RestoreRun:
         plan: Plan,
         host: Host | None,
         observer: Observer,
+        report: Report,
         *,
         ignore_size_limit: bool = False,
         tail_timeout_s: float = STALL_S,
-        warnings: list[str] | None = None,
     ) -> None:
         self._tail_timeout_s = tail_timeout_s
-        self._warnings = [] if warnings is None else warnings
+        self._report = report
         self._link = link
         self._client = client
         self._plan = plan
@@ -147,9 +148,7 @@ class RestoreRun:
     def _log(self, message: m.Log) -> None:
         qube = self._qubes.get(message.key)
         if message.level == "warning":
-            warnings = self._warnings if qube is None else qube.report.warnings
-            if len(warnings) < MAX_WARNINGS:
-                warnings.append(message.text)
+            warn(self._report if qube is None else qube.report, message.text)
         name = f"{qube.name}: " if qube is not None else ""
         self._observer.log(message.level, name + message.text)
 
@@ -165,8 +164,7 @@ class RestoreRun:
         )
 
     def _warn_of_source(self, text: str) -> None:
-        if len(self._warnings) < MAX_WARNINGS:
-            self._warnings.append(text)
+        warn(self._report, text)
         self._observer.log("warning", text)
 
     # --- One volume ---------------------------------------------------------------------------------
@@ -228,7 +226,7 @@ class RestoreRun:
             qube.name,
             qube.planned.source,
             self._plan.backup_id,
-            tuple(qube.report.warnings),
+            qube.report.warnings,
             qube.definition,
         )
 
@@ -256,20 +254,20 @@ class RestoreRun:
     async def _volume_failed(
         self,
         qube: QubeRun,
-        name: str,
+        name: VolumeName,
         error: RestoreError,
         outcome: Literal["failed", "skipped"] = "failed",
     ) -> None:
         """A restore gives the qube up; a verify goes on with its other volumes."""
         volume = qube.volume(name)
         if volume.error is None:  # the first one is the reason of the others
-            volume.outcome, volume.error = outcome, ErrorReport.of(error)
+            volume.outcome, volume.error = outcome, ErrorInfo.without_place(error)
         if qube.finished:
             return
         if self._host is not None:
             await self._fail(qube, error.at(volume=name))
         elif qube.report.error is None:
-            qube.report.error = ErrorReport.of(error)
+            qube.report.error = ErrorInfo.without_place(error)
 
     async def _settle(self, qube: QubeRun, settings: m.QubeSettings) -> None:
         if qube.finished:
@@ -305,7 +303,7 @@ class RestoreRun:
                     "It had been created by then and is still there. Look at what it lacks, a firewall above"
                     " all, before you start it; or remove it."
                 )
-            qube.report.error = ErrorReport.of(error.at(qube=qube.name))
+            qube.report.error = ErrorInfo.without_place(error.at(qube=qube.name))
             self._conclude(qube, "failed" if self._host is None else "incomplete")
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:
@@ -375,13 +373,13 @@ class RestoreRun:
         qube.transaction = None
 
     def _warn(self, qube: QubeRun, text: str) -> None:
-        qube.warn(text)
+        warn(qube.report, text)
         self._observer.log("warning", f"{qube.name}: {text}")
 
     def _note_error(self, qube: QubeRun, error: RestoreError) -> None:
         qube.finish()
         if qube.report.error is None:
-            qube.report.error = ErrorReport.of(error)
+            qube.report.error = ErrorInfo.without_place(error)
 
     def _conclude(
         self, qube: QubeRun, outcome: Literal["restored", "verified", "incomplete", "failed"]
@@ -408,7 +406,7 @@ class RestoreRun:
         """Report the volume that was on its way when the session ended with `error`."""
         error = copy.failure or error
         volume = qube.volume(copy.ready.volume)
-        volume.outcome, volume.error = "failed", ErrorReport.of(error)
+        volume.outcome, volume.error = "failed", ErrorInfo.without_place(error)
         if not qube.finished:
             self._note_error(qube, error)
 

@@ -16,10 +16,10 @@ from typing import Never, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from qubes_restore_svc.broker.report import QubeReport
 from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.cli.tables import duration_text, size_text
 from qubes_restore_svc.cli.terminal import QuietStream, can_redraw, say, width_of
+from qubes_restore_svc.wire.report import QubeReport
 
 _T = TypeVar("_T")
 

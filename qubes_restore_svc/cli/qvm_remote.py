@@ -9,17 +9,14 @@ import asyncio
 import os
 import stat
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import SecretStr, ValidationError
 
-from qubes_restore_svc.broker.call_messages import choice_message, plan_of, qube_report, report_of
+from qubes_restore_svc.broker.call_messages import choice_message, plan_of
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import Confirm
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions
-from qubes_restore_svc.broker.qube_runs import MAX_WARNINGS
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.client.aio import RestoreCall
@@ -27,7 +24,9 @@ from qubes_restore_svc.client.transports import QrexecTransport, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, UsageError
 from qubes_restore_svc.qubes.storage import QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import MAX_TEXT, shortened, strip_control
+from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport, remarks, warn
 
 
 def remote_restorer(
@@ -71,8 +70,8 @@ class RemoteRestorer:
         verify_only: bool,
     ) -> Report:
         """As `run_job`: comes back with a report also if the task is cancelled."""
-        report = Report(mode="verify" if verify_only else "restore", started=datetime.now(UTC))
-        watched = _Watched(observer)
+        report = Report.begun("verify" if verify_only else "restore")
+        watched = _Watched(observer, report)
         error: RestoreError | None = None
         try:
             request = self._request(options, choice, report)
@@ -80,18 +79,17 @@ class RemoteRestorer:
             try:
                 async with call:
                     await _agree(call, confirm, report)
-                    return report_of(await call.confirm())
+                    return await call.confirm()
             except asyncio.CancelledError:
                 if call.report is None:
                     raise
-                return report_of(call.report)
+                return call.report
         except RestoreError as caught:
             error = caught
         except asyncio.CancelledError:
             error = Cancelled("it was cancelled", advice="")
-        report.warnings = watched.warnings
         _complete(report, watched.finished, error)
-        report.close(datetime.now(UTC), error)
+        report.close(error)
         return report
 
     def _request(self, options: SessionOptions, choice: PlanOptions, report: Report) -> c.OpenBackup:
@@ -115,24 +113,23 @@ class RemoteRestorer:
 class _Watched:
     """Passes on to the display what dom0 says, and keeps what a report needs if none comes."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, report: Report) -> None:
         self.finished: list[QubeReport] = []
-        self.warnings: list[str] = []
+        self._report = report
         self._observer = observer
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:
         self._observer.progress(archive_bytes, image_bytes)
 
     def log(self, level: str, text: str) -> None:
-        if level == "warning" and len(self.warnings) < MAX_WARNINGS:
-            self.warnings.append(text)
+        if level == "warning":
+            warn(self._report, text)
         self._observer.log(level, text)
 
     def volume_started(self, qube: str, volume: str, image_size: int) -> None:
         self._observer.volume_started(qube, volume, image_size)
 
-    def qube_finished(self, result: c.QubeResult) -> None:
-        report = qube_report(result)
+    def qube_finished(self, report: QubeReport) -> None:
         self.finished.append(report)
         self._observer.qube_finished(report)
 
@@ -142,11 +139,13 @@ async def _agree(call: RestoreCall, confirm: Confirm | None, report: Report) -> 
     while True:
         plan = plan_of(call.plan)
         report.backup_id = plan.backup_id
-        report.qubes = [*map(_not_yet, plan.qubes)]
-        report.qubes += [
-            QubeReport(name=qube.name, klass="?", outcome="refused", error=ErrorReport.of(qube.error))
-            for qube in plan.unlisted
-        ]
+        report.qubes = (
+            *map(_not_yet, plan.qubes),
+            *(
+                QubeReport(name=qube.name, klass="?", outcome="refused", error=_error(qube.error))
+                for qube in plan.unlisted
+            ),
+        )
         if confirm is None:
             return
         try:
@@ -154,9 +153,7 @@ async def _agree(call: RestoreCall, confirm: Confirm | None, report: Report) -> 
         except RestoreError as error:
             for planned, qube in zip(plan.qubes, report.qubes, strict=False):
                 if planned.decision is Decision.TAKE:
-                    qube.error = ErrorReport.of(
-                        error
-                    )  # nothing is wrong with it; this is why it has not come
+                    qube.error = _error(error)  # nothing is wrong with it; this is why it has not come
             # So that the next restore need not wait until dom0 has put away what it had begun.
             await call.cancel()
             await call.wait_ended()
@@ -173,26 +170,32 @@ def _not_yet(planned: PlannedQube) -> QubeReport:
             name=planned.name,
             name_in_backup=planned.source.name if planned.name != planned.source.name else None,
             klass=planned.source.klass,
-            remark="; ".join(planned.notes),
-            settings_left_out=list(planned.left_out),
-            volumes=[VolumeReport(name=volume.name) for volume in planned.source.volumes],
+            outcome="failed",
+            remark=shortened("; ".join(planned.notes), MAX_TEXT),
+            settings_left_out=remarks(planned.left_out),
+            volumes=tuple(
+                VolumeReport(name=volume.name, outcome="not reached") for volume in planned.source.volumes
+            ),
         )
     return QubeReport(
         name=planned.name,
         klass=planned.source.klass,
         outcome="left out" if planned.decision is Decision.LEAVE_OUT else "refused",
         remark=planned.remark,
-        error=None if planned.error is None else ErrorReport.of(planned.error),
+        error=None if planned.error is None else _error(planned.error),
     )
 
 
 def _complete(report: Report, finished: Iterable[QubeReport], error: RestoreError | None) -> None:
     """Put in what is known of each qube; of those that were under way, what ended the call."""
     known = {qube.name: qube for qube in finished}
-    report.qubes = [known.get(qube.name, qube) for qube in report.qubes]
+    report.qubes = tuple(known.get(qube.name, qube) for qube in report.qubes)
     for qube in report.qubes:
         if qube.outcome == "failed" and qube.error is None and error is not None:
-            qube.error = None if isinstance(error, Cancelled) else ErrorReport.of(error)
+            qube.error = None if isinstance(error, Cancelled) else _error(error)
+
+
+_error = ErrorInfo.without_place
 
 
 # --- What dom0 is asked for ------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Never
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.process import carry_out
@@ -25,6 +24,7 @@ from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_error, show_report
 from qubes_restore_svc.errors import ExitStatus, RestoreError, UsageError
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.wire.report import Report
 
 PROGRAM = "qvm-backup-restore"
 
@@ -53,8 +53,8 @@ def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) ->
             options = _session_options(arguments)
         except RestoreError as error:
             interruption.hold()
-            report = Report(mode="verify" if arguments.verify_only else "restore", started=started)
-            report.close(datetime.now(UTC), error)
+            report = Report.begun("verify" if arguments.verify_only else "restore", started)
+            report.close(error)
             keep_report(PROGRAM, arguments.report, report)
             raise
         total = None if archive_fd is None else archive_size(archive_fd)

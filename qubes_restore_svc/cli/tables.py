@@ -6,9 +6,10 @@ where there is none; then nothing is wrapped and every row is one line, for othe
 
 from collections.abc import Iterable, Sequence
 
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.cli.terminal import wrapped
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _MOST_NAMES = 8  #: in a line that says something of several qubes
@@ -121,7 +122,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _rows(report: Report, qube: QubeReport) -> list[tuple[str, str, str, str, str]]:
-    rows = [
+    rows: list[tuple[str, str, str, str, str]] = [
         (
             qube.name,
             volume.name,
@@ -146,7 +147,7 @@ def _volume_result(report: Report, qube: QubeReport, volume: VolumeReport) -> st
     return "restored" if qube.succeeded or qube.outcome == "incomplete" else "rolled back"
 
 
-def _errors(qube: QubeReport) -> Iterable[tuple[str, ErrorReport]]:
+def _errors(qube: QubeReport) -> Iterable[tuple[str, ErrorInfo]]:
     found = [
         (f"{qube.name}/{volume.name}" + _chunk(volume.error), volume.error)
         for volume in qube.volumes
@@ -157,9 +158,9 @@ def _errors(qube: QubeReport) -> Iterable[tuple[str, ErrorReport]]:
     return found
 
 
-def _chunk(error: ErrorReport | None) -> str:
+def _chunk(error: ErrorInfo | None) -> str:
     return "" if error is None or error.chunk is None else f", chunk {error.chunk}"
 
 
-def _is_same(one: ErrorReport, other: ErrorReport | None) -> bool:
+def _is_same(one: ErrorInfo, other: ErrorInfo | None) -> bool:
     return other is not None and (one.kind, one.reason) == (other.kind, other.reason)

@@ -22,6 +22,7 @@ from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import encode_message
+from qubes_restore_svc.wire.report import Report
 
 #: Seconds that dom0 may take to say what came of a restore that was cancelled; then the call is closed.
 CANCEL_TIMEOUT_S = 60.0
@@ -51,7 +52,7 @@ class RestoreCall:
     def __init__(
         self, transport: Transport, request: c.OpenBackup, observer: CallObserver | None = None
     ) -> None:
-        self.report: c.RestoreReport | None = None
+        self.report: Report | None = None
         self._transport = transport
         self._request = request
         self._observer: CallObserver = NullObserver() if observer is None else observer
@@ -109,7 +110,7 @@ class RestoreCall:
         self._planned.clear()
         return await self._next_plan()
 
-    async def confirm(self) -> c.RestoreReport:
+    async def confirm(self) -> Report:
         """Carry out the plan that was told last, and return what came of it. Raises RestoreError.
 
         A task that is cancelled while it waits here cancels the restore, waits until dom0 says what came of
@@ -164,7 +165,7 @@ class RestoreCall:
                         self._observer.qube_finished(message.qube)
                     case c.Refused():
                         raise message.error.to_error()
-                    case c.RestoreReport():
+                    case Report():
                         self.report = message
                         return
                     case c.Plan() if self._state.phase is not c.CallPhase.ENDING:
@@ -195,7 +196,7 @@ class RestoreCall:
                 return None
             message = c.parse_broker_answer(untrusted_payload)
             self._state.advance(message)
-            if isinstance(message, c.RestoreReport) and message.mode != self._request.mode:
+            if isinstance(message, Report) and message.mode != self._request.mode:
                 raise ProtocolViolation("'report' of another mode")
         except ProtocolViolation as error:
             raise ProtocolViolation(f"dom0 sent {error.reason}", advice=_VERSIONS) from error
@@ -245,7 +246,7 @@ class RestoreCall:
             return self.plan
         raise self._why_over()
 
-    async def _end(self) -> c.RestoreReport:
+    async def _end(self) -> Report:
         await asyncio.wait([self._listener])
         if self._listener.cancelled() or self._listener.exception() or self.report is None:
             raise self._why_over()

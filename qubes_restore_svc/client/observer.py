@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from qubes_restore_svc.wire.restore_call import QubeResult
+from qubes_restore_svc.wire.report import QubeReport
 
 
 class CallObserver(Protocol):
@@ -20,7 +20,7 @@ class CallObserver(Protocol):
         """A volume begins; `image_size` in bytes, of `home` a ceiling."""
         ...
 
-    def qube_finished(self, result: QubeResult) -> None:
+    def qube_finished(self, report: QubeReport) -> None:
         """A qube is through, one way or the other."""
         ...
 
@@ -37,5 +37,5 @@ class NullObserver:
     def volume_started(self, qube: str, volume: str, image_size: int) -> None:
         """Ignored."""
 
-    def qube_finished(self, result: QubeResult) -> None:
+    def qube_finished(self, report: QubeReport) -> None:
         """Ignored."""

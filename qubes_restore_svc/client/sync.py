@@ -18,6 +18,7 @@ from qubes_restore_svc.client.observer import CallObserver
 from qubes_restore_svc.client.transports import Transport
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import Report
 
 _T = TypeVar("_T")
 
@@ -54,7 +55,7 @@ class BlockingRestoreCall:
         return self._call.plan
 
     @property
-    def report(self) -> c.RestoreReport | None:
+    def report(self) -> Report | None:
         """What came of it, as soon as dom0 has sent it, however `confirm` ended."""
         return self._call.report
 
@@ -90,7 +91,7 @@ class BlockingRestoreCall:
         """Have another plan made, from this choice alone. Raises RestoreError; the call is over then."""
         return self._do(self._call.choose(choice))
 
-    def confirm(self) -> c.RestoreReport:
+    def confirm(self) -> Report:
         """Carry out the plan that was told last, and return what came of it. Raises RestoreError."""
         return self._do(self._call.confirm())
 

@@ -13,7 +13,6 @@ from typing import Never
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.cli.inputs import archive_size, check_target, open_archive, read_passphrase
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.process import carry_out
@@ -29,6 +28,7 @@ from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.link import LocalLink
 from qubes_restore_svc.local.sandbox import find_bubblewrap
 from qubes_restore_svc.wire.messages import Manifest
+from qubes_restore_svc.wire.report import Report
 
 _PROGRAM = "qubes-restore-svc"
 
@@ -65,8 +65,8 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         options = _prepare(arguments)
     except RestoreError as error:
         interruption.hold()
-        report = Report(mode="verify" if arguments.target is None else "restore", started=started)
-        report.close(datetime.now(UTC), error)
+        report = Report.begun("verify" if arguments.target is None else "restore", started)
+        report.close(error)
         keep_report(_PROGRAM, arguments.report, report)
         raise
     host = None if arguments.target is None else DirectoryHost(arguments.target)

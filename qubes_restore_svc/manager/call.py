@@ -18,6 +18,7 @@ from qubes_restore_svc.client.sync import BlockingRestoreCall
 from qubes_restore_svc.client.transports import system_transport
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import Report
 
 
 class RestoreCall(Protocol):
@@ -42,7 +43,7 @@ class RestoreCall(Protocol):
         """Another plan."""
         ...
 
-    def confirm(self) -> c.RestoreReport:
+    def confirm(self) -> Report:
         """Carry out the last plan."""
         ...
 
@@ -113,7 +114,7 @@ class KeptCall:
             return call.plan
         return self.plan(request)
 
-    def confirm(self) -> c.RestoreReport:
+    def confirm(self) -> Report:
         """Carry out the plan that was made last; the call is over then. Raises RestoreError."""
         with self._work():
             if self._call is None:

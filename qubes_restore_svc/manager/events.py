@@ -13,6 +13,7 @@ from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.manager.progress import Progress
 from qubes_restore_svc.manager.wording import outcome, plain
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import QubeReport, Report
 
 #: The logger of the stock package; the dialog shows what is said there.
 LOG = logging.getLogger("qubesadmin.backup")
@@ -33,7 +34,7 @@ class RestoreListener(Protocol):
         """A volume begins; `image_size` in bytes, of `home` a ceiling."""
         ...
 
-    def qube_finished(self, result: c.QubeResult) -> None:
+    def qube_finished(self, report: QubeReport) -> None:
         """A qube is through, one way or the other."""
         ...
 
@@ -41,7 +42,7 @@ class RestoreListener(Protocol):
         """The person has cancelled; what is under way is being undone. Also before `started`."""
         ...
 
-    def ended(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:
+    def ended(self, report: Report | None, error: RestoreError | None) -> None:
         """The end: a report, or what came instead of one."""
         ...
 
@@ -84,17 +85,17 @@ class Events:
             LOG.info("%s %s…", "Verifying" if self._mode == "verify" else "Restoring", plain(qube))
         self._tell(lambda listener: listener.volume_started(qube, volume, image_size))
 
-    def qube_finished(self, result: c.QubeResult) -> None:
+    def qube_finished(self, report: QubeReport) -> None:
         """A line on the qube, and its warnings."""
-        if result.outcome != "left out":
-            found = outcome(result, self._mode)
+        if report.outcome != "left out":
+            found = outcome(report, self._mode)
             if found.succeeded:
                 LOG.info("%s: %s", found.name, found.word)
             else:
                 LOG.error("%s: %s. %s", found.name, found.word, found.explanation)
-        for warning in result.warnings:
-            LOG.warning("%s: %s", plain(result.name), plain(warning))
-        self._tell(lambda listener: listener.qube_finished(result))
+        for warning in report.warnings:
+            LOG.warning("%s: %s", plain(report.name), plain(warning))
+        self._tell(lambda listener: listener.qube_finished(report))
 
     def cancelling(self) -> None:
         """The person has cancelled."""
@@ -103,7 +104,7 @@ class Events:
         LOG.warning("Cancelling%s…", undone)
         self._tell(lambda listener: listener.cancelling())
 
-    def ended(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:
+    def ended(self, report: Report | None, error: RestoreError | None) -> None:
         """It is over."""
         if report is not None and report.status == 0:
             self._call_back(100)

@@ -19,6 +19,7 @@ from qubes_restore_svc.manager.colours import text_colours
 from qubes_restore_svc.manager.progress import Progress
 from qubes_restore_svc.manager.qube_table import QubeTable
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import QubeReport, Report
 
 _STEPS = 1000  # of the bar
 
@@ -45,15 +46,15 @@ class ProgressFeed(QObject):
         """Emits `volume_begun`."""
         self.volume_begun.emit(qube, volume)
 
-    def qube_finished(self, result: c.QubeResult) -> None:
+    def qube_finished(self, report: QubeReport) -> None:
         """Emits `qube_through`."""
-        self.qube_through.emit(result)
+        self.qube_through.emit(report)
 
     def cancelling(self) -> None:
         """Emits `undoing`."""
         self.undoing.emit()
 
-    def ended(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:
+    def ended(self, report: Report | None, error: RestoreError | None) -> None:
         """Emits `over`."""
         self.over.emit(report, error)
 
@@ -126,7 +127,7 @@ class ProgressPage(QWidget):
             self.doing.setText(f"Now: {qube}, {wording.volume_text(volume)}")
             self.table.set_running(qube, volume)
 
-    def _on_qube(self, result: c.QubeResult) -> None:
+    def _on_qube(self, result: QubeReport) -> None:
         self._any_done = self._any_done or result.succeeded
         if result.outcome != "left out":
             self.table.set_outcome(result.name, wording.outcome(result, self._mode))
@@ -150,7 +151,7 @@ class ProgressPage(QWidget):
         self.table.set_undoing()
         self.bar.setRange(0, 0)  # how long the undoing takes is not known
 
-    def _on_over(self, report: c.RestoreReport | None, error: RestoreError | None) -> None:
+    def _on_over(self, report: Report | None, error: RestoreError | None) -> None:
         self._was_asked_to = self._state is _State.CANCELLING
         self._state = _State.OVER
         self._clock.stop()
@@ -168,7 +169,7 @@ class ProgressPage(QWidget):
 
     # --- The end ---
 
-    def _show_report(self, report: c.RestoreReport) -> None:
+    def _show_report(self, report: Report) -> None:
         cancelled = self._cancelled = wording.is_cancelled(report)
         for result in report.qubes:
             self._on_qube(result)

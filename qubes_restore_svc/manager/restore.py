@@ -34,6 +34,7 @@ from qubes_restore_svc.manager.call import KeptCall, OpenCall, call_dom0
 from qubes_restore_svc.manager.events import LOG, Events, RestoreListener
 from qubes_restore_svc.manager.options import BackupRestoreOptions, choice_from, open_request
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import Report
 
 __all__ = ["BackupCanceledError", "BackupRestore", "BackupRestoreOptions"]
 
@@ -101,7 +102,7 @@ class BackupRestore:
         #: None until the backup is open
         self.header_data: HeaderData | None = None
         #: what came of `restore_do`, once it is through
-        self.report: c.RestoreReport | None = None
+        self.report: Report | None = None
         self._events = Events()
         self._call = KeptCall(call_dom0 if open_call is None else open_call, self._events)
         # The worker's qube lives as long as the call: also a dialog that is just dropped ends it.
@@ -216,7 +217,7 @@ class BackupRestore:
 
     # --- Below ---
 
-    def _carry_out(self, restore_info: Mapping[str, entries.VMToRestore]) -> c.RestoreReport:
+    def _carry_out(self, restore_info: Mapping[str, entries.VMToRestore]) -> Report:
         try:
             wanted = entries.checked_names(restore_info)
             good = [name for name in wanted if restore_info[name].good_to_go]
@@ -240,7 +241,7 @@ class BackupRestore:
         self._events.ended(self.report, None)
         return self.report
 
-    def _check_everything(self, report: c.RestoreReport) -> None:
+    def _check_everything(self, report: Report) -> None:
         if wording.is_cancelled(report):
             raise BackupCanceledError("%s", wording.report_text(report))
         missing = [one for one in wording.outcomes(report) if not one.succeeded]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.report import QubeReport, Report
 
 _CONFIG = "/etc/qubes-restore-svc/config.yaml"
 #: Instead of an advice that names options of a command line, which a dialog does not have.
@@ -93,14 +94,14 @@ def problem_text(planned: c.PlanQube) -> str:
     return plain(f"{reason} {advice(kind, planned.error.advice)}".rstrip())
 
 
-def is_cancelled(report: c.RestoreReport) -> bool:
+def is_cancelled(report: Report) -> bool:
     """Did the person end it?"""
     return report.status == ExitStatus.CANCELLED or (
         report.error is not None and report.error.kind == Cancelled.kind
     )
 
 
-def outcome(result: c.QubeResult, mode: str = "restore") -> Outcome:
+def outcome(result: QubeReport, mode: str = "restore") -> Outcome:
     """What came of a qube; `mode` is `verify` or `restore`."""
     name = plain(result.name)
     if result.name_in_backup is not None and result.name_in_backup != result.name and result.succeeded:
@@ -116,12 +117,12 @@ def outcome(result: c.QubeResult, mode: str = "restore") -> Outcome:
     return Outcome(name, False, word, plain(_reason(result, error)), plain(told), cancelled)
 
 
-def outcomes(report: c.RestoreReport) -> list[Outcome]:
+def outcomes(report: Report) -> list[Outcome]:
     """What came of each qube that was wanted, in the report's order."""
     return [outcome(result, report.mode) for result in report.qubes if result.outcome != "left out"]
 
 
-def report_text(report: c.RestoreReport) -> str:
+def report_text(report: Report) -> str:
     """Which qubes were restored and which not and why, for a message box or a log."""
     found = outcomes(report)
     done = [one.name for one in found if one.succeeded]
@@ -151,7 +152,7 @@ def headline(mode: str, found: Iterable[Outcome]) -> str:
     return f"{done} of {total} {qubes} {verb}" if done else f"No qube was {verb}"
 
 
-def what_next(report: c.RestoreReport) -> str:
+def what_next(report: Report) -> str:
     """What there is to say or to do when everything went well; may be empty."""
     if report.mode == "verify":
         return "All that was selected is in the backup, unchanged. Nothing was restored."
@@ -164,7 +165,7 @@ def _undone(mode: str) -> str:
     return "failed" if mode == "verify" else "not restored"
 
 
-def _reason(result: c.QubeResult, error: ErrorInfo) -> str:
+def _reason(result: QubeReport, error: ErrorInfo) -> str:
     volume = error.volume or next((volume.name for volume in result.volumes if volume.error == error), None)
     if volume is None:
         return error.reason

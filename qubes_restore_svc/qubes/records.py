@@ -12,19 +12,24 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from qubes_restore_svc.broker.report import QubeReport, Report
 from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.broker.restore import Observer
+from qubes_restore_svc.wire.report import QubeReport, Report
 
 _MODE = 0o640
 _REPORT_NAME = re.compile(r"(?:restore|verify)-([0-9]{8}T[0-9]{6}Z-[0-9]+)\.json")
 
 
-def file_report(directory: Path, keep: int, report: Report, warn: Callable[[str], None]) -> None:
-    """Put the report into the directory, and delete the oldest of those that are there beyond `keep`."""
+def file_report(
+    directory: Path, keep: int, report: Report, warn: Callable[[str], None], asked_by: str | None = None
+) -> None:
+    """Put the report into the directory, and delete the oldest of those that are there beyond `keep`.
+
+    `asked_by`: see `write_report`.
+    """
     name = f"{report.mode}-{report.started:%Y%m%dT%H%M%SZ}-{os.getpid()}.json"
     try:
-        write_report(directory / name, report, _MODE)
+        write_report(directory / name, report, _MODE, asked_by)
         found = sorted(
             (match[1], entry) for entry in os.listdir(directory) if (match := _REPORT_NAME.fullmatch(entry))
         )

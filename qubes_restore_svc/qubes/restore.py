@@ -15,7 +15,6 @@ from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.job import Confirm, run_job
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Plan, PlanOptions
-from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, load_config
@@ -27,6 +26,7 @@ from qubes_restore_svc.qubes.restore_lock import RESTORE_LOCK, WORKER_LOCK
 from qubes_restore_svc.qubes.stock_lock import STOCK_LOCK
 from qubes_restore_svc.qubes.storage import Location
 from qubes_restore_svc.waiting import ask
+from qubes_restore_svc.wire.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +125,9 @@ class Dom0Restore:
             watched,
             confirm=confirm,
         )
-        if self.client != "dom0":
-            report.asked_by = self.client
         if self.config.report.directory is not None:
-            file_report(self.config.report.directory, self.config.report.keep, report, warn)
+            asked_by = None if self.client == "dom0" else self.client
+            file_report(self.config.report.directory, self.config.report.keep, report, warn, asked_by)
         if log is not None:
             reason = "" if report.error is None else f": {report.error.reason}"
             log.write(f"{mode}: ended with status {report.status}{reason}")

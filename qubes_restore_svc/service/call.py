@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from qubes_restore_svc.broker.call_messages import plan_message, report_message
+from qubes_restore_svc.broker.call_messages import plan_message
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest
 from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
@@ -33,6 +33,7 @@ from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeSe
 from qubes_restore_svc.service.conversation import Conversation, Final
 from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.framing import MAX_FRAME
 from qubes_restore_svc.wire.models import ErrorInfo
 
 _ACTIVITIES: dict[c.Mode, Activity] = {
@@ -166,13 +167,12 @@ class Call:
             confirm,
             verify_only=verify_only,
         )
-        message = report_message(report)
         if not self._running:
-            assert message.error is not None, "it has ended before it was confirmed"
-            return self._refused(message.error.to_error())
+            assert report.error is not None, "it has ended before it was confirmed"
+            return self._refused(report.error.to_error())
         if report.status == ExitStatus.CANCELLED and conversation.ended is not None:
-            return message.model_copy(update={"error": ErrorInfo.of(conversation.ended)})
-        return message
+            report.error = ErrorInfo.of(conversation.ended)
+        return report.fitting(MAX_FRAME)
 
     def _refused(self, error: RestoreError) -> c.Refused:
         """What ended the call early, if something has, is the reason of whatever came of that."""

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
-from qubes_restore_svc.broker.call_messages import qube_message
-from qubes_restore_svc.broker.report import QubeReport
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError
 from qubes_restore_svc.service.channel import MAX_WAITING, Channel
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
+from qubes_restore_svc.wire.report import QubeReport, Report
 
 #: Seconds within which the client has to say what it wants, …
 OPEN_TIMEOUT_S = 60.0
@@ -27,7 +26,7 @@ PLAN_TIMEOUT_S = 3600.0
 #: … and has to read the last message.
 LAST_WORD_TIMEOUT_S = 10.0
 
-Final = c.Plan | c.RestoreReport | c.Refused
+Final = c.Plan | Report | c.Refused
 
 _VIOLATION_ADVICE = "The call was ended. Use a client of the same version as dom0's package."
 
@@ -121,7 +120,7 @@ class Conversation:
 
     def qube_finished(self, report: QubeReport) -> None:
         """A qube is through."""
-        self._tell(qube_message(report))
+        self._tell(c.QubeFinished.of(report))
 
     def _tell(self, message: Message) -> None:
         if self._may_say(message):

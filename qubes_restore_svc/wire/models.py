@@ -73,10 +73,10 @@ class ErrorInfo(Model):
 
     kind: ErrorKind
     reason: FreeText
+    advice: FreeText = ""
     qube: FreeText | None = None
     volume: FreeText | None = None
     chunk: Count | None = None
-    advice: FreeText = ""
 
     @classmethod
     def of(cls, error: RestoreError) -> "ErrorInfo":
@@ -94,6 +94,11 @@ class ErrorInfo(Model):
             advice=cut(error.advice),
         )
 
+    @classmethod
+    def without_place(cls, error: RestoreError) -> "ErrorInfo":
+        """The same, for a place that says itself which qube and volume it is about."""
+        return cls.of(error).model_copy(update={"qube": None, "volume": None})
+
     def to_error(self) -> RestoreError:
         """The error again, in the class of its kind (`RestoreError` itself for a kind not known here)."""
         cls = ERROR_KINDS.get(self.kind, RestoreError)
@@ -108,6 +113,11 @@ def encode_message(message: Message) -> bytes:
     payload = message.model_dump_json().encode()
     _check_size(message, len(payload))
     return payload
+
+
+def encoded_size(part: Model) -> int:
+    """Bytes that a message, or a part of one, takes."""
+    return len(part.model_dump_json().encode())
 
 
 def parse_message(adapter: TypeAdapter[_M], untrusted_payload: bytes) -> _M:

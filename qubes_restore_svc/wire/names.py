@@ -8,9 +8,18 @@ everything that could steer a terminal or hide in a line. There is no plain `str
 import re
 import unicodedata
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 MAX_QUBES = 4096  #: qubes in one manifest
 MAX_NUMBER = (1 << 63) - 1  #: largest size or offset in any message, bytes
@@ -32,6 +41,24 @@ def _not_reserved(name: str) -> str:
     if name in ("none", "default", "Domain-0") or name.endswith("-dm"):
         raise ValueError("a name that Qubes keeps for itself")
     return name
+
+
+TIMESTAMP = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$"
+
+
+def _moment(untrusted_value: object) -> object:
+    if not isinstance(untrusted_value, str):
+        return untrusted_value
+    try:
+        if re.fullmatch(TIMESTAMP, untrusted_value, re.ASCII):
+            return datetime.fromisoformat(untrusted_value)
+    except ValueError:  # a month 13; its text quotes what it refuses
+        pass
+    raise ValueError("no moment in UTC")
+
+
+def _seconds(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 #: Name of a qube, as qubesd enforces it (31 characters at most; dots since R4.3).
@@ -62,7 +89,7 @@ ErrorKind = Annotated[str, _pattern(r"^[a-z-]+$", 64)]
 #: A storage pool, as qubesd names them.
 PoolName = Annotated[str, _pattern(r"^[A-Za-z0-9_.-]+$", 64)]
 #: A moment, in UTC: `2026-11-23T14:05:59Z` (RFC 3339).
-Timestamp = Annotated[str, _pattern(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$", 20)]
+Timestamp = Annotated[datetime, BeforeValidator(_moment), PlainSerializer(_seconds, when_used="json")]
 Sha256 = Annotated[str, _pattern(r"^[0-9a-f]{64}$", 64)]
 #: A menu entry: the name of a .desktop file.
 AppmenuName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+@ -]+$", 255)]

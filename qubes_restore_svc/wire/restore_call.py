@@ -23,7 +23,15 @@ from pydantic import Field, SecretStr, TypeAdapter, field_serializer, model_vali
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire.framing import MAX_FRAME
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress, RefusedQube, VolumeInfo
-from qubes_restore_svc.wire.models import EXACT, ErrorInfo, Message, Model, Passphrase, parse_message
+from qubes_restore_svc.wire.models import (
+    EXACT,
+    ErrorInfo,
+    Message,
+    Model,
+    Passphrase,
+    encoded_size,
+    parse_message,
+)
 from qubes_restore_svc.wire.names import (
     MAX_QUBES,
     BackupId,
@@ -37,23 +45,18 @@ from qubes_restore_svc.wire.names import (
     PoolName,
     QubeKey,
     QubeName,
-    Sha256,
     Size,
     StallTimeout,
-    Timestamp,
     VmClass,
     VolumeName,
 )
+from qubes_restore_svc.wire.report import QubeReport, Remarks, Report
 
 PROTOCOL_VERSION: Literal[1] = 1
 
 #: What a call is for. Each of the three services does what its name says, and less.
 Mode = Literal["list", "verify", "restore"]
 
-#: Most remarks on one qube, or on the whole.
-MAX_REMARKS = 1024
-
-_Remarks = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_REMARKS)]
 _Names = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
 
 
@@ -167,8 +170,8 @@ class PlanQube(Model):
     problem: Problem | None = None  #: why it is not taken
     remark: FreeText = ""  #: the same, for people
     error: ErrorInfo | None = None  #: the same, if it was wanted: what is wrong, and what to do
-    notes: _Remarks = ()  #: what to know of it: renamed, another template
-    settings_left_out: _Remarks = ()  #: settings that do not come back
+    notes: Remarks = ()  #: what to know of it: renamed, another template
+    settings_left_out: Remarks = ()  #: settings that do not come back
 
 
 class Plan(Message):
@@ -198,58 +201,17 @@ class VolumeStarted(Message):
     image_size: Size  #: bytes; for `home`, which has no size in advance, a ceiling
 
 
-class VolumeResult(Model):
-    """What came of a volume. `sha256` is over the whole image, holes as zeros."""
-
-    name: VolumeName
-    outcome: Literal["ok", "failed", "skipped", "not reached"]
-    size: Size | None = None  #: bytes
-    data_bytes: Size | None = None  #: bytes of it that travelled
-    sha256: Sha256 | None = None
-    error: ErrorInfo | None = None
-
-
-class QubeResult(Model):
-    """What came of a qube; `name` is the name it got."""
-
-    name: FreeText
-    name_in_backup: FreeText | None = None  #: if it is another one
-    klass: VmClass | Literal["?"]  #: ?: the qube could not even be listed
-    outcome: Literal["restored", "verified", "incomplete", "failed", "refused", "left out"]
-    remark: FreeText = ""
-    error: ErrorInfo | None = None
-    warnings: _Remarks = ()
-    settings_left_out: _Remarks = ()
-    volumes: Annotated[tuple[VolumeResult, ...], Field(fail_fast=True, max_length=3)] = ()
-
-    @property
-    def succeeded(self) -> bool:
-        """Is it there, or verified, to its last byte?"""
-        return self.outcome in ("restored", "verified")
-
-
 class QubeFinished(Message):
     """A qube is through, one way or the other."""
 
     type: Literal["qube_finished"] = "qube_finished"
-    qube: QubeResult
+    qube: QubeReport
     max_size: ClassVar[int] = MAX_FRAME
 
-
-class RestoreReport(Message):
-    """The end: what came of everything."""
-
-    type: Literal["report"] = "report"
-    mode: Literal["verify", "restore"]
-    version: FreeText  #: of the broker
-    backup_id: BackupId | None = None
-    started: Timestamp
-    finished: Timestamp
-    status: Annotated[int, Field(strict=True, ge=0, le=255)]  #: exit status of the command in dom0
-    error: ErrorInfo | None = None  #: what ended the whole early
-    warnings: _Remarks = ()
-    qubes: Annotated[tuple[QubeResult, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
-    max_size: ClassVar[int] = MAX_FRAME
+    @classmethod
+    def of(cls, report: QubeReport) -> Self:
+        """The message that tells of it, shortened until it fits."""
+        return cls(qube=report.fitting(MAX_FRAME, lambda form: encoded_size(cls(qube=form))))
 
 
 class Refused(Message):
@@ -263,7 +225,7 @@ class Refused(Message):
 
 
 ClientMessage = OpenBackup | Choose | Confirm | Cancel
-BrokerAnswer = Log | Progress | Plan | VolumeStarted | QubeFinished | RestoreReport | Refused
+BrokerAnswer = Log | Progress | Plan | VolumeStarted | QubeFinished | Report | Refused
 
 _CLIENT: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
 _ANSWER: TypeAdapter[BrokerAnswer] = TypeAdapter(Annotated[BrokerAnswer, Field(discriminator="type")])
@@ -299,7 +261,7 @@ TRANSITIONS: dict[tuple[CallPhase, type[Message]], CallPhase] = {
 for _phase in (CallPhase.PLANNING, CallPhase.PLANNED, CallPhase.RUNNING, CallPhase.ENDING):
     TRANSITIONS[_phase, Log] = _phase
     TRANSITIONS[_phase, Progress] = _phase
-    TRANSITIONS[_phase, RestoreReport] = CallPhase.CLOSED
+    TRANSITIONS[_phase, Report] = CallPhase.CLOSED
     TRANSITIONS[_phase, Refused] = CallPhase.CLOSED
 for _phase in (CallPhase.PLANNING, CallPhase.PLANNED, CallPhase.RUNNING):
     TRANSITIONS[_phase, Cancel] = CallPhase.ENDING

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qubes_restore_svc.broker.report import Report
+from qubes_restore_svc.wire.report import Report
 from tests.support.compare import sha256
+from tests.support.reports import kept_report
 
 from .processes import Measured, run
 from .samples import Sample
@@ -144,7 +145,7 @@ def _ours(
     report = work / "report.json"
     arguments = [*our_command(command, sample, memory_mib, work), *options, "--report", str(report)]
     measured = run(arguments)
-    return measured, Report.model_validate_json(report.read_bytes())
+    return measured, kept_report(report)
 
 
 def _checked_data(sample: Sample, report: Report) -> int:

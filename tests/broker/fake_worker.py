@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from socket import SHUT_RDWR, SO_SNDBUF, SOL_SOCKET, socket, socketpair
 from typing import Self
 
-from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.errors import ArchiveUnreadable, WorkerLost
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
+from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, encode_end, encode_header, encode_record
 
 BACKUP_ID = "20260101T010203-1234"

@@ -23,7 +23,7 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.broker.report import QubeReport, Report
+from qubes_restore_svc.wire.report import QubeReport, Report
 from tests.broker.fake_worker import BackupQube, FakeLink, Step
 from tests.broker.troubled_host import TroubledHost
 

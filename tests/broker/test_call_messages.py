@@ -1,26 +1,20 @@
 """Plans and reports on their way to a client and back: what a person is shown survives."""
 
-from datetime import UTC, datetime
-
 import pytest
 
 from qubes_restore_svc.broker.call_messages import (
     choice_message,
     plan_message,
     plan_of,
-    qube_message,
-    qube_result,
-    report_message,
-    report_of,
 )
 from qubes_restore_svc.broker.host import Definition
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, Problem, UnlistedQube
-from qubes_restore_svc.broker.report import CUT, ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.cli.qvm_plan_table import plan_table, settings_left_behind
-from qubes_restore_svc.errors import BadMetadata, NoSpace, ProtocolViolation, QubeExists
+from qubes_restore_svc.errors import BadMetadata, ProtocolViolation, QubeExists
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
+from qubes_restore_svc.wire.report import MAX_REMARKS
 
 from .planning import qube
 
@@ -52,32 +46,8 @@ HOME = PlannedQube(
 UNLISTED = UnlistedQube("b\u00e4d", BadMetadata("its class is none", qube="b\u00e4d"))
 PLAN = Plan("b-1", (TAKEN, REFUSED, LEFT_OUT, HOME), (UNLISTED,))
 
-NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
-ERROR = ErrorReport(kind="no-space", reason="the pool is full", advice="Make room.", chunk=3)
-REPORT = Report(
-    mode="restore",
-    backup_id="b-1",
-    started=NOON,
-    warnings=["little room"],
-    qubes=[
-        QubeReport(
-            name="work1",
-            name_in_backup="work",
-            klass="AppVM",
-            outcome="restored",
-            warnings=["w"],
-            settings_left_out=["property kernelopts"],
-            volumes=[
-                VolumeReport(name="private", outcome="ok", size=9, data_bytes=8, sha256="a" * 64),
-                VolumeReport(name="root", outcome="failed", error=ERROR),
-            ],
-        ),
-        QubeReport(name="?!", klass="?", outcome="refused", remark="r", error=ERROR),
-    ],
-)
 
-
-def travelled(message: c.Plan | c.RestoreReport) -> c.BrokerAnswer:
+def travelled(message: c.Plan) -> c.BrokerAnswer:
     return c.parse_broker_answer(encode_message(message))
 
 
@@ -118,36 +88,6 @@ def test_a_plan_with_a_qube_that_cannot_be_is_refused() -> None:
 
 #: As much as a worker can make a report or a plan say.
 LONG = "\U0001f600" * 300
-LONG_ERROR = ErrorReport(kind="error", reason=LONG, advice=LONG)
-
-
-def the_longest_report() -> Report:
-    qubes = [
-        QubeReport(
-            name=f"q{number}" + "q" * 26,
-            name_in_backup="n" * 31,
-            klass="StandaloneVM",
-            remark=LONG,
-            error=LONG_ERROR,
-            warnings=[LONG] * 2,
-            volumes=[
-                VolumeReport(name=name, outcome="failed", size=1 << 62, sha256="f" * 64, error=LONG_ERROR)
-                for name in ("root", "private", "home")
-            ],
-        )
-        for number in range(MAX_QUBES)
-    ]
-    report = Report(mode="restore", backup_id="b" * 128, started=NOON, warnings=[LONG] * 100, qubes=qubes)
-    report.close(NOON, NoSpace(LONG, advice=LONG))
-    return report
-
-
-def test_the_longest_report_reaches_the_client_with_all_its_outcomes() -> None:
-    message = travelled(report_message(the_longest_report()))
-    assert isinstance(message, c.RestoreReport)
-    assert [qube.outcome for qube in message.qubes] == ["failed"] * MAX_QUBES
-    assert all(qube.error is not None and qube.error.reason.endswith("\u2026") for qube in message.qubes)
-    assert message.status == 1 and message.warnings[-1] == CUT
 
 
 def test_the_longest_plan_reaches_the_client_with_all_its_decisions() -> None:
@@ -169,14 +109,6 @@ def test_the_longest_plan_reaches_the_client_with_all_its_decisions() -> None:
     assert [qube.decision for qube in message.qubes] == ["refuse"] * MAX_QUBES
 
 
-def test_a_qube_of_which_too_much_is_said_is_told_in_short() -> None:
-    many = ["\U0001f600" * 1000] * 700
-    whole = QubeReport(name="a", klass="AppVM", outcome="restored", warnings=many, settings_left_out=many)
-    message = c.parse_broker_answer(encode_message(qube_message(whole)))
-    assert isinstance(message, c.QubeFinished)
-    assert message.qube.outcome == "restored" and len(message.qube.warnings) == 10
-
-
 def test_a_plan_too_large_for_a_message_loses_the_settings_and_says_so() -> None:
     many = tuple(f"property {'p' * 900}{number}" for number in range(1000))
     qubes = tuple(
@@ -185,14 +117,14 @@ def test_a_plan_too_large_for_a_message_loses_the_settings_and_says_so() -> None
     message = plan_message(Plan("b", qubes), 1, "restore")
     assert travelled(message) == message
     assert {len(one.settings_left_out) for one in message.qubes} == {1}
-    assert "the report in dom0 has more of it" in message.qubes[0].settings_left_out[0]
+    assert "there was more to say" in message.qubes[0].settings_left_out[0]
 
 
 def test_more_remarks_than_a_message_takes_are_cut_with_a_word() -> None:
-    many = tuple(f"n{number}" for number in range(c.MAX_REMARKS + 1))
+    many = tuple(f"n{number}" for number in range(MAX_REMARKS + 1))
     planned = PlannedQube(qube("a"), "a", Decision.TAKE, notes=many)
     notes = plan_message(Plan("b", (planned,)), 1, "restore").qubes[0].notes
-    assert len(notes) == c.MAX_REMARKS and "more to say" in notes[-1]
+    assert len(notes) == MAX_REMARKS and "more to say" in notes[-1]
 
 
 def test_what_the_person_chose_travels() -> None:
@@ -212,40 +144,3 @@ def test_what_the_person_chose_travels() -> None:
         dom0_home=True,
         ignore_username_mismatch=True,
     )
-
-
-def test_a_report_comes_back_as_it_was() -> None:
-    report = REPORT.model_copy(deep=True)
-    report.close(NOON, NoSpace("the pool is full", advice="Make room."))
-    message = travelled(report_message(report))
-    assert isinstance(message, c.RestoreReport)
-    assert report_of(message) == report
-    assert message.status == 3
-
-
-def test_a_report_too_large_for_a_message_loses_warnings_and_says_so() -> None:
-    report = REPORT.model_copy(deep=True)
-    report.warnings = ["w" * 1000] * 20
-    report.qubes = [
-        QubeReport(name=f"q{number}", klass="AppVM", outcome="restored", warnings=["w" * 1000] * 100)
-        for number in range(100)
-    ]
-    report.close(NOON)
-    message = report_message(report)
-    assert travelled(message) == message
-    assert [qube.outcome for qube in message.qubes] == ["restored"] * 100
-    assert {len(qube.warnings) for qube in message.qubes} == {10}
-    assert message.warnings[-1] == CUT and len(message.warnings) == 11
-
-
-def test_control_characters_and_long_texts_are_made_harmless() -> None:
-    result = qube_result(QubeReport(name="a\x1b[2J", klass="AppVM", remark="r" * 2000, warnings=["a\nb"]))
-    assert (result.name, len(result.remark), result.warnings) == ("a\ufffd[2J", 1000, ("a\ufffdb",))
-
-
-def test_a_time_that_is_none_is_refused() -> None:
-    report = REPORT.model_copy(deep=True)
-    report.close(NOON)
-    message = report_message(report).model_copy(update={"started": "2026-13-45T99:00:00Z"})
-    with pytest.raises(ProtocolViolation, match="a time that is none"):
-        report_of(message)

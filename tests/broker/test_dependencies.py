@@ -169,7 +169,7 @@ def test_a_qube_whose_template_fails_falls_back_on_the_default_where_that_was_as
     done = restore(*order, trouble={call: fails}, default=True)
     assert done.outcome.outcomes == {"app": "restored", "mine": "failed"}
     assert done.host.definitions["app"].template == "fedora"
-    assert done.outcome.qube("app").warnings == ["its template is fedora now: mine could not be restored"]
+    assert done.outcome.qube("app").warnings == ("its template is fedora now: mine could not be restored",)
     if order[0] is APP and call != "begin mine":  # it was there already, with the template that failed
         changed = done.host.calls.index("template app fedora")
         assert changed < done.host.calls.index("rollback mine")
@@ -187,7 +187,7 @@ def test_a_qube_whose_netvm_fails_comes_without_one(restore: Callable[..., Run])
     done = restore(BEHIND, NETVM, trouble={"write net/private 1": fails})
     assert done.outcome.outcomes == {"behind": "restored", "net": "failed"}
     assert done.host.definitions["behind"].netvm == ""
-    assert done.outcome.qube("behind").warnings == ["it has no netvm now: net could not be restored"]
+    assert done.outcome.qube("behind").warnings == ("it has no netvm now: net could not be restored",)
 
 
 def test_a_default_dispvm_that_comes_later_is_set_when_it_is_there(restore: Callable[..., Run]) -> None:
@@ -219,9 +219,9 @@ def test_a_default_dispvm_that_fails_is_told(restore: Callable[..., Run]) -> Non
     done = restore(USER, TEMPLATE, DISPOSABLE, trouble={"commit disp-tpl": fails})
     assert done.outcome.outcomes == {"user": "restored", "mine": "restored", "disp-tpl": "failed"}
     expected = "it has no default disposable template now: disp-tpl could not be restored"
-    assert done.outcome.qube("user").warnings == [expected]
+    assert done.outcome.qube("user").warnings == (expected,)
     done = restore(TEMPLATE, USER, trouble={"default_dispvm user disp-tpl": fails})
-    assert done.outcome.qube("user").warnings == []
+    assert done.outcome.qube("user").warnings == ()
 
 
 def test_a_default_dispvm_that_does_not_come_any_more_is_told(restore: Callable[..., Run]) -> None:
@@ -229,7 +229,7 @@ def test_a_default_dispvm_that_does_not_come_any_more_is_told(restore: Callable[
     assert done.outcome.outcomes["user"] == "restored"
     assert done.host.definitions["user"].default_dispvm == ""
     expected = "it has no default disposable template now: disp-tpl could not be restored"
-    assert done.outcome.qube("user").warnings == [expected]
+    assert done.outcome.qube("user").warnings == (expected,)
 
 
 @pytest.mark.parametrize("default", [False, True])

@@ -253,7 +253,7 @@ def test_a_manifest_with_what_no_backup_may_hold_is_refused(target: Path, what: 
     outcome = run(honest().with_steps(1, Say(MANIFESTS[what])), target)
     refused(outcome, "a message ", status=1)
     assert listing(target) == before
-    assert outcome.report.qubes == []
+    assert outcome.report.qubes == ()
     assert outcome.link.calls == ["restore.Session+"]
 
 
@@ -506,7 +506,7 @@ def test_what_a_worker_logs_cannot_pass_for_a_line_of_ours(target: Path) -> None
     outcome = run(script.before(script.find("volume_ready", *R), *said).before(1, *said), target)
     line = "worker: 2 of 2 qubes restored. work: restored"
     assert outcome.observer.lines == [f"info: {line}", f"warning: {line}"] * 2
-    assert outcome.report.warnings == [line] * 2
+    assert outcome.report.warnings == (line, line)
 
 
 def test_a_reason_of_the_workers_leaves_no_gap_on_the_screen(target: Path) -> None:

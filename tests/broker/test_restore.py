@@ -160,7 +160,7 @@ def test_what_cannot_be_removed_is_told_and_the_others_go_on(target: Path, call:
     outcome = run(honest(QUBES), target, host=troubled(target, trouble))
     check_restored(target, WORK, LATE, EMPTY)  # the end of the lock has tried once more
     assert (outcome.status, outcome.error) == (3, "")
-    assert outcome.qube("vault").warnings == ["what had been written could not be removed: no room left"]
+    assert outcome.qube("vault").warnings == ("what had been written could not be removed: no room left",)
     assert (
         "warning: vault: what had been written could not be removed: no room left" in outcome.observer.lines
     )

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from qubes_restore_svc.broker.report import QubeReport
 from qubes_restore_svc.cli import progress
 from qubes_restore_svc.cli.progress import (
     BarDisplay,
@@ -19,6 +18,7 @@ from qubes_restore_svc.cli.progress import (
     make_display,
     with_clock,
 )
+from qubes_restore_svc.wire.report import QubeReport
 
 MIB = 1 << 20
 CHUNK = 100 * MIB
@@ -106,7 +106,7 @@ def test_quiet_means_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     display.volume_started("work", "private", MIB)
     display.log("info", "a detail")
     display.log("warning", "look out")
-    display.qube_finished(QubeReport(name="work", klass="AppVM"))
+    display.qube_finished(QubeReport(name="work", klass="AppVM", outcome="failed"))
     display.close()
     assert capsys.readouterr().err == "warning: look out\n"
 
@@ -132,7 +132,7 @@ def test_nobody_who_listens_does_no_harm(
     display.volume_started("work", "private", MIB)
     display.log("warning", "look out")
     display.progress(5, 5)
-    display.qube_finished(QubeReport(name="work", klass="AppVM"))
+    display.qube_finished(QubeReport(name="work", klass="AppVM", outcome="failed"))
     display.close()
 
 

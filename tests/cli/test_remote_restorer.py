@@ -7,7 +7,6 @@ import pytest
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.plan import Plan, PlanOptions
-from qubes_restore_svc.broker.report import QubeReport, Report
 from qubes_restore_svc.cli import qvm_parts
 from qubes_restore_svc.cli.progress import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
@@ -16,6 +15,7 @@ from qubes_restore_svc.client.transports import QrexecTransport
 from qubes_restore_svc.errors import Cancelled, HostFailed, NotGranted, QubeExists, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log
+from qubes_restore_svc.wire.report import QubeReport, Report
 from tests.client.fakes import (
     OTHER,
     PASSPHRASE,
@@ -106,7 +106,7 @@ def test_everything_that_was_asked_for_reaches_dom0() -> None:
     restoring = Restoring(dom0, line=line)
     found = asyncio.run(restoring.run())
     assert found.error is not None
-    assert (found.error.kind, found.error.advice, found.status, found.qubes) == ("not-granted", "ask", 1, [])
+    assert (found.error.kind, found.error.advice, found.status, found.qubes) == ("not-granted", "ask", 1, ())
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_plan_that_is_refused_here_cancels_the_call_and_is_told_of_every_qube(
 
     found = asyncio.run(Restoring(dom0, QubeExists("the backup does not fit")).run())
     assert found.error is not None and found.error.kind == "qube-exists"
-    assert (found.status, found.backup_id, found.warnings) == (1, "backup-1", ["little room"])
+    assert (found.status, found.backup_id, found.warnings) == (1, "backup-1", ("little room",))
     told = [(qube.name, qube.outcome, qube.error and qube.error.kind) for qube in found.qubes]
     assert told == [
         ("work", "failed", "qube-exists"),
@@ -230,7 +230,7 @@ def test_cancelled_while_it_opens() -> None:
         return await task
 
     found = asyncio.run(whole())
-    assert (found.status, found.qubes) == (130, [])
+    assert (found.status, found.qubes) == (130, ())
 
 
 @pytest.mark.parametrize(

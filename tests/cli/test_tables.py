@@ -1,11 +1,9 @@
 """What a person reads at the end: sizes, times, tables in both widths, and every reason once."""
 
-from datetime import UTC, datetime
 from typing import Literal
 
 import pytest
 
-from qubes_restore_svc.broker.report import ErrorReport, QubeReport, Report, VolumeReport
 from qubes_restore_svc.cli.tables import (
     duration_text,
     failures,
@@ -16,6 +14,9 @@ from qubes_restore_svc.cli.tables import (
 )
 from qubes_restore_svc.errors import BadCompression, RestoreError, WorkerLost
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube, VolumeInfo
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 
 SUM = "7e7b63cea770d086620b587a5453df0b0aae573d51a99fd04a17a64027e109ff"
 GIB = 1 << 30
@@ -83,28 +84,31 @@ def test_the_list_of_qubes() -> None:
     ]
 
 
-def volume(name: str = "private", error: RestoreError | None = None, outcome: str = "ok") -> VolumeReport:
+def volume(
+    name: VolumeName = "private", error: RestoreError | None = None, outcome: str = "ok"
+) -> VolumeReport:
     if error is not None:
-        return VolumeReport(name=name, outcome="failed", error=ErrorReport.of(error))
+        return VolumeReport(name=name, outcome="failed", error=ErrorInfo.without_place(error))
     if outcome == "not reached":
-        return VolumeReport(name=name)
+        return VolumeReport(name=name, outcome="not reached")
     return VolumeReport(name=name, outcome="ok", size=8 << 20, data_bytes=5, sha256=SUM)
 
 
 def report(
     *qubes: QubeReport, mode: Literal["restore", "verify"], error: RestoreError | None = None
 ) -> Report:
-    made = Report(mode=mode, started=datetime.now(UTC), qubes=list(qubes))
-    made.close(datetime.now(UTC), error)
+    made = Report.begun(mode)
+    made.qubes = qubes
+    made.close(error)
     return made
 
 
 def qube(
     name: str, outcome: str, *volumes: VolumeReport, error: RestoreError | None = None, remark: str = ""
 ) -> QubeReport:
-    made = QubeReport(name=name, klass="AppVM", volumes=list(volumes), remark=remark)
+    made = QubeReport(name=name, klass="AppVM", outcome="failed", volumes=volumes, remark=remark)
     made.outcome = outcome  # type: ignore[assignment]  # one word of a literal
-    made.error = None if error is None else ErrorReport.of(error)
+    made.error = None if error is None else ErrorInfo.without_place(error)
     return made
 
 

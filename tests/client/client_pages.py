@@ -12,6 +12,7 @@ import inspect
 import re
 import types
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from qubes_restore_svc.errors import ERROR_KINDS, RestoreError
-from qubes_restore_svc.wire import messages, models, names
+from qubes_restore_svc.wire import messages, models, names, report
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import Message, Model
 
@@ -191,7 +192,9 @@ def _name_of(hint: object) -> str | None:
 
 def _type_row(name: str) -> list[str]:
     base, *limits = get_args(_NAMED[name])
-    text = "a text" if base is str else "a whole number"
+    text = "a whole number" if base is int else "a text"
+    if base is datetime:
+        text += f", at most 20 characters, `{names.TIMESTAMP}`"
     for limit in limits:
         if isinstance(limit, StringConstraints):
             text += "" if limit.max_length is None else f", at most {limit.max_length} characters"
@@ -221,7 +224,7 @@ def _meaning(name: str, comments: dict[str, str]) -> str:
 def _meanings(model: type[Model]) -> dict[str, str]:
     """What the comments say of the fields of a model."""
     module = inspect.getmodule(model)
-    assert module in (c, messages, models)
+    assert module in (c, messages, models, report)
     return _meanings_of(module, model.__name__)
 
 

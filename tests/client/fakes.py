@@ -15,6 +15,8 @@ from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.models import ErrorInfo, Message, encode_message
+from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
+from tests.support.reports import NOON
 
 PASSPHRASE = "correct horse battery staple"
 PATIENCE_S = 15.0
@@ -24,9 +26,9 @@ OTHER = c.PlanQube(
     key="vm2", name="vault", klass="AppVM", label="black", decision="leave-out", new_name="vault",
     problem="not-selected", remark="not selected",
 )  # fmt: skip
-RESULT = c.QubeResult(
+RESULT = QubeReport(
     name="work", klass="AppVM", outcome="restored",
-    volumes=(c.VolumeResult(name="private", outcome="ok", size=5, data_bytes=4, sha256="a" * 64),),
+    volumes=(VolumeReport(name="private", outcome="ok", size=5, data_bytes=4, sha256="a" * 64),),
 )  # fmt: skip
 
 
@@ -47,15 +49,15 @@ def plan(number: int = 1, mode: c.Mode = "restore", *qubes: c.PlanQube) -> c.Pla
     return c.Plan(number=number, mode=mode, backup_id="backup-1", qubes=qubes or (QUBE, OTHER))
 
 
-def report(mode: c.Mode = "restore", status: int = 0, error: RestoreError | None = None) -> c.RestoreReport:
+def report(mode: c.Mode = "restore", status: int = 0, error: RestoreError | None = None) -> Report:
     """What came of it."""
     assert mode != "list"
-    return c.RestoreReport(
+    return Report(
         mode=mode,
         version="1",
         backup_id="backup-1",
-        started="2026-11-23T14:00:00Z",
-        finished="2026-11-23T14:05:00Z",
+        started=NOON,
+        finished=NOON,
         status=status,
         error=None if error is None else ErrorInfo.of(error),
         qubes=(RESULT,),
@@ -179,6 +181,6 @@ class Watching:
         """Noted."""
         self.seen.append(("volume", qube, volume, image_size))
 
-    def qube_finished(self, result: c.QubeResult) -> None:
+    def qube_finished(self, report: QubeReport) -> None:
         """Noted."""
-        self.seen.append(("finished", result.name, result.outcome))
+        self.seen.append(("finished", report.name, report.outcome))

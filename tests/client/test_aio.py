@@ -20,6 +20,7 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.framing import MAX_FRAME, encode_frame
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message, encode_message
+from qubes_restore_svc.wire.report import QubeReport, Report
 
 from .fakes import (
     PASSPHRASE,
@@ -156,7 +157,7 @@ PHASES = pytest.mark.parametrize(
 )
 
 
-async def go_through(transport: FakeTransport, phase: object, mode: c.Mode = "restore") -> c.RestoreReport:
+async def go_through(transport: FakeTransport, phase: object, mode: c.Mode = "restore") -> Report:
     async with RestoreCall(transport, request(mode)) as call:
         if phase is after_another_choice:
             await call.choose(c.Choice())
@@ -296,7 +297,7 @@ async def test_too_long_a_list_is_refused_before_anybody_is_called() -> None:
 
 async def test_an_observer_that_fails_ends_the_call() -> None:
     class Failing(Watching):
-        def qube_finished(self, result: c.QubeResult) -> None:
+        def qube_finished(self, report: QubeReport) -> None:
             raise ZeroDivisionError
 
     async def dom0(peer: Peer) -> None:

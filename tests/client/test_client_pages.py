@@ -16,6 +16,7 @@ from qubes_restore_svc.client import transports
 from qubes_restore_svc.errors import WrongPassphrase
 from qubes_restore_svc.manager import restore
 from qubes_restore_svc.wire import messages, models, names
+from qubes_restore_svc.wire import report as reports
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.framing import encode_frame
 from qubes_restore_svc.wire.messages import Cancel
@@ -53,7 +54,7 @@ def test_the_page_tells_every_message_field_and_kind_of_error() -> None:
 
 
 def test_nothing_is_said_of_what_is_not_there() -> None:
-    modules = (c, models, messages, names)
+    modules = (c, models, messages, names, reports)
     for name in FIELDS:
         model, _, field = name.partition(".")
         found = next(getattr(module, model) for module in modules if hasattr(module, model))

@@ -23,6 +23,7 @@ from typing import IO, Any, TypeVar
 
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
+from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.service import LIST, START, VERIFY
 from tests.emulation.dom0 import Dom0
 from tests.emulation.domain import REPOSITORY
@@ -44,7 +45,7 @@ MEMORY = 1500  #: MiB of the worker
 _OWN_FILES = (f"{GUI}/home/held/*", f"{GUI}/tmp/passphrase")
 
 Json = dict[str, Any]
-_Answer = TypeVar("_Answer", c.Plan, c.VolumeStarted, c.QubeFinished, c.Refused, c.RestoreReport)
+_Answer = TypeVar("_Answer", c.Plan, c.VolumeStarted, c.QubeFinished, c.Refused, Report)
 
 _DATA = bytes(range(256)) * 1024
 #: Five chunks of `CHUNK`, however it is compressed: it is not.
@@ -389,9 +390,9 @@ class RawCall:
         self.end()
         return refused
 
-    def report(self) -> c.RestoreReport:
+    def report(self) -> Report:
         """The same."""
-        report = self._until(c.RestoreReport)
+        report = self._until(Report)
         assert self.hear() is None
         self.end()
         return report

@@ -27,6 +27,7 @@ from qubes_restore_svc.client.transports import QrexecTransport
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.manager.restore import BackupRestore
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import QubeReport
 
 
 def main() -> None:
@@ -64,8 +65,8 @@ class _Telling(NullObserver):
     def volume_started(self, qube: str, volume: str, image_size: int) -> None:
         tell("volume", name=f"{qube}/{volume}")
 
-    def qube_finished(self, result: c.QubeResult) -> None:
-        tell("qube", name=result.name, outcome=result.outcome)
+    def qube_finished(self, report: QubeReport) -> None:
+        tell("qube", name=report.name, outcome=report.outcome)
 
 
 def _client() -> None:

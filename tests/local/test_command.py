@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli import interruption as interruption_module
 from qubes_restore_svc.cli.interruption import Interruption
 from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.errors import Cancelled, ExitStatus, UsageError
+from qubes_restore_svc.wire.report import Report
 from tests.cli.terminal import on_terminal, rendered
 from tests.support.backup_writer import PASSPHRASE
+from tests.support.reports import kept_report, read_report
 from tests.system.support import command, small_backup
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -122,8 +123,8 @@ def test_the_picture_of_a_line() -> None:
 
 @pytest.fixture
 def report() -> Report:
-    made = Report(mode="verify", started=datetime.now(UTC))
-    made.close(datetime.now(UTC))
+    made = Report.begun("verify", datetime.now(UTC).replace(microsecond=0))
+    made.close(None, made.started)
     return made
 
 
@@ -145,7 +146,7 @@ def test_an_old_report_is_replaced_also_through_a_link(
     for name in (path, link):
         check_report_path(name, archive_fd)
         write_report(name, report)
-    assert Report.model_validate_json(path.read_text()) == report
+    assert kept_report(path) == report
     assert link.is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["backup", "link", "report.json"]
 
@@ -162,7 +163,7 @@ def test_what_is_no_file_is_written_to_and_never_replaced(
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     check_report_path(pipe, archive_fd)
     write_report(pipe, report)
-    assert Report.model_validate_json(os.read(reader, 65536)) == report
+    assert read_report(os.read(reader, 65536).decode()) == report
     os.close(reader)
     assert pipe.is_fifo()
 

@@ -17,6 +17,8 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import RefusedQube, VolumeInfo
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass
+from qubes_restore_svc.wire.report import QubeReport, Report
+from tests.support.reports import NOON
 
 #: Generous: only a test that fails waits so long.
 LONG_S = 15.0
@@ -53,9 +55,9 @@ def refused(planned: c.PlanQube, problem: c.Problem, error: RestoreError) -> c.P
     )
 
 
-def result(name: str, error: RestoreError | None = None, mode: str = "restore") -> c.QubeResult:
+def result(name: str, error: RestoreError | None = None, mode: str = "restore") -> QubeReport:
     """What came of a qube."""
-    return c.QubeResult.model_validate(
+    return QubeReport.model_validate(
         {
             "name": name,
             "klass": "AppVM",
@@ -124,7 +126,7 @@ class ScriptedCall:
     def __init__(self, script: Script, request: c.OpenBackup, observer: CallObserver) -> None:
         self.observer = observer
         self.request = request
-        self.results: list[c.QubeResult] = []
+        self.results: list[QubeReport] = []
         self.error: RestoreError | None = None
         self.confirmed = threading.Event()
         self.cancelled = threading.Event()
@@ -166,7 +168,7 @@ class ScriptedCall:
         self._script.chosen.append(choice)
         return self._make_plan(choice)
 
-    def confirm(self) -> c.RestoreReport:
+    def confirm(self) -> Report:
         assert not self.closed.is_set()
         self.confirmed.set()
         for step in self._script.steps:
@@ -183,7 +185,7 @@ class ScriptedCall:
         self._plan = self._script.plan(self._number, self.request.mode, choice)
         return self._plan
 
-    def _report(self) -> c.RestoreReport:
+    def _report(self) -> Report:
         reached = {found.name for found in self.results}
         rest = [
             result(qube.new_name, Cancelled("the restore was cancelled"))
@@ -194,12 +196,12 @@ class ScriptedCall:
         failed = any(not one.succeeded for one in found)
         status = 130 if self.cancelled.is_set() else 3 if failed else 0
         error = Cancelled("the restore was cancelled") if self.cancelled.is_set() else self.error
-        return c.RestoreReport(
+        return Report(
             mode="verify" if self.request.mode == "verify" else "restore",
             version="1",
             backup_id=self.plan.backup_id,
-            started="2026-11-23T14:05:59Z",
-            finished="2026-11-23T14:09:59Z",
+            started=NOON,
+            finished=NOON,
             status=1 if self.error else status,
             error=None if error is None else ErrorInfo.of(error),
             qubes=tuple(found),

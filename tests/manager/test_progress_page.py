@@ -15,7 +15,9 @@ from qubes_restore_svc.manager.progress_page import ProgressPage
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass
+from qubes_restore_svc.wire.report import QubeReport, Report
 from tests.manager.script import MIB, Script, qube, result
+from tests.support.reports import NOON
 
 QUBES = (qube("work"), qube("vault"))
 
@@ -30,12 +32,12 @@ def page(*qubes: c.PlanQube, mode: c.Mode = "restore") -> ProgressPage:
     return shown
 
 
-def report(status: int, *qubes: c.QubeResult, error: RestoreError | None = None) -> c.RestoreReport:
-    return c.RestoreReport(
+def report(status: int, *qubes: QubeReport, error: RestoreError | None = None) -> Report:
+    return Report(
         mode="restore",
         version="1",
-        started="2026-11-23T14:05:59Z",
-        finished="2026-11-23T14:06:59Z",
+        started=NOON,
+        finished=NOON,
         status=status,
         error=None if error is None else ErrorInfo.of(error),
         qubes=qubes,

@@ -2,9 +2,10 @@ import pytest
 
 from qubes_restore_svc.errors import ERROR_KINDS, AuthenticationFailed, BudgetTooSmall, RestoreError
 from qubes_restore_svc.manager import wording
-from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 from tests.manager.script import result
+from tests.support.reports import NOON
 
 
 def test_no_advice_names_an_option_that_the_dialog_does_not_have() -> None:
@@ -44,7 +45,7 @@ def test_the_report_names_the_volume_and_the_place_in_it() -> None:
     failed = result("work").model_copy(
         update={
             "outcome": "failed",
-            "volumes": (c.VolumeResult(name="private", outcome="failed", error=ErrorInfo.of(error)),),
+            "volumes": (VolumeReport(name="private", outcome="failed", error=ErrorInfo.of(error)),),
         }
     )
     assert wording.outcome(failed).explanation == "Private volume, chunk 3: the MAC does not match."
@@ -78,12 +79,12 @@ def test_the_headline_sums_it_up(good: int, bad: int, expected: str) -> None:
     assert wording.headline("restore", [wording.outcome(one) for one in found]) == expected
 
 
-def _report(*qubes: c.QubeResult) -> c.RestoreReport:
-    return c.RestoreReport(
+def _report(*qubes: QubeReport) -> Report:
+    return Report(
         mode="restore",
         version="1",
-        started="2026-11-23T14:05:59Z",
-        finished="2026-11-23T14:06:59Z",
+        started=NOON,
+        finished=NOON,
         status=3,
         qubes=qubes,
     )

@@ -9,17 +9,19 @@ from typing import Literal
 
 import pytest
 
-from qubes_restore_svc.broker.report import CUT, ErrorReport, QubeReport, Report
 from qubes_restore_svc.broker.report_file import MAX_REPORT, write_report
 from qubes_restore_svc.qubes.records import LogFile, LoggedObserver, file_report
+from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_QUBES
-from tests.broker.test_call_messages import the_longest_report
+from qubes_restore_svc.wire.report import CUT, QubeReport, Report
+from tests.support.reports import kept_report
 from tests.support.restoring import Recorder
+from tests.wire.test_report import the_longest_report
 
 
 def report(minute: int, mode: Literal["restore", "verify"] = "restore") -> Report:
-    made = Report(mode=mode, started=datetime(2026, 11, 20, 20, minute, tzinfo=UTC))
-    made.close(datetime(2026, 11, 20, 21, tzinfo=UTC))
+    made = Report.begun(mode, datetime(2026, 11, 20, 20, minute, tzinfo=UTC))
+    made.close(None, datetime(2026, 11, 20, 21, tzinfo=UTC))
     return made
 
 
@@ -32,7 +34,7 @@ def test_the_newest_reports_are_kept_and_nothing_else_is_touched(tmp_path: Path)
     file_report(tmp_path, 3, report(3), print)
     kept = [f"restore-20261120T200300Z-{os.getpid()}.json", f"verify-20261120T200400Z-{os.getpid()}.json"]
     assert sorted(os.listdir(tmp_path)) == sorted([*strangers, *kept])
-    assert Report.model_validate_json((tmp_path / kept[0]).read_text()) == report(3)
+    assert kept_report(tmp_path / kept[0]) == report(3)
     assert stat.S_IMODE((tmp_path / kept[0]).stat().st_mode) & 0o007 == 0
 
 
@@ -50,8 +52,8 @@ def test_the_log_has_what_was_said_and_the_observer_hears_it_too(tmp_path: Path)
     display.log("info", "é it goes on")
     display.volume_started("work", "private", 10)
     display.progress(1, 1)
-    error = ErrorReport(kind="error", reason="no room", advice="")
-    display.qube_finished(QubeReport(name="work", klass="AppVM", error=error))
+    error = ErrorInfo(kind="error", reason="no room", advice="")
+    display.qube_finished(QubeReport(name="work", klass="AppVM", outcome="failed", error=error))
     first, *lines = path.read_text().splitlines()
     assert first == "before"
     assert all(
@@ -79,7 +81,7 @@ def test_what_a_worker_makes_a_report_say_does_not_fill_the_disk(tmp_path: Path)
     path = tmp_path / "report.json"
     write_report(path, the_longest_report())
     assert path.stat().st_size <= MAX_REPORT
-    kept = Report.model_validate_json(path.read_text())
+    kept = kept_report(path)
     assert [qube.outcome for qube in kept.qubes] == ["failed"] * MAX_QUBES and kept.warnings[-1] == CUT
 
 

@@ -19,6 +19,7 @@ from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.service.call import Call
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
+from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.service import START
 from tests.support.backup_writer import PASSPHRASE
 
@@ -27,7 +28,7 @@ from .parts import CALLER, Parts, places
 PATIENCE_S = 15.0
 
 Json = dict[str, object]
-_Answer = TypeVar("_Answer", c.Plan, c.VolumeStarted, c.Refused, c.RestoreReport)
+_Answer = TypeVar("_Answer", c.Plan, c.VolumeStarted, c.Refused, Report)
 
 
 def open_message(backup: Path, mode: str = "restore", /, **fields: object) -> Json:
@@ -84,9 +85,9 @@ class Client:
         await self.end()
         return refused
 
-    async def report(self) -> c.RestoreReport:
+    async def report(self) -> Report:
         """The same."""
-        report = await self._next(c.RestoreReport)
+        report = await self._next(Report)
         await self.end()
         return report
 

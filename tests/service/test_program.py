@@ -15,6 +15,7 @@ import pytest
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.service.remote import caller_of
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import Report
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.fixtures import REPOSITORY
 
@@ -86,7 +87,7 @@ def test_a_verification_from_a_qube(bed: Bed) -> None:
     hear_plan(process)
     say(process, {"type": "confirm", "plan": 1})
     answers = [hear(process)]
-    while not isinstance(answers[-1], c.RestoreReport):
+    while not isinstance(answers[-1], Report):
         answers.append(hear(process))
     assert answers[-1].status == 0
     rest, errors = process.communicate(timeout=15)
@@ -127,7 +128,7 @@ def test_a_program_of_dom0_has_all_rights_whatever_the_environment_says(bed: Bed
     say(process, open_message(bed.backup, choice={"names": ["vault"]}, location={"text": str(bed.backup)}))
     hear_plan(process)
     say(process, {"type": "confirm", "plan": 1})
-    while not isinstance(answer := hear(process), c.RestoreReport):
+    while not isinstance(answer := hear(process), Report):
         pass
     assert answer.status == 0
     _, errors = process.communicate(timeout=15)

@@ -10,8 +10,8 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.broker.report import QubeReport, Report
 from qubes_restore_svc.local.directory import DirectoryHost
+from qubes_restore_svc.wire.report import QubeReport, Report
 
 from .backup_writer import PASSPHRASE
 from .thread_link import ThreadLink

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qubes_restore_svc.broker.report import Report
 from qubes_restore_svc.errors import ExitStatus
+from qubes_restore_svc.wire.report import Report
 
 from .sample import Sample, found_in
 

@@ -265,10 +265,10 @@ _ROWS = (
         "tests/broker",
     ),
     (
-        "broker/report.py",
+        "wire/report.py",
         "elif error is None and all(qube.succeeded for qube in wanted):",
         "elif error is None:",
-        "tests/broker/test_report.py",
+        "tests/wire/test_report.py",
     ),
     (
         "owners.py",

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.report import ErrorReport, Report
 from qubes_restore_svc.errors import ExitStatus, HostFailed
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.report import Report
 from tests.support.fixtures import REPOSITORY
 from tests.support.restoring import restore
 
@@ -83,7 +84,7 @@ def _call_it_failed(report: Report, target: Path) -> None:
 
 
 def _blame_the_host(report: Report, target: Path) -> None:
-    report.error = ErrorReport.of(HostFailed("it broke"))
+    report.error = ErrorInfo.without_place(HostFailed("it broke"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
+from qubes_restore_svc.wire.report import QubeReport, VolumeReport
 
 from .alterations import Json, Path, at, changed, dotted, places
 
@@ -97,8 +98,8 @@ def test_the_tests_know_every_message_and_every_field() -> None:
         (c.WorkerWishes, FULL["open"]["worker"]),
         (c.Choice, CHOICE),
         (c.PlanQube, QUBE),
-        (c.QubeResult, RESULT),
-        (c.VolumeResult, RESULT["volumes"][0]),
+        (QubeReport, RESULT),
+        (VolumeReport, RESULT["volumes"][0]),
     ):
         assert set(cls.model_fields) == set(sample)
 

@@ -1,0 +1,231 @@
+"""What happened, qube by qube and volume by volume: the result of every restore and verify.
+
+Strategy: one set of models. The broker fills them while things happen and sends them to a client as they are;
+every display reads them. A field is checked whenever it is set. What this side has to say is cut to fit
+before that (`remarks`, `ErrorInfo.of`); what another side says and does not fit is refused. The exit status
+is computed from them, so the report and the status cannot disagree.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
+
+from pydantic import ConfigDict, Field
+
+from qubes_restore_svc import __version__
+from qubes_restore_svc.errors import ExitStatus, RestoreError
+from qubes_restore_svc.wire.framing import MAX_FRAME
+from qubes_restore_svc.wire.models import ErrorInfo, Message, Model, encoded_size
+from qubes_restore_svc.wire.names import (
+    MAX_QUBES,
+    MAX_TEXT,
+    BackupId,
+    FreeText,
+    Sha256,
+    Size,
+    Timestamp,
+    VmClass,
+    VolumeName,
+    shortened,
+)
+
+#: Most remarks on one qube, or on the whole; and the most warnings that are kept of one.
+MAX_REMARKS, MAX_WARNINGS = 1024, 100
+
+#: Stands in a report in place of what there was no room for.
+CUT = "there was more to say than there is room for: texts were shortened or left out"
+
+Remarks = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_REMARKS)]
+
+#: Unlike what only travels, a report is filled while things happen.
+_FILLED = ConfigDict(frozen=False, validate_assignment=True)
+
+
+def remarks(texts: Iterable[str]) -> tuple[str, ...]:
+    """`texts` as Remarks: each is cut to one line, and where they are too many, the last says so."""
+    lines = tuple(shortened(text, MAX_TEXT) for text in texts)
+    return lines if len(lines) <= MAX_REMARKS else (*lines[: MAX_REMARKS - 1], CUT)
+
+
+class VolumeReport(Model):
+    """What came of a volume. `sha256` is over the whole image, holes as zeros."""
+
+    name: VolumeName
+    outcome: Literal["ok", "failed", "skipped", "not reached"]
+    size: Size | None = None  #: bytes
+    data_bytes: Size | None = None  #: bytes of it that travelled
+    sha256: Sha256 | None = None
+    error: ErrorInfo | None = None
+    model_config = _FILLED
+
+
+class QubeReport(Model):
+    """What came of a qube; `name` is the name it got."""
+
+    name: FreeText
+    name_in_backup: FreeText | None = None  #: if it is another one
+    klass: VmClass | Literal["?"]  #: ?: the qube could not even be listed
+    outcome: Literal["restored", "verified", "incomplete", "failed", "refused", "left out"]
+    remark: FreeText = ""
+    error: ErrorInfo | None = None
+    warnings: Remarks = ()
+    settings_left_out: Remarks = ()
+    volumes: Annotated[tuple[VolumeReport, ...], Field(fail_fast=True, max_length=3)] = ()
+    model_config = _FILLED
+
+    @property
+    def succeeded(self) -> bool:
+        """Is it there, or verified, to its last byte?"""
+        return self.outcome in ("restored", "verified")
+
+    def fitting(self, limit: int, size: Callable[["QubeReport"], int] = encoded_size) -> "QubeReport":
+        """The fullest form of it whose `size` is within the limit, both in bytes."""
+        return _fullest(self, self.within, size, limit)
+
+    def within(self, room: "_Room") -> "QubeReport":
+        """The same, shortened. Outcomes, sizes and digests stay as they are."""
+        volumes = tuple(
+            volume.model_copy(update={"error": _error_within(volume.error, room)})
+            for volume in self.volumes
+            if room.volumes
+        )
+        return self.model_copy(
+            update={
+                "name": shortened(self.name, room.text),
+                "remark": shortened(self.remark, room.text),
+                "error": _error_within(self.error, room, always=True),
+                "warnings": _remarks_within(self.warnings, room),
+                "settings_left_out": _remarks_within(self.settings_left_out, room),
+                "volumes": volumes,
+            }
+        )
+
+    @property
+    def text_length(self) -> int:
+        """Characters of its longest parts."""
+        errors = (self.error, *(volume.error for volume in self.volumes))
+        return (
+            len(self.remark)
+            + sum(len(error.reason) + len(error.advice) for error in errors if error is not None)
+            + sum(map(len, self.warnings))
+            + sum(map(len, self.settings_left_out))
+        )
+
+
+class Report(Message):
+    """The end: what came of everything."""
+
+    type: Literal["report"] = "report"
+    mode: Literal["verify", "restore"]
+    version: FreeText  #: of the broker
+    backup_id: BackupId | None = None
+    started: Timestamp
+    finished: Timestamp
+    status: Annotated[int, Field(strict=True, ge=0, le=255)]  #: exit status of the command in dom0
+    error: ErrorInfo | None = None  #: what ended the whole early
+    warnings: Remarks = ()
+    qubes: Annotated[tuple[QubeReport, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    max_size: ClassVar[int] = MAX_FRAME
+    model_config = _FILLED
+
+    @classmethod
+    def begun(cls, mode: Literal["verify", "restore"], started: datetime | None = None) -> Self:
+        """The report of a run that begins; as long as it is not closed, it ends there, with nothing done."""
+        started = datetime.now(UTC) if started is None else started
+        return cls(
+            mode=mode, version=__version__, started=started, finished=started, status=ExitStatus.NOTHING
+        )
+
+    def close(self, error: RestoreError | None = None, finished: datetime | None = None) -> None:
+        """Set the end, the error that ended the run, and the exit status that follows from all of it."""
+        self.finished = datetime.now(UTC) if finished is None else finished
+        self.error = None if error is None else ErrorInfo.without_place(error)
+        wanted = [qube for qube in self.qubes if qube.outcome != "left out"]
+        if error is not None and error.exit_status is not ExitStatus.NOTHING:
+            self.status = error.exit_status
+        elif not any(qube.succeeded or qube.outcome == "incomplete" for qube in wanted):
+            self.status = ExitStatus.NOTHING
+        elif error is None and all(qube.succeeded for qube in wanted):
+            self.status = ExitStatus.COMPLETE
+        else:
+            self.status = ExitStatus.PARTLY
+
+    def fitting(self, limit: int, size: Callable[["Report"], int] = encoded_size) -> "Report":
+        """The fullest form of it whose `size` is within the limit, both in bytes.
+
+        One that is not all of it says so in its warnings.
+        """
+        return _fullest(self, self._within, size, limit)
+
+    @property
+    def text_length(self) -> int:
+        """Characters of its longest parts."""
+        return sum(map(len, self.warnings)) + sum(qube.text_length for qube in self.qubes)
+
+    def _within(self, room: "_Room") -> "Report":
+        return self.model_copy(
+            update={
+                "error": _error_within(self.error, room, always=True),
+                "warnings": (*_remarks_within(self.warnings, room), CUT),
+                "qubes": tuple(qube.within(room) for qube in self.qubes),
+            }
+        )
+
+
+def warn(report: Report | QubeReport, text: str) -> None:
+    """Keep a warning, as far as there is room."""
+    if len(report.warnings) < MAX_WARNINGS:
+        report.warnings += (shortened(text, MAX_TEXT),)
+
+
+# --- What there is no room for ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How much a report may say: characters of a text, remarks on one thing, and on the volumes."""
+
+    text: int
+    remarks: int
+    volume_errors: bool = True
+    volumes: bool = True
+
+
+#: From the largest to the smallest, in which every qube's name, outcome and reason still stand. A report of
+#: as many qubes as a backup may hold takes 3 MB then.
+_ROOMS = (
+    _Room(MAX_TEXT, 10),
+    _Room(300, 3),
+    _Room(100, 1),
+    _Room(60, 0, volume_errors=False),
+    _Room(40, 0, volume_errors=False, volumes=False),
+)
+
+_Sized = TypeVar("_Sized", QubeReport, Report)
+
+
+def _error_within(error: ErrorInfo | None, room: _Room, *, always: bool = False) -> ErrorInfo | None:
+    if error is None or not (always or room.volume_errors):
+        return None
+    advice = shortened(error.advice, room.text) if room.remarks else ""
+    return error.model_copy(update={"reason": shortened(error.reason, room.text), "advice": advice})
+
+
+def _remarks_within(lines: tuple[str, ...], room: _Room) -> tuple[str, ...]:
+    return tuple(shortened(line, room.text) for line in lines[: room.remarks])
+
+
+def _fullest(
+    whole: _Sized, within: Callable[[_Room], _Sized], size: Callable[[_Sized], int], limit: int
+) -> _Sized:
+    """The first form whose size is within the limit, or else the last."""
+    form = whole
+    rooms = iter(_ROOMS)
+    # What is too long by its texts alone need not be encoded, which takes seconds then.
+    while form.text_length > limit or size(form) > limit:
+        room = next(rooms, None)
+        if room is None:
+            break
+        form = within(room)
+    return form
