@@ -178,3 +178,10 @@ class Host(Protocol):
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """Give a finished qube the disposable template that has been restored after it."""
         ...
+
+    def disconnect(self, qube: str, backup_id: str) -> bool:
+        """Take the network of a finished qube away, if it is halted and still as this backup brought it.
+
+        Says whether that was done.
+        """
+        ...

@@ -294,17 +294,28 @@ class RestoreRun:
 
     async def _take_back(self, qube: QubeRun, error: RestoreError) -> None:
         """Something that the qube must not lack came too late. What waits is rolled back; what was committed
-        stays, because it is somebody's by now, and is called incomplete."""
+        stays, because it is somebody's by now, and is called incomplete. It loses its network if it does not
+        run: the firewall may be what it lacks."""
         if not qube.finished:
             await self._fail(qube, error)
         elif qube.report.succeeded:
             if self._host is not None:
+                now = ", without a netvm now" if await self._disconnect(qube, self._host) else ""
                 error.advice = (
-                    "It had been created by then and is still there. Look at what it lacks, a firewall above"
-                    " all, before you start it; or remove it."
+                    f"It had been created by then and is still there{now}. Look at what it lacks, a firewall"
+                    " above all, before you start it; or remove it."
                 )
             qube.report.error = ErrorInfo.without_place(error.at(qube=qube.name))
             self._conclude(qube, "failed" if self._host is None else "incomplete")
+
+    async def _disconnect(self, qube: QubeRun, host: Host) -> bool:
+        if qube.definition is None or qube.definition.netvm == "":
+            return False
+        try:
+            return await in_thread(host.disconnect, qube.name, self._plan.backup_id)
+        except RestoreError as error:
+            self._warn(qube, f"its netvm could not be taken away: {error.reason}")
+            return False
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:
         transaction, settings = qube.transaction, qube.take_settings()

@@ -74,6 +74,10 @@ class DirectoryHost:
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """A directory keeps what the backup says; there is nothing to be set."""
 
+    def disconnect(self, qube: str, backup_id: str) -> bool:
+        """What lies in a directory has no network."""
+        return False
+
     def free_space(self) -> int | None:
         """Bytes that an ordinary user can still write, as far as the file system tells."""
         with self._mutex, reporting(f"asking for the free space of {self._shown}"):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qubes_restore_svc.broker.host import HostView, NewQube, QubesView, QubeTransaction
+from qubes_restore_svc.broker.host import HostView, NewQube, QubesView, QubeTransaction, restored_tag
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.qubes.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
 from qubes_restore_svc.qubes.leftovers import (
@@ -145,6 +145,13 @@ class QubesHost:
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """Give a finished qube its disposable template. Raises HostFailed."""
         self._system.set_default_dispvm(qube, default_dispvm)
+
+    def disconnect(self, qube: str, backup_id: str) -> bool:
+        """Take the netvm of a finished qube away; one that runs, or is another by now, is left alone.
+
+        Raises HostFailed.
+        """
+        return self._system.disconnect(qube, restored_tag(backup_id))
 
     # --- Ending ----------------------------------------------------------------------------------
 

@@ -338,6 +338,15 @@ class QubesSystem:
             )
         self.set_property(name, "default_dispvm", dispvm)
 
+    def disconnect(self, name: str, tag: str) -> bool:
+        """Take the netvm away from a halted qube that carries `tag`; says whether it is such a qube."""
+        with asking("taking its netvm away", qube=name):
+            qube = self._qube(name)
+            if tag not in qube.tags or qube.is_running():
+                return False
+            qube.netvm = None
+        return True
+
     def set_feature(self, name: str, key: str, value: str) -> None:
         """Set a feature; "" means false."""
         with asking(f"setting feature {key}", qube=name):

@@ -13,7 +13,7 @@ from qubes_restore_svc.broker.host import Definition, HostQube, HostView, NewQub
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire import messages as m
-from tests.broker.fake_worker import BackupQube, Die, FakeLink, Image, honest
+from tests.broker.fake_worker import BACKUP_ID, BackupQube, Die, FakeLink, Image, Say, honest
 from tests.broker.jobs import Outcome, check_restored, run
 from tests.broker.troubled_host import Trouble, TroubledHost, TroubledQube
 
@@ -88,6 +88,7 @@ def restore(tmp_path: Path) -> Callable[..., Run]:
         trouble: Trouble | None = None,
         default: bool = False,
         dies_after: str | None = None,
+        taken_back: str | None = None,
     ) -> Run:
         hosts: list[SystemHost] = []
 
@@ -98,6 +99,10 @@ def restore(tmp_path: Path) -> Callable[..., Run]:
         script = honest(qubes)
         if dies_after is not None:
             script = script.until(script.find("qube_settings", dies_after) + 1, Die())
+        if taken_back is not None:
+            error = {"kind": "bad-archive", "reason": "its firewall.xml stands behind the files of others"}
+            back = Say({"type": "qube_incomplete", "key": taken_back, "error": error})
+            script = script.before(script.find("finished"), back)
         choice = PlanOptions(missing="default" if default else "refuse", allow=_AllowAll())
         return Run(run(script, tmp_path / "restored", host=host, choice=choice), hosts[0])
 
@@ -261,3 +266,27 @@ def test_a_qube_that_waits_for_its_template_when_the_worker_dies_is_rolled_back_
     done = restore(APP, TEMPLATE, dies_after="vm6")
     assert done.outcome.outcomes == {"app": "failed", "mine": "failed"}
     assert done.calls("rollback") == ["rollback app", "rollback mine"]
+
+
+# --- What came too late ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trouble", "advice", "warnings"),
+    [
+        ({}, "still there, without a netvm now. Look", []),
+        ({f"disconnect app {BACKUP_ID}": fails}, "still there. Look", ["away: no such luck"]),
+    ],
+)
+def test_a_committed_qube_whose_firewall_comes_late_loses_its_network(
+    restore: Callable[..., Run], trouble: Trouble, advice: str, warnings: list[str]
+) -> None:
+    done = restore(TEMPLATE, APP, trouble=trouble, taken_back=APP.key)
+    assert done.calls("disconnect") == [f"disconnect app {BACKUP_ID}"]
+    report = done.outcome.qube("app")
+    assert report.outcome == "incomplete" and report.error is not None and advice in report.error.advice
+    assert [warning.partition("taken ")[2] for warning in report.warnings] == warnings
+
+
+def test_a_qube_that_has_no_network_keeps_having_none(restore: Callable[..., Run]) -> None:
+    assert restore(NETVM, taken_back=NETVM.key).calls("disconnect") == []

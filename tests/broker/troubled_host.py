@@ -42,6 +42,10 @@ class TroubledHost:
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         self.call(f"default_dispvm {qube} {default_dispvm}")
 
+    def disconnect(self, qube: str, backup_id: str) -> bool:
+        self.call(f"disconnect {qube} {backup_id}")
+        return True
+
     def free_space(self) -> int | None:
         self.call("free_space")
         return self._directory.free_space()

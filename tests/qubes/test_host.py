@@ -154,6 +154,23 @@ def test_free_space_is_that_of_the_pool_that_is_used(
     assert new_host(tmp_path, system, pool="lvm").free_space() == 6000
 
 
+@pytest.mark.parametrize(
+    ("tagged", "runs", "is_done"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_a_finished_qube_loses_its_netvm_while_it_is_halted_and_of_this_backup(
+    tagged: bool, runs: bool, is_done: bool, host: QubesHost, qubesd: Qubesd
+) -> None:
+    work = qubesadmin.Qubes().add_new_vm("AppVM", "work", "red", TEMPLATE)
+    work.netvm = NETVM
+    work.tags.add("restored-from-backup-1" if tagged else "restored-from-backup-2")
+    if runs:
+        work.start()
+    assert host.disconnect("work", "1") == is_done
+    assert qubesd.system.domains["work"].properties["netvm"] == (None if is_done else NETVM)
+    with pytest.raises(HostFailed, match="there is no such qube"):
+        host.disconnect("gone", "1")
+
+
 def test_a_finished_qube_gets_its_disposable_template_later(host: QubesHost, qubesd: Qubesd) -> None:
     host.set_default_dispvm(NETVM, DISPOSABLES)
     assert qubesd.system.domains[NETVM].properties["default_dispvm"] == DISPOSABLES
