@@ -99,7 +99,7 @@ MAY_USE = {
     "cli.stock": {"execv"},
     "qubes.guard": {"fork"},
     "qubes.dom0_file": {"create_subprocess_exec"},
-    "local.engine": {"create_subprocess_exec"},
+    "local.interpreter": {"create_subprocess_exec"},
     "local.limits": {"create_subprocess_exec"},
     "local.worker_process": {"create_subprocess_exec"},
 }

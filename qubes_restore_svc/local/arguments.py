@@ -1,6 +1,6 @@
 """The command line of `qubes-restore-svc`.
 
-Strategy: argparse checks the form, this module turns the result into one frozen value, and everything
+Strategy: argparse checks the form, the result is one value with types, and everything
 that can be known to be wrong before anything happens is a UsageError. Options may stand before, between and
 after the names; argparse alone would not take `verify BACKUP -p FILE QUBE`. They cannot be abbreviated:
 one of them turns the sandbox off, and that should not happen with `--no`.
@@ -11,14 +11,13 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, number_up_to, path
 from qubes_restore_svc.errors import UsageError
-from qubes_restore_svc.local.engine import worker_engine
+from qubes_restore_svc.local.interpreter import worker_engine
 from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT
 
 _EPILOG = """\
@@ -26,17 +25,13 @@ exit status: 0 everything that was asked for is there and verified; 1 nothing wa
 2 the command cannot be carried out as given; 3 a part of it; 130 cancelled.
 """
 
-_MIB = 1 << 20
 _MAX_JOBS = 1024  #: as many as the worker accepts
 
-_Command = Literal["list", "verify", "extract"]
 
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(argparse.Namespace):
     """What the person asked for. `memory` in bytes."""
 
-    command: _Command
+    command: Literal["list", "verify", "extract"]
     backup: str
     passphrase_file: str | None
     memory: int | None
@@ -58,36 +53,23 @@ class Arguments:
 def parse_arguments(argv: Sequence[str] | None) -> Arguments:
     """The arguments of the process, or `argv`. Exits with 2 and a usage message where the form is wrong."""
     main_parser, parsers = _parsers()
-    options, rest = main_parser.parse_known_args(argv)
-    command = cast(_Command, options.command)
+    arguments, rest = main_parser.parse_known_args(argv, Arguments())
     rest = [word for word in rest if word != "--"]
     unknown = [word for word in rest if word.startswith("-")]
-    if unknown or (rest and command == "list"):
-        parsers[command].error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-    if options.backup == "-" and options.passphrase_file == "-":
+    if unknown or (rest and arguments.command == "list"):
+        parsers[arguments.command].error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if arguments.backup == "-" and arguments.passphrase_file == "-":
         raise UsageError(
             "the backup and the passphrase cannot both come from standard input",
             advice="Give the passphrase in a file (-p FILE), or type it.",
         )
-    return Arguments(
-        command=command,
-        backup=options.backup,
-        passphrase_file=options.passphrase_file,
-        memory=None if options.memory is None else options.memory * _MIB,
-        jobs=options.jobs,
-        compression_filter=options.compression_filter,
-        ignore_size_limit=options.ignore_size_limit,
-        ignore_cost_limit=options.ignore_cost_limit,
-        stall_timeout=options.stall_timeout,
-        sandbox=not options.no_sandbox,
-        verbose=options.verbose,
-        quiet=options.quiet,
-        report=getattr(options, "report", None),
-        qubes=tuple(dict.fromkeys((*getattr(options, "qubes", ()), *rest))),
-        exclude=tuple(dict.fromkeys(getattr(options, "exclude", None) or ())),
-        target=getattr(options, "target", None),
-        json=getattr(options, "json", False),
-    )
+    arguments.qubes = tuple(dict.fromkeys((*arguments.qubes, *rest)))
+    arguments.exclude = tuple(dict.fromkeys(arguments.exclude))
+    return arguments
+
+
+def _mebibytes(text: str) -> int:
+    return number_up_to(MAX_MIB)(text) << 20
 
 
 class _Version(argparse.Action):
@@ -146,7 +128,7 @@ def _command(
     parser.add_argument(
         "--memory",
         metavar="MIB",
-        type=number_up_to(MAX_MIB),
+        type=_mebibytes,
         help="memory that the worker may use (default: what is free, 4 GiB or 1 GiB a core at most)",
     )
     parser.add_argument(
@@ -180,7 +162,8 @@ def _command(
     )
     parser.add_argument(
         "--no-sandbox",
-        action="store_true",
+        dest="sandbox",
+        action="store_false",
         help="let the worker run without isolation: a hostile backup may then take over your account",
     )
     loudness = parser.add_mutually_exclusive_group()
@@ -194,6 +177,11 @@ def _add_selection(parser: argparse.ArgumentParser, verb: str) -> None:
         "qubes", metavar="QUBE", nargs="*", default=[], help=f"{verb} these qubes (default: all)"
     )
     parser.add_argument(
-        "-x", "--exclude", metavar="QUBE", action="append", help="leave out this qube; may be repeated"
+        "-x",
+        "--exclude",
+        metavar="QUBE",
+        action="append",
+        default=[],
+        help="leave out this qube; may be repeated",
     )
     parser.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")

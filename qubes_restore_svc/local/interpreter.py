@@ -1,15 +1,20 @@
-"""The worker's command line, and the files that its Python needs.
+"""The worker's command line, the files that its Python needs, and what it derives keys with.
 
 Strategy: the worker finds its modules where this process found them: the same interpreter, in isolated
 mode, with the same module path, so that every way of installing works (system packages, a virtual
 environment, the user's site directory, an editable install). In the sandbox only those places exist
 that hold the interpreter, libraries and this package, under the same names as outside: a directory
 that happens to contain one of them, a home say, stays empty otherwise.
+
+Only the worker knows what derives the keys, and the broker's side imports nothing of it; so it is asked, in a
+process of its own. There is no archive and no input, so no sandbox either: what runs is this package alone.
 """
 
+import asyncio
 import os
 import sys
 import sysconfig
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -27,10 +32,31 @@ _LIBRARY_DIRECTORIES = ("lib", "lib32", "lib64")
 _STORES = ("/nix/store", "/gnu/store")
 _MAX_LINKS = 40
 
+_ENGINE_TIMEOUT_S = 20
+_MAX_ENGINE = 100  #: bytes of its name
+
 
 def worker_command() -> list[str]:
     """The command that runs `qubes_restore_svc.worker`; its options are to be appended."""
     return [*python_command(), _BOOT, os.pathsep.join(_module_path())]
+
+
+async def worker_engine() -> str | None:
+    """Name and version of the engine, printable and on one line; None if the worker does not say."""
+    command = [*worker_command(), "--engine"]
+    try:
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+    except OSError:
+        return None
+    try:
+        async with asyncio.timeout(_ENGINE_TIMEOUT_S):
+            answer, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return None
+    name = answer[:_MAX_ENGINE].decode("ascii", "replace").strip()
+    return name if process.returncode == 0 and name.isascii() and name.isprintable() and name else None
 
 
 def python_command() -> list[str]:

@@ -15,12 +15,11 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from qubes_restore_svc.errors import WorkerLost, exhausted
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.limits import limit_group, limit_resources, memory_reserve
-from qubes_restore_svc.local.pipes import Tail, readable, tail_of_pipe
 from qubes_restore_svc.local.sandbox import sandbox_command
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.names import last_words
@@ -33,6 +32,7 @@ END_TIMEOUT_S = 1.0
 #: Bytes of the worker's standard error that are kept, from its end.
 STDERR_KEPT = 4096
 
+_READ_SIZE = 1 << 16
 _STATUS_SIZE = 4096
 _SHORTLY_S = 0.2
 _MOMENT_S = 0.002
@@ -59,7 +59,7 @@ class WorkerProcess:
         self._disable_userns = disable_userns
         self._process: asyncio.subprocess.Process | None = None
         self._calls: socket.socket | None = None
-        self._stderr: Tail | None = None
+        self._stderr: _Tail | None = None
         self._status: int | None = None  #: pipe into which bubblewrap writes what it has done
         self._told = b""  #: what came out of it
         self._first_inside: int | None = None  #: pidfd of the first process in the sandbox
@@ -143,7 +143,7 @@ class WorkerProcess:
             # Another number: our standard input can be the archive, and is something else for the child.
             archive_fd = os.dup(archive_fd)
             inherited.callback(close_read, archive_fd)
-            self._stderr, stderr = tail_of_pipe(STDERR_KEPT, inherited)
+            self._stderr, stderr = _tail_of_pipe(STDERR_KEPT, inherited)
             command = [
                 *command,
                 *("--calls-fd", str(calls.fileno())),
@@ -194,7 +194,7 @@ class WorkerProcess:
     async def _called_or_ended(self, calls: int) -> None:
         """Wait for a message, or the end of the process: what it leaves behind can hold the socket open."""
         assert self._process is not None
-        waits = {asyncio.ensure_future(readable(calls)), asyncio.ensure_future(self._process.wait())}
+        waits = {asyncio.ensure_future(_readable(calls)), asyncio.ensure_future(self._process.wait())}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -233,32 +233,84 @@ class WorkerProcess:
 
     async def _kill(self, process: asyncio.subprocess.Process) -> None:
         if self._status is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(END_TIMEOUT_S):
-                    while process.returncode is None and not self._find_first_inside():
-                        await asyncio.sleep(_MOMENT_S)
+            async with _at_most(END_TIMEOUT_S):
+                while process.returncode is None and not self._find_first_inside():
+                    await asyncio.sleep(_MOMENT_S)
         if self._first_inside is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(self._first_inside, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(END_TIMEOUT_S):
-                    # bubblewrap first: it reaps the other one.
-                    await process.wait()
-                    await readable(self._first_inside)
+            async with _at_most(END_TIMEOUT_S):
+                # bubblewrap first: it reaps the other one.
+                await process.wait()
+                await _readable(self._first_inside)
         # A bubblewrap that was killed while it held up its child leaves that child, in its process group.
         left_child = self._status is not None and not self._find_first_inside()
         if process.returncode is None or left_child:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(END_TIMEOUT_S):
-                    await process.wait()
+            async with _at_most(END_TIMEOUT_S):
+                await process.wait()
 
     def _words(self) -> str:
         return self._stderr.content.decode(errors="replace") if self._stderr is not None else ""
 
     def _last_words(self) -> str:
         return last_words(self._stderr.content, _LAST_LINE_LENGTH) if self._stderr is not None else ""
+
+
+# --- Its pipes -----------------------------------------------------------------------------------
+
+
+class _Tail:
+    """Reads a pipe until its end, whoever writes and however much, and keeps the last bytes."""
+
+    def __init__(self, fd: int, kept: int) -> None:
+        self.content = b""
+        self._fd = fd
+        self._kept = kept
+        self._ended = asyncio.Event()
+        os.set_blocking(fd, False)
+        asyncio.get_running_loop().add_reader(fd, self._read)
+
+    async def wait_end(self, timeout_s: float) -> None:
+        """Wait until every writer has closed the pipe, or the time is over."""
+        async with _at_most(timeout_s):
+            await self._ended.wait()
+
+    def close(self) -> None:
+        if not self._ended.is_set():
+            asyncio.get_running_loop().remove_reader(self._fd)
+            close_read(self._fd)
+            self._ended.set()
+
+    def _read(self) -> None:
+        try:
+            piece = os.read(self._fd, _READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        if not piece:
+            self.close()
+        self.content = (self.content + piece)[-self._kept :]
+
+
+def _tail_of_pipe(kept: int, inherited: contextlib.ExitStack) -> tuple[_Tail, int]:
+    """A pipe: the reader of its last `kept` bytes, and the end for a child, which `inherited` closes."""
+    reader, writer = os.pipe()
+    inherited.callback(close_read, writer)
+    return _Tail(reader, kept), writer
+
+
+async def _readable(fd: int) -> None:
+    """Wait until a descriptor can be read, its other end is closed, or the process of a pidfd has ended."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
 
 
 def _status_pipe(inherited: contextlib.ExitStack) -> tuple[int, int]:
@@ -278,6 +330,14 @@ def _status_pipe(inherited: contextlib.ExitStack) -> tuple[int, int]:
         close_read(writer)
     inherited.callback(close_read, both)
     return reader, both
+
+
+@contextlib.asynccontextmanager
+async def _at_most(timeout_s: float) -> AsyncIterator[None]:
+    """What is awaited in the block is given up after so many seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            yield
 
 
 def _describe_end(status: int, last_words: str, *, through_bubblewrap: bool) -> str:
