@@ -9,10 +9,17 @@ free one.
 import _thread
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from qubes_restore_svc.errors import RestoreInProgress
+
 _T = TypeVar("_T")
+
+#: Seconds to wait for what clears up after a restore that was killed: to kill a qube can take a minute.
+CLEARING_TIMEOUT_S = 90.0
+_PAUSE_S = 0.1
 
 #: Seconds in which a thread has begun, or never will.
 _BEGIN_S = 10.0
@@ -52,6 +59,18 @@ async def to_the_end(work: Awaitable[_T], on_cancel: Callable[[], None] | None =
             task.exception()  # it is known now
         raise cancelled
     return task.result()
+
+
+async def when_cleared(take: Callable[[], _T]) -> _T:
+    """Take a lock, once what a killed restore left is cleared up. A cancel does not wait for that."""
+    deadline = time.monotonic() + CLEARING_TIMEOUT_S
+    while True:
+        try:
+            return await in_thread(take)
+        except RestoreInProgress as error:
+            if not error.ends_soon or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_PAUSE_S)
 
 
 def started(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:

@@ -27,7 +27,7 @@ OURS: dict[str, set[str]] = {
     "__main__": {"cli", "local", "hardening"},
     "errors": set(),
     "system_memory": {"errors"},
-    "waiting": set(),
+    "waiting": {"errors"},
     "hardening": {"errors"},
     "owners": set(),
     "wire": {"wire", "errors"},

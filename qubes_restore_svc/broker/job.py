@@ -6,7 +6,6 @@ session. Whatever ends the job, a wrong passphrase or a cancel, becomes the repo
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,11 +19,10 @@ from qubes_restore_svc.errors import (
     Cancelled,
     ProtocolViolation,
     RestoreError,
-    RestoreInProgress,
     UsageError,
     exhausted,
 )
-from qubes_restore_svc.waiting import ask, in_thread
+from qubes_restore_svc.waiting import ask, in_thread, when_cleared
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
@@ -33,10 +31,6 @@ from qubes_restore_svc.wire.report import QubeReport, Report, warn
 #: Shows the plan to the person before anything is created. None: it is to be carried out. Options: it is not,
 #: another plan is to be made of these, and shown. Raises RestoreError to end the job.
 Confirm = Callable[[Plan], Awaitable[PlanOptions | None]]
-
-#: Seconds to wait for what clears up after a restore that was killed.
-CLEARING_TIMEOUT_S = 30.0
-_PAUSE_S = 0.1
 
 
 async def read_manifest(
@@ -126,24 +120,12 @@ async def _locked(host: Host) -> AsyncIterator[Sequence[str]]:
         return remarks
 
     try:
-        yield await _when_cleared(enter)
+        yield await when_cleared(enter)
     except BaseException as error:
         if not held or not await in_thread(held[0].__exit__, type(error), error, error.__traceback__):
             raise
     else:
         await in_thread(held[0].__exit__, None, None, None)
-
-
-async def _when_cleared(enter: Callable[[], Sequence[str]]) -> Sequence[str]:
-    """Enter, once what a killed restore left is cleared up. A cancel does not wait for that."""
-    deadline = time.monotonic() + CLEARING_TIMEOUT_S
-    while True:
-        try:
-            return await in_thread(enter)
-        except RestoreInProgress as error:
-            if not error.ends_soon or time.monotonic() > deadline:
-                raise
-        await asyncio.sleep(_PAUSE_S)
 
 
 @dataclass(frozen=True, slots=True)

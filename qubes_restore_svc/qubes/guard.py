@@ -1,4 +1,4 @@
-"""A process that outlives this one for as long as it takes to clear up after it.
+"""A process that outlives this one for as long as it takes to clear up after it: the second holder of a lock.
 
 Strategy: a child that does nothing but read from a pipe. When its parent ends, however it ends, the pipe does
 too; if the child has not been dismissed by then, the parent was killed, and the child clears up. It keeps the
@@ -9,17 +9,24 @@ import fcntl
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from qubes_restore_svc.broker.filesystem import reporting
+from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.qubes.system import QubesSystem
 
 #: What a terminal, a logout or a shutdown sends to a restore is not meant for its guard.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGPIPE)
 
+#: Seconds that a guard tries to reach a qubesd that does not answer.
+CONNECT_TIMEOUT_S = 60.0
+
 _STARTING = "starting the process that clears up if this one is killed"
+_CONNECT_PAUSE_S = 0.5
 
 
 class Guard:
@@ -83,6 +90,18 @@ def unlock(file: int, path: Path) -> None:
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would not do as long as a child has it too
     close_read(file)
+
+
+def connect_patiently() -> QubesSystem:
+    """The connection of a guard, which has nobody to tell that there is none yet. Raises RestoreError."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            return QubesSystem.connect()
+        except RestoreError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_CONNECT_PAUSE_S)
 
 
 # --- The child -----------------------------------------------------------------------------------

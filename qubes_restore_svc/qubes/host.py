@@ -7,23 +7,18 @@ still unfinished when the lock is let go is removed; if this process is killed, 
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qubes_restore_svc.broker.host import HostView, NewQube, QubesView, QubeTransaction, restored_tag
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.qubes.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
-from qubes_restore_svc.qubes.leftovers import (
-    Leftovers,
-    clear_unfinished_qubes,
-    clear_untagged,
-    connect_patiently,
-)
+from qubes_restore_svc.qubes.guard import connect_patiently
+from qubes_restore_svc.qubes.locks import RESTORE, RESTORE_LOCK, STOCK_LOCK, GuardedLock, stock_lock
 from qubes_restore_svc.qubes.qube import QubesQube
-from qubes_restore_svc.qubes.restore_lock import RESTORE_LOCK, RestoreLock
-from qubes_restore_svc.qubes.stock_lock import STOCK_LOCK, stock_lock
 from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.tags import Leftovers, clear_unfinished_qubes, clear_untagged
 from qubes_restore_svc.wire.names import strip_control
 
 #: Directories of the policy: what holds until the next start of the system, what lasts, what R4.0 left.
@@ -38,9 +33,8 @@ _NO_QUBES = frozenset({"allow", "deny", "ask", "dom0"})
 class QubesHost:
     """A `Host` that creates qubes in `system`.
 
-    `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `connect`
-    makes the connection of the guard, which cannot use this one. `client` is the domain that restores.
-    `policy` are the directories of the policy.
+    `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `client`
+    is the domain that restores. `policy` are the directories of the policy.
     """
 
     def __init__(
@@ -51,7 +45,6 @@ class QubesHost:
         home: Path,
         lock_path: Path = RESTORE_LOCK,
         stock_lock_path: Path = STOCK_LOCK,
-        connect: Callable[[], QubesSystem] = QubesSystem.connect,
         client: str = "dom0",
         policy: Sequence[Path] = POLICY,
     ) -> None:
@@ -60,7 +53,6 @@ class QubesHost:
         self._home = home
         self._lock_path = lock_path
         self._stock_lock_path = stock_lock_path
-        self._connect = connect
         self._client = client
         self._policy = policy
         self._mutex = threading.RLock()
@@ -75,15 +67,13 @@ class QubesHost:
         it; HostFailed if it cannot be had, and at the end if something could not be removed. If the block
         raises a RestoreError, that is told in its advice instead.
         """
-        lock = RestoreLock(self._lock_path, self._clear_up_after_kill, self._client)
-        lock.take()
-        try:
-            with stock_lock(self._stock_lock_path):
-                yield from self._locked(lock)
-        finally:
-            lock.release()
+        with (
+            GuardedLock(RESTORE, self._lock_path, self._clear_up_after_kill, self._client) as lock,
+            stock_lock(self._stock_lock_path),
+        ):
+            yield from self._locked(lock)
 
-    def _locked(self, lock: RestoreLock) -> Iterator[tuple[str, ...]]:
+    def _locked(self, lock: GuardedLock) -> Iterator[tuple[str, ...]]:
         found = self._clear_up()
         with self._mutex:
             self._is_locked = True
@@ -163,7 +153,7 @@ class QubesHost:
                     with suppress(HostFailed):  # at the end it is tried again, and told
                         qube.remove_condemned()
 
-    def _end_qubes(self, lock: RestoreLock, kept_before: Iterable[str]) -> list[str]:
+    def _end_qubes(self, lock: GuardedLock, kept_before: Iterable[str]) -> list[str]:
         """Remove what is unfinished; clauses on what is left, if it was not left before this restore."""
         with self._mutex:
             self._is_locked = False
@@ -196,7 +186,7 @@ class QubesHost:
 
         The worker has a guard of its own.
         """
-        self._system = connect_patiently(self._connect)
+        self._system = connect_patiently()
         with ExitStack() as locks:
             with suppress(RestoreError):  # in vain: the stock restore has begun, and has taken its tag away
                 locks.enter_context(stock_lock(self._stock_lock_path))

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,10 +23,9 @@ from qubes_restore_svc.errors import (
     WorkerLost,
 )
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.qubes.calls import BROKEN, NOT_FOUND, QrexecCall, QrexecCalls
 from qubes_restore_svc.qubes.dom0_file import FileReader
-from qubes_restore_svc.qubes.holders import Activity
-from qubes_restore_svc.qubes.link_system import QubesSystem
+from qubes_restore_svc.qubes.locks import WORKER, WORKER_LOCK, Activity, GuardedLock
+from qubes_restore_svc.qubes.qrexec import BROKEN, NOT_FOUND, QrexecCall, QrexecCalls
 from qubes_restore_svc.qubes.storage import (
     Dom0File,
     Location,
@@ -36,9 +34,15 @@ from qubes_restore_svc.qubes.storage import (
     StorageAccess,
     start_storage,
 )
-from qubes_restore_svc.qubes.worker_lock import LOCK_PATH, wait_cleared, worker_lock
-from qubes_restore_svc.qubes.worker_vm import WorkerVm, choose_template, clear_leftovers, worker_missing
-from qubes_restore_svc.waiting import ask
+from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.worker_vm import (
+    WorkerVm,
+    choose_template,
+    clear_up_after_kill,
+    clear_worker_left,
+    worker_missing,
+)
+from qubes_restore_svc.waiting import ask, when_cleared
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import (
     ARCHIVE,
@@ -63,18 +67,12 @@ _BROKEN_PIPE = 141
 _CHECK_QUBE = "Check that the qube {} still runs and that its disks answer, and try again."
 
 
-def _no_guard(lock: int) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
 class QrexecLink:
     """The link to a worker on a Qubes system; to be entered once. `memory` in MiB, all of it from the start.
 
     `location` is where the backup lies; `template` a disposable template, None for the system's own.
     `ready_timeout_s`: seconds that the worker may take to answer once its qube has started. `client` is the
-    domain that it is for, and `activity` what it is for: who wants a worker meanwhile is told. `guard` is
-    entered, with the lock's descriptor, before there is a worker: it is for the case that this process is
-    killed.
+    domain that it is for, and `activity` what it is for: who wants a worker meanwhile is told.
     """
 
     def __init__(
@@ -86,10 +84,9 @@ class QrexecLink:
         memory: int,
         vcpus: int,
         ready_timeout_s: float = READY_TIMEOUT_S,
-        lock_path: Path = LOCK_PATH,
+        lock_path: Path = WORKER_LOCK,
         client: str = "dom0",
         activity: Activity = "restoring",
-        guard: Callable[[int], contextlib.AbstractContextManager[None]] = _no_guard,
     ) -> None:
         self._system = system
         self._location = location
@@ -97,10 +94,7 @@ class QrexecLink:
         self._memory = memory
         self._vcpus = vcpus
         self._ready_timeout_s = ready_timeout_s
-        self._lock_path = lock_path
-        self._client = client
-        self._activity: Activity = activity
-        self._guard = guard
+        self._lock = GuardedLock(WORKER, lock_path, clear_up_after_kill, client, activity)
         self._held: contextlib.AsyncExitStack | None = None
         self._qube = ""  #: the worker's, while it may be called
         self._calls: QrexecCalls
@@ -132,11 +126,11 @@ class QrexecLink:
         has no worker that answers; ArchiveUnreadable if the backup's qube does not play its part.
         """
         async with contextlib.AsyncExitStack() as held:
-            await wait_cleared(self._lock_path)
-            lock = held.enter_context(worker_lock(self._lock_path, self._client, self._activity))
-            held.enter_context(self._guard(lock))
+            held.callback(self._lock.release)
+            await when_cleared(self._lock.take)
+            held.enter_context(self._system.watched_by(self._lock))
             template = await self.check()
-            await clear_leftovers(self._system)
+            await clear_worker_left(self._system)
             if not isinstance(self._location, Dom0File):
                 await start_storage(self._system, self._location.qube)
             vm = await held.enter_async_context(WorkerVm(self._system, template, self._memory, self._vcpus))

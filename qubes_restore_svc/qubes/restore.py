@@ -1,8 +1,7 @@
 """What a restore is made of in dom0: the only place that knows all the parts.
 
 Strategy: one function from the configuration, the location and what was wished for to a `Dom0Restore`, which
-creates nothing until it runs. The command and the service both begin here. What needs a Qubes system is
-imported when one is needed, so that the help is there everywhere.
+creates nothing until it runs. The command and the service both begin here.
 """
 
 from collections.abc import Callable
@@ -16,15 +15,15 @@ from qubes_restore_svc.broker.job import Confirm, run_job
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Plan, PlanOptions
 from qubes_restore_svc.broker.restore import Observer
-from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, load_config
+from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
 from qubes_restore_svc.qubes.grants import check_limits, check_options
-from qubes_restore_svc.qubes.holders import Activity
+from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.link import QrexecLink
+from qubes_restore_svc.qubes.locks import RESTORE_LOCK, STOCK_LOCK, WORKER_LOCK, Activity
 from qubes_restore_svc.qubes.records import LogFile, LoggedObserver, file_report
-from qubes_restore_svc.qubes.restore_lock import RESTORE_LOCK, WORKER_LOCK
-from qubes_restore_svc.qubes.stock_lock import STOCK_LOCK
 from qubes_restore_svc.qubes.storage import Location
+from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.waiting import ask
 from qubes_restore_svc.wire.report import Report
 
@@ -150,18 +149,6 @@ def dom0_restore(
     """
     config = load_config(places.config) if config is None else config
     check_options(config.limits, ignore_size_limit=wishes.ignore_size_limit)
-    try:
-        from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
-        from qubes_restore_svc.qubes.host import QubesHost
-        from qubes_restore_svc.qubes.system import QubesSystem
-        from qubes_restore_svc.qubes.worker_guard import worker_guard
-    except ModuleNotFoundError as error:
-        if error.name != "qubesadmin":
-            raise
-        raise HostFailed(
-            "this is not the dom0 of a Qubes system",
-            advice="Run it in dom0. On any other machine, `qubes-restore-svc` opens the backup.",
-        ) from None
     system = QubesSystem.connect()
     link = QrexecLink(
         system,
@@ -173,7 +160,6 @@ def dom0_restore(
         lock_path=places.worker_lock,
         client=client,
         activity=activity,
-        guard=lambda lock: worker_guard(system, lock, places.worker_lock),
     )
     host = QubesHost(
         system,

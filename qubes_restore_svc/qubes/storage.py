@@ -17,9 +17,9 @@ from typing import Self
 
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.qubes.calls import NOT_FOUND, QrexecCall, QrexecCalls
-from qubes_restore_svc.qubes.link_system import STORAGE_TAG, QubesSystem
-from qubes_restore_svc.qubes.undoing import tell_what_is_left, undo
+from qubes_restore_svc.qubes.qrexec import NOT_FOUND, QrexecCall, QrexecCalls, tell_what_is_left, undo
+from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.tags import STORAGE_TAG
 from qubes_restore_svc.waiting import ask, in_thread, to_the_end
 from qubes_restore_svc.wire.messages import Storage
 

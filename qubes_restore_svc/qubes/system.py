@@ -1,25 +1,25 @@
 """The Admin API of a Qubes system, as far as a restore needs it: the only module that imports `qubesadmin`.
 
 Strategy: plain values go in and come out. `qubesadmin` is untyped and caches what it has seen, so nothing of
-it leaves this module, every look-up is made afresh, and every call stands inside `asking`, which makes of its
-exceptions a HostFailed (or NoSpace, QubeExists, QubeInUse) that names the qube and what was being done.
+it leaves this module, every look-up is made afresh, and every call stands inside `asking`. The library raises
+whatever class qubesd names, and some that it does not mean to (a KeyError, an AssertionError over an answer
+that was cut off). `asking` makes of each a HostFailed (or NoSpace, QubeExists, QubeInUse) that names the qube
+and what was being done. The library is imported when a system is asked for: only dom0 has it.
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-import qubesadmin
-import qubesadmin.exc
-
 from qubes_restore_svc.broker.host import RESTORED_TAG, HostQube
-from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
-from qubes_restore_svc.qubes.faults import QubeInUse, asking
+from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
 from qubes_restore_svc.wire.messages import DeviceInfo
-from qubes_restore_svc.wire.names import MAX_REQUEST
+from qubes_restore_svc.wire.names import MAX_REQUEST, strip_control
 
 #: Seconds until a qube that was killed must be gone. Its cleaning up takes a few on a busy system.
 DESTROY_TIMEOUT_S = 60.0
@@ -30,6 +30,19 @@ _COPYING_FAILED = "error copying data"  #: all that the import tells of a disk t
 _SUPPORTED = "supported-rpc."
 _Value = TypeVar("_Value", str, bool)
 _Answer = TypeVar("_Answer")
+
+#: Characters of a text that are shown: its beginning, and its end, where the reason stands as a rule. It is
+#: searched whole: a failed import begins with the command that was run.
+_HEAD, _TAIL = 120, 180
+_NO_ROOM = re.compile(
+    r"no space left|disk quota exceeded|(insufficient|not enough|out of) (free )?(disk )?(space|extents)",
+    re.IGNORECASE,
+)
+_ASK_THE_JOURNAL = "Look at `journalctl -u qubesd` in dom0 for the cause."
+
+
+class QubeInUse(HostFailed):
+    """A qube cannot be removed because others refer to it (as template, netvm or default)."""
 
 
 class CreationWatcher(Protocol):
@@ -44,32 +57,19 @@ class CreationWatcher(Protocol):
         ...
 
 
-class ServiceProcess:
-    """The local end of a service call: qrexec's client, until the service has ended."""
+class ServiceProcess(Protocol):
+    """The process that carries one qrexec call (`qrexec-client`), a child of this process."""
 
-    def __init__(self, process: Any) -> None:
-        """`process` is the `Popen` that `qubesadmin` returns."""
-        self._process = process
-        self.pid = int(process.pid)
+    @property
+    def pid(self) -> int: ...
 
     def poll(self) -> int | None:
-        """The exit status; None while it runs."""
-        status = self._process.poll()
-        return None if status is None else int(status)
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The exit status, as soon as it has ended; TimeoutError after `timeout` seconds."""
-        try:
-            return int(self._process.wait(timeout))
-        except Exception as error:
-            if type(error).__name__ == "TimeoutExpired":  # a class of subprocess, which stays out of here
-                raise TimeoutError from error
-            raise
+        """The exit code, negative for a signal; None while it runs. Reaps the process."""
+        ...
 
     def kill(self) -> None:
-        """End it; `wait` for it afterwards. Harmless when it has ended."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        """Kill it, if it still runs."""
+        ...
 
 
 class QubesSystem:
@@ -84,6 +84,13 @@ class QubesSystem:
     @classmethod
     def connect(cls) -> "QubesSystem":
         """The system that this program runs on. Raises HostFailed if this is no dom0, or qubesd is mute."""
+        try:
+            import qubesadmin
+        except ModuleNotFoundError:
+            raise HostFailed(
+                "this is not the dom0 of a Qubes system",
+                advice="Run it in dom0. On any other machine, `qubes-restore-svc` opens the backup.",
+            ) from None
         with asking("asking qubesd"):
             app = qubesadmin.Qubes()
             if app.qubesd_connection_type != "socket":
@@ -328,7 +335,10 @@ class QubesSystem:
             # `name`, which is both, renames the qube.
             if hasattr(type(qube), key) or key not in qube.property_list():
                 raise HostFailed(f"setting property {key} failed: it has none that could be set", qube=name)
-            setattr(qube, key, qubesadmin.DEFAULT if value is None else value)
+            if value is None:
+                delattr(qube, key)
+            else:
+                setattr(qube, key, value)
 
     def set_default_dispvm(self, name: str, dispvm: str) -> None:
         """Give the qube its disposable template; "" is none. qubesd itself would take any qube for one."""
@@ -376,7 +386,9 @@ class QubesSystem:
                 qube=name,
             )
         with asking("setting its firewall rules", qube=name):
-            self._qube(name).firewall.rules = [_RuleText(rule) for rule in rules]
+            # Not the rules' own class, which leaves out a destination of 0.0.0.0/0, and thereby lets an IPv4
+            # rule match IPv6. `qubesadmin` asks for no more of a rule than its text.
+            self._qube(name).firewall.rules = [SimpleNamespace(rule=rule) for rule in rules]
 
     def assign_device(self, name: str, device: DeviceInfo) -> None:
         """Assign a device of another qube, to be attached whenever the qube starts."""
@@ -420,7 +432,7 @@ class QubesSystem:
         `service` may carry an argument (`NAME+ARG`). Raises HostFailed.
         """
         with asking(f"calling {service}", qube=name), open(os.devnull, "wb") as nowhere:
-            process = self._qube(name).run_service(
+            process: ServiceProcess = self._qube(name).run_service(
                 service,
                 stdin=stdin,
                 stdout=stdout,
@@ -428,7 +440,7 @@ class QubesSystem:
                 autostart=False,
                 start_new_session=True,  # Ctrl-C is for the broker to act on
             )
-            return ServiceProcess(process)
+            return process
 
     # --- Helpers ---------------------------------------------------------------------------------
 
@@ -498,16 +510,6 @@ class QubesSystem:
             self.remove(name)
 
 
-class _RuleText:
-    """A firewall rule for `qubesadmin`, which asks for no more of one than its text.
-
-    Its own class for rules leaves out a destination of 0.0.0.0/0, and thereby lets an IPv4 rule match IPv6.
-    """
-
-    def __init__(self, rule: str) -> None:
-        self.rule = rule
-
-
 def _property(holder: Any, key: str, default: _Value) -> _Value:
     """A property, in the type of `default`, which is what stands for none."""
     value = getattr(holder, key, None)
@@ -520,3 +522,33 @@ def _taken(name: str) -> QubeExists:
         qube=name,
         advice="Rename or remove it, or restore under another name.",
     )
+
+
+@contextmanager
+def asking(doing: str, *, qube: str | None = None, volume: str | None = None) -> Iterator[None]:
+    """Translate what a call to qubesd in the block raises; `doing` reads like "removing the qube".
+
+    Raises QubeInUse, NoSpace or HostFailed; a RestoreError of the block passes.
+    """
+    try:
+        yield
+    except RestoreError:
+        raise
+    except Exception as error:
+        classes = {cls.__name__ for cls in type(error).__mro__}
+        kind = HostFailed
+        if "QubesVMInUseError" in classes:
+            kind = QubeInUse
+        elif _NO_ROOM.search(str(error)):
+            kind = NoSpace
+        unclear = "QubesDaemonCommunicationError" in classes or "QubesException" not in classes
+        advice = _ASK_THE_JOURNAL if unclear else None
+        raise kind(f"{doing} failed: {said_by(error)}", qube=qube, volume=volume, advice=advice) from error
+
+
+def said_by(error: BaseException) -> str:
+    """What `error` says, as a short clause of one line; its class if it says nothing."""
+    text = strip_control(" ".join(str(error).split())).rstrip(". ")
+    if len(text) > _HEAD + _TAIL:
+        text = f"{text[:_HEAD]} \u2026 {text[-_TAIL:]}"
+    return text or type(error).__name__

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from qubes_restore_svc.broker.filesystem import Room
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.qubes.faults import said_by
+from qubes_restore_svc.qubes.system import said_by
 from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
 
 #: Seconds that the import may take no data, or may need for the disk once it has all of it.

@@ -7,20 +7,27 @@ then the qube. What a restore that was killed has left behind goes before the ne
 
 import asyncio
 import contextlib
-import re
 import secrets
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import HostFailed, RestoreError, UsageError, WorkerMissing
-from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG, QubesSystem
-from qubes_restore_svc.qubes.undoing import tell_what_is_left, undo
+from qubes_restore_svc.qubes.guard import connect_patiently
+from qubes_restore_svc.qubes.qrexec import tell_what_is_left, undo
+from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.tags import (
+    WORKER_NAME,
+    WORKER_PREFIX,
+    WORKER_TAG,
+    clear_untagged,
+    clear_worker,
+)
 from qubes_restore_svc.waiting import ask, in_thread, started, to_the_end
 from qubes_restore_svc.wire.service import SESSION
 
 PACKAGE = "qubes-restore-svc-vm"
 
-_NAME = re.compile(r"disp-restore-[0-9]{4}")
 _NAME_ATTEMPTS = 100
 
 
@@ -70,7 +77,7 @@ class WorkerVm:
 
     def _free_name(self) -> str:
         for _ in range(_NAME_ATTEMPTS):
-            name = f"disp-restore-{secrets.randbelow(10000):04}"
+            name = f"{WORKER_PREFIX}{secrets.randbelow(10000):04}"
             if not self._system.exists(name):
                 return name
         raise HostFailed("there is no free name for the worker's qube", advice="Remove some disposables.")
@@ -154,23 +161,23 @@ async def worker_missing(system: QubesSystem, template: str) -> WorkerMissing:
     )
 
 
-async def clear_leftovers(system: QubesSystem) -> None:
-    """Remove the worker and the tags that a killed restore has left; only while none is running.
+async def clear_worker_left(system: QubesSystem) -> None:
+    """Remove the worker and the tags that a killed restore has left. Only under the worker's lock.
 
     Raises HostFailed: what still carries a tag of ours could reach the next backup.
     """
-    await in_thread(_clear_leftovers, system)
+    found = await in_thread(clear_worker, system)
+    if found.kept:
+        raise HostFailed("; ".join(found.kept))
 
 
-def _clear_leftovers(system: QubesSystem) -> None:
-    for name in system.tagged(STORAGE_TAG):
-        system.discard_tag(name, STORAGE_TAG)
-    for name in system.tagged(WORKER_TAG):
-        # The tag alone does not make a qube a worker: a disposable inherits those of its template.
-        if _NAME.fullmatch(name) and system.klass(name) == "DispVM":
-            system.destroy(name)
-        else:
-            system.discard_tag(name, WORKER_TAG)
+def clear_up_after_kill(being_created: Iterable[str]) -> None:
+    """What the guard of the worker's lock does. There is nobody to tell; the next restore tries again."""
+    system = connect_patiently()
+    with contextlib.suppress(RestoreError):
+        clear_worker(system)
+    with contextlib.suppress(RestoreError):
+        clear_untagged(system, (name for name in being_created if WORKER_NAME.fullmatch(name)))
 
 
 async def _exists(system: QubesSystem, name: str) -> bool:

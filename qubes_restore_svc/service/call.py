@@ -27,7 +27,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.qubes.config import Config, load_config
 from qubes_restore_svc.qubes.grants import DOM0, Rights
-from qubes_restore_svc.qubes.holders import Activity
+from qubes_restore_svc.qubes.locks import Activity
 from qubes_restore_svc.qubes.restore import PLACES, Dom0Restore, Places, Wishes, dom0_restore
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
 from qubes_restore_svc.service.conversation import Conversation, Final

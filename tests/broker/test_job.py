@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+from qubes_restore_svc import waiting as waiting_module
 from qubes_restore_svc.broker import client, job
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import HostView
@@ -178,8 +179,8 @@ def test_what_clears_up_after_a_killed_restore_is_waited_for(
     patience_s: float,
     status: int,
 ) -> None:
-    monkeypatch.setattr(job, "_PAUSE_S", 0.01)
-    monkeypatch.setattr(job, "CLEARING_TIMEOUT_S", patience_s)
+    monkeypatch.setattr(waiting_module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(waiting_module, "CLEARING_TIMEOUT_S", patience_s)
     left = [attempts]
 
     def host(link: FakeLink) -> TroubledHost:

@@ -13,8 +13,8 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.cli.qvm_parts import in_dom0
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
-from qubes_restore_svc.qubes import host as qubes_host
 from qubes_restore_svc.qubes import restore as dom0
+from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.restore import Dom0Restore, Places
 from qubes_restore_svc.qubes.storage import Dom0File, QubePath, QubeService
@@ -52,7 +52,7 @@ class Made:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.link: dict[str, object] = {}
         self.host: dict[str, object] = {}
-        link, host = QrexecLink, qubes_host.QubesHost
+        link, host = QrexecLink, QubesHost
 
         def make_link(system, location, **keywords):  # type: ignore[no-untyped-def]  # as it comes
             self.link = {"location": location, **keywords}
@@ -63,7 +63,7 @@ class Made:
             return host(system, **keywords)
 
         monkeypatch.setattr(dom0, "QrexecLink", make_link)
-        monkeypatch.setattr(qubes_host, "QubesHost", make_host)
+        monkeypatch.setattr(dom0, "QubesHost", make_host)
 
 
 @pytest.fixture
@@ -84,7 +84,6 @@ def configure(places: Places, text: str) -> None:
 
 def test_without_a_configuration_there_are_defaults(places: Places, made: Made) -> None:
     found = parts(places, "b", 5)
-    assert callable(made.link.pop("guard"))
     assert made.link == {
         "location": Dom0File(5),
         "template": None,
@@ -196,8 +195,6 @@ def test_a_mistake_in_the_configuration_and_a_limit_that_an_option_would_void(pl
 
 
 def test_where_there_is_no_qubes_it_is_said(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("qubes_restore_svc.qubes.system")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "qubesadmin", None)
     with pytest.raises(HostFailed, match="this is not the dom0 of a Qubes system"):
         parts(places, "b", 5)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.qubes.holders import read_holder
+from qubes_restore_svc.qubes.locks import read_holder
 from tests.emulation.remote_bench import (
     GUI,
     IMAGE,

@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
-from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG
+from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 
 TEMPLATE = "restore-dvm"
 STORAGE = "sys-usb"
@@ -66,10 +67,11 @@ class FakeQube:
     vcpus: int = 0
 
 
-class FakeQubes:
+class FakeQubes(QubesSystem):
     """The system; scripts write what they got into `directory`."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__(None)
         self.directory = directory
         self.events: list[str] = []
         self.faults: dict[str, RestoreError] = {}
@@ -78,7 +80,7 @@ class FakeQubes:
         self.by_qube: dict[str, list[Process]] = {}
         self.worker = dict(WORKER)
         self.management: str | None = TEMPLATE
-        self.qubes = {
+        self.there = {
             "fedora-42": FakeQube(),
             TEMPLATE: FakeQube(template="fedora-42", disposable_template=True),
             STORAGE: FakeQube(running=True, services={"qubes.RegisterBackupLocation": REGISTER}),
@@ -86,7 +88,7 @@ class FakeQubes:
 
     @property
     def workers(self) -> list[str]:
-        return [name for name in self.qubes if name.startswith("disp-restore-")]
+        return [name for name in self.there if name.startswith("disp-restore-")]
 
     def running_processes(self) -> list[int]:
         return [process.pid for process in self.processes if process.poll() is None]
@@ -99,62 +101,62 @@ class FakeQubes:
 
     def template_of(self, name: str) -> str | None:
         self._enter("template_of")
-        return self.qubes[name].template
+        return self.there[name].template
 
     def reports_service(self, name: str, service: str) -> bool | None:
         self._enter("reports_service")
-        reported = self.qubes[name].reported
+        reported = self.there[name].reported
         return None if reported is None else service in reported
 
     def is_disposable_template(self, name: str) -> bool | None:
         self._enter("is_disposable_template")
-        return self.qubes[name].disposable_template if name in self.qubes else None
+        return self.there[name].disposable_template if name in self.there else None
 
     def exists(self, name: str) -> bool:
         self._enter("exists")
-        return name in self.qubes
+        return name in self.there
 
     def klass(self, name: str) -> str:
         self._enter("klass")
-        return self.qubes[name].klass
+        return self.there[name].klass
 
     def create_disposable(
         self, name: str, template: str, *, memory: int, vcpus: int, tags: Sequence[str]
     ) -> None:
         self._enter("create_disposable", name)
-        if name in self.qubes:
+        if name in self.there:
             raise HostFailed(f"a qube {name} is there already")
-        self.qubes[name] = FakeQube(
+        self.there[name] = FakeQube(
             "DispVM", template, tags=set(tags), services=self.worker, memory=memory, vcpus=vcpus
         )
 
     def start(self, name: str) -> None:
         self._enter("start", name)
-        if name not in self.qubes:
+        if name not in self.there:
             raise HostFailed(f"{name} was killed")
-        self.qubes[name].running = True
+        self.there[name].running = True
 
     def destroy(self, name: str) -> None:
         self._enter("destroy", name)
-        if name not in self.qubes:
+        if name not in self.there:
             raise HostFailed(f"there is no qube {name}")
         self.vanish(name)
 
     def add_tag(self, name: str, tag: str) -> None:
         self._enter("add_tag", f"{name} {tag}")
-        self.qubes[name].tags.add(tag)
+        self.there[name].tags.add(tag)
 
     def discard_tag(self, name: str, tag: str) -> None:
         self._enter("discard_tag", f"{name} {tag}")
-        self.qubes[name].tags.discard(tag)
+        self.there[name].tags.discard(tag)
 
-    def tagged(self, tag: str) -> list[str]:
-        self._enter("tagged")
-        return [name for name, qube in self.qubes.items() if tag in qube.tags]
+    def tags(self) -> Mapping[str, frozenset[str]]:
+        self._enter("tags")
+        return {name: frozenset(qube.tags) for name, qube in self.there.items()}
 
     def run_service(self, name: str, service: str, *, stdin: int, stdout: int) -> Process:
         self._enter("run_service", f"{service} in {name}", key=f"run_service {service}")
-        qube = self.qubes[name]
+        qube = self.there[name]
         if not qube.running:
             raise HostFailed(f"the qube {name} does not run")
         script = qube.services.get(service, qube.services.get(service.split("+")[0]))
@@ -170,7 +172,7 @@ class FakeQubes:
 
     def vanish(self, name: str) -> None:
         """The qube is gone, and with it its ends of all calls."""
-        del self.qubes[name]
+        del self.there[name]
         for process in self.by_qube.get(name, []):
             process.kill()
 
@@ -192,14 +194,14 @@ class Traces:
 
     def __init__(self, system: FakeQubes) -> None:
         self._system = system
-        self._qubes = set(system.qubes)
+        self._qubes = set(system.there)
         self._descriptors = descriptors()
 
     def left(self) -> list[str]:
         """All that is there now and was not at first."""
         system = self._system
-        found = [f"qube {name}" for name in set(system.qubes) - self._qubes]
-        for name, qube in system.qubes.items():
+        found = [f"qube {name}" for name in set(system.there) - self._qubes]
+        for name, qube in system.there.items():
             found += [f"tag {tag} of {name}" for tag in qube.tags & {WORKER_TAG, STORAGE_TAG}]
         found += [f"process {process.args!r}" for process in system.processes if process.returncode is None]
         found += [f"descriptor {number}" for number in descriptors() - self._descriptors]

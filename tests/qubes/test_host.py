@@ -1,4 +1,4 @@
-"""The Qubes host as a whole: one restore at a time, what it sees, and what an interrupted one leaves."""
+"""The Qubes host as a whole: one restore at a time, what it sees, and what remains when it is killed."""
 
 import errno
 import grp
@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,12 +15,9 @@ import qubesadmin
 
 from qubes_restore_svc.broker.host import HostQube
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreInProgress
-from qubes_restore_svc.qubes import dom0_home, leftovers
+from qubes_restore_svc.qubes import dom0_home
 from qubes_restore_svc.qubes.host import QubesHost, names_in_policy
-from qubes_restore_svc.qubes.leftovers import STORAGE_TAG, WORKER_TAG, clear_untagged, clear_worker
-from qubes_restore_svc.qubes.qube import IN_PROGRESS_TAG, UNFINISHED_TAG
 from qubes_restore_svc.qubes.system import QubesSystem
-from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd
 from tests.qubes.qubes_bed import (
     DISPOSABLES,
@@ -38,13 +34,6 @@ from ..support.descriptors import open_descriptors
 
 REPOSITORY = Path(__file__).parents[2]
 SOON_S = 60.0
-
-
-def leave_unfinished(name: str, template: str = TEMPLATE, klass: str = "AppVM") -> None:
-    """What a restore that was killed together with its guard leaves."""
-    qube = qubesadmin.Qubes().add_new_vm(klass, name, "red", template if klass == "AppVM" else None)
-    qube.tags.add(IN_PROGRESS_TAG)
-    qube.tags.add(UNFINISHED_TAG)
 
 
 POLICY = {
@@ -257,149 +246,6 @@ def test_what_cannot_be_removed_does_not_hide_why_the_restore_ended(host: QubesH
         host.begin(new_qube())
         raise KeyError
     assert isinstance(failed.value.__cause__, KeyError)
-
-
-# --- What an interrupted restore has left --------------------------------------------------------
-
-
-def test_unfinished_qubes_are_removed_whatever_order_they_need(
-    host: QubesHost, qubesd: Qubesd, tmp_path: Path
-) -> None:
-    before = state_of(tmp_path, qubesd)
-    leave_unfinished("a-base", klass="TemplateVM")
-    leave_unfinished("b", template="a-base")
-    leave_unfinished("c")
-    with host.lock() as remarks:
-        assert sorted(remark.split(" was removed: ")[0] for remark in remarks) == ["a-base", "b", "c"]
-        assert state_of(tmp_path, qubesd).keys() - before.keys() == {str(tmp_path / "restore.lock")}
-    assert state_of(tmp_path, qubesd) == before
-
-
-def test_an_unfinished_qube_is_not_removed_while_a_volume_is_being_imported(
-    host: QubesHost, qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leave_unfinished("work")
-    waited: list[bool] = []
-    monkeypatch.setattr(leftovers, "wait_for_imports", lambda: waited.append("work" in qubesd.system.domains))
-    with host.lock():
-        assert waited == [True]
-        assert "work" not in qubesd.system.domains
-
-
-@pytest.mark.parametrize("tags", [[IN_PROGRESS_TAG], [], ["restored-from-backup-x"]])
-def test_what_is_not_ours_stays(host: QubesHost, qubesd: Qubesd, tmp_path: Path, tags: list[str]) -> None:
-    other = qubesadmin.Qubes().add_new_vm("AppVM", "other", "red", TEMPLATE)
-    other.tags.update(tags)
-    before = state_of(tmp_path, qubesd)
-    with host.lock() as remarks:
-        assert remarks == ()
-    assert state_of(tmp_path, qubesd) == before
-
-
-def test_a_finished_qube_loses_the_tag_that_was_left_on_it(host: QubesHost, qubesd: Qubesd) -> None:
-    other = qubesadmin.Qubes().add_new_vm("AppVM", "other", "red", TEMPLATE)
-    other.tags.add(UNFINISHED_TAG)
-    other.tags.add("restored-from-backup-x")
-    with host.lock() as remarks:
-        assert "the tag restore-svc-unfinished" in remarks[0]
-    assert qubesd.system.domains["other"].tags == {*NEW_TAGS, "restored-from-backup-x"}
-
-
-def test_an_unfinished_qube_that_others_use_is_told_and_left(host: QubesHost, qubesd: Qubesd) -> None:
-    leave_unfinished("base", klass="TemplateVM")
-    qubesadmin.Qubes().add_new_vm("AppVM", "mine", "red", "base")
-    with host.lock() as remarks:
-        assert remarks == ("base, left by an interrupted restore, is used by other qubes",)
-    assert {"base", "mine"} <= set(qubesd.names())
-
-
-def test_a_verification_that_runs_keeps_its_worker(
-    host: QubesHost, system: QubesSystem, qubesd: Qubesd
-) -> None:
-    system.create_disposable("disp-restore-0007", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
-    system.start("disp-restore-0007")
-    system.add_tag(NETVM, STORAGE_TAG)
-    with host.lock():
-        assert system.is_running("disp-restore-0007")
-    assert system.is_running("disp-restore-0007")
-    assert system.tagged(STORAGE_TAG) == [NETVM]
-
-
-def test_an_unfinished_qube_that_the_stock_restore_has_released_is_told_and_left_to_the_person(
-    host: QubesHost, qubesd: Qubesd
-) -> None:
-    """Which takes the tag that keeps a qube from starting from all of them (clear_old_tags)."""
-    leave_unfinished("half")
-    qubesadmin.Qubes().domains["half"].tags.discard(IN_PROGRESS_TAG)
-    for _ in range(2):
-        with host.lock() as [remark]:
-            assert "half was left by an interrupted restore, incomplete" in remark
-        assert UNFINISHED_TAG in qubesd.system.domains["half"].tags
-    del qubesadmin.Qubes().domains["half"]
-    with host.lock() as remarks:
-        assert remarks == ()
-
-
-def test_a_worker_is_known_by_its_tag_its_name_and_its_class(system: QubesSystem, qubesd: Qubesd) -> None:
-    system.create_disposable("disp-restore-0007", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
-    system.start("disp-restore-0007")
-    # A tag on the template, by mistake, is inherited by all disposables of it.
-    system.create_disposable("disp4711", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
-    system.create("disp-restore-0008", "AppVM", "red", template=TEMPLATE, tags=[WORKER_TAG])
-    system.create_disposable("disp-restore-0009", DISPOSABLES, memory=400, vcpus=1, tags=["other"])
-    system.add_tag(NETVM, STORAGE_TAG)
-    found = clear_worker(system)
-    assert not system.exists("disp-restore-0007")
-    for name in ("disp4711", "disp-restore-0008", "disp-restore-0009"):
-        assert system.exists(name)
-    assert system.tagged(WORKER_TAG) == system.tagged(STORAGE_TAG) == []
-    assert len(found.cleared) == 4 and not found.kept
-
-
-def test_what_was_asked_for_is_removed_when_it_appears(
-    system: QubesSystem, qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leftovers, "_PAUSE_S", 0.001)
-    looked = threading.Event()
-    exists = QubesSystem.exists
-
-    def looking(self: QubesSystem, name: str) -> bool:
-        looked.set()
-        return exists(self, name)
-
-    monkeypatch.setattr(QubesSystem, "exists", looking)
-
-    def create() -> None:
-        assert looked.wait(SOON_S)
-        qubesadmin.Qubes().add_new_vm("AppVM", "late", "red", TEMPLATE)
-
-    creator = threading.Thread(target=create)
-    creator.start()
-    assert "late" in clear_untagged(system, ["late"]).cleared[0]
-    creator.join()
-    assert "late" not in qubesd.names()
-
-
-def test_what_was_asked_for_and_never_comes_is_not_waited_for_long(
-    system: QubesSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leftovers, "APPEAR_TIMEOUT_S", 0.01)
-    assert clear_untagged(system, ["never"]).cleared == []
-
-
-def test_imports_that_still_run_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "import sys; print('up', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", script, "/etc/qubes-rpc/admin.vm.volume.ImportWithSize", "private"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdin is not None
-        process.stdout.readline()
-        monkeypatch.setattr(leftovers, "IMPORTS_END_TIMEOUT_S", 0.01)
-        leftovers.wait_for_imports()  # not for ever
-        assert process.poll() is None
-        monkeypatch.setattr(leftovers, "IMPORTS_END_TIMEOUT_S", SOON_S)
-        monkeypatch.setattr(time, "sleep", lambda _seconds: (process.stdin.close(), process.wait()))
-        leftovers.wait_for_imports()
-        assert process.poll() == 0
 
 
 # --- A restore that is killed --------------------------------------------------------------------

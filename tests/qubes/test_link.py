@@ -22,8 +22,9 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.qubes import link as qrexec
 from qubes_restore_svc.qubes.link import QrexecLink
-from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG
+from qubes_restore_svc.qubes.locks import WORKER, GuardedLock
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
+from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 from qubes_restore_svc.wire.messages import Storage
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
 
@@ -32,7 +33,7 @@ SERVICE = QubeService(STORAGE, "my.Backup+monday")
 
 #: What every entering of a link to a file in a qube asks of the system, in order.
 STEPS = [
-    "is_disposable_template", "reports_service", "exists", "tagged", "start", "create_disposable",
+    "is_disposable_template", "reports_service", "exists", "tags", "start", "create_disposable",
     "run_service restore.Session+ready", "run_service qubes.RegisterBackupLocation", "add_tag",
 ]  # fmt: skip
 
@@ -116,6 +117,20 @@ async def test_a_cancel_does_not_wait_for_what_leaves_nothing_to_undo(
     assert traces.left() == []
 
 
+async def test_a_cancel_does_not_wait_for_a_guard_that_removes_a_worker(
+    system: FakeQubes, traces: Traces
+) -> None:
+    lock = system.directory / "w.lock"
+    with GuardedLock(WORKER, lock, lambda names: None):
+        lock.write_text("1 1 1 root sys-gui restore\n")  # whoever held it is gone
+        entering = asyncio.create_task(_link(system).__aenter__())
+        assert not (await asyncio.wait([entering], timeout=0.05))[0]
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(entering, PATIENCE_S)
+    assert traces.left() == []
+
+
 # --- Entering and leaving ------------------------------------------------------------------------
 
 
@@ -125,10 +140,10 @@ async def test_entering_takes_everything_in_order_and_leaving_gives_it_back(
     link: Link = _link(system)
     async with link:
         (worker,) = system.workers
-        qube = system.qubes[worker]
+        qube = system.there[worker]
         assert (qube.template, qube.memory, qube.vcpus, qube.tags) == (TEMPLATE, 4096, 3, {WORKER_TAG})
         assert link.storage == Storage(qube=STORAGE, location_id="aB3dE6")
-        assert system.qubes[STORAGE].tags == {STORAGE_TAG}
+        assert system.there[STORAGE].tags == {STORAGE_TAG}
     assert system.events == [
         f"start {STORAGE}",
         f"create_disposable {worker}",
@@ -149,39 +164,39 @@ async def test_only_a_backup_that_the_worker_fetches_is_registered(
 ) -> None:
     async with _link(system, location) as link:
         assert link.storage is None
-        assert system.qubes[STORAGE].tags == set()
+        assert system.there[STORAGE].tags == set()
     assert not any("Register" in event for event in system.events)
     assert traces.left() == []
 
 
 async def test_the_backups_qube_is_started_and_stays_up(system: FakeQubes) -> None:
-    system.qubes[STORAGE].running = False
+    system.there[STORAGE].running = False
     async with _link(system):
         pass
-    assert system.qubes[STORAGE].running
+    assert system.there[STORAGE].running
 
 
 async def test_the_template_can_be_chosen(system: FakeQubes) -> None:
-    system.qubes["other-dvm"] = FakeQube(disposable_template=True)
+    system.there["other-dvm"] = FakeQube(disposable_template=True)
     async with _link(system, template="other-dvm"):
-        assert system.qubes[system.workers[0]].template == "other-dvm"
+        assert system.there[system.workers[0]].template == "other-dvm"
 
 
 async def test_there_is_one_worker_at_a_time(system: FakeQubes, traces: Traces) -> None:
     async with _link(system):
         with pytest.raises(RestoreInProgress):
             await _link(system).__aenter__()
-        assert len(system.workers) == 1 and system.qubes[STORAGE].tags == {STORAGE_TAG}
+        assert len(system.workers) == 1 and system.there[STORAGE].tags == {STORAGE_TAG}
     assert traces.left() == []
 
 
 async def test_what_a_killed_restore_has_left_goes_first(system: FakeQubes, traces: Traces) -> None:
-    system.qubes["disp-restore-0001"] = FakeQube("DispVM", tags={WORKER_TAG})
-    system.qubes["elsewhere"] = FakeQube(tags={STORAGE_TAG})
+    system.there["disp-restore-0001"] = FakeQube("DispVM", tags={WORKER_TAG})
+    system.there["elsewhere"] = FakeQube(tags={STORAGE_TAG})
     async with _link(system):
-        assert "disp-restore-0001" not in system.qubes
+        assert "disp-restore-0001" not in system.there
         assert system.tagged(STORAGE_TAG) == [STORAGE]
-    del system.qubes["elsewhere"]
+    del system.there["elsewhere"]
     assert traces.left() == []
 
 
@@ -204,7 +219,7 @@ async def test_a_backup_in_a_qube_that_does_not_exist_is_known_before(
 async def test_a_missing_worker_is_known_before_if_the_template_reports_its_services(
     system: FakeQubes, traces: Traces
 ) -> None:
-    system.qubes[TEMPLATE].reported = {"qubes.VMShell"}
+    system.there[TEMPLATE].reported = {"qubes.VMShell"}
     with pytest.raises(WorkerMissing):
         await _link(system).check()
     with pytest.raises(WorkerMissing):
@@ -379,7 +394,7 @@ async def test_a_link_that_was_not_entered_or_was_left_cannot_be_called(system: 
 
 async def test_a_call_to_a_worker_that_is_gone_is_an_error(system: FakeQubes, traces: Traces) -> None:
     async with _link(system) as link:
-        system.qubes[system.workers[0]].running = False
+        system.there[system.workers[0]].running = False
         with pytest.raises(WorkerLost, match=r"cannot be called: .*does not run"):
             await link.call("restore.Volume", "vm1.root")
     assert traces.left() == []
@@ -411,7 +426,7 @@ async def test_a_path_is_for_the_worker_to_fetch(system: FakeQubes) -> None:
 
 
 async def test_a_service_and_the_worker_are_joined_for_every_pass(system: FakeQubes, traces: Traces) -> None:
-    system.qubes[STORAGE].services["my.Backup"] = (
+    system.there[STORAGE].services["my.Backup"] = (
         'read -r paths; echo "$0 of $paths"; read -r sum; echo "$sum" >> {directory}/sums'
     )
     system.worker["restore.Archive+qfile"] = (
@@ -430,12 +445,12 @@ async def test_a_service_and_the_worker_are_joined_for_every_pass(system: FakeQu
 
 async def test_the_end_of_one_side_is_the_end_of_the_other(system: FakeQubes, traces: Traces) -> None:
     """Nobody else may hold an end of their pipes."""
-    system.qubes[STORAGE].services["my.Backup"] = "exec cat > /dev/null"
+    system.there[STORAGE].services["my.Backup"] = "exec cat > /dev/null"
     system.worker["restore.Archive+qfile"] = "exit 0"
     async with _link(system, SERVICE) as link:
         await link.provide_archive()
         await _until(lambda: not system.running_processes())
-        system.qubes[STORAGE].services["my.Backup"] = "exit 0"
+        system.there[STORAGE].services["my.Backup"] = "exit 0"
         system.worker["restore.Archive+qfile"] = "exec cat > /dev/null"
         await link.provide_archive()
         await _until(lambda: not system.running_processes())
@@ -445,7 +460,7 @@ async def test_a_pass_that_goes_on_is_ended_before_the_next(
     system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qrexec, "_PASS_PATIENCE_S", 0.05)
-    system.qubes[STORAGE].services["my.Backup"] = "while :; do sleep 1000; done"
+    system.there[STORAGE].services["my.Backup"] = "while :; do sleep 1000; done"
     system.worker["restore.Archive+qfile"] = "while :; do sleep 1000; done"
     async with _link(system, SERVICE) as link:
         await link.provide_archive()
@@ -469,7 +484,7 @@ async def test_a_storage_service_that_fails_is_told(
     system: FakeQubes, script: str | None, fault: str
 ) -> None:
     if script is not None:
-        system.qubes[STORAGE].services["my.Backup"] = script
+        system.there[STORAGE].services["my.Backup"] = script
     system.worker["restore.Archive+qfile"] = "exec cat > /dev/null"
     async with _link(system, SERVICE) as link:
         await link.provide_archive()
@@ -484,7 +499,7 @@ async def test_a_worker_that_takes_no_archive_is_told(system: FakeQubes, archive
 
 
 async def test_a_registration_that_its_qube_ends_is_told(system: FakeQubes) -> None:
-    system.qubes[STORAGE].services["qubes.RegisterBackupLocation"] = "read -r x; echo abc; exit 3"
+    system.there[STORAGE].services["qubes.RegisterBackupLocation"] = "read -r x; echo abc; exit 3"
     async with _link(system) as link:
         await _until(lambda: not system.running_processes())
         assert await _fault(link) == "qubes.RegisterBackupLocation in sys-usb ended with exit code 3"
@@ -495,7 +510,7 @@ async def test_a_service_in_a_qube_that_stopped_meanwhile_is_an_error(
 ) -> None:
     with pytest.raises(ArchiveUnreadable, match=r"my\.Backup\+monday in sys-usb cannot be called"):
         async with _link(system, SERVICE) as link:
-            system.qubes[STORAGE].running = False
+            system.there[STORAGE].running = False
             await link.provide_archive()
     assert traces.left() == []
 
@@ -504,10 +519,10 @@ async def test_a_service_in_a_qube_that_stopped_meanwhile_is_an_error(
 async def test_an_archive_for_a_worker_that_is_gone_is_an_error(
     system: FakeQubes, traces: Traces, location: Location
 ) -> None:
-    system.qubes[STORAGE].services["my.Backup"] = "exec cat"
+    system.there[STORAGE].services["my.Backup"] = "exec cat"
     with pytest.raises(WorkerLost, match="cannot be called"):
         async with _link(system, location) as link:
-            system.qubes[system.workers[0]].running = False
+            system.there[system.workers[0]].running = False
             await link.provide_archive()
     assert traces.left() == []
 

@@ -13,10 +13,9 @@ from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, RestoreError, WorkerMissing
 from qubes_restore_svc.qubes import dom0_file
 from qubes_restore_svc.qubes.link import QrexecLink
-from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG
-from qubes_restore_svc.qubes.link_system import QubesSystem as NeededSystem
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
 from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 from tests.emulation.emulated import EmulatedQubes
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.bad_medium import PAGE, Medium
@@ -46,7 +45,7 @@ async def backup(qubes: EmulatedQubes, tmp_path: Path) -> AsyncIterator[Path]:
     yield path
 
 
-def _link(system: NeededSystem, location: Location, tmp_path: Path) -> QrexecLink:
+def _link(system: QubesSystem, location: Location, tmp_path: Path) -> QrexecLink:
     lock_path = tmp_path / "worker.lock"
     return QrexecLink(system, location, template=None, memory=1500, vcpus=2, lock_path=lock_path)
 

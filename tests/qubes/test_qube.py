@@ -17,8 +17,8 @@ from qubes_restore_svc.broker.settings_table import Kind
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
 from qubes_restore_svc.qubes import qube as qubes_qube
 from qubes_restore_svc.qubes.host import QubesHost
-from qubes_restore_svc.qubes.qube import IN_PROGRESS_TAG, UNFINISHED_TAG
 from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.tags import IN_PROGRESS_TAG, UNFINISHED_TAG
 from qubes_restore_svc.wire.messages import DeviceInfo, FirewallRule, ManifestQube
 from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd

@@ -8,8 +8,7 @@ import pytest
 
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError, WorkerLost
 from qubes_restore_svc.qubes import storage as storage_module
-from qubes_restore_svc.qubes.calls import QrexecCalls
-from qubes_restore_svc.qubes.link_system import STORAGE_TAG
+from qubes_restore_svc.qubes.qrexec import QrexecCalls
 from qubes_restore_svc.qubes.storage import (
     REGISTER_SERVICE,
     QubePath,
@@ -17,6 +16,7 @@ from qubes_restore_svc.qubes.storage import (
     StorageAccess,
     start_storage,
 )
+from qubes_restore_svc.qubes.tags import STORAGE_TAG
 from qubes_restore_svc.wire.messages import Storage
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, FakeQubes, Gate, Traces
 
@@ -35,7 +35,7 @@ async def calls(system: FakeQubes) -> AsyncIterator[QrexecCalls]:
 
 
 def _answer(system: FakeQubes, script: str) -> None:
-    system.qubes[STORAGE].services[REGISTER_SERVICE] = script
+    system.there[STORAGE].services[REGISTER_SERVICE] = script
 
 
 # --- Locations -----------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ async def test_access_is_a_registration_that_stays_open_and_a_tag(
     async with StorageAccess(system, calls, PATH) as access:
         assert access.storage == Storage(qube=STORAGE, location_id="aB3dE6")
         assert access.fault is None
-        assert system.qubes[STORAGE].tags == {STORAGE_TAG}
+        assert system.there[STORAGE].tags == {STORAGE_TAG}
         assert (system.directory / "location").read_bytes() == PATH.line
         assert len(system.running_processes()) == 1
         assert not (system.directory / "registrations").exists()
@@ -167,7 +167,7 @@ async def test_a_storage_that_writes_without_end_is_ended(
 async def test_an_agent_without_the_service_is_named_as_too_old(
     system: FakeQubes, calls: QrexecCalls
 ) -> None:
-    del system.qubes[STORAGE].services[REGISTER_SERVICE]
+    del system.there[STORAGE].services[REGISTER_SERVICE]
     traces = Traces(system)
     with pytest.raises(ArchiveUnreadable, match=r"qubes\.RegisterBackupLocation\. .*qubes-core-agent"):
         await StorageAccess(system, calls, PATH).__aenter__()
@@ -273,15 +273,15 @@ async def test_a_tag_that_stays_is_named_and_the_registration_is_closed_all_the_
 
 
 async def test_a_qube_that_does_not_run_is_said(system: FakeQubes, calls: QrexecCalls) -> None:
-    system.qubes[STORAGE].running = False
+    system.there[STORAGE].running = False
     with pytest.raises(ArchiveUnreadable, match=r"sys-usb did not register .*does not run"):
         await StorageAccess(system, calls, PATH).__aenter__()
 
 
 async def test_the_qube_of_the_backup_is_started(system: FakeQubes) -> None:
-    system.qubes[STORAGE].running = False
+    system.there[STORAGE].running = False
     await start_storage(system, STORAGE)
-    assert system.qubes[STORAGE].running
+    assert system.there[STORAGE].running
     system.faults["start"] = HostFailed("the disk is full")
     with pytest.raises(ArchiveUnreadable, match=r"could not be started: the disk is full.*qvm-start sys-usb"):
         await start_storage(system, STORAGE)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import Cancelled, HostFailed, UsageError, WorkerLost, WorkerMissing
-from qubes_restore_svc.qubes import undoing
-from qubes_restore_svc.qubes.link_system import STORAGE_TAG, WORKER_TAG
-from qubes_restore_svc.qubes.worker_vm import WorkerVm, choose_template, clear_leftovers
+from qubes_restore_svc.qubes import qrexec
+from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
+from qubes_restore_svc.qubes.worker_vm import WorkerVm, choose_template, clear_worker_left
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
 
 
@@ -39,7 +39,7 @@ def _worker(system: FakeQubes) -> WorkerVm:
 async def test_it_is_created_as_configured_and_started(system: FakeQubes, traces: Traces) -> None:
     async with _worker(system) as worker:
         assert re.fullmatch("disp-restore-[0-9]{4}", worker.name)
-        qube = system.qubes[worker.name]
+        qube = system.there[worker.name]
         assert (qube.template, qube.memory, qube.vcpus, qube.tags) == (TEMPLATE, 4096, 3, {WORKER_TAG})
         assert qube.running
     assert traces.left() == []
@@ -61,10 +61,10 @@ async def test_a_name_that_is_taken_is_left_alone(
     system: FakeQubes, names: list[int], traces: Traces
 ) -> None:
     names += [7, 7, 42]
-    system.qubes["disp-restore-0007"] = FakeQube()
+    system.there["disp-restore-0007"] = FakeQube()
     async with _worker(system) as worker:
         assert worker.name == "disp-restore-0042"
-    assert "disp-restore-0007" in system.qubes
+    assert "disp-restore-0007" in system.there
     names += [7] * 100
     with pytest.raises(HostFailed, match="no free name"):
         await _worker(system).__aenter__()
@@ -100,7 +100,7 @@ async def test_a_qube_that_somebody_else_makes_under_the_same_name_is_not_touche
     system: FakeQubes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def theirs(name: str, template: str, **_: object) -> None:
-        system.qubes[name] = FakeQube()
+        system.there[name] = FakeQube()
         raise HostFailed(f"there is a qube {name}")
 
     monkeypatch.setattr(system, "create_disposable", theirs)
@@ -194,7 +194,7 @@ async def test_a_qube_that_stays_is_named(system: FakeQubes, monkeypatch: pytest
 async def test_a_system_that_does_not_answer_is_not_waited_for_without_end(
     system: FakeQubes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(undoing, "UNDO_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(qrexec, "UNDO_TIMEOUT_S", 0.02)
     gate = Gate()
     with pytest.raises(HostFailed, match=r"the qube disp-restore-[0-9]{4} \(no answer for 0 seconds\)"):
         async with _worker(system):
@@ -221,7 +221,7 @@ async def test_leaving_is_carried_through_even_if_cancelled(system: FakeQubes, t
 
 
 async def test_the_template_is_the_one_named_or_the_systems_own(system: FakeQubes) -> None:
-    system.qubes["other-dvm"] = FakeQube(disposable_template=True)
+    system.there["other-dvm"] = FakeQube(disposable_template=True)
     assert await choose_template(system, None) == TEMPLATE
     assert await choose_template(system, "other-dvm") == "other-dvm"
 
@@ -230,12 +230,12 @@ async def test_the_template_is_the_one_named_or_the_systems_own(system: FakeQube
 async def test_a_template_that_reports_the_service_or_nothing_will_do(
     system: FakeQubes, reported: set[str] | None
 ) -> None:
-    system.qubes[TEMPLATE].reported = reported
+    system.there[TEMPLATE].reported = reported
     assert await choose_template(system, None) == TEMPLATE
 
 
 async def test_a_template_without_the_worker_is_told_with_what_to_install_where(system: FakeQubes) -> None:
-    system.qubes[TEMPLATE].reported = {"qubes.VMShell"}
+    system.there[TEMPLATE].reported = {"qubes.VMShell"}
     with pytest.raises(WorkerMissing) as caught:
         await choose_template(system, None)
     assert "fedora-42" in caught.value.reason and TEMPLATE in caught.value.reason
@@ -244,7 +244,7 @@ async def test_a_template_without_the_worker_is_told_with_what_to_install_where(
 
 
 async def test_a_template_without_a_template_is_where_to_install(system: FakeQubes) -> None:
-    system.qubes["alone"] = FakeQube(disposable_template=True, reported=set())
+    system.there["alone"] = FakeQube(disposable_template=True, reported=set())
     with pytest.raises(WorkerMissing, match="the template alone"):
         await choose_template(system, "alone")
 
@@ -269,20 +269,20 @@ async def test_a_system_without_a_management_template_is_told_how_to_name_one(sy
 
 
 async def test_leftovers_go_and_nothing_else_does(system: FakeQubes, traces: Traces) -> None:
-    system.qubes["disp-restore-1234"] = FakeQube("DispVM", tags={WORKER_TAG})
-    system.qubes["disp-restore-4321"] = FakeQube("AppVM", tags={WORKER_TAG})
-    system.qubes["disp4321"] = FakeQube("DispVM", tags={WORKER_TAG})
-    system.qubes["mine"] = FakeQube(tags={WORKER_TAG, STORAGE_TAG, "other"})
-    system.qubes["disp-restore-5678"] = FakeQube()
-    await clear_leftovers(system)
-    assert "disp-restore-1234" not in system.qubes
-    assert system.qubes["mine"].tags == {"other"}
-    assert {"disp-restore-5678", "disp-restore-4321", "disp4321"} <= set(system.qubes)
+    system.there["disp-restore-1234"] = FakeQube("DispVM", tags={WORKER_TAG})
+    system.there["disp-restore-4321"] = FakeQube("AppVM", tags={WORKER_TAG})
+    system.there["disp4321"] = FakeQube("DispVM", tags={WORKER_TAG})
+    system.there["mine"] = FakeQube(tags={WORKER_TAG, STORAGE_TAG, "other"})
+    system.there["disp-restore-5678"] = FakeQube()
+    await clear_worker_left(system)
+    assert "disp-restore-1234" not in system.there
+    assert system.there["mine"].tags == {"other"}
+    assert {"disp-restore-5678", "disp-restore-4321", "disp4321"} <= set(system.there)
     assert system.tagged(WORKER_TAG) == system.tagged(STORAGE_TAG) == []
 
 
 async def test_leftovers_that_stay_are_an_error(system: FakeQubes) -> None:
-    system.qubes["disp-restore-1234"] = FakeQube("DispVM", tags={WORKER_TAG})
+    system.there["disp-restore-1234"] = FakeQube("DispVM", tags={WORKER_TAG})
     system.faults["destroy"] = HostFailed("no")
     with pytest.raises(HostFailed, match="no"):
-        await clear_leftovers(system)
+        await clear_worker_left(system)

@@ -20,11 +20,9 @@ from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.qubes.config import Config
 from qubes_restore_svc.qubes.grants import check_options
-from qubes_restore_svc.qubes.holders import Activity
+from qubes_restore_svc.qubes.locks import RESTORE, WORKER, Activity, GuardedLock
 from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes
-from qubes_restore_svc.qubes.restore_lock import RestoreLock
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath
-from qubes_restore_svc.qubes.worker_lock import worker_lock
 from tests.support.thread_link import ThreadLink
 
 #: All qubes that there are, and the only storage pool.
@@ -83,7 +81,7 @@ class _Link(ThreadLink):
         super().__init__(-1)
         self._parts = parts
         self._location = location
-        self._lock = worker_lock(where.worker_lock, client, activity)
+        self._lock = GuardedLock(WORKER, where.worker_lock, lambda names: None, client, activity)
         self._held = ExitStack()
 
     async def check(self) -> None:
@@ -134,13 +132,9 @@ class _Host(DirectoryHost):
 
     @contextmanager
     def lock(self) -> Iterator[tuple[str, ...]]:
-        lock = RestoreLock(self._where.restore_lock, lambda names: None, self._client)
-        lock.take()
-        try:
-            with super().lock() as remarks:
-                yield remarks
-        finally:
-            lock.release()
+        lock = GuardedLock(RESTORE, self._where.restore_lock, lambda names: None, self._client)
+        with lock, super().lock() as remarks:
+            yield remarks
 
     def begin(self, qube: NewQube) -> DirectoryQube:
         self._parts.begun.set()

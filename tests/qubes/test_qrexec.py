@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import Cancelled, HostFailed, WorkerLost
-from qubes_restore_svc.qubes import calls as qrexec_calls
-from qubes_restore_svc.qubes.calls import QrexecCalls
+from qubes_restore_svc.qubes import qrexec as qrexec_calls
+from qubes_restore_svc.qubes.qrexec import QrexecCalls
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, FakeQubes, Gate, Traces
 
 
 @pytest.fixture
 def system(tmp_path: Path) -> FakeQubes:
     system = FakeQubes(tmp_path)
-    system.qubes[STORAGE].services |= {
+    system.there[STORAGE].services |= {
         "x.Echo": "exec cat",
         "x.Fail": "exit 3",
         "x.FailWhenTold": "read line; exit 3",
@@ -165,7 +165,7 @@ async def test_a_process_that_cannot_be_watched_is_not_left(
 
 async def test_a_failure_of_the_system_is_passed_on(system: FakeQubes) -> None:
     traces = Traces(system)
-    system.qubes[STORAGE].running = False
+    system.there[STORAGE].running = False
     async with QrexecCalls(system) as calls:
         with pytest.raises(HostFailed, match="does not run"):
             await calls.converse(STORAGE, "x.Echo")

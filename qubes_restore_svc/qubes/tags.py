@@ -1,8 +1,16 @@
-"""What a restore that ended in an unforeseen way has left on a Qubes system, and how it is taken away.
+"""The tags of a restore: what each one means, who sets it and who clears it; and what a killed restore left.
 
-Strategy: only what is ours without doubt. An unfinished qube of this program carries two tags and has never
-been started; a worker is a disposable with the worker's tag and a worker's name. Whoever calls this holds the
-lock under which such things come into being, so none of them can belong to a restore that runs.
+* `IN_PROGRESS_TAG` and `UNFINISHED_TAG` are on a qube that is not complete. It gets them as it is created
+  (`qube.py`), and `set_finished` clears them.
+* `WORKER_TAG` is on the worker's disposable. It gets it as it is created, and it is cleared before the
+  disposable is destroyed (`worker_vm.py`).
+* `STORAGE_TAG` is on the qube that holds the backup. `StorageAccess` sets and clears it (`storage.py`).
+* `RESTORED_TAG`, with the backup's id, is on a qube that was restored. `set_finished` sets it, and it stays.
+
+Strategy: what was left is told by its tags, and only what is ours without doubt is taken away. An unfinished
+qube of this program carries two tags and has never been started; a worker is a disposable with the worker's
+tag and a worker's name. Whoever calls this holds the lock under which such things come into being, so none of
+them can belong to a restore that runs.
 """
 
 import os
@@ -12,25 +20,28 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from qubes_restore_svc.broker.host import RESTORED_TAG
-from qubes_restore_svc.errors import HostFailed, RestoreError
-from qubes_restore_svc.qubes.faults import QubeInUse
-from qubes_restore_svc.qubes.qube import IN_PROGRESS_TAG, UNFINISHED_TAG
-from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.broker.host import RESTORED_TAG, restored_tag
+from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem
 
-#: On the worker's disposable, and on the qube that holds the backup, while a worker runs.
+#: Qubes' own: a qube that carries it cannot be started.
+IN_PROGRESS_TAG = "backup-restore-in-progress"
+#: Ours, beside the other one: an unfinished qube of this program, which a later restore may remove.
+UNFINISHED_TAG = "restore-svc-unfinished"
+UNFINISHED = (IN_PROGRESS_TAG, UNFINISHED_TAG)
+#: On the worker's disposable. The policy lets a qube so tagged fetch the archive, and do nothing else.
 WORKER_TAG = "restore-svc-worker"
+#: On the qube that holds the backup: the one from which the archive may be fetched.
 STORAGE_TAG = "restore-svc-storage"
 
-#: Seconds that a guard tries to reach a qubesd that does not answer.
-CONNECT_TIMEOUT_S = 60.0
 #: Seconds that an import whose restore was killed may take to end.
 IMPORTS_END_TIMEOUT_S = 120.0
 #: Seconds in which a qube appears that qubesd was asked for.
 APPEAR_TIMEOUT_S = 5.0
 
-#: What a worker's disposable is called.
-WORKER_NAME = re.compile(r"disp-restore-[0-9]{4}")
+#: What a worker's disposable is called: this, and four digits.
+WORKER_PREFIX = "disp-restore-"
+WORKER_NAME = re.compile(WORKER_PREFIX + "[0-9]{4}")
 _IMPORT_SERVICE = b"/admin.vm.volume.ImportWithSize"
 #: Of a qube that the stock restore in a disposable took the other tag from, as it does from every qube.
 _STARTABLE = (
@@ -39,19 +50,21 @@ _STARTABLE = (
 )
 
 _PAUSE_S = 0.1
-_CONNECT_PAUSE_S = 0.5
 
 
-def connect_patiently(connect: Callable[[], QubesSystem]) -> QubesSystem:
-    """The connection of a guard, which has nobody to tell that there is none yet. Raises RestoreError."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
-        try:
-            return connect()
-        except RestoreError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_CONNECT_PAUSE_S)
+def set_finished(system: QubesSystem, name: str, backup_id: str) -> list[str]:
+    """Let a complete qube be started; clauses on what could not be set. Raises HostFailed if it cannot be."""
+    remarks = []
+    try:
+        system.add_tag(name, restored_tag(backup_id))
+    except HostFailed as error:
+        remarks.append(error.reason)
+    system.discard_tag(name, IN_PROGRESS_TAG)
+    try:
+        system.discard_tag(name, UNFINISHED_TAG)
+    except HostFailed as error:  # alone it says nothing, and the next restore removes it
+        remarks.append(error.reason)
+    return remarks
 
 
 @dataclass(slots=True)

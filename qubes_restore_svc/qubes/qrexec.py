@@ -3,19 +3,23 @@
 Strategy: a call begins in a thread and is known here before a cancel can count. The event loop watches the
 process and reaps it as soon as it has ended. On leaving, all that still run are killed: with its process a
 call ends in the qube as well, and whoever reads its socket here reads the end.
+
+What was done to the system is undone step by step. A step that fails does not keep the next from being tried,
+and none is waited for without end. What could not be undone is told without hiding why the work ended: in
+addition to that error where there is one, as an error of its own where not.
 """
 
 import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import HostFailed, how_ended
+from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, how_ended
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.qubes.link_system import QubesSystem, ServiceProcess
-from qubes_restore_svc.qubes.undoing import tell_what_is_left
+from qubes_restore_svc.qubes.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.waiting import started, to_the_end
 
 #: The qube has no such service (qrexec.h of qubes-core-qrexec; a shell says the same of a program).
@@ -31,6 +35,10 @@ _MEANINGS = {
 }
 #: Seconds until a killed process must be gone.
 _KILL_TIMEOUT_S = 5.0
+
+#: Seconds that the system may take to undo one thing: a qube is killed and its volumes are removed. More than
+#: it takes to say by itself that it cannot.
+UNDO_TIMEOUT_S = 90.0
 
 
 class QrexecCall:
@@ -163,3 +171,42 @@ def _reap(process: ServiceProcess) -> None:
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     process.poll()
+
+
+# --- Undoing -------------------------------------------------------------------------------------
+
+
+async def undo(step: Callable[[], None], what_is_left: str) -> list[str]:
+    """Run the blocking `step` in a thread; if it fails or takes too long, a clause that says what is left."""
+    task = started(step)
+    done, _ = await asyncio.wait([task], timeout=UNDO_TIMEOUT_S)
+    if not done:
+        task.add_done_callback(_look_at)
+        return [f"{what_is_left} (no answer for {UNDO_TIMEOUT_S:.0f} seconds)"]
+    error = task.exception()
+    if error is None:
+        return []
+    return [f"{what_is_left} ({error.reason if isinstance(error, RestoreError) else error})"]
+
+
+def tell_what_is_left(left: list[str], error: BaseException | None) -> None:
+    """Say what the clauses in `left` name, beside `error`, which ended the work; nothing if there are none.
+
+    Raises HostFailed if there is no error, and Cancelled for a cancel, which can say nothing itself.
+    """
+    if not left:
+        return
+    sentence = f"Left behind, to be removed by hand: {'; '.join(left)}."
+    if isinstance(error, RestoreError):
+        error.advice = f"{error.advice} {sentence}".strip()
+    elif error is None:
+        raise HostFailed("not everything could be cleared up", advice=sentence)
+    elif isinstance(error, asyncio.CancelledError):
+        raise Cancelled("it was cancelled", advice=sentence) from error
+    else:
+        error.add_note(sentence)
+
+
+def _look_at(task: "asyncio.Future[None]") -> None:
+    if not task.cancelled():
+        task.exception()
