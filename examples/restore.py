@@ -5,15 +5,14 @@ from getpass import getpass
 
 from pydantic import SecretStr
 
-from qubes_restore_svc.client.observer import NullObserver
 from qubes_restore_svc.client.sync import BlockingRestoreCall
 from qubes_restore_svc.client.transports import system_transport
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.wire.report import QubeReport
+from qubes_restore_svc.wire.report import Observer, QubeReport
 from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, OpenBackup
 
 
-class Shown(NullObserver):
+class Shown(Observer):
     """Prints what happens."""
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:

@@ -14,7 +14,7 @@ from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptio
 from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
-from qubes_restore_svc.broker.restore import Observer, RestoreRun
+from qubes_restore_svc.broker.restore import RestoreRun
 from qubes_restore_svc.errors import (
     Cancelled,
     ProtocolViolation,
@@ -26,7 +26,7 @@ from qubes_restore_svc.waiting import ask, in_thread, when_cleared
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
-from qubes_restore_svc.wire.report import QubeReport, Report, warn
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, warn
 
 #: Shows the plan to the person before anything is created. None: it is to be carried out. Options: it is not,
 #: another plan is to be made of these, and shown. Raises RestoreError to end the job.

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
 from qubes_restore_svc.broker.host import Host, NewQube, QubeTransaction
@@ -39,32 +39,12 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VolumeName
-from qubes_restore_svc.wire.report import QubeReport, Report, warn
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, warn
 
 _TOO_MUCH_WAITS = (
     "its settings would have to wait for its template or its netvm, which come later in the backup; and"
     f" {MAX_WAITING_SETTINGS >> 20} MiB of settings wait already, far more than real qubes have"
 )
-
-
-class Observer(Protocol):
-    """Who watches a run. Texts are fit for a terminal."""
-
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        """How much of the archive is dealt with, and how much of all images has been produced."""
-        ...
-
-    def log(self, level: str, text: str) -> None:
-        """A line, `info` or `warning`."""
-        ...
-
-    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
-        """A volume begins."""
-        ...
-
-    def qube_finished(self, report: QubeReport) -> None:
-        """A qube is through, one way or the other."""
-        ...
 
 
 class RestoreRun:

@@ -11,15 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Iterator
-from contextlib import AbstractContextManager
-from typing import Never, Protocol, TypeVar
+from typing import Never, TypeVar
 
 from tqdm import tqdm
 
-from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.cli.tables import duration_text, size_text
 from qubes_restore_svc.cli.terminal import QuietStream, can_redraw, say, width_of
-from qubes_restore_svc.wire.report import QubeReport
+from qubes_restore_svc.wire.report import Observer, QubeReport
 
 _T = TypeVar("_T")
 
@@ -38,24 +36,22 @@ _ENDING = "cancelling: what is unfinished is being removed, which takes a moment
 _UNKNOWN_SIZE = "size not known in advance"
 
 
-class Display(Observer, Protocol):
-    """An observer that owns a piece of the screen."""
+class Display(Observer):
+    """An observer that owns a piece of the screen; this one owns none."""
 
     def tick(self) -> None:
         """Time has passed, nothing else."""
-        ...
 
     def ending(self) -> None:
         """The job was cancelled and takes a while to undo what it did: the person must know."""
-        ...
 
-    def paused(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """While somebody else has the screen: nothing is drawn, and the time does not count."""
-        ...
+        yield
 
     def close(self) -> None:
         """Leave the screen clean."""
-        ...
 
 
 def make_display(*, verbose: bool, quiet: bool, total: int | None) -> Display:
@@ -82,37 +78,17 @@ async def with_clock(display: Display, work: Awaitable[_T]) -> _T:
         ticking.cancel()
 
 
-class QuietDisplay:
+class QuietDisplay(Display):
     """Warnings only."""
-
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        """Says nothing."""
 
     def log(self, level: str, text: str) -> None:
         """A warning is said even so."""
         if level == "warning":
             say(f"warning: {text}")
 
-    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
-        """Says nothing."""
-
-    def qube_finished(self, report: QubeReport) -> None:
-        """Says nothing."""
-
-    def tick(self) -> None:
-        """Says nothing."""
-
     def ending(self) -> None:
         """It is an answer to the person, and said even so."""
         say(_ENDING)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """There is nothing to stop."""
-        yield
-
-    def close(self) -> None:
-        """Nothing to leave."""
 
 
 class LineDisplay(QuietDisplay):

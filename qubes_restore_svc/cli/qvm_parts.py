@@ -11,13 +11,12 @@ from typing import Protocol
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import Confirm
 from qubes_restore_svc.broker.plan import Plan, PlanOptions
-from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.cli.qvm_remote import remote_restorer
 from qubes_restore_svc.client import transports
 from qubes_restore_svc.qubes.restore import PLACES, Places, Wishes, dom0_restore
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Observer, Report
 
 
 class Restorer(Protocol):

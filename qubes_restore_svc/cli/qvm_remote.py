@@ -17,7 +17,6 @@ from qubes_restore_svc.broker.call_messages import choice_message, plan_of
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import Confirm
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions
-from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.transports import QrexecTransport, Transport
@@ -26,7 +25,7 @@ from qubes_restore_svc.qubes.storage import QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened, strip_control
-from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport, remarks, warn
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport, remarks, warn
 
 
 def remote_restorer(
@@ -110,7 +109,7 @@ class RemoteRestorer:
             raise _unfit(error, "what was asked for cannot be told to dom0") from None
 
 
-class _Watched:
+class _Watched(Observer):
     """Passes on to the display what dom0 says, and keeps what a report needs if none comes."""
 
     def __init__(self, observer: Observer, report: Report) -> None:

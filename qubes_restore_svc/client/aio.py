@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Iterator
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.client.observer import CallObserver, NullObserver
 from qubes_restore_svc.client.transports import Connection, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.waiting import to_the_end
@@ -22,7 +21,7 @@ from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import encode_message
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Observer, Report
 
 #: Seconds that dom0 may take to say what came of a restore that was cancelled; then the call is closed.
 CANCEL_TIMEOUT_S = 60.0
@@ -49,13 +48,11 @@ class RestoreCall:
     once, but for `cancel`. `report` is set as soon as dom0 has sent it, however `confirm` ended.
     """
 
-    def __init__(
-        self, transport: Transport, request: c.OpenBackup, observer: CallObserver | None = None
-    ) -> None:
+    def __init__(self, transport: Transport, request: c.OpenBackup, observer: Observer | None = None) -> None:
         self.report: Report | None = None
         self._transport = transport
         self._request = request
-        self._observer: CallObserver = NullObserver() if observer is None else observer
+        self._observer: Observer = Observer() if observer is None else observer
         self._state = c.CallState()
         self._plan: c.Plan | None = None
         self._planned = asyncio.Event()

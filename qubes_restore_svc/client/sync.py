@@ -14,11 +14,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from qubes_restore_svc.client.aio import RestoreCall
-from qubes_restore_svc.client.observer import CallObserver
 from qubes_restore_svc.client.transports import Transport
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Observer, Report
 
 _T = TypeVar("_T")
 
@@ -36,9 +35,7 @@ class BlockingRestoreCall:
     what it waits for.
     """
 
-    def __init__(
-        self, transport: Transport, request: c.OpenBackup, observer: CallObserver | None = None
-    ) -> None:
+    def __init__(self, transport: Transport, request: c.OpenBackup, observer: Observer | None = None) -> None:
         self._call = RestoreCall(transport, request, observer)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None

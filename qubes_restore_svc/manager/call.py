@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from qubes_restore_svc.client.observer import CallObserver
 from qubes_restore_svc.client.sync import BlockingRestoreCall
 from qubes_restore_svc.client.transports import system_transport
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Observer, Report
 
 
 class RestoreCall(Protocol):
@@ -52,10 +51,10 @@ class RestoreCall(Protocol):
         ...
 
 
-OpenCall = Callable[[c.OpenBackup, CallObserver], RestoreCall]
+OpenCall = Callable[[c.OpenBackup, Observer], RestoreCall]
 
 
-def call_dom0(request: c.OpenBackup, observer: CallObserver) -> RestoreCall:
+def call_dom0(request: c.OpenBackup, observer: Observer) -> RestoreCall:
     """A call to the broker of this system, over qrexec or, in dom0, with a child process."""
     return BlockingRestoreCall(system_transport(), request, observer)
 
@@ -67,7 +66,7 @@ _closings: set[threading.Thread] = set()
 class KeptCall:
     """A call that is kept open between the steps of a dialog. Owns it: `close` it."""
 
-    def __init__(self, open_call: OpenCall, observer: CallObserver) -> None:
+    def __init__(self, open_call: OpenCall, observer: Observer) -> None:
         self._open_call = open_call
         self._observer = observer
         self._lock = threading.Lock()  # of the three that follow; held for moments only

@@ -13,7 +13,7 @@ from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.manager.progress import Progress
 from qubes_restore_svc.manager.wording import outcome, plain
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 
 #: The logger of the stock package; the dialog shows what is said there.
 LOG = logging.getLogger("qubesadmin.backup")
@@ -47,7 +47,7 @@ class RestoreListener(Protocol):
         ...
 
 
-class Events:
+class Events(Observer):
     """The observer of a call. Its two audiences may be set at any time."""
 
     def __init__(self) -> None:

@@ -13,8 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from qubes_restore_svc.broker.report_file import write_report
-from qubes_restore_svc.broker.restore import Observer
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 
 _MODE = 0o640
 _REPORT_NAME = re.compile(r"(?:restore|verify)-([0-9]{8}T[0-9]{6}Z-[0-9]+)\.json")
@@ -64,7 +63,7 @@ class LogFile:
             self._warn(f"the log cannot be written to {self._path}: {error.strerror}")
 
 
-class LoggedObserver:
+class LoggedObserver(Observer):
     """An observer whose words, but not its progress, go to a log as well."""
 
     def __init__(self, observer: Observer, log: LogFile) -> None:

@@ -14,7 +14,6 @@ from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.job import Confirm, run_job
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Plan, PlanOptions
-from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, load_config
 from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
 from qubes_restore_svc.qubes.grants import check_limits, check_options
@@ -25,7 +24,7 @@ from qubes_restore_svc.qubes.records import LogFile, LoggedObserver, file_report
 from qubes_restore_svc.qubes.storage import Location
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.waiting import ask
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Observer, Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 
 #: Seconds within which the client has to say what it wants, …
 OPEN_TIMEOUT_S = 60.0
@@ -31,8 +31,8 @@ Final = c.Plan | Report | c.Refused
 _VIOLATION_ADVICE = "The call was ended. Use a client of the same version as dom0's package."
 
 
-class Conversation:
-    """One call over two descriptors, which stay the caller's. A context manager, and an `Observer`.
+class Conversation(Observer):
+    """One call over two descriptors, which stay the caller's. A context manager.
 
     `when_ended` is called once, when the client wants no more.
     """

@@ -179,6 +179,29 @@ def warn(report: Report | QubeReport, text: str) -> None:
         report.warnings += (shortened(text, MAX_TEXT),)
 
 
+# --- Who is told meanwhile --------------------------------------------------------------------------
+
+
+class Observer:
+    """Who watches a restore or a verification: told what happens, in its order. Texts are fit for a terminal.
+
+    This one watches nothing: who inherits from it has methods for what it wants to hear. What they raise ends
+    the restore.
+    """
+
+    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+        """How much of the archive is dealt with, and how much of all images has been produced, in bytes."""
+
+    def log(self, level: str, text: str) -> None:
+        """A line, `info` or `warning`."""
+
+    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
+        """A volume begins; `image_size` in bytes, of `home` a ceiling."""
+
+    def qube_finished(self, report: QubeReport) -> None:
+        """A qube is through, one way or the other."""
+
+
 # --- What there is no room for ---------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.broker.plan import PlanOptions
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 from tests.broker.fake_worker import BackupQube, FakeLink, Step
 from tests.broker.troubled_host import TroubledHost
 
@@ -35,15 +35,12 @@ _T = TypeVar("_T")
 
 
 @dataclass
-class Recorder:
+class Recorder(Observer):
     """An observer that keeps what it is told."""
 
     lines: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
-
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        """Not kept."""
 
     def log(self, level: str, text: str) -> None:
         self.lines.append(f"{level}: {text}")

@@ -15,7 +15,7 @@ from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.models import ErrorInfo, Message, encode_message
-from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport
 from tests.support.reports import NOON
 
 PASSPHRASE = "correct horse battery staple"
@@ -163,7 +163,7 @@ class FakeTransport:
             peer.hang_up()
 
 
-class Watching:
+class Watching(Observer):
     """An observer that notes everything."""
 
     def __init__(self) -> None:

@@ -21,13 +21,12 @@ import qubesadmin
 from qubesadmin import exc
 
 from qubes_restore_svc.cli import qvm_parts, qvm_restore
-from qubes_restore_svc.client.observer import CallObserver, NullObserver
 from qubes_restore_svc.client.sync import BlockingRestoreCall, list_backup_blocking
 from qubes_restore_svc.client.transports import QrexecTransport
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.manager.restore import BackupRestore
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.report import QubeReport
+from qubes_restore_svc.wire.report import Observer, QubeReport
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def _command(words: list[str]) -> Never:
     qvm_restore.main(words)
 
 
-class _Telling(NullObserver):
+class _Telling(Observer):
     def volume_started(self, qube: str, volume: str, image_size: int) -> None:
         tell("volume", name=f"{qube}/{volume}")
 
@@ -92,7 +91,7 @@ def _dialog() -> None:
     app = qubesadmin.Qubes()
     qube = app.domains[wanted["qube"]] if wanted["qube"] else None
 
-    def open_call(request: c.OpenBackup, observer: CallObserver) -> BlockingRestoreCall:
+    def open_call(request: c.OpenBackup, observer: Observer) -> BlockingRestoreCall:
         return BlockingRestoreCall(QrexecTransport(program=_qrexec()), request, observer)
 
     backup = BackupRestore(app, wanted["location"], qube, wanted["passphrase"], open_call=open_call)

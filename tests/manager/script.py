@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.client.observer import CallObserver
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import RefusedQube, VolumeInfo
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 from tests.support.reports import NOON
 
 #: Generous: only a test that fails waits so long.
@@ -83,7 +82,7 @@ class Script:
     calls: list["ScriptedCall"] = field(default_factory=list)
     opening: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, request: c.OpenBackup, observer: CallObserver) -> "ScriptedCall":
+    def __call__(self, request: c.OpenBackup, observer: Observer) -> "ScriptedCall":
         self.opens.append(request)
         self.calls.append(ScriptedCall(self, request, observer))
         return self.calls[-1]
@@ -123,7 +122,7 @@ class Script:
 class ScriptedCall:
     """One call."""
 
-    def __init__(self, script: Script, request: c.OpenBackup, observer: CallObserver) -> None:
+    def __init__(self, script: Script, request: c.OpenBackup, observer: Observer) -> None:
         self.observer = observer
         self.request = request
         self.results: list[QubeReport] = []

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from qubes_restore_svc.broker.restore import Observer
 from qubes_restore_svc.service.call import Call
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Observer, Report
 from qubes_restore_svc.wire.service import START
 from tests.support.backup_writer import PASSPHRASE
 

@@ -11,21 +11,18 @@ from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.local.directory import DirectoryHost
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 
 from .backup_writer import PASSPHRASE
 from .thread_link import ThreadLink
 
 
 @dataclass
-class Recorder:
+class Recorder(Observer):
     """An observer that keeps what it is told."""
 
     lines: list[str] = field(default_factory=list)
     qubes: list[QubeReport] = field(default_factory=list)
-
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        """Not kept."""
 
     def log(self, level: str, text: str) -> None:
         """Kept as one line."""
