@@ -13,7 +13,7 @@ import os
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.errors import HostFailed, exhausted
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import to_the_end
 
@@ -106,8 +106,9 @@ class FileReader:
                 if failure is None:
                     await self._start(_CAT, self._fd, writer)
                     failure = await self._failure()
-        except OSError as error:
-            failure = error.strerror
+        except (OSError, MemoryError, RuntimeError) as error:  # no program can be started
+            found = exhausted(error)
+            failure = str(error) if found is None else found.reason
         finally:
             close_read(writer)
         if failure and not self._left:

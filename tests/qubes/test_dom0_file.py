@@ -1,10 +1,12 @@
 """A file of dom0 is read by another process, to its end or to the error that ends it."""
 
 import asyncio
+import errno
 import os
 import random
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -150,6 +152,26 @@ async def test_a_medium_that_has_gone_ends_the_reading(
     async with FileReader(medium.fd) as reader:
         assert len(await read_all(await reader.open())) == pages * PAGE
         assert await reader.fault(5) == EIO
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FileNotFoundError(2, "No such file", "/bin/head"), "[Errno 2] No such file: '/bin/head'"),
+        (BlockingIOError(errno.EAGAIN, "x"), "no more processes or threads can be started"),
+        (RuntimeError("can't start new thread"), "no more processes or threads can be started"),
+    ],
+)
+@pytest.mark.parametrize("medium", [(40, {5})], indirect=True)
+async def test_a_step_that_cannot_be_made_is_told_and_ends_the_reading(
+    medium: Medium, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FileReader(medium.fd) as reader:
+        descriptor = await reader.open()
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", mock.Mock(side_effect=error))
+        assert await read_all(descriptor) == content_of(40)[: 5 * PAGE]
+        fault = await reader.fault(5)
+    assert fault is not None and told in fault
 
 
 @pytest.mark.parametrize("medium", [(400, range(1, 400, 2))], indirect=True)
