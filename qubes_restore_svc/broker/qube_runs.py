@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 
 from qubes_restore_svc.broker.host import Definition, QubeTransaction
 from qubes_restore_svc.broker.plan import Plan, PlannedQube
+from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_TEXT, VolumeName, shortened
 from qubes_restore_svc.wire.report import QubeReport, VolumeReport, remarks
 
@@ -68,6 +70,11 @@ class QubeRun:
     def finish(self) -> None:
         """There is nothing more to be done with it, and nothing to be kept but its report."""
         self.stage, self.settings = Stage.FINISHED, b""
+
+    def blame(self, error: RestoreError) -> None:
+        """Give this as the reason of its failure, unless there was one before: that led to this one."""
+        if self.report.error is None:
+            self.report.error = ErrorInfo.without_place(error)
 
     def volume(self, name: VolumeName) -> VolumeReport:
         """The report of one of its volumes; a new one if nothing promised it."""

@@ -90,14 +90,13 @@ class RestoreRun:
             async with contextlib.aclosing(self._client.start(request)) as messages:
                 async for message in messages:
                     await self._take(message)
-        except RestoreError as error:
+        except BaseException as caught:
+            error = RestoreError("the restore failed")  # for a mistake of ours
+            if isinstance(caught, RestoreError):
+                error = caught
+            elif isinstance(caught, asyncio.CancelledError):
+                error = Cancelled("it was cancelled")
             await to_the_end(self._abandon(error))
-            raise
-        except asyncio.CancelledError:
-            await to_the_end(self._abandon(Cancelled("it was cancelled")))
-            raise
-        except BaseException:  # a mistake of ours
-            await to_the_end(self._abandon(RestoreError("the restore failed")))
             raise
 
     async def _take(self, message: m.WorkerMessage) -> None:
@@ -152,9 +151,7 @@ class RestoreRun:
     async def _volume_ready(self, qube: QubeRun, ready: m.VolumeReady) -> None:
         qube.volume(ready.volume)  # it is in the report from now on, promised or not
         self._observer.volume_started(qube.name, ready.volume, ready.image_size)
-        if self._host is None:
-            return
-        if qube.finished:  # it failed here, and the worker did not know yet
+        if self._host is None or qube.finished:  # it failed here, and the worker did not know yet
             return
         try:
             transaction = await self._transaction(qube, self._host)
@@ -202,13 +199,8 @@ class RestoreRun:
         if qube.transaction is not None:
             return qube.transaction
         await self._begin_template(qube, host)
-        new = NewQube(
-            qube.name,
-            qube.planned.source,
-            self._plan.backup_id,
-            qube.report.warnings,
-            qube.definition,
-        )
+        source, backup_id = qube.planned.source, self._plan.backup_id
+        new = NewQube(qube.name, source, backup_id, qube.report.warnings, qube.definition)
 
         def begin() -> QubeTransaction:
             qube.transaction = host.begin(new)  # a cancel meanwhile finds it
@@ -246,8 +238,8 @@ class RestoreRun:
             return
         if self._host is not None:
             await self._fail(qube, error.at(volume=name))
-        elif qube.report.error is None:
-            qube.report.error = ErrorInfo.without_place(error)
+        else:
+            qube.blame(error)
 
     async def _settle(self, qube: QubeRun, settings: m.QubeSettings) -> None:
         if qube.finished:
@@ -328,12 +320,12 @@ class RestoreRun:
 
     async def _fail(self, qube: QubeRun, error: RestoreError) -> None:
         """Give the qube up: it is rolled back before anything else, and the worker is told."""
-        self._note_error(qube, error.at(qube=qube.name))
+        qube.finish()
+        qube.blame(error.at(qube=qube.name))
         await self._give_up_template(qube)
         await self._roll_back(qube)
         self._conclude(qube, "failed")
-        for waiting in self._qubes.waiting_for_dispvm(qube):
-            self._warn(waiting, without_dispvm(qube))
+        self._tell_without_dispvm(qube)
         if self._host is not None:
             await self._client.skip_qube(qube.key)
 
@@ -367,10 +359,9 @@ class RestoreRun:
         warn(qube.report, text)
         self._observer.log("warning", f"{qube.name}: {text}")
 
-    def _note_error(self, qube: QubeRun, error: RestoreError) -> None:
-        qube.finish()
-        if qube.report.error is None:
-            qube.report.error = ErrorInfo.without_place(error)
+    def _tell_without_dispvm(self, dispvm: QubeRun) -> None:
+        for waiting in self._qubes.waiting_for_dispvm(dispvm):
+            self._warn(waiting, without_dispvm(dispvm))
 
     def _conclude(
         self, qube: QubeRun, outcome: Literal["restored", "verified", "incomplete", "failed"]
@@ -384,22 +375,17 @@ class RestoreRun:
         copy, self._copy = self._copy, None
         if copy is not None:
             await copy.end()
-            self._note_copy(self._qubes[copy.ready.key], copy, error)
+            qube, reason = self._qubes[copy.ready.key], copy.failure or error
+            volume = qube.volume(copy.ready.volume)
+            volume.outcome, volume.error = "failed", ErrorInfo.without_place(reason)
+            qube.blame(reason)
         for qube in reversed(self._begun):  # a template has begun before what depends on it
             await self._roll_back(qube)
         for qube in self._qubes:
             if not qube.finished:
-                self._note_error(qube, error)
-                for waiting in self._qubes.waiting_for_dispvm(qube):
-                    self._warn(waiting, without_dispvm(qube))
-
-    def _note_copy(self, qube: QubeRun, copy: VolumeCopy, error: RestoreError) -> None:
-        """Report the volume that was on its way when the session ended with `error`."""
-        error = copy.failure or error
-        volume = qube.volume(copy.ready.volume)
-        volume.outcome, volume.error = "failed", ErrorInfo.without_place(error)
-        if not qube.finished:
-            self._note_error(qube, error)
+                qube.finish()
+                qube.blame(error)
+                self._tell_without_dispvm(qube)
 
 
 def _without_template(template: QubeRun) -> RestoreError:

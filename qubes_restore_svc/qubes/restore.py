@@ -20,7 +20,7 @@ from qubes_restore_svc.qubes.grants import check_limits, check_options
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.locks import RESTORE_LOCK, STOCK_LOCK, WORKER_LOCK, Activity
-from qubes_restore_svc.qubes.records import LogFile, LoggedObserver, file_report
+from qubes_restore_svc.qubes.report_and_log import LogFile, LoggedObserver, file_report
 from qubes_restore_svc.qubes.storage import Location
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.waiting import ask

@@ -207,7 +207,7 @@ def test_without_a_limit_of_its_own_a_decoder_takes_16_tib() -> None:
         ([(U64 - MAX_RECORD + 1, MAX_RECORD)], "reaches past"),
     ],
 )
-def test_records_that_make_no_image_are_refused(records: list[tuple[int, int]], why: str) -> None:
+def test_report_and_log_that_make_no_image_are_refused(records: list[tuple[int, int]], why: str) -> None:
     decoder = VolumeDecoder()
     decoder.feed(encode_header(1 << 30))
     for record in records[:-1]:
