@@ -13,11 +13,11 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, how_ended
+from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, WorkerLost, how_ended
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.qubes.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.waiting import started, to_the_end
@@ -165,6 +165,30 @@ class QrexecCalls:
             await call.end()
             raise HostFailed(f"{service} cannot be called any more")
         return call
+
+
+@contextlib.contextmanager
+def worker_called() -> Iterator[None]:
+    """Around a call of the worker: if it cannot be made, that is WorkerLost."""
+    try:
+        yield
+    except HostFailed as error:
+        raise WorkerLost(f"the worker cannot be called: {error.reason}") from error
+
+
+async def read_answer(connection: socket.socket, size: int, end: bytes | None = None) -> bytes:
+    """At most `size` bytes: that many, or up to `end`, or up to the end of the stream."""
+    loop = asyncio.get_running_loop()
+    untrusted_answer = b""
+    while len(untrusted_answer) < size and not (end and untrusted_answer.endswith(end)):
+        try:
+            untrusted_byte = await loop.sock_recv(connection, 1)
+        except OSError:
+            break
+        if not untrusted_byte:
+            break
+        untrusted_answer += untrusted_byte
+    return untrusted_answer
 
 
 def _reap(process: ServiceProcess) -> None:

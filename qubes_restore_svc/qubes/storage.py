@@ -1,27 +1,39 @@
-"""Where the backup lies, and the worker's permission to fetch it from there.
+"""Where the backup lies, and how it comes from there to the worker: by one of three ways.
 
-Strategy: the qube that holds the backup is told its location through a stock service, which answers with an
-id. The id is good for as long as that call stays open, and the policy lets the worker use it for as long as
-the qube carries the tag. So access is granted by two things, and both are taken back on leaving, the tag
-first.
+Strategy: a file in dom0 is read by another program into a call of the worker. A service of a qube is called,
+and joined to a call of the worker by two pipes. A path in a qube is fetched by the worker itself. For this,
+the qube is told the location through a stock service, which answers with an id. The id is good for as long as
+that call stays open, and the policy lets the worker use it for as long as the qube carries the tag. So access
+is granted by two things, and both are taken back on leaving, the tag first.
 """
 
 import asyncio
 import contextlib
+import os
 import re
 import socket
 import unicodedata
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.qubes.qrexec import NOT_FOUND, QrexecCall, QrexecCalls, tell_what_is_left, undo
+from qubes_restore_svc.qubes.dom0_file import FileReader
+from qubes_restore_svc.qubes.qrexec import (
+    NOT_FOUND,
+    QrexecCall,
+    QrexecCalls,
+    read_answer,
+    tell_what_is_left,
+    undo,
+    worker_called,
+)
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG
 from qubes_restore_svc.waiting import ask, in_thread, to_the_end
 from qubes_restore_svc.wire.messages import Storage
+from qubes_restore_svc.wire.service import ARCHIVE, QFILE_ARGUMENT
 
 REGISTER_SERVICE = "qubes.RegisterBackupLocation"
 #: Seconds that a running qube may take to answer with an id.
@@ -38,6 +50,12 @@ _QUBE = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}")
 _CLOSE_PATIENCE_S = 2.0
 #: The same after a cancel, for which somebody waits.
 _CANCEL_PATIENCE_S = 0.5
+#: Seconds that the calls of one pass over the archive may take to end by themselves before the next pass.
+_PASS_PATIENCE_S = 2.0
+#: Seconds until a process whose stream has ended has ended as well.
+_SHORTLY_S = 1.0
+#: What a program dies of whose reader stops early, as a shell tells it: 128 + SIGPIPE.
+_BROKEN_PIPE = 141
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +63,7 @@ class Dom0File:
     """A file in dom0: `fd`, open for reading, the caller's. It is passed on, from where it stands."""
 
     fd: int
+    qube: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +118,144 @@ class QubeService:
 Location = Dom0File | QubePath | QubeService
 
 
-class StorageAccess:
-    """The worker's access to a backup in a running qube. An async context manager; leaving it revokes it."""
+class Source:
+    """How the archive comes to the worker. An async context manager; leaving it takes back what was given."""
+
+    storage: Storage | None = None  #: where the worker has to fetch the archive itself; None if it gets it
+
+    def __init__(self, calls: QrexecCalls) -> None:
+        self._calls = calls
+        self._bringing: list[QrexecCall] = []  #: the calls that bring it: storage's first, if that is one
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing was given, but calls, which have an owner."""
+
+    @property
+    def gaps(self) -> str | None:
+        """A clause, if places of the archive could not be read so far."""
+        return None
+
+    async def provide(self, worker: str) -> None:
+        """Let the qube `worker` have the archive for one more pass. Raises WorkerLost, ArchiveUnreadable."""
+
+    async def fault(self) -> ArchiveUnreadable | None:
+        """Why the archive ends early, if this side has failed. Waits a moment until that is known."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SHORTLY_S):
+                await asyncio.gather(*(call.wait() for call in self._bringing))
+        for call in self._bringing:
+            # Of a broken pipe: what comes after the last wanted file was not read.
+            if call.exit_code != _BROKEN_PIPE and call.fault:
+                return ArchiveUnreadable(call.fault, advice=self._advice(call))
+        return None
+
+    def _advice(self, call: QrexecCall) -> str:
+        return "Try again."
+
+    async def _bring(self, worker: str, service: str, stdin: int, stdout: int) -> None:
+        with worker_called():
+            self._bringing.append(await self._calls.open(worker, service, stdin=stdin, stdout=stdout))
+
+
+class FileSource(Source):
+    """A file of dom0, which the worker is given once."""
+
+    def __init__(self, calls: QrexecCalls, location: Dom0File) -> None:
+        super().__init__(calls)
+        self._reader = FileReader(location.fd)
+
+    @property
+    def gaps(self) -> str | None:
+        """A clause, if places of the file could not be read so far."""
+        return self._reader.gaps
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._reader.__aexit__(exc_type, exc, traceback)
+
+    async def provide(self, worker: str) -> None:
+        """Begin to read it into a call of the worker; nothing the second time."""
+        if not self._bringing:
+            with open(await self._reader.open(), "rb") as file, open(os.devnull, "wb") as nowhere:
+                await self._bring(worker, ARCHIVE, file.fileno(), nowhere.fileno())
+
+    async def fault(self) -> ArchiveUnreadable | None:
+        """What the reader says counts more than how the calls ended."""
+        told = await super().fault()
+        fault = await self._reader.fault(_SHORTLY_S)
+        return told if fault is None else ArchiveUnreadable(fault)
+
+
+class ServiceSource(Source):
+    """A service of a qube, which is called for every pass."""
+
+    def __init__(self, calls: QrexecCalls, location: QubeService) -> None:
+        super().__init__(calls)
+        self._location = location
+
+    async def provide(self, worker: str) -> None:
+        """Call the service and the worker, each one's output being the other's input."""
+        await asyncio.gather(*(call.end(_PASS_PATIENCE_S) for call in self._bringing))
+        self._bringing = []
+        qube, service = self._location.qube, self._location.service
+        with contextlib.ExitStack() as ends:
+            try:
+                to_worker, from_storage = _pipe(ends)
+                to_storage, from_worker = _pipe(ends)
+            except OSError as error:
+                raise HostFailed(f"the storage service cannot be called: {error.strerror}") from error
+            try:
+                storage = await self._calls.open(qube, service, stdin=to_storage, stdout=from_storage)
+            except HostFailed as error:
+                raise ArchiveUnreadable(
+                    f"the service {service} in {qube} cannot be called: {error.reason}",
+                    advice=f"Check that {qube} runs, and try again.",
+                ) from error
+            self._bringing = [storage]
+            await self._bring(worker, f"{ARCHIVE}+{QFILE_ARGUMENT}", to_worker, from_worker)
+
+    def _advice(self, call: QrexecCall) -> str:
+        if call is not self._bringing[0]:
+            return super()._advice(call)
+        return (
+            f"Look for the error of {self._location.service} in the journal of {self._location.qube}, settle"
+            " it, and try again."
+        )
+
+
+class PathSource(Source):
+    """A path in a running qube, which the worker may fetch until this is left."""
 
     def __init__(self, system: QubesSystem, calls: QrexecCalls, location: QubePath) -> None:
+        super().__init__(calls)
         self._system = system
-        self._calls = calls
         self._location = location
         self._connection: socket.socket | None = None
         self._registration: QrexecCall | None = None
         self._tagged = False
-        self.storage: Storage  #: what the worker is told; set when this was entered
 
-    @property
-    def fault(self) -> str | None:
-        """A clause, if the qube has withdrawn the registration by itself."""
+    async def fault(self) -> ArchiveUnreadable | None:
+        """Only if the qube has withdrawn the registration by itself."""
         call = self._registration
         if call is None or call.exit_code is None or self._connection is None:
             return None
-        return call.fault or f"{call.name} has ended, and with it the access to the backup"
+        qube = self._location.qube
+        return ArchiveUnreadable(
+            call.fault or f"{call.name} has ended, and with it the access to the backup",
+            advice=f"Check that the qube {qube} still runs and that its disks answer, and try again.",
+        )
 
     async def __aenter__(self) -> Self:
         """Register the location and let the worker fetch it. Raises ArchiveUnreadable or HostFailed."""
@@ -152,7 +290,7 @@ class StorageAccess:
             connection.sendall(self._location.line)
         try:
             async with asyncio.timeout(REGISTER_TIMEOUT_S):
-                untrusted_line = await _read_line(connection)
+                untrusted_line = await read_answer(connection, _MAX_ID + 1, b"\n")
         except TimeoutError:
             raise self._unreadable(f"no answer for {REGISTER_TIMEOUT_S:.0f} seconds") from None
         untrusted_id = untrusted_line.strip()
@@ -194,6 +332,15 @@ class StorageAccess:
         tell_what_is_left(left, error)
 
 
+def source_of(system: QubesSystem, calls: QrexecCalls, location: Location) -> Source:
+    """How an archive comes from there, over these calls."""
+    if isinstance(location, Dom0File):
+        return FileSource(calls, location)
+    if isinstance(location, QubeService):
+        return ServiceSource(calls, location)
+    return PathSource(system, calls, location)
+
+
 async def start_storage(system: QubesSystem, qube: str) -> None:
     """Start the qube that holds the backup, if it does not run; it is not stopped afterwards.
 
@@ -208,23 +355,16 @@ async def start_storage(system: QubesSystem, qube: str) -> None:
         ) from error
 
 
-async def _read_line(connection: socket.socket) -> bytes:
-    """The bytes up to a line feed, or the end, or more than an id can have."""
-    loop = asyncio.get_running_loop()
-    line = b""
-    while not line.endswith(b"\n") and len(line) <= _MAX_ID:
-        try:
-            byte = await loop.sock_recv(connection, 1)
-        except OSError:
-            byte = b""
-        if not byte:
-            break
-        line += byte
-    return line
-
-
 def _check_qube(qube: str) -> None:
     if qube == "dom0":
         raise UsageError("dom0 is not a qube that a backup is fetched from", advice="Leave out -d.")
     if not _QUBE.fullmatch(qube):
         raise UsageError("the name of the qube that holds the backup is not the name of a qube")
+
+
+def _pipe(ends: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe, reader and writer, both closed by `ends`."""
+    reader, writer = os.pipe()
+    ends.callback(close_read, reader)
+    ends.callback(close_read, writer)
+    return reader, writer

@@ -4,7 +4,7 @@
   (`qube.py`), and `set_finished` clears them.
 * `WORKER_TAG` is on the worker's disposable. It gets it as it is created, and it is cleared before the
   disposable is destroyed (`worker_vm.py`).
-* `STORAGE_TAG` is on the qube that holds the backup. `StorageAccess` sets and clears it (`storage.py`).
+* `STORAGE_TAG` is on the qube that holds the backup. `PathSource` sets and clears it (`storage.py`).
 * `RESTORED_TAG`, with the backup's id, is on a qube that was restored. `set_finished` sets it, and it stays.
 
 Strategy: what was left is told by its tags, and only what is ours without doubt is taken away. An unfinished

@@ -12,9 +12,16 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import HostFailed, RestoreError, UsageError, WorkerMissing
+from qubes_restore_svc.errors import HostFailed, RestoreError, UsageError, WorkerLost, WorkerMissing
 from qubes_restore_svc.qubes.guard import connect_patiently
-from qubes_restore_svc.qubes.qrexec import tell_what_is_left, undo
+from qubes_restore_svc.qubes.qrexec import (
+    NOT_FOUND,
+    QrexecCalls,
+    read_answer,
+    tell_what_is_left,
+    undo,
+    worker_called,
+)
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import (
     WORKER_NAME,
@@ -24,11 +31,13 @@ from qubes_restore_svc.qubes.tags import (
     clear_worker,
 )
 from qubes_restore_svc.waiting import ask, in_thread, started, to_the_end
-from qubes_restore_svc.wire.service import SESSION
+from qubes_restore_svc.wire.service import READY, READY_ARGUMENT, SESSION
 
 PACKAGE = "qubes-restore-svc-vm"
 
 _NAME_ATTEMPTS = 100
+#: Seconds until a process whose stream has ended has ended as well.
+_SHORTLY_S = 1.0
 
 
 class WorkerVm:
@@ -146,6 +155,30 @@ async def choose_template(system: QubesSystem, template: str | None) -> str:
     if await ask(system.reports_service, name, SESSION) is False:
         raise await worker_missing(system, name)
     return name
+
+
+async def ask_ready(
+    system: QubesSystem, calls: QrexecCalls, qube: str, template: str, timeout_s: float
+) -> None:
+    """Ask the worker for a sign of life; raises WorkerMissing or WorkerLost if there is none."""
+    with worker_called():
+        connection, call = await calls.converse(qube, f"{SESSION}+{READY_ARGUMENT}")
+    with connection:
+        connection.setblocking(False)
+        try:
+            async with asyncio.timeout(timeout_s):
+                untrusted_answer = await read_answer(connection, len(READY))
+        except TimeoutError:
+            raise WorkerLost(f"the worker was not ready after {timeout_s:.0f} seconds") from None
+        if untrusted_answer == READY:
+            return
+        code = await call.wait(_SHORTLY_S)
+    if code == NOT_FOUND:
+        raise await worker_missing(system, template)
+    raise WorkerLost(
+        "the worker did not say that it is ready" + (f": {call.fault}" if call.fault else ""),
+        advice=f"Check that {template} has the newest version of the worker's package, and try again.",
+    )
 
 
 async def worker_missing(system: QubesSystem, template: str) -> WorkerMissing:

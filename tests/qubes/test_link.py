@@ -20,7 +20,7 @@ from qubes_restore_svc.errors import (
     WorkerLost,
     WorkerMissing,
 )
-from qubes_restore_svc.qubes import link as qrexec
+from qubes_restore_svc.qubes import storage as storage_module
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.locks import WORKER, GuardedLock
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
@@ -459,7 +459,7 @@ async def test_the_end_of_one_side_is_the_end_of_the_other(system: FakeQubes, tr
 async def test_a_pass_that_goes_on_is_ended_before_the_next(
     system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qrexec, "_PASS_PATIENCE_S", 0.05)
+    monkeypatch.setattr(storage_module, "_PASS_PATIENCE_S", 0.05)
     system.there[STORAGE].services["my.Backup"] = "while :; do sleep 1000; done"
     system.worker["restore.Archive+qfile"] = "while :; do sleep 1000; done"
     async with _link(system, SERVICE) as link:

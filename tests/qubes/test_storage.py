@@ -11,9 +11,9 @@ from qubes_restore_svc.qubes import storage as storage_module
 from qubes_restore_svc.qubes.qrexec import QrexecCalls
 from qubes_restore_svc.qubes.storage import (
     REGISTER_SERVICE,
+    PathSource,
     QubePath,
     QubeService,
-    StorageAccess,
     start_storage,
 )
 from qubes_restore_svc.qubes.tags import STORAGE_TAG
@@ -36,6 +36,12 @@ async def calls(system: FakeQubes) -> AsyncIterator[QrexecCalls]:
 
 def _answer(system: FakeQubes, script: str) -> None:
     system.there[STORAGE].services[REGISTER_SERVICE] = script
+
+
+async def _fault(source: PathSource) -> str:
+    while (fault := await source.fault()) is None:
+        await asyncio.sleep(0.005)
+    return fault.reason
 
 
 # --- Locations -----------------------------------------------------------------------------------
@@ -103,9 +109,9 @@ async def test_access_is_a_registration_that_stays_open_and_a_tag(
     system: FakeQubes, calls: QrexecCalls
 ) -> None:
     traces = Traces(system)
-    async with StorageAccess(system, calls, PATH) as access:
+    async with PathSource(system, calls, PATH) as access:
         assert access.storage == Storage(qube=STORAGE, location_id="aB3dE6")
-        assert access.fault is None
+        assert await access.fault() is None
         assert system.there[STORAGE].tags == {STORAGE_TAG}
         assert (system.directory / "location").read_bytes() == PATH.line
         assert len(system.running_processes()) == 1
@@ -124,7 +130,7 @@ async def test_the_tag_comes_last_and_goes_first(
         discard_tag(name, tag)
 
     monkeypatch.setattr(system, "discard_tag", watched)
-    async with StorageAccess(system, calls, PATH):
+    async with PathSource(system, calls, PATH):
         pass
     assert registered == [1]
     assert system.events == [
@@ -137,7 +143,8 @@ async def test_the_tag_comes_last_and_goes_first(
 @pytest.mark.parametrize("answer", ["a", "aB3dE6 ", "x" * 64, "abc\\nmore"])
 async def test_an_id_is_letters_and_digits(system: FakeQubes, calls: QrexecCalls, answer: str) -> None:
     _answer(system, f"read -r x; printf '{answer}\\n'; cat > /dev/null")
-    async with StorageAccess(system, calls, PATH) as access:
+    async with PathSource(system, calls, PATH) as access:
+        assert access.storage is not None
         assert access.storage.location_id == answer.split("\\n")[0].strip()
 
 
@@ -149,7 +156,7 @@ async def test_anything_else_is_no_id(system: FakeQubes, calls: QrexecCalls, ans
     _answer(system, f"read -r x; printf '{answer}'; exec >&-; exit 0")
     traces = Traces(system)
     with pytest.raises(ArchiveUnreadable, match=r"sys-usb did not register .*its answer is not an id"):
-        await StorageAccess(system, calls, PATH).__aenter__()
+        await PathSource(system, calls, PATH).__aenter__()
     assert traces.left() == []
 
 
@@ -160,7 +167,7 @@ async def test_a_storage_that_writes_without_end_is_ended(
     _answer(system, "trap '' PIPE; while :; do echo /; done")
     traces = Traces(system)
     with pytest.raises(ArchiveUnreadable, match="not an id"):
-        await StorageAccess(system, calls, PATH).__aenter__()
+        await PathSource(system, calls, PATH).__aenter__()
     assert traces.left() == []
 
 
@@ -170,7 +177,7 @@ async def test_an_agent_without_the_service_is_named_as_too_old(
     del system.there[STORAGE].services[REGISTER_SERVICE]
     traces = Traces(system)
     with pytest.raises(ArchiveUnreadable, match=r"qubes\.RegisterBackupLocation\. .*qubes-core-agent"):
-        await StorageAccess(system, calls, PATH).__aenter__()
+        await PathSource(system, calls, PATH).__aenter__()
     assert traces.left() == []
 
 
@@ -183,7 +190,7 @@ async def test_a_registration_that_ends_without_an_answer_says_how(
 ) -> None:
     _answer(system, script)
     with pytest.raises(ArchiveUnreadable, match=why):
-        await StorageAccess(system, calls, PATH).__aenter__()
+        await PathSource(system, calls, PATH).__aenter__()
 
 
 async def test_a_storage_that_does_not_answer_is_given_up(
@@ -193,21 +200,20 @@ async def test_a_storage_that_does_not_answer_is_given_up(
     _answer(system, "exec cat > /dev/null")
     traces = Traces(system)
     with pytest.raises(ArchiveUnreadable, match="no answer for 0 seconds"):
-        await StorageAccess(system, calls, PATH).__aenter__()
+        await PathSource(system, calls, PATH).__aenter__()
     assert traces.left() == []
 
 
-async def test_a_cancel_while_waiting_for_the_answer_leaves_nothing(
-    system: FakeQubes, calls: QrexecCalls
-) -> None:
+async def test_a_cancel_while_waiting_for_the_answer_leaves_nothing(system: FakeQubes) -> None:
     _answer(system, "echo x > {directory}/begun; exec cat > /dev/null")
     traces = Traces(system)
-    task = asyncio.create_task(StorageAccess(system, calls, PATH).__aenter__())
-    while not (system.directory / "begun").exists():
-        await asyncio.sleep(0.005)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    async with QrexecCalls(system) as calls:  # it owns a call whose beginning is cancelled
+        task = asyncio.create_task(PathSource(system, calls, PATH).__aenter__())
+        while not (system.directory / "begun").exists():
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     assert traces.left() == []
 
 
@@ -216,7 +222,7 @@ async def test_a_tag_that_cannot_be_set_leaves_no_registration(
     system: FakeQubes, calls: QrexecCalls, cancelled: bool
 ) -> None:
     traces = Traces(system)
-    task = asyncio.create_task(StorageAccess(system, calls, PATH).__aenter__())
+    task = asyncio.create_task(PathSource(system, calls, PATH).__aenter__())
     if cancelled:
         gate = system.gates["add_tag"] = Gate()
         await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
@@ -234,16 +240,12 @@ async def test_a_tag_that_cannot_be_set_leaves_no_registration(
 
 async def test_a_registration_that_its_qube_ends_is_a_fault(system: FakeQubes, calls: QrexecCalls) -> None:
     _answer(system, "read -r x; echo abc; kill -9 $$")
-    async with StorageAccess(system, calls, PATH) as access:
-        while access.fault is None:
-            await asyncio.sleep(0.005)
-        assert access.fault == f"{REGISTER_SERVICE} in sys-usb was killed by signal 9 (SIGKILL)"
-    assert access.fault is None
+    async with PathSource(system, calls, PATH) as access:
+        assert await _fault(access) == f"{REGISTER_SERVICE} in sys-usb was killed by signal 9 (SIGKILL)"
+    assert await access.fault() is None
     _answer(system, "read -r x; echo abc")
-    async with StorageAccess(system, calls, PATH) as access:
-        while access.fault is None:
-            await asyncio.sleep(0.005)
-        assert "has ended, and with it the access to the backup" in access.fault
+    async with PathSource(system, calls, PATH) as access:
+        assert "has ended, and with it the access to the backup" in await _fault(access)
 
 
 async def test_a_registration_that_does_not_end_with_its_input_is_ended(
@@ -252,7 +254,7 @@ async def test_a_registration_that_does_not_end_with_its_input_is_ended(
     monkeypatch.setattr(storage_module, "_CLOSE_PATIENCE_S", 0.05)
     _answer(system, "read -r x; echo abc; while :; do sleep 1000; done")
     traces = Traces(system)
-    async with StorageAccess(system, calls, PATH):
+    async with PathSource(system, calls, PATH):
         pass
     assert traces.left() == []
 
@@ -262,12 +264,12 @@ async def test_a_tag_that_stays_is_named_and_the_registration_is_closed_all_the_
 ) -> None:
     what = r"Left behind.*the tag restore-svc-storage of the qube sys-usb \(qubesd is gone\)\."
     with pytest.raises(HostFailed, match=f"not everything could be cleared up. {what}"):
-        async with StorageAccess(system, calls, PATH):
+        async with PathSource(system, calls, PATH):
             system.faults["discard_tag"] = HostFailed("qubesd is gone")
     assert (system.directory / "registrations").read_text() == "closed\n"
     system.faults.clear()
     with pytest.raises(WorkerLost, match=f"^the reason. {WorkerLost.default_advice} {what}"):
-        async with StorageAccess(system, calls, PATH):
+        async with PathSource(system, calls, PATH):
             system.faults["discard_tag"] = HostFailed("qubesd is gone")
             raise WorkerLost("the reason")
 
@@ -275,7 +277,7 @@ async def test_a_tag_that_stays_is_named_and_the_registration_is_closed_all_the_
 async def test_a_qube_that_does_not_run_is_said(system: FakeQubes, calls: QrexecCalls) -> None:
     system.there[STORAGE].running = False
     with pytest.raises(ArchiveUnreadable, match=r"sys-usb did not register .*does not run"):
-        await StorageAccess(system, calls, PATH).__aenter__()
+        await PathSource(system, calls, PATH).__aenter__()
 
 
 async def test_the_qube_of_the_backup_is_started(system: FakeQubes) -> None:
