@@ -58,7 +58,7 @@ _CIPHERS = {
 
 
 def check_digest(untrusted_name: str) -> str:
-    """The digest that a header names (`SHA512`, `sha-1`), as `VerifiedPiece` takes it. Raises BadHeader."""
+    """The digest that a header names (`SHA512`, `sha-1`), as `parse_mac` takes it. Raises BadHeader."""
     name = untrusted_name.lower().replace("-", "")
     if name not in _DIGESTS.values():
         known = ", ".join(known.upper() for known in _DIGESTS.values())
@@ -81,35 +81,40 @@ def check_cipher(untrusted_name: str) -> StreamCipher:
     return cipher
 
 
-def digest_of(untrusted_line: Buffer) -> str | None:
-    """The digest whose MAC has the length of the one in this line; None if there is none.
+@dataclass(frozen=True, slots=True)
+class PieceMac:
+    """The MAC of a piece as it stands behind it, not checked: `value`, made with `digest`."""
 
-    The header's own MAC is checked with it: it is the header that names the digest of all others.
+    digest: str
+    value: bytes
+
+
+def parse_mac(untrusted_line: Buffer, digest: str | None = None) -> PieceMac:
+    """The MAC in a line that `openssl dgst` printed: one of `digest`, or the one that has its length. The
+    latter is for the header's own MAC, because the header names the digest of all others.
+
+    Raises BadContainer.
     """
     match = _LINE.fullmatch(untrusted_line)
-    return None if match is None else _DIGESTS.get(len(match[1]) // 2)
+    found = None if match is None or len(match[1]) % 2 else _DIGESTS.get(len(match[1]) // 2)
+    if match is None or found is None or found != (digest or found):
+        raise BadContainer(f"what stands behind it is not its MAC{f' in {digest.upper()}' if digest else ''}")
+    return PieceMac(found, bytes.fromhex(match[1].decode("ascii")))
 
 
 class VerifiedPiece:
     """A piece of the backup whose MAC has been checked; to make one is to check it.
 
     Invariant: no content is parsed before its MAC has been checked. It keeps a view of the caller's buffer,
-    not a copy: the buffer must stay as it is for as long as the content is being read. Raises BadContainer
-    if the line is not one that `openssl dgst` prints for this digest, AuthenticationFailed if it is the line
-    of other content.
+    not a copy: the buffer must stay as it is for as long as the content is being read. Raises
+    AuthenticationFailed if the MAC is that of other content.
     """
 
     __slots__ = ("_content",)
 
-    def __init__(
-        self, untrusted_piece: Buffer, untrusted_line: Buffer, digest: str, passphrase: bytes
-    ) -> None:
-        match = _LINE.fullmatch(untrusted_line)
-        size = hashlib.new(digest, usedforsecurity=False).digest_size
-        if match is None or len(match[1]) != 2 * size:
-            raise BadContainer(f"what stands behind it is not its MAC in {digest.upper()}")
-        mac = hmac.new(passphrase, untrusted_piece, digest).digest()
-        if not hmac.compare_digest(mac, bytes.fromhex(match[1].decode("ascii"))):
+    def __init__(self, untrusted_piece: Buffer, mac: PieceMac, passphrase: bytes) -> None:
+        expected = hmac.new(passphrase, untrusted_piece, mac.digest).digest()
+        if not hmac.compare_digest(expected, mac.value):
             raise AuthenticationFailed("its content is not what was written (wrong MAC)")
         self._content = memoryview(untrusted_piece)
 

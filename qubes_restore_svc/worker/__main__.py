@@ -17,8 +17,8 @@ with loading("qubes-restore-worker"):
     from qubes_restore_svc.system_memory import LEAST_MEMORY, MemoryRoom, memory_room
     from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
     from qubes_restore_svc.worker.daemon import Daemon
-    from qubes_restore_svc.worker.faults import as_restore_error
     from qubes_restore_svc.worker.system_calls import forbid_the_rest
+    from qubes_restore_svc.worker.threads import as_restore_error
 
 #: Bytes that stay free for the kernel, the sockets and what else runs in the qube, unless told otherwise.
 _RESERVE = 176 << 20

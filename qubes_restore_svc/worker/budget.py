@@ -12,9 +12,10 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
+from qubes_restore_svc.errors import BudgetTooSmall
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters
 from qubes_restore_svc.system_memory import MemoryRoom
+from qubes_restore_svc.worker.threads import Stop
 
 MIB = 1 << 20
 
@@ -34,8 +35,8 @@ class Budget:
     """`limit` bytes less `own`, shared by all threads of the pipeline and the derivations of `engine`.
 
     At most `max_chunks` chunks with a buffer are on their way, and no more than take two fifths of the limit,
-    so that derivations are not crowded out by what waits for them. `advice` says what a person can do so that
-    so many bytes can be granted.
+    so that derivations are not crowded out by what waits for them. `stop` ends all waiting, and `advice` says
+    what a person can do so that so many bytes can be granted.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Budget:
         limit: int,
         engine: KdfEngine,
         max_chunks: int,
+        stop: Stop,
         *,
         own: int = OWN_MEMORY,
         advice: Callable[[int], str] = BOUNDLESS.advice,
@@ -57,7 +59,8 @@ class Budget:
         self._located: list[int] = []
         self._derivations: list[int] = []
         self._set_aside = 0
-        self._cancelled = False
+        self._stop = stop
+        stop.wakes(self._wake)
 
     def check(self, size: int, parameters: KdfParameters | None) -> None:
         """Raise BudgetTooSmall if a chunk of `size` bytes and its derivation can never fit."""
@@ -86,18 +89,18 @@ class Budget:
         `buffered`: it is held in memory from now on; otherwise it is fetched when its turn comes. Ends with
         `release`. `before_waiting` is called if there is no room at once: whoever holds a chunk himself must
         give it back there, or would wait for himself. Raises BudgetTooSmall if it can never be, Cancelled
-        after `cancel`.
+        after `stop`.
         """
         self.check(size, parameters)
         least = self._least(parameters)
         if before_waiting is not None:
             with self.changed:
-                at_once = self._cancelled or self._admissible(size, least, buffered)
+                at_once = self._stop.said or self._admissible(size, least, buffered)
             if not at_once:
                 before_waiting()
         with self.changed:
-            self.changed.wait_for(lambda: self._cancelled or self._admissible(size, least, buffered))
-            self._stop_if_cancelled()
+            self.changed.wait_for(lambda: self._stop.said or self._admissible(size, least, buffered))
+            self._stop.check()
             (self._buffers if buffered else self._located).append(size)
             self._derivations.append(least)
             self._engine.trim(self.arena_room)
@@ -120,7 +123,7 @@ class Budget:
     def set_aside(self, size: int) -> Iterator[bool]:
         """Wait until the arenas leave `size` bytes, and keep them for the caller; True inside, if it can be.
 
-        False at once if they do not fit beside the chunks that are held. Raises Cancelled after `cancel`.
+        False at once if they do not fit beside the chunks that are held. Raises Cancelled after `stop`.
         """
         with self.changed:
             fits = self._chunk_bytes() + size <= self._limit
@@ -131,8 +134,8 @@ class Budget:
         try:
             if fits:
                 with self.changed:
-                    self.changed.wait_for(lambda: self._cancelled or self._running <= self.arena_room)
-                    self._stop_if_cancelled()
+                    self.changed.wait_for(lambda: self._stop.said or self._running <= self.arena_room)
+                    self._stop.check()
                     self._engine.trim(self.arena_room)
             yield fits
         finally:
@@ -151,10 +154,8 @@ class Budget:
         with self.changed:
             return self._chunk_bytes() + self._engine.memory_held
 
-    def cancel(self) -> None:
-        """Make everyone who waits, or will wait, stop with Cancelled."""
+    def _wake(self) -> None:
         with self.changed:
-            self._cancelled = True
             self.changed.notify_all()
 
     def _admissible(self, size: int, least: int, buffered: bool) -> bool:
@@ -181,7 +182,3 @@ class Budget:
         if parameters is None:
             return 0
         return self._engine.memory(parameters, self._engine.strides[-1])
-
-    def _stop_if_cancelled(self) -> None:
-        if self._cancelled:
-            raise Cancelled("the restore was cancelled")

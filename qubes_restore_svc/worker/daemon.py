@@ -17,7 +17,8 @@ from qubes_restore_svc.worker.archive_access import ArchiveAccess
 from qubes_restore_svc.worker.budget import BOUNDLESS
 from qubes_restore_svc.worker.calls import Accept
 from qubes_restore_svc.worker.fetches import Fetches
-from qubes_restore_svc.worker.session import Resources, Session
+from qubes_restore_svc.worker.session import Session
+from qubes_restore_svc.worker.work import Resources
 
 #: Seconds within which a caller must have sent its descriptor.
 _DESCRIPTOR_TIMEOUT_S = 10

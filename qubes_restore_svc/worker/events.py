@@ -1,20 +1,17 @@
 """What the intake tells the pipeline: files, their chunks, and where they end.
 
-Strategy: small frozen values in a bounded queue, in archive order. A wanted file is one `FileStart`, its
-`Chunk`s and one `FileEnd`, any other one `Passed`; between files there may be `Damaged`, and after the last
-there is one `ArchiveEnd`.
+Strategy: small frozen values, and chunks, in a bounded queue, in archive order. They go one way. A wanted
+file is one `FileStart`, its `Chunk`s and one `FileEnd`, any other one `Passed`; between files there may be
+`Damaged`, and after the last there is one `ArchiveEnd`.
 """
 
 import queue
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qubes_restore_svc.archive.chunks import ChunkName
-from qubes_restore_svc.archive.container import ContainerHead
 from qubes_restore_svc.archive.members import Damage
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.kdf.engine import KdfRequest
+from qubes_restore_svc.worker.chunk import Chunk
 
 #: Events that may wait. The budget bounds the chunks, and this the files that come without any.
 _MAX_EVENTS = 64
@@ -25,36 +22,6 @@ class FileStart:
     """The chunks of the file `name` (`vm10/private.img`) follow."""
 
     name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A container of `size` bytes, not authenticated; `key` comes when its derivation, `request`, is done.
-
-    Whoever takes it from the queue must call `Intake.release` when done with it. `end` is the position in the
-    archive behind it, bytes. `held` is its content, None where that is still in the archive only.
-    """
-
-    name: ChunkName
-    head: ContainerHead
-    size: int
-    request: KdfRequest
-    key: "Future[bytes]"
-    end: int
-    held: bytearray | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What a backup of format 3 has in place of a chunk: `size` bytes, not authenticated, with `line`, which
-    is to prove them, behind it. Otherwise as a Chunk; no key is derived for it.
-    """
-
-    name: ChunkName
-    size: int
-    line: bytes
-    end: int
-    held: bytearray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +56,16 @@ class ArchiveEnd:
     """The archive is over; `error` if it could not be read to its end.
 
     `last_file` is the file, wanted or not, of the last member that was seen. `damage`: no more files were
-    found behind this.
+    found behind this. `position` is how far it was read, bytes.
     """
 
     error: RestoreError | None = None
     last_file: str = ""
     damage: Damage | None = None
+    position: int = 0
 
 
-Event = FileStart | Chunk | Piece | FileEnd | Passed | Damaged | ArchiveEnd
+Event = FileStart | Chunk | FileEnd | Passed | Damaged | ArchiveEnd
 EventQueue: TypeAlias = "queue.Queue[Event]"
 
 

@@ -20,11 +20,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
-from qubes_restore_svc.kdf.engine import KdfEngine, KdfLanes, KdfRequest, OpensslEngine
+from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine, KdfLanes, KdfRequest, OpensslEngine
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.shares import Situation, choose, least_stride
 
@@ -39,6 +39,7 @@ _NICENESS = 5
 class _Job:
     request: KdfRequest
     urgent: bool
+    check: Callable[[], None]
     result: "Future[bytes]"
 
 
@@ -60,12 +61,20 @@ class _Offer:
 class KeyScheduler:
     """`threads` threads around one `engine`, under the `budget` to which the chunks were admitted before.
 
-    `second` is the engine of `derive_again`; OpenSSL's, unless told otherwise.
+    `second` is the engine of `derive_again`; OpenSSL's, unless told otherwise. `costs` says what all keys may
+    cost together, to those who submit.
     """
 
     def __init__(
-        self, engine: KdfEngine, budget: Budget, threads: int, second: KdfEngine | None = None
+        self,
+        engine: KdfEngine,
+        budget: Budget,
+        threads: int,
+        second: KdfEngine | None = None,
+        *,
+        costs: CostLimit | None = None,
     ) -> None:
+        self.costs = CostLimit() if costs is None else costs
         self._engine = engine
         self._second = OpensslEngine() if second is None else second
         self._budget = budget
@@ -92,12 +101,15 @@ class KeyScheduler:
             self._processors_wanted = True
             self._budget.changed.notify_all()
 
-    def submit(self, request: KdfRequest, *, urgent: bool = False) -> "Future[bytes]":
+    def submit(
+        self, request: KdfRequest, *, urgent: bool = False, check: Callable[[], None] = lambda: None
+    ) -> "Future[bytes]":
         """The 64-byte key of `request`, some time. `cancel` on the future takes it back while it waits.
 
-        `urgent`: nothing can be done before it is there, so it gets the memory that makes it quick.
+        `urgent`: nothing can be done before it is there, so it gets the memory that makes it quick. `check`
+        is called when its turn comes; if it raises, the key is not derived, and that is the result.
         """
-        job = _Job(request, urgent, Future())
+        job = _Job(request, urgent, check, Future())
         self._queue(job, self._waiting.append)
         return job.result
 
@@ -111,7 +123,7 @@ class KeyScheduler:
             if fits:
                 with contextlib.suppress(BudgetTooSmall):  # the first one may do with less
                     return self._second.derive([request])[0], self._second.name
-        job = _Job(request, True, Future())
+        job = _Job(request, True, lambda: None, Future())
         self._queue(job, self._waiting.appendleft)
         return job.result.result(), f"{self._engine.name}, once more"
 
@@ -201,8 +213,7 @@ class KeyScheduler:
                 del offer.jobs[ticket]
 
     def _begin_next(self, thread: int, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
-        while self._waiting and self._waiting[0].result.cancelled():
-            self._waiting.popleft()
+        self._drop_refused()
         if not self._waiting:
             return False
         job = self._waiting[0]
@@ -222,10 +233,23 @@ class KeyScheduler:
         self._waiting.popleft()
         if not job.result.set_running_or_notify_cancel():
             # Taken back in this moment: it is derived for nobody.
-            job = _Job(job.request, job.urgent, Future())
+            job = replace(job, result=Future())
         jobs[ticket] = job
         self._running += 1
         return True
+
+    def _drop_refused(self) -> None:
+        """Look whether the first one that waits is still to be derived."""
+        while self._waiting:
+            job = self._waiting[0]
+            try:
+                job.check()
+            except Exception as error:  # noqa: BLE001 - somebody waits for this future, whatever happened
+                if job.result.set_running_or_notify_cancel():
+                    job.result.set_exception(error)
+            if not job.result.done():
+                return
+            self._waiting.popleft()
 
     def _is_for_others(self, thread: int, job: _Job, jobs: dict[int, _Job]) -> bool:
         if self._threads == 1 or self._engine.lanes == 1:

@@ -9,7 +9,7 @@ reported for its volume, and the next file begins.
 import contextlib
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 from qubes_restore_svc.archive import settings_files
 from qubes_restore_svc.archive.inner_tar import Image, read_directory, read_image, read_small_file
@@ -21,7 +21,6 @@ from qubes_restore_svc.errors import (
     ArchiveTruncated,
     BadArchive,
     BadMetadata,
-    Cancelled,
     ImageTooLarge,
     MissingVolume,
     ProtocolViolation,
@@ -32,12 +31,11 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
 from qubes_restore_svc.worker.events import ArchiveEnd, Damaged, EventQueue, Passed
-from qubes_restore_svc.worker.faults import as_restore_error
-from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.opening import OpenBackup
 from qubes_restore_svc.worker.output import ImageHash, VolumeStream
 from qubes_restore_svc.worker.plaintext import PlaintextFiles
 from qubes_restore_svc.worker.selection import DIRECTORY, SelectedQube, Selection, Stage, WantedFile
+from qubes_restore_svc.worker.threads import Stop, as_restore_error
 
 _STOPS_AT_DAMAGE = (
     "the service of the qube that keeps the backup stops reading where its file is damaged; the file itself"
@@ -45,8 +43,8 @@ _STOPS_AT_DAMAGE = (
 )
 
 Emit = Callable[[m.Message], None]
-#: Announces a volume; the future brings the connection of the broker that fetches it, or None: skip it.
-Announce = Callable[[m.VolumeReady], "Future[socket.socket | None]"]
+#: Announces a volume; the future brings the connection of the broker that fetches it.
+Announce = Callable[[m.VolumeReady], "Future[socket.socket]"]
 
 
 class Pipeline:
@@ -55,37 +53,33 @@ class Pipeline:
     def __init__(
         self,
         backup: OpenBackup,
-        intake: Intake,
+        selection: Selection,
         events: EventQueue,
-        request: m.Start,
+        stop: Stop,
         *,
+        restoring: bool,
         ignore_size_limit: bool,
         emit: Emit,
         announce: Announce,
-        whole: bool = True,
         doubt: Callable[[RestoreError], RestoreError] = lambda error: error,
     ) -> None:
-        """`whole`: all of the archive is read, and not just the files of the selected qubes."""
         self._backup = backup
-        self._intake = intake
-        self._files = PlaintextFiles(intake, events, backup.open_chunk)
-        self._selection = Selection(backup.content, request.keys, whole=whole)
-        self._whole = whole
-        self._restoring = request.mode == "restore"
+        self._files = PlaintextFiles(events)
+        self._selection = selection
+        self._restoring = restoring
         self._ignore_size_limit = ignore_size_limit
         self._emit = emit
         self._announce = announce
         self._doubt = doubt
         self._image_bytes = 0
-        self._stream: VolumeStream | None = None
-        self._streaming = ""  #: key of the qube whose volume it is
-        self._cancelled = False
+        self._stop = stop
+        self._waker: Callable[[], object] = lambda: None
+        stop.wakes(lambda: self._waker())
         self._damage: Damage | None = None  # the last one that may have cost a file
 
     def run(self) -> None:
-        """Read the archive to its end. Blocks; emits every answer, Finished as the last one."""
-        self._intake.want(self._selection.wanted)
-        self._intake.start(self._backup.passphrase_of)
+        """Take the events to their end. Blocks; emits every answer, Finished as the last one, or nothing more
+        once it is to stop."""
         current: SelectedQube | None = None
         while not isinstance(file := self._files.next_file(), ArchiveEnd):
             if isinstance(file, Damaged):
@@ -96,46 +90,30 @@ class Pipeline:
                 continue
             self._selection.see(file)
             place = self._selection.place(file)
-            if self._cancelled or place is None or not self._selection.wanted(file):
+            if self._stop.said or place is None or not self._selection.wanted(file):
                 self._files.drain()  # the intake was ahead of the selection, or of the cancel
                 continue
             if current is not None and current is not place.qube:
                 self._close(current)
             current = place.qube
             self._file(place, file)
-        if self._cancelled:
+        if self._stop.said:
             return
         self._end(file)
         for qube in self._selection:
             self._close(qube, file.error)
         if (unclaimed := self._selection.unclaimed()) is not None:
             self._emit(unclaimed)
-        self._emit(m.Finished(archive_bytes=self._intake.position))
+        self._emit(m.Finished(archive_bytes=file.position))
 
     @property
     def idle(self) -> bool:
         """Is there nothing to unpack or to send until more of the archive comes? From any thread."""
         return self._files.idle
 
-    def progress(self) -> m.Progress:
-        """How far it is now; may be called from any thread."""
-        return m.Progress(archive_bytes=self._files.position, image_bytes=self._image_bytes)
-
-    def skip(self, key: str) -> None:
-        """Nothing more of the qube is wanted; may be called from any thread."""
-        self._selection.skip(key)
-        self._intake.withdraw_unwanted()
-        stream = self._stream
-        if stream is not None and self._streaming == key:
-            stream.abort()
-
-    def cancel(self) -> None:
-        """Make `run` return soon, with nothing more emitted; may be called from any thread."""
-        self._cancelled = True
-        self._intake.cancel()
-        stream = self._stream
-        if stream is not None:
-            stream.abort()
+    def progress(self, read: int) -> m.Progress:
+        """How far it is when `read` bytes of the archive have been read; may be called from any thread."""
+        return m.Progress(archive_bytes=self._files.position(read), image_bytes=self._image_bytes)
 
     def _file(self, place: WantedFile, file: str) -> None:
         qube = place.qube
@@ -168,7 +146,7 @@ class Pipeline:
         self._files.drain()
         if error is None and qube.stage is not Stage.CLOSED:
             qube.come.add(place.name)
-        if error is not None and not self._cancelled:
+        if error is not None and not self._stop.said:
             if self._files.damage is not None and not isinstance(error, ArchiveDamaged):
                 error = ArchiveDamaged(f"{error.reason}; {self._files.damage}", chunk=error.chunk)
             error = as_restore_error(error).at(qube=qube.info.name, volume=place.volume or place.name)
@@ -185,7 +163,6 @@ class Pipeline:
             qube.error = qube.error or error
         if self._restoring:
             qube.give_up(error)
-            self._intake.withdraw_unwanted()
 
     def _volume(self, place: WantedFile, volume: VolumeName, file: str, pieces: Iterable[bytes]) -> None:
         blocks = self._backup.decode(pieces)
@@ -214,7 +191,7 @@ class Pipeline:
         ready = m.VolumeReady(key=info.key, volume=volume, image_size=size)
         if volume not in qube.volumes_left:  # nobody has promised it; from here on somebody has
             qube.volumes_left.append(volume)
-        with self._fetched(ready) as stream, digest:
+        with self._fetched(qube, ready) as stream, digest:
             for offset, data in extents:
                 digest.write(offset, data)
                 if stream is not None:
@@ -237,23 +214,35 @@ class Pipeline:
         )
 
     @contextlib.contextmanager
-    def _fetched(self, ready: m.VolumeReady) -> Iterator[VolumeStream | None]:
+    def _fetched(self, qube: SelectedQube, ready: m.VolumeReady) -> Iterator[VolumeStream | None]:
         """Announce the volume and wait for the broker's call; None when only verifying."""
         if not self._restoring:
             self._emit(ready)
             yield None
             return
-        connection = self._announce(ready).result()
-        if connection is None:
-            raise SkippedOnRequest("it is not wanted any more")
-        # From here on a skip or a cancel finds the stream; one that came before is found by `check`.
-        self._streaming, self._stream = ready.key, VolumeStream(connection, ready.image_size)
+        offer = self._announce(ready)
+        with self._woken_by(offer.cancel, qube):
+            try:
+                connection = offer.result()
+            except CancelledError:
+                raise SkippedOnRequest("it is not wanted any more") from None
+        stream = VolumeStream(connection, ready.image_size)
+        with contextlib.closing(stream), self._woken_by(stream.abort, qube):
+            stream.begin()
+            yield stream
+
+    @contextlib.contextmanager
+    def _woken_by(self, waker: Callable[[], object], qube: SelectedQube) -> Iterator[None]:
+        """Inside, `waker` is called when the qube is not wanted any more, or everything is to end."""
+        self._waker = waker
+        qube.wakes(waker)
+        if self._stop.said:
+            waker()
         try:
-            self._stream.begin()
-            yield self._stream
+            yield
         finally:
-            self._stream.close()
-            self._stream = None
+            qube.wakes(None)
+            self._waker = lambda: None
 
     def _max_size(self, info: m.ManifestQube, volume: VolumeName) -> int:
         promised = next((entry.size for entry in info.volumes if entry.name == volume), None)
@@ -331,7 +320,9 @@ class Pipeline:
             behind = f"so it may have been cut off behind {shown(end.last_file)}"
             reason = f"it holds nothing of {unseen[0]}{more}, {behind}"
             self._cut_off(ArchiveTruncated(reason), end.last_file)
-        if not self._whole and any(qube.volumes_left or qube.incomplete for qube in self._selection):
+        if not self._selection.whole and any(
+            qube.volumes_left or qube.incomplete for qube in self._selection
+        ):
             self._emit(m.Log(level="warning", text=_STOPS_AT_DAMAGE))
 
     def _cut_off(self, error: RestoreError, last_file: str) -> None:
@@ -397,10 +388,8 @@ class Pipeline:
         return self._doubt(MissingVolume(reason)).at(qube=name, volume=volume)
 
     def _check(self, qube: SelectedQube) -> None:
-        if self._cancelled:
-            raise Cancelled("the restore was cancelled")
-        if qube.stage is Stage.GIVEN_UP:
-            raise SkippedOnRequest("it is not wanted any more")
+        self._stop.check()
+        qube.check()
 
 
 def _copy(error: RestoreError, *, qube: str, volume: str | None = None) -> RestoreError:

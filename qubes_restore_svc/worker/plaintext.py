@@ -5,32 +5,26 @@ has been checked, gives its memory back when it is through, and ends with the fi
 file that nobody wants to the end is drained.
 """
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 
 from qubes_restore_svc.archive.members import Damage
 from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.worker.chunk import Chunk, Remark
 from qubes_restore_svc.worker.events import (
     ArchiveEnd,
-    Chunk,
     Damaged,
     Event,
     EventQueue,
     FileEnd,
     FileStart,
     Passed,
-    Piece,
 )
-from qubes_restore_svc.worker.intake import Intake
-from qubes_restore_svc.worker.opening import OpenChunk
 
 
 class PlaintextFiles:
     """The files of one pass over the archive."""
 
-    def __init__(self, intake: Intake, events: EventQueue, open_chunk: OpenChunk) -> None:
-        self._open_chunk = open_chunk
-        self._intake = intake
+    def __init__(self, events: EventQueue) -> None:
         self._events = events
         self._in_file = False
         self._position = 0
@@ -38,12 +32,11 @@ class PlaintextFiles:
         self.chunk: int | None = None  #: number of the chunk that is being read
         self.damage: Damage | None = None  #: met right behind the file that was read last
 
-    @property
-    def position(self) -> int:
-        """How much of the archive has been dealt with, bytes; it never goes back."""
-        # Between two files with nothing waiting: what the intake passes now is being skipped.
+    def position(self, read: int) -> int:
+        """How much of the archive has been dealt with, bytes, when `read` have been read; never goes back."""
+        # Between two files with nothing waiting: what is read now is being skipped.
         if not self._in_file and self._events.empty():
-            self._position = self._intake.position
+            self._position = max(self._position, read)
         return self._position
 
     def next_file(self) -> str | Passed | Damaged | ArchiveEnd:
@@ -56,9 +49,7 @@ class PlaintextFiles:
         self.damage = None
         return event.name
 
-    def pieces(
-        self, check: Callable[[], None], remark: Callable[[str], None]
-    ) -> Generator[bytes, None, None]:
+    def pieces(self, check: Callable[[], None], remark: Remark) -> Generator[bytes, None, None]:
         """The content of the current file. Raises what is wrong with its chunks, and what `check` raises.
 
         `check` is called often, and may raise to stop the file; `remark` gets lines for the person.
@@ -66,18 +57,20 @@ class PlaintextFiles:
         Whoever does not exhaust it must close it before `drain`: it holds a chunk, and the intake may be
         waiting for its memory.
         """
-        while isinstance(event := self._next_event(), Chunk | Piece):
+        while isinstance(event := self._next_event(), Chunk):
             self.chunk = event.name.number
             dealt_with = event.end - event.size
             self._position = max(self._position, dealt_with)
-            with self._holding(event):
+            try:
                 check()
-                for piece in self._open_chunk(self._intake, event, remark).plaintext():
+                for piece in event.open(remark).plaintext():
                     check()
                     yield piece
                     dealt_with += len(piece)
                     self._position = max(self._position, dealt_with)
                 self._position = max(self._position, event.end)
+            finally:
+                event.release()
         self._end_file(event)
 
     def drain(self) -> RestoreError | None:
@@ -85,8 +78,8 @@ class PlaintextFiles:
         error = None
         while self._in_file:
             event = self._next_event()
-            if isinstance(event, Chunk | Piece):
-                self._intake.release(event)
+            if isinstance(event, Chunk):
+                event.release()
                 continue
             try:
                 self._end_file(event)
@@ -107,10 +100,3 @@ class PlaintextFiles:
         self.damage = event.damage
         if event.error is not None:
             raise event.error
-
-    @contextlib.contextmanager
-    def _holding(self, chunk: Chunk | Piece) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._intake.release(chunk)

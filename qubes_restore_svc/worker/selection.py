@@ -1,14 +1,14 @@
 """Which files of the archive are wanted, and what has become of the qubes that they belong to.
 
-Strategy: one small object a qube with a named stage. The intake asks `wanted` for every chunk, from its own
-thread; the pipeline and the session move the stages on, under a lock. A stage only ever moves forward, so a
-late answer is a safe one.
+Strategy: one small object a qube with a named stage. `Wanted` is asked for every chunk when it comes, and
+again before its key is derived; the pipeline and the session move the stages on, under a lock. A stage only
+ever moves forward, so a late answer is a safe one.
 """
 
 import enum
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from qubes_restore_svc.archive.members import Damage
@@ -40,6 +40,29 @@ _MAX_DAMAGES = 100
 _KNOWN_FILES = (*IMAGES, *SETTINGS, "empty", DIRECTORY)
 
 
+class Wanted:
+    """Is a file wanted, still? All who need to know ask this one object, from any thread.
+
+    Before it is known which qubes are, everything is that a restore could want.
+    """
+
+    def __init__(self) -> None:
+        self._selection: Selection | None = None
+
+    def narrow(self, selection: "Selection") -> None:
+        """From now on only what `selection` wants is."""
+        self._selection = selection
+
+    def __call__(self, file: str) -> bool:
+        return might_be_wanted(file) if self._selection is None else self._selection.wanted(file)
+
+
+def might_be_wanted(file: str) -> bool:
+    """Could a restore want this file, whatever qubes.xml says? Only images, settings and dom0's home."""
+    directory, _, name = file.rpartition("/")
+    return name in IMAGES or name in SETTINGS or directory == "dom0-home"
+
+
 class Stage(enum.Enum):
     """What has become of a qube."""
 
@@ -66,6 +89,7 @@ class SelectedQube:
     #: Files that may have been lost, and why; "": one that nobody can name.
     doubts: dict[str, RestoreError] = field(default_factory=dict)
     _moving: threading.Lock = field(default_factory=threading.Lock)
+    _waker: Callable[[], object] | None = None
 
     @property
     def info(self) -> m.ManifestQube:
@@ -88,9 +112,25 @@ class SelectedQube:
     def give_up(self, error: RestoreError) -> None:
         """Read nothing more of it; the first reason counts."""
         with self._moving:
+            waker = self._waker
             if self.stage is Stage.WANTED:
                 self.error = self.error or error
                 self.stage = Stage.GIVEN_UP
+        if waker is not None:
+            waker()
+
+    def wakes(self, waker: Callable[[], object] | None) -> None:
+        """Call `waker` when the qube is given up, for who waits for something of it; at once if it was."""
+        with self._moving:
+            self._waker = waker
+            given_up = self.stage is Stage.GIVEN_UP
+        if given_up and waker is not None:
+            waker()
+
+    def check(self) -> None:
+        """Raise SkippedOnRequest if it was given up."""
+        if self.stage is Stage.GIVEN_UP:
+            raise SkippedOnRequest("it is not wanted any more")
 
     def close(self) -> None:
         """Nothing more may come. Its settings are dropped: they have been sent."""
@@ -129,6 +169,7 @@ class Selection:
     """
 
     def __init__(self, content: BackupContent, keys: Iterable[str], *, whole: bool = True) -> None:
+        self.whole = whole
         wanted_keys = frozenset(keys)
         qubes = content.qubes
         self._qubes = {

@@ -1,4 +1,4 @@
-"""The archive as a blocking stream of bytes: a file, a pipe, a device or a socket.
+"""The archive as a blocking stream of bytes (a file, a pipe, a device or a socket), and of members.
 
 Strategy: small reads go through a small buffer, large ones straight into the caller's memory. The
 end of the input shows as a short read. What is not needed is skipped: by seeking where the
@@ -13,7 +13,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from qubes_restore_svc.errors import ArchiveUnreadable
+from qubes_restore_svc.archive.members import Damage, Member, MemberReader
+from qubes_restore_svc.errors import ArchiveTruncated, ArchiveUnreadable
 
 _BUFFER_SIZE = 16 << 10
 _SKIP_SIZE = 1 << 20
@@ -24,6 +25,11 @@ _PAGE = 4096
 _MAX_GAP = 16 << 20
 #: Gaps that are remembered; so many of them are a medium that has gone, too.
 _MAX_GAPS = 10_000
+
+#: Content is read in pieces of this size, bytes: the reader must see it, and a cancel must be noticed.
+_PIECE = 4 << 20
+#: What is not wanted is skipped in pieces of this size, bytes, so that a cancel is noticed.
+_SKIP_PIECE = 64 << 20
 
 
 class ArchiveSource:
@@ -259,3 +265,82 @@ def _a_reset_is_an_end() -> Iterator[None]:
     except ArchiveUnreadable as error:
         if not isinstance(error.__cause__, ConnectionResetError):
             raise
+
+
+class MemberStream:
+    """The members that `reader` finds in `source`, one after the other, and their content.
+
+    `check` is called again and again, and may raise to stop the reading. Raises what readers raise.
+    """
+
+    def __init__(self, source: ArchiveSource, reader: MemberReader, check: Callable[[], None]) -> None:
+        self.source = source
+        self._reader = reader
+        self._check = check
+        self._next: Member | None = None
+        self.content_end = 0  #: of the last member of which all was taken or passed over, bytes
+
+    def next_member(self) -> Member | None:
+        """Step to the next member, None at the end of the archive."""
+        self._check()
+        if self._next is not None:
+            pushed_back, self._next = self._next, None
+            return pushed_back
+        while wanted := self._reader.wanted:
+            self._check()
+            header = self.source.read(wanted)
+            if len(header) < wanted:
+                self._reader.eof(header)
+                return None
+            member = self._reader.feed(header)
+            if member is not None:
+                return member
+        return None
+
+    def push_back(self, member: Member) -> None:
+        """`member`, whose content has not been touched, is to be the next one again."""
+        self._next = member
+
+    def take_damage(self) -> Damage | None:
+        """What was passed over before the last member, or the end, that was found; once."""
+        return self._reader.take_damage()
+
+    @property
+    def can_return(self) -> bool:
+        """Can content that is skipped be read later, from `source`?"""
+        return self.source.seekable and self._reader.skip(0)
+
+    def read_content(self, size: int) -> bytearray:
+        """The next `size` bytes of the current member's content. Raises ArchiveTruncated."""
+        content = bytearray(size)
+        self.read_into(memoryview(content))
+        return content
+
+    def read_into(self, target: memoryview) -> None:
+        """Fill `target` with the next bytes of the current member's content. Raises ArchiveTruncated."""
+        for start in range(0, len(target), _PIECE):
+            self._check()
+            piece = target[start : start + _PIECE]
+            read = self.source.read_into(piece)
+            self._reader.content(piece[:read])
+            if read < len(piece):
+                self._reader.eof()
+                raise ArchiveTruncated("the archive ends inside a chunk")
+
+    def skip_content(self, size: int) -> None:
+        """Pass over `size` bytes of the current member's content. Raises ArchiveTruncated."""
+        while size:
+            self._check()
+            piece = min(size, _SKIP_PIECE)
+            if self._reader.skip(piece):
+                if self.source.skip(piece) < piece:
+                    raise ArchiveTruncated("the archive ends inside a chunk")
+            else:
+                piece = len(self.read_content(min(piece, _PIECE)))
+            size -= piece
+
+    def skip_rest(self) -> None:
+        """Pass over what is left of the current member's content, unless that is to come again."""
+        if self._next is None:
+            self.skip_content(self._reader.content_left)
+            self.content_end = self.source.position

@@ -18,7 +18,7 @@ from qubes_restore_svc.archive.openssl import (
     check_cipher,
     check_digest,
     decrypt,
-    digest_of,
+    parse_mac,
 )
 from qubes_restore_svc.errors import AuthenticationFailed, BadContainer, BadHeader
 
@@ -47,8 +47,9 @@ def cut(stream: bytes, size: int) -> Iterator[bytes]:
 def test_a_piece_opens_with_the_line_that_openssl_prints(name: str) -> None:
     line = openssl("dgst", f"-{name.lower()}", "-hmac", PASSPHRASE, content=CONTENT)
     digest = check_digest(name)
-    assert digest_of(line) == digest
-    assert b"".join(VerifiedPiece(CONTENT, line, digest, KEY).plaintext(100)) == CONTENT
+    mac = parse_mac(line)
+    assert mac.digest == digest and mac == parse_mac(line, digest)
+    assert b"".join(VerifiedPiece(CONTENT, mac, KEY).plaintext(100)) == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -67,14 +68,14 @@ def test_every_spelling_of_the_line_is_read(spelling: str, case: object) -> None
     number = openssl("dgst", "-sha512", "-hmac", PASSPHRASE, content=CONTENT).split()[-1].decode()
     assert callable(case)
     line = spelling.format(case(number)).encode()
-    VerifiedPiece(CONTENT, line, "sha512", KEY)
+    VerifiedPiece(CONTENT, parse_mac(line, "sha512"), KEY)
 
 
 def test_other_content_or_another_passphrase_does_not_open() -> None:
     line = openssl("dgst", "-sha1", "-hmac", PASSPHRASE, content=CONTENT)
     for content, key in ((CONTENT[:-1], KEY), (CONTENT, KEY + b"x")):
         with pytest.raises(AuthenticationFailed):
-            VerifiedPiece(content, line, "sha1", key)
+            VerifiedPiece(content, parse_mac(line), key)
 
 
 NUMBER = b"a" * 128
@@ -99,7 +100,7 @@ NUMBER = b"a" * 128
 )
 def test_a_line_that_openssl_does_not_print_is_refused(line: bytes) -> None:
     with pytest.raises(BadContainer):
-        VerifiedPiece(CONTENT, line, "sha512", KEY)
+        parse_mac(line, "sha512")
 
 
 @pytest.mark.parametrize("name", ["MD5", "scrypt", "", "SHA3-512", "whirlpool"])

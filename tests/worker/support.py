@@ -16,16 +16,18 @@ from concurrent.futures import Future
 from typing import Literal
 
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
-from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine, KdfRequest, OpensslEngine
+from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, End, Extent, Header, VolumeDecoder
 from qubes_restore_svc.worker.budget import Budget
-from qubes_restore_svc.worker.events import event_queue
+from qubes_restore_svc.worker.chunk import ChunkStore
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.opening import OpenBackup, open_backup
 from qubes_restore_svc.worker.pipeline import Pipeline
-from qubes_restore_svc.worker.source import ArchiveSource
+from qubes_restore_svc.worker.selection import Selection, Wanted
+from qubes_restore_svc.worker.source import ArchiveSource, MemberStream
+from qubes_restore_svc.worker.threads import Stop
 
 from ..support.backup_writer import PASSPHRASE
 
@@ -154,13 +156,14 @@ class Pass:
         second: KdfEngine | None = None,
     ) -> None:
         self.engine = engine or Engine()
-        self.budget = Budget(memory, self.engine, max_chunks=jobs * self.engine.lanes + 2, own=0)
+        self.stop = Stop()
+        self.budget = Budget(memory, self.engine, jobs * self.engine.lanes + 2, self.stop, own=0)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs, second)
-        self.events = event_queue()
         self.source = ArchiveSource(archive_fd)
-        self.intake = Intake(
-            self.source, OuterTarReader(), self.budget, self.scheduler, self.events, CostLimit()
-        )
+        self.members = MemberStream(self.source, OuterTarReader(), self.stop.check)
+        self.store = ChunkStore(self.members, self.budget)
+        self.wanted = Wanted()
+        self.intake = Intake(self.store, self.scheduler, self.wanted)
         self.messages: list[m.Message] = []
         self.remarks: list[str] = []
         self.passphrase = passphrase
@@ -171,7 +174,12 @@ class Pass:
     def open(self, compression_filter: str | None = None, *, ahead: bool = False) -> OpenBackup:
         """Read the beginning."""
         self.backup = open_backup(
-            self.intake, self.passphrase, compression_filter, remark=self.remarks.append, ahead=ahead
+            self.store,
+            self.scheduler,
+            self.passphrase,
+            compression_filter,
+            remark=self.remarks.append,
+            go_ahead=self.intake.start if ahead else None,
         )
         return self.backup
 
@@ -188,16 +196,24 @@ class Pass:
         content = self.open(ahead=ahead).content
         keys = tuple(qube.info.key for qube in content.qubes if names is None or qube.info.name in names)
         self.names = {qube.info.key: qube.info.name for qube in content.qubes}
+        self.selection = Selection(content, keys)
+        self.wanted.narrow(self.selection)
         self.pipeline = Pipeline(
             self.backup,
-            self.intake,
-            self.events,
-            m.Start(mode=mode, keys=keys),
+            self.selection,
+            self.intake.events,
+            self.stop,
+            restoring=mode == "restore",
             ignore_size_limit=ignore_size_limit,
             emit=self.messages.append,
             announce=(receiver or Receiver(self.messages.append)).announce,
         )
+        self.intake.start(self.backup.proofs)
         self.thread = in_thread(self.pipeline.run)
+
+    def progress(self) -> m.Progress:
+        """How far it is."""
+        return self.pipeline.progress(self.source.position)
 
     def finish(self) -> None:
         """Wait for the end of the pass, and until all memory has been given back."""
@@ -256,12 +272,12 @@ class Receiver:
         self.connections: list[socket.socket] = []
         self.threads: list[threading.Thread] = []
 
-    def announce(self, ready: m.VolumeReady) -> "Future[socket.socket | None]":
+    def announce(self, ready: m.VolumeReady) -> "Future[socket.socket]":
         ours, theirs = socket.socketpair()
         self._emit(ready)
         self.connections.append(ours)
         self.threads.append(in_thread(lambda: self._receive(f"{ready.key}.{ready.volume}", ours)))
-        taker: Future[socket.socket | None] = Future()
+        taker: Future[socket.socket] = Future()
         taker.set_result(theirs)
         return taker
 

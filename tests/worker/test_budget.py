@@ -14,6 +14,7 @@ from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
 from qubes_restore_svc.system_memory import MemoryRoom
 from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.threads import Stop
 
 from .lanes import LanesEngine, ManualLanes
 from .support import MIB, Hanging, in_thread, join, wait_until
@@ -25,7 +26,8 @@ SMALL, LARGE = KdfParameters(10, 8, 1), KdfParameters(17, 8, 1)
 class Bench:
     def __init__(self, limit: int, max_chunks: int = 9, own: int = 0) -> None:
         self.engine = LanesEngine()
-        self.budget = Budget(limit, self.engine, max_chunks, own=own)
+        self.stop = Stop()
+        self.budget = Budget(limit, self.engine, max_chunks, self.stop, own=own)
         self._lanes = ManualLanes(self.engine)
         self._count = 0
 
@@ -79,7 +81,9 @@ def test_what_the_worker_takes_itself_is_part_of_the_limit() -> None:
 
 
 def test_a_limit_that_cannot_be_raised_is_told_instead_of_the_option() -> None:
-    budget = Budget(100 * MIB, LanesEngine(), 9, own=0, advice=MemoryRoom(101 * MIB, 120 * MIB, "/a").advice)
+    budget = Budget(
+        100 * MIB, LanesEngine(), 9, Stop(), own=0, advice=MemoryRoom(101 * MIB, 120 * MIB, "/a").advice
+    )
     with pytest.raises(BudgetTooSmall) as caught:
         budget.check(70 * MIB, LARGE)
     assert "103 MiB" in caught.value.reason
@@ -178,7 +182,7 @@ def test_a_cancel_ends_every_wait_now_and_later() -> None:
 
     threads = [in_thread(lambda: waiting(True)), in_thread(lambda: waiting(False))]
     assert all(waits(thread) for thread in threads)
-    bench.budget.cancel()
+    bench.stop.say()
     for thread in threads:
         join(thread)
     assert sorted(ended) == [False, True]
@@ -228,7 +232,7 @@ def test_a_cancel_ends_the_wait_for_what_is_to_be_set_aside() -> None:
 
     thread = in_thread(second)
     assert waits(thread)
-    bench.budget.cancel()
+    bench.stop.say()
     join(thread)
     assert bench.budget.arena_room == 90 * MIB
 
@@ -264,7 +268,8 @@ def test_any_mix_of_chunks_that_fit_is_derived_within_the_limit(
         least = engine.memory(cost, strides[-1])
         if least < limit:
             plan.append((max(1, int(share * (limit - least))), cost, buffered))
-    budget = Budget(limit, engine, max_chunks=threads * lanes + 2, own=0)
+    stop = Stop()
+    budget = Budget(limit, engine, threads * lanes + 2, stop, own=0)
     scheduler = KeyScheduler(engine, budget, threads)
     admitted = [threading.Event() for _ in plan]
     keys: dict[int, Future[bytes]] = {}
@@ -317,5 +322,5 @@ def test_any_mix_of_chunks_that_fit_is_derived_within_the_limit(
         scheduler.close()
         wait_until(lambda: budget.used == 0, "the release of all memory")
     finally:
-        budget.cancel()
+        stop.say()
         scheduler.close()

@@ -35,28 +35,11 @@ def test_a_call_that_names_anything_else_is_refused(argument: str, connection: s
     assert not taker.done()
 
 
-def test_a_volume_of_a_skipped_qube_is_taken_back_now_and_later(connection: socket.socket) -> None:
+def test_an_offer_that_is_cancelled_is_taken_by_nobody(connection: socket.socket) -> None:
     fetches = Fetches()
     taker = fetches.offer("vm1", "root")
-    fetches.withdraw("vm1")
-    assert taker.result(0) is None
+    taker.cancel()
     assert not fetches.take("vm1.root", connection)
-    assert fetches.offer("vm1", "private").result(0) is None
-    assert not fetches.take("vm1.private", connection)
-
-
-def test_skipping_one_qube_leaves_the_offer_of_another(connection: socket.socket) -> None:
-    fetches = Fetches()
-    taker = fetches.offer("vm1", "root")
-    fetches.withdraw("vm2")
-    assert fetches.take("vm1.root", connection)
-    assert taker.result(0) is connection
-
-
-def test_at_the_end_everything_is_taken_back_now_and_later(connection: socket.socket) -> None:
-    fetches = Fetches()
-    taker = fetches.offer("vm1", "root")
-    fetches.withdraw()
-    assert taker.result(0) is None
-    assert fetches.offer("vm2", "root").result(0) is None
-    assert not fetches.take("vm2.root", connection)
+    following = fetches.offer("vm1", "private")
+    assert fetches.take("vm1.private", connection)
+    assert following.result(0) is connection

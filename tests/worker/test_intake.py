@@ -21,24 +21,23 @@ from qubes_restore_svc.errors import (
     AuthenticationFailed,
     BudgetTooSmall,
     Cancelled,
+    SkippedOnRequest,
 )
-from qubes_restore_svc.kdf.engine import CostLimit
 from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
+from qubes_restore_svc.worker.chunk import Chunk, ChunkStore, ContainerProof, ContainerProofs
 from qubes_restore_svc.worker.events import (
     ArchiveEnd,
-    Chunk,
     Damaged,
     Event,
     FileEnd,
     FileStart,
     Passed,
-    Piece,
-    event_queue,
 )
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
-from qubes_restore_svc.worker.opening import open_chunk
-from qubes_restore_svc.worker.source import ArchiveSource
+from qubes_restore_svc.worker.selection import might_be_wanted
+from qubes_restore_svc.worker.source import ArchiveSource, MemberStream
+from qubes_restore_svc.worker.threads import Stop
 
 from ..support.backup_writer import RawMember, join_members, outer_member, qfile_stream, scrypt_container
 from .support import MIB, PATIENCE_S, Engine, Hanging, file_with, in_thread, join, pipe_with, wait_until
@@ -67,17 +66,23 @@ class Bench:
         qfile: bool = False,
     ) -> None:
         self.engine = Engine()
-        self.budget = Budget(memory, self.engine, max_chunks=jobs + 2, own=0)
+        self.stop = Stop()
+        self.budget = Budget(memory, self.engine, jobs + 2, self.stop, own=0)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
-        self.events = event_queue()
+        self.proofs = ContainerProofs(self.scheduler, secret)
         self.source = ArchiveSource(descriptor)
-        reader = QfileReader() if qfile else OuterTarReader()
-        self.intake = Intake(self.source, reader, self.budget, self.scheduler, self.events, CostLimit())
+        self.members = MemberStream(
+            self.source, QfileReader() if qfile else OuterTarReader(), self.stop.check
+        )
+        self.store = ChunkStore(self.members, self.budget)
+        self.wanted: Callable[[str], bool] = lambda _: True
+        self.intake = Intake(self.store, self.scheduler, lambda file: self.wanted(file))
+        self.events = self.intake.events
         self.thread: threading.Thread | None = None
 
     def start(self, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        self.intake.want(wanted)
-        self.thread = in_thread(lambda: self.intake.run(secret))
+        self.wanted = wanted
+        self.thread = in_thread(lambda: self.intake.run(self.proofs))
 
     def next(self) -> Event:
         try:
@@ -92,8 +97,8 @@ class Bench:
         while not events or not isinstance(events[-1], ArchiveEnd):
             events.append(event := self.next())
             if isinstance(event, Chunk):
-                event.key.exception()
-                self.intake.release(event)
+                failed(event)
+                event.release()
         assert self.thread is not None
         join(self.thread)
         self.scheduler.close()
@@ -101,12 +106,18 @@ class Bench:
         return events
 
 
+def failed(chunk: Chunk) -> bool:
+    """Wait for the key of a chunk: could it not be derived?"""
+    assert isinstance(chunk.proof, ContainerProof)
+    return chunk.proof.failed()
+
+
 def described(events: Iterable[Event]) -> list[str]:
     texts = []
     for event in events:
         if isinstance(event, FileStart):
             texts.append(f"start {event.name}")
-        elif isinstance(event, Chunk | Piece):
+        elif isinstance(event, Chunk):
             texts.append(f"chunk {event.name.number}")
         elif isinstance(event, Damaged):
             texts.append(f"damage after {event.after}")
@@ -117,18 +128,6 @@ def described(events: Iterable[Event]) -> list[str]:
 
 
 TWO_FILES = [chunk("vm1/private.img", 0), chunk("vm1/private.img", 1), chunk("vm2/private.img", 0)]
-
-
-def test_from_when_it_is_known_what_is_wanted_the_derivations_leave_a_processor_to_the_unpacking(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(KeyScheduler, "leave_processors", lambda _: said.append("leave"))
-    with file_with(join_members(TWO_FILES)) as descriptor:
-        bench = Bench(descriptor)
-        assert said == []
-        bench.all()
-    assert said == ["leave"]
 
 
 def test_each_wanted_file_is_a_run_of_events_in_archive_order() -> None:
@@ -149,9 +148,9 @@ def test_a_chunk_comes_whole_with_its_key_and_its_place() -> None:
         assert bench.next() == FileStart("vm1/private.img")
         event = bench.next()
         assert isinstance(event, Chunk)
-        container = bench.intake.container(event)
+        container = event.untrusted_content()
         assert container == TWO_FILES[0].data
-        assert len(event.key.result(PATIENCE_S)) == 64
+        assert not failed(event)
         assert archive[event.end - event.size : event.end] == container
 
 
@@ -187,14 +186,31 @@ def test_what_is_no_longer_wanted_is_skipped_from_its_next_chunk_on() -> None:
     asked: list[str] = []
 
     def wanted(file: str) -> bool:
-        asked.append(file)
-        return len(asked) <= 2  # before a chunk is taken, and when it was
+        if not threading.current_thread().name.startswith("kdf"):
+            asked.append(file)
+        return len(asked) <= 1
 
     with file_with(join_members(TWO_FILES)) as descriptor:
         bench = Bench(descriptor)
         events = bench.all(wanted)
     assert described(events) == ["start vm1/private.img", "chunk 0", "end", "over"]
     assert bench.engine.members == ["vm1/private.img.000"]
+
+
+def test_a_chunk_that_is_not_wanted_when_its_turn_comes_is_not_derived() -> None:
+    gate, still = threading.Event(), {"vm1/private.img", "vm2/private.img"}
+    with file_with(join_members(TWO_FILES)) as descriptor:
+        bench = Bench(descriptor, jobs=1)
+        bench.engine.gate = lambda _: gate.wait(PATIENCE_S)
+        bench.start(lambda file: file in still)
+        chunks = [event for event in (bench.next() for _ in range(6)) if isinstance(event, Chunk)]
+        still.remove("vm1/private.img")
+        gate.set()
+        chunks[0].open(print)  # its key was being derived
+        with pytest.raises(SkippedOnRequest):
+            chunks[1].open(print)
+        chunks[2].open(print)
+    assert bench.engine.members == ["vm1/private.img.000", "vm2/private.img.000"]
 
 
 def test_a_derivation_starts_when_the_head_of_its_chunk_has_come() -> None:
@@ -322,14 +338,14 @@ def test_even_a_mistake_of_ours_ends_with_the_end_of_the_archive(
 
 
 def test_memory_that_the_system_refuses_is_given_back_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Intake._read_into
+    honest = MemberStream.read_into
 
-    def refuse_containers(self: Intake, target: memoryview) -> None:
+    def refuse_containers(self: MemberStream, target: memoryview) -> None:
         if len(target) != HEAD_SIZE:
             raise MemoryError
         honest(self, target)
 
-    monkeypatch.setattr(Intake, "_read_into", refuse_containers)
+    monkeypatch.setattr(MemberStream, "read_into", refuse_containers)
     with pipe_with(join_members(TWO_FILES)) as descriptor:
         events = Bench(descriptor).all()
     assert described(events) == ["start vm1/private.img", "end: budget-too-small", "over: budget-too-small"]
@@ -348,7 +364,7 @@ def test_the_intake_waits_when_nobody_takes_its_chunks(
         bench.thread.join(0.1)
         assert bench.thread.is_alive()
         assert bench.source.position < (most + 2) * len(outer_member(members[0]))
-        bench.intake.cancel()
+        bench.stop.say()
         join(bench.thread)
 
 
@@ -374,7 +390,7 @@ def test_a_cancel_ends_the_wait_for_memory() -> None:
         bench = Bench(descriptor, jobs=1)
         bench.start()
         wait_until(lambda: len(bench.budget._buffers) == 3)
-        bench.intake.cancel()
+        bench.stop.say()
         events = [bench.next() for _ in range(6)]
     assert described(events)[-2:] == ["end: cancelled", "over: cancelled"]
 
@@ -394,7 +410,7 @@ def test_a_cancel_ends_the_skipping_of_a_tebibyte() -> None:
     bench = Bench(reader)
     bench.start(lambda _: False)
     wait_until(lambda: bench.source.position > 5 * MIB)
-    bench.intake.cancel()
+    bench.stop.say()
     assert bench.next() == Passed("vm1/private.img")
     end = bench.next()
     assert isinstance(end, ArchiveEnd) and isinstance(end.error, Cancelled)
@@ -406,27 +422,27 @@ def test_a_cancel_ends_the_skipping_of_a_tebibyte() -> None:
 def test_first_members_can_be_taken_one_by_one() -> None:
     with file_with(join_members(TWO_FILES)) as descriptor:
         bench = Bench(descriptor)
-        member = bench.intake.next_member()
+        member = bench.members.next_member()
         assert member is not None and member.name == "vm1/private.img.000.enc"
-        bench.intake.skip_content(member.size)
-        following = bench.intake.next_member()
+        bench.members.skip_content(member.size)
+        following = bench.members.next_member()
         assert following is not None
-        bench.intake.push_back(following)
-        assert bench.intake.next_member() is following
-        bench.intake.skip_content(following.size)
-        last = bench.intake.next_member()
+        bench.members.push_back(following)
+        assert bench.members.next_member() is following
+        bench.members.skip_content(following.size)
+        last = bench.members.next_member()
         assert last is not None
-        assert bench.intake.read_content(last.size) == TWO_FILES[2].data
-        assert bench.intake.next_member() is None
+        assert bench.members.read_content(last.size) == TWO_FILES[2].data
+        assert bench.members.next_member() is None
 
 
 def test_content_that_is_cut_off_is_an_error() -> None:
     with file_with(join_members(TWO_FILES)[:2000]) as descriptor:
         bench = Bench(descriptor)
-        member = bench.intake.next_member()
+        member = bench.members.next_member()
         assert member is not None
         with pytest.raises(ArchiveTruncated):
-            bench.intake.read_content(member.size)
+            bench.members.read_content(member.size)
 
 
 # --- Chunks that stay in the archive ------------------------------------------------------------------
@@ -447,10 +463,10 @@ def test_a_chunk_has_the_same_bytes_wherever_it_waited(
         if not held:
             assert bench.budget.largest_located(without=chunks[0].size) == chunks[1].size
         for event, member in zip(chunks, members, strict=True):
-            assert bytes(bench.intake.container(event)) == member.data
-            event.key.result(PATIENCE_S)
-            bench.intake.release(event)
-        assert len(bench.intake._loaded) == 0  # no longer counted, so not there
+            assert bytes(event.untrusted_content()) == member.data
+            failed(event)
+            event.release()
+        assert len(bench.store._loaded) == 0  # no longer counted, so not there
 
 
 def test_the_buffer_of_a_chunk_is_used_again_while_one_as_large_is_to_come() -> None:
@@ -462,9 +478,9 @@ def test_the_buffer_of_a_chunk_is_used_again_while_one_as_large_is_to_come() -> 
         chunks = [event for event in (bench.next() for _ in members) if isinstance(event, Chunk)]
         sizes = []
         for event in chunks:
-            bench.intake.container(event)
-            bench.intake.release(event)
-            sizes.append(len(bench.intake._loaded))
+            event.untrusted_content()
+            event.release()
+            sizes.append(len(bench.store._loaded))
         assert sizes == [chunks[0].size, 0, 0]
 
 
@@ -476,13 +492,13 @@ def test_a_file_that_shrinks_before_its_chunk_is_fetched_is_truncated() -> None:
         bench.next()
         event = bench.next()
         assert isinstance(event, Chunk)
-        event.key.result(PATIENCE_S)
+        failed(event)
         os.ftruncate(descriptor, event.end - 1)
         with pytest.raises(ArchiveTruncated, match="became shorter"):
-            bench.intake.container(event)
+            event.untrusted_content()
         with pytest.raises(ArchiveTruncated):
-            open_chunk(bench.intake, event, print)
-        bench.intake.release(event)
+            event.open(print)
+        event.release()
 
 
 @pytest.mark.parametrize("place", [48, 70, HEAD_SIZE, -1])
@@ -498,8 +514,8 @@ def test_content_that_changes_before_it_is_fetched_is_not_authentic(place: int) 
         at = event.end - event.size + place if place >= 0 else event.end + place
         os.pwrite(descriptor, bytes([archive[at] ^ 1]), at)
         with pytest.raises(AuthenticationFailed, match="wrong MAC"):
-            open_chunk(bench.intake, event, print)
-        bench.intake.release(event)
+            event.open(print)
+        event.release()
 
 
 def test_an_archive_that_is_read_from_its_middle_is_fetched_from_there() -> None:
@@ -510,15 +526,16 @@ def test_an_archive_that_is_read_from_its_middle_is_fetched_from_there() -> None
         bench.next()
         event = bench.next()
         assert isinstance(event, Chunk)
-        assert bytes(bench.intake.container(event)) == TWO_FILES[0].data
+        assert bytes(event.untrusted_content()) == TWO_FILES[0].data
 
 
 def test_until_it_is_known_what_is_wanted_only_what_might_be_is_taken() -> None:
     files = ["vm1/private.img", "vm1/firewall.xml", "vm1/icon.png", "dom0-home/user"]
     with file_with(join_members([chunk(file, 0) for file in files])) as descriptor:
         bench = Bench(descriptor)
-        bench.intake.start(secret)
-        bench.intake.start(secret)  # as if it were not said again
+        bench.wanted = might_be_wanted
+        bench.intake.start(bench.proofs)
+        bench.intake.start(bench.proofs)  # as if it were not said again
         events = [bench.next() for _ in range(11)]
         wait_until(lambda: bench.events.empty())
     assert [event.name for event in events if isinstance(event, FileStart)] == [
@@ -527,4 +544,4 @@ def test_until_it_is_known_what_is_wanted_only_what_might_be_is_taken() -> None:
         "dom0-home/user",
     ]
     assert [event.name for event in events if isinstance(event, Passed)] == ["vm1/icon.png"]
-    assert events[-1] == ArchiveEnd(None, "dom0-home/user")
+    assert events[-1] == ArchiveEnd(None, "dom0-home/user", position=bench.source.position)

@@ -11,6 +11,7 @@ from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest, OpensslEngine
 from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.threads import Stop
 
 from .lanes import LanesEngine
 from .support import MIB, PATIENCE_S, wait_until
@@ -46,7 +47,8 @@ class ManualEngine(OpensslEngine):
 class Bench:
     def __init__(self, jobs: int, limit: int = 100 * MIB) -> None:
         self.engine = ManualEngine()
-        self.budget = Budget(limit, self.engine, max_chunks=50, own=0)
+        self.stop = Stop()
+        self.budget = Budget(limit, self.engine, 50, self.stop, own=0)
         self.scheduler = KeyScheduler(self.engine, self.budget, jobs)
         self._count = 0
 
@@ -160,7 +162,7 @@ def test_closing_drops_what_waits_and_lets_the_threads_end() -> None:
     first_waits, queued, taken_back = bench.submit(LARGE), bench.submit(SMALL), bench.submit(SMALL)
     wait_until(lambda: len(bench.scheduler._waiting) == 3)
     taken_back.cancel()
-    bench.budget.cancel()
+    bench.stop.say()
     bench.scheduler.close()
     assert isinstance(first_waits.exception(PATIENCE_S), Cancelled)
     assert isinstance(queued.exception(PATIENCE_S), Cancelled)
@@ -188,7 +190,7 @@ class LanesBench(Bench):
 
     def __init__(self, threads: int, limit: int = 100 * MIB, lanes: int = 4) -> None:
         self.lanes = LanesEngine(lanes)
-        self.budget = Budget(limit, self.lanes, max_chunks=50, own=0)
+        self.budget = Budget(limit, self.lanes, 50, Stop(), own=0)
         self.scheduler = KeyScheduler(self.lanes, self.budget, threads)
         self._count = 0
 

@@ -58,7 +58,7 @@ def test_a_backup_opens_with_its_header_and_its_qubes() -> None:
 def test_no_more_than_the_beginning_is_read_and_derived() -> None:
     members = list(WRITER.members())
     _, run = opened(join_members(members))
-    assert run.intake.position <= len(join_members(members[:3])) + 2048
+    assert run.source.position <= len(join_members(members[:3])) + 2048
 
 
 def test_a_qubes_xml_of_many_chunks_is_put_together() -> None:
@@ -93,7 +93,7 @@ def test_a_wrong_passphrase_is_known_from_two_keys_side_by_side_and_none_twice(a
         with pytest.raises(WrongPassphrase):
             run.open(ahead=ahead)
         assert not gate.is_set()
-        run.intake.cancel()
+        run.stop.say()
         gate.set()
         run.scheduler.close()
     assert ahead or set(engine.members) == OPENING
@@ -141,9 +141,11 @@ def test_the_keys_that_everything_waits_for_are_urgent_and_no_others(monkeypatch
     asked: list[tuple[str, bool]] = []
     submit = KeyScheduler.submit
 
-    def note(self: KeyScheduler, request: KdfRequest, *, urgent: bool = False) -> "Future[bytes]":
+    def note(
+        self: KeyScheduler, request: KdfRequest, *, urgent: bool, check: Callable[[], None]
+    ) -> "Future[bytes]":
         asked.append((request.passphrase.decode().split("!")[-2], urgent))
-        return submit(self, request, urgent=urgent)
+        return submit(self, request, urgent=urgent, check=check)
 
     monkeypatch.setattr(KeyScheduler, "submit", note)
     with file_with(WRITER.to_bytes()) as descriptor:
@@ -160,7 +162,7 @@ def test_ahead_is_not_run_while_qubes_xml_has_more_chunks_to_come() -> None:
     with file_with(writer.to_bytes()) as descriptor:
         run = Pass(descriptor)
         run.open(ahead=True)
-        assert not run.intake._started
+        assert run.intake._thread is None
         assert not any("/" in member for member in run.engine.members)
         run.scheduler.close()
 
@@ -230,7 +232,7 @@ def test_what_follows_the_metadata_is_still_there_for_the_pass() -> None:
     with file_with(WRITER.to_bytes()) as descriptor:
         run = Pass(descriptor)
         run.open()
-        member = run.intake.next_member()
+        member = run.members.next_member()
         assert member is not None and member.name == "vm10/private.img.000.enc"
 
 

@@ -324,7 +324,7 @@ def ahead_of_the_closing(before: bytes, file: bytes) -> Pass:
     with file_with(before + file) as descriptor:
         run = Pass(descriptor, engine=Engine(hold), jobs=40)
         run.start()
-        wait_until(lambda: run.intake.position >= len(before))
+        wait_until(lambda: run.source.position >= len(before))
         gate.set()
         run.finish()
     return run
@@ -706,7 +706,7 @@ def test_a_decompressor_that_stops_early_leaves_no_memory_behind_that_others_wai
 
     def wait_for_the_intake(request: KdfRequest) -> None:
         if b"vm10/private.img.000" in request.passphrase:
-            wait_until(lambda: run.intake.position >= second_head)
+            wait_until(lambda: run.source.position >= second_head)
             time.sleep(0.05)
 
     with file_with(archive) as descriptor:
@@ -801,7 +801,7 @@ def test_a_broker_that_does_not_read_stops_the_intake(
         wait_until(lambda: receiver.connections)
         run.thread.join(0.3)
         # What is only located takes no memory, wherever in the archive it lies.
-        assert opened is file_with or run.intake.position < 8 * MIB
+        assert opened is file_with or run.source.position < 8 * MIB
         assert run.budget.used <= 4 * MIB
         assert run.thread.is_alive()
         gate.set()
@@ -817,16 +817,14 @@ def test_the_progress_rises_to_the_whole_archive_and_the_whole_images() -> None:
 
     def look() -> None:
         if hasattr(run, "pipeline"):
-            seen.append(run.pipeline.progress())
+            seen.append(run.progress())
 
     with file_with(archive) as descriptor:
-        run = Pass(
-            descriptor, engine=Engine(lambda _: seen.append(run.pipeline.progress()) if run.names else None)
-        )
+        run = Pass(descriptor, engine=Engine(lambda _: seen.append(run.progress()) if run.names else None))
         run.names = {}
         run.start()
         run.finish()
-    seen.append(run.pipeline.progress())
+    seen.append(run.progress())
     assert [one.archive_bytes for one in seen] == sorted(one.archive_bytes for one in seen)
     assert seen[-1].archive_bytes == len(archive)
     assert seen[-1].image_bytes == sum(done.image_size for done in run.volumes.values())
@@ -855,7 +853,7 @@ def test_a_qube_can_be_skipped_while_its_volume_is_stuck() -> None:
     with streaming(gate, large_first().to_bytes()) as (run, _):
         wait_until(lambda: run.messages)
         run.thread.join(0.05)
-        run.pipeline.skip("vm10")
+        run.selection.skip("vm10")
         wait_until(lambda: "work/private" in run.volumes)
         gate.set()
     assert run.outcomes == {"work/private": "skipped", "vault/private": "ok"}
@@ -884,8 +882,8 @@ def test_a_qube_that_is_skipped_before_its_turn_costs_nothing_and_is_not_announc
         run = Pass(descriptor, engine=engine, jobs=1)
         run.start()
         # One waits at the gate, and the intake takes nothing any more.
-        wait_until(lambda: len(engine.requests) == 3 and run.intake.position == len(archive))
-        run.pipeline.skip("vm11")
+        wait_until(lambda: len(engine.requests) == 3 and run.source.position == len(archive))
+        run.selection.skip("vm11")
         gate.set()
         run.finish()
     assert run.outcomes == {**ALL_OK, "vault/private": "skipped"}
@@ -901,7 +899,7 @@ def test_a_skip_that_races_with_the_announcement_is_answered_once() -> None:
             run = Pass(descriptor)
             run.start(mode="restore", receiver=Receiver(run.messages.append))
             run.thread.join(source.random() * 0.02)
-            run.pipeline.skip("vm10")
+            run.selection.skip("vm10")
             run.finish()
         assert run.outcomes["vault/private"] == "ok"
         assert set(run.outcomes) == {"debian/root", "debian/private", "vault/private"}
@@ -916,8 +914,8 @@ def test_a_hole_of_terabytes_can_be_skipped() -> None:
     with file_with(archive) as descriptor:
         run = Pass(descriptor)
         run.start()
-        wait_until(lambda: run.pipeline.progress().image_bytes > 10 * MIB, "progress inside of a hole")
-        run.pipeline.skip("vm10")
+        wait_until(lambda: run.progress().image_bytes > 10 * MIB, "progress inside of a hole")
+        run.selection.skip("vm10")
         run.finish()
     assert run.outcomes == {"giant/private": "skipped", "vault/private": "ok"}
 
@@ -938,16 +936,14 @@ def test_a_cancel_at_any_stage_ends_the_pass_quickly_and_frees_everything(stage:
         run = Pass(descriptor, engine=engine, memory=MIB)
         receiver = Receiver(run.messages.append, pause=lambda _: gate.wait(3 * PATIENCE_S))
         if stage == "announcing":
-            never: Future[socket.socket | None] = Future()
+            never: Future[socket.socket] = Future()
             receiver.announce = lambda ready: never  # type: ignore[method-assign] # a broker that never calls
         run.start(mode="verify" if stage == "hashing a hole" else "restore", receiver=receiver)
         run.thread.join(0.1)
         assert run.thread.is_alive()
         emitted = len(run.messages)
-        run.pipeline.cancel()
+        run.stop.say()
         run.scheduler.close()
-        if stage == "announcing":
-            never.set_result(None)  # as the session does
         if hold is not None:
             hold.set()  # a derivation cannot be interrupted
         join(run.thread)
@@ -963,7 +959,7 @@ def test_a_cancel_while_the_archive_is_silent_is_seen_when_it_speaks_again() -> 
     run = Pass(reader)
     run.start()
     join(feeder)
-    run.pipeline.cancel()
+    run.stop.say()
     os.close(writer)
     join(run.thread)
     run.scheduler.close()

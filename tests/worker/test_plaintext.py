@@ -8,8 +8,10 @@ import pytest
 from qubes_restore_svc.archive.container import HEAD_SIZE
 from qubes_restore_svc.errors import AuthenticationFailed, Cancelled
 from qubes_restore_svc.worker import opening
-from qubes_restore_svc.worker.events import ArchiveEnd, Chunk
+from qubes_restore_svc.worker.chunk import Chunk
+from qubes_restore_svc.worker.events import ArchiveEnd
 from qubes_restore_svc.worker.plaintext import PlaintextFiles
+from qubes_restore_svc.worker.selection import Selection
 
 from ..support.backup_writer import BackupWriter, RawMember, join_members, sample_qube
 from ..support.damage import DAMAGES, edited, flip_bit, sample_backup, victim_chunks, victim_file
@@ -79,9 +81,8 @@ class Bench(Pass):
 
     def begin(self) -> PlaintextFiles:
         backup = self.open()
-        files = PlaintextFiles(self.intake, self.events, backup.open_chunk)
-        self.intake.want(lambda _: True)
-        self.thread = in_thread(lambda: self.intake.run(backup.passphrase_of))
+        files = PlaintextFiles(self.intake.events)
+        self.thread = in_thread(lambda: self.intake.run(backup.proofs))
         assert files.next_file() == "vm10/private.img"
         return files
 
@@ -141,14 +142,19 @@ def test_the_position_rises_with_what_was_dealt_with_and_never_goes_back() -> No
     with file_with(archive + join_members([skipped])) as descriptor:
         bench = Bench(descriptor)
         files = bench.begin()
-        positions = [files.position]
-        for _ in files.pieces(lambda: positions.append(files.position), print):
-            positions.append(files.position)
+        positions: list[int] = []
+
+        def look() -> None:
+            positions.append(files.position(bench.source.position))
+
+        look()
+        for _ in files.pieces(look, print):
+            look()
         files.next_file()
         files.drain()
         assert isinstance(files.next_file(), ArchiveEnd)
         bench.finish()
-        positions.append(files.position)
+        look()
     assert positions == sorted(positions)
     assert positions[0] < len(archive) / 2 < positions[-1]
 
@@ -158,12 +164,12 @@ def test_the_position_follows_the_intake_while_it_skips() -> None:
     with pipe_with(content, keep_open=True) as descriptor:
         run = Pass(descriptor)
         backup = run.open()
-        files = PlaintextFiles(run.intake, run.events, backup.open_chunk)
-        run.intake.want(lambda _: False)
-        in_thread(lambda: run.intake.run(backup.passphrase_of))
+        files = PlaintextFiles(run.intake.events)
+        run.wanted.narrow(Selection(backup.content, ()))
+        in_thread(lambda: run.intake.run(backup.proofs))
         in_thread(lambda: [files.next_file() for _ in range(10)])
-        wait_until(lambda: files.position > 5 * MIB)
-        run.intake.cancel()
+        wait_until(lambda: files.position(run.source.position) > 5 * MIB)
+        run.stop.say()
 
 
 @pytest.mark.parametrize("damage", ["bit-flipped-in-a-mac", "file-stands-twice", "inner-archive-is-noise"])

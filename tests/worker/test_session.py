@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from qubes_restore_svc.kdf.engine import KdfRequest
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.worker import session
+from qubes_restore_svc.worker import session, work
 from qubes_restore_svc.worker.budget import MAX_LOCATED
 from qubes_restore_svc.worker.outbox import Outbox
 
@@ -91,11 +91,11 @@ async def test_the_number_of_jobs_is_the_brokers_to_choose() -> None:
 
 
 async def test_want_of_threads_is_told_and_no_mistake_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
 
     async with session_over(ARCHIVE) as (_, peer):
-        monkeypatch.setattr(session, "KeyScheduler", refuse)
+        monkeypatch.setattr(work, "KeyScheduler", refuse)
         peer.open()
         failed = await peer.expect(m.Failed)
     assert failed.error.kind == "resources-exhausted"
@@ -169,7 +169,7 @@ async def test_a_mistake_of_ours_is_told_and_not_hung_on(monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise KeyError(PASSPHRASE)
 
-    monkeypatch.setattr(session, "open_backup", fail)
+    monkeypatch.setattr(work, "open_backup", fail)
     async with session_over(ARCHIVE) as (_, peer):
         peer.open()
         failed = await peer.expect(m.Failed)

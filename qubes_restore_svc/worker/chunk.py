@@ -1,0 +1,341 @@
+"""A chunk on its way from the archive to the unpacking: where it waits, and what proves that it is authentic.
+
+Strategy: a chunk carries all that whoever takes it needs. `open` checks its MAC, and is the only way to its
+content; `release` gives its memory back. The two formats differ in the proof. In format 4 the MAC is inside,
+and its key is derived from the chunk's head, which comes first; so the derivation begins while the rest is
+still coming in. In format 3 the MAC is the next member, and its key is the passphrase.
+
+Where the archive can seek, a chunk stays in it until it is opened, so that the memory is left to the
+derivations. Elsewhere it is held while it comes in. What it takes is counted by the budget in either case.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from qubes_restore_svc.archive.chunks import ChunkName, parse_chunk_name, parse_piece_name
+from qubes_restore_svc.archive.container import (
+    HEAD_SIZE,
+    OVERHEAD,
+    ContainerHead,
+    keys_match,
+    parse_head,
+    verify,
+)
+from qubes_restore_svc.archive.openssl import MAX_MAC_LINE, PieceMac, VerifiedPiece, parse_mac
+from qubes_restore_svc.errors import (
+    ArchiveTruncated,
+    AuthenticationFailed,
+    BadContainer,
+    FaultyMachine,
+    RestoreError,
+    SkippedOnRequest,
+)
+from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
+from qubes_restore_svc.worker.budget import Budget
+from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.source import MemberStream
+
+#: Gets a line for the person.
+Remark = Callable[[str], None]
+
+
+class Verified(Protocol):
+    """A chunk whose MAC has been checked."""
+
+    def plaintext(self) -> Iterator[bytes]:
+        """Its content, piece by piece."""
+        ...
+
+
+class Proof(Protocol):
+    """What shows that one chunk is authentic. It is made of the chunk's head, before there is room for it."""
+
+    @property
+    def parameters(self) -> KdfParameters | None:
+        """Those of its key derivation, None if there is none."""
+        ...
+
+    def begin(self, wanted: Callable[[], bool], *, urgent: bool) -> None:
+        """There is room: derive the key, if it is still `wanted` when its turn comes."""
+        ...
+
+    def complete(self, members: MemberStream) -> None:
+        """The chunk's content has passed: take what stands behind it. Raises BadContainer."""
+        ...
+
+    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> Verified:
+        """Check the MAC over the content, which is asked for when the key is there."""
+        ...
+
+    def withdraw(self) -> None:
+        """It is needed no more; safe to repeat."""
+        ...
+
+
+class Proofs(Protocol):
+    """How the chunks of one backup are proven, and named."""
+
+    @property
+    def head_size(self) -> int:
+        """Bytes at the beginning of a chunk without which there is no proof."""
+        ...
+
+    def parse_name(self, untrusted_name: str) -> ChunkName | None:
+        """The name of a member, taken apart; None for a proof beside its chunk. Raises BadArchive."""
+        ...
+
+    def prove(self, name: ChunkName, size: int, untrusted_head: bytearray) -> Proof:
+        """The proof of a chunk of `size` bytes. Raises BadContainer, ExcessiveCost."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class Chunk:
+    """`size` bytes of the archive before position `end`, not authenticated; who has it must `release` it."""
+
+    name: ChunkName
+    size: int
+    end: int
+    proof: Proof
+    held: bytearray | None  #: its content, None where that is still in the archive only
+    _store: "ChunkStore" = field(repr=False)
+    _released: bool = False
+
+    def open(self, remark: Remark) -> Verified:
+        """Wait for the key and check the MAC. A key that does not fit is derived once more, which `remark` is
+        told of if it was the fault of this computer.
+
+        The result is valid until another chunk is opened, or `release`. Raises AuthenticationFailed,
+        BadContainer, ArchiveUnreadable, FaultyMachine, SkippedOnRequest if it is not wanted any more,
+        ExcessiveCost if its key would cost too much by now, and what engines raise.
+        """
+        try:
+            return self.proof.verify(self.untrusted_content, remark)
+        except RestoreError as error:
+            raise error.at(chunk=self.name.number) from None
+
+    def untrusted_content(self) -> memoryview:
+        """All of it as it was stored, valid as long as what `open` returns. Raises ArchiveUnreadable."""
+        return memoryview(self.held) if self.held is not None else self._store.load(self)
+
+    def release(self) -> None:
+        """Give its memory back, and its derivation if that has not begun; safe to repeat."""
+        if not self._released:
+            self._released = True
+            self.proof.withdraw()
+            self._store.release(self)
+
+
+class ChunkStore:
+    """Takes chunks out of `members` as the `budget` admits them, and keeps what they take counted."""
+
+    def __init__(self, members: MemberStream, budget: Budget) -> None:
+        self.members = members
+        self._budget = budget
+        self._loaded = bytearray()  # the one chunk that is fetched from the archive
+
+    def take(
+        self,
+        name: ChunkName,
+        size: int,
+        proofs: Proofs,
+        *,
+        wanted: Callable[[], bool] = lambda: True,
+        urgent: bool = False,
+        before_waiting: Callable[[], None] | None = None,
+    ) -> Chunk:
+        """Take the current member's content, `size` bytes, as a chunk whose key is being derived.
+
+        Waits for room in the budget; for `before_waiting` see `Budget.admit`, for `wanted` and `urgent`
+        `KeyScheduler.submit`. Raises BadContainer, ExcessiveCost, BudgetTooSmall, ArchiveTruncated.
+        """
+        members = self.members
+        head_size = min(size, proofs.head_size)
+        start = members.source.position
+        untrusted_head = members.read_content(head_size)
+        proof = proofs.prove(name, size, untrusted_head)
+        located = members.can_return
+        self._budget.admit(size, proof.parameters, buffered=not located, before_waiting=before_waiting)
+        held = None
+        try:
+            proof.begin(wanted, urgent=urgent)
+            if located:
+                members.skip_content(size - head_size)
+                members.source.will_need(start, size)
+            else:
+                held = bytearray(size)
+                held[:head_size] = untrusted_head
+                members.read_into(memoryview(held)[head_size:])
+            proof.complete(members)
+        except BaseException:
+            proof.withdraw()
+            self._budget.release(size, proof.parameters, buffered=not located)
+            raise
+        return Chunk(name, size, start + size, proof, held, self)
+
+    def load(self, chunk: Chunk) -> memoryview:
+        """Fetch a chunk that lies in the archive, into memory that the next one will take."""
+        if len(self._loaded) < chunk.size:
+            self._loaded = bytearray()  # never both in memory, the old one and the new one
+            self._loaded = bytearray(chunk.size)
+        view = memoryview(self._loaded)[: chunk.size]
+        if self.members.source.read_at(chunk.end - chunk.size, view) < chunk.size:
+            raise ArchiveTruncated("the archive became shorter while it was read")
+        return view
+
+    def release(self, chunk: Chunk) -> None:
+        """The chunk's memory is needed no more."""
+        if chunk.held is None and len(self._loaded) > self._budget.largest_located(without=chunk.size):
+            self._loaded = bytearray()  # what is to come is smaller, and only that much stays counted
+        self._budget.release(chunk.size, chunk.proof.parameters, buffered=chunk.held is not None)
+
+
+# --- Format 4: a scrypt container, its MAC at its end, its key from its head ---------------------------
+
+
+class ContainerProofs:
+    """Those of a backup of format 4. `passphrase_of` makes the scrypt passphrase of a chunk from its member
+    name without `.enc`. `label` names the chunk to people, unless its number does."""
+
+    head_size = HEAD_SIZE
+
+    def __init__(
+        self, scheduler: KeyScheduler, passphrase_of: Callable[[str], bytes], *, label: str = ""
+    ) -> None:
+        self._scheduler = scheduler
+        self._passphrase_of = passphrase_of
+        self._label = label
+
+    def parse_name(self, untrusted_name: str) -> ChunkName:
+        return parse_chunk_name(untrusted_name)
+
+    def prove(self, name: ChunkName, size: int, untrusted_head: bytearray) -> "ContainerProof":
+        if size < OVERHEAD:
+            raise BadContainer(f"it has {size} bytes, fewer than an empty container", chunk=name.number)
+        costs = self._scheduler.costs
+        head = parse_head(untrusted_head, ignore_cost_limit=costs.ignored)
+        costs.check(head.parameters)
+        request = head.request(self._passphrase_of(name.member))
+        label = self._label or f"chunk {name.number}"
+        return ContainerProof(head, request, label, self._scheduler)
+
+
+class ContainerProof:
+    """The proof that a container brings along, once its key has been derived. `label` names it to people."""
+
+    def __init__(self, head: ContainerHead, request: KdfRequest, label: str, scheduler: KeyScheduler) -> None:
+        self._head = head
+        self._request = request
+        self._label = label
+        self._scheduler = scheduler
+        self._costs = scheduler.costs
+        self._key: Future[bytes] = Future()
+
+    @property
+    def parameters(self) -> KdfParameters:
+        return self._head.parameters
+
+    def begin(self, wanted: Callable[[], bool], *, urgent: bool) -> None:
+        def check() -> None:
+            if not wanted():
+                raise SkippedOnRequest("it is not wanted any more")
+            self._costs.check(self.parameters)
+
+        self._key = self._scheduler.submit(self._request, urgent=urgent, check=check)
+
+    def complete(self, members: MemberStream) -> None:
+        """Nothing stands behind it."""
+
+    def failed(self) -> bool:
+        """Wait for the key: could it not be derived?"""
+        return self._key.exception() is not None
+
+    def fits(self) -> bool:
+        """Does the key, as it was derived first, fit the head? Blocks, and raises what engines raise."""
+        return keys_match(self._head, self._key.result())
+
+    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> Verified:
+        key = self.fitting_key(remark)
+        if key is None:
+            raise AuthenticationFailed("it does not belong to this backup, or not to this place in it")
+        return verify(untrusted_content(), key)
+
+    def fitting_key(self, remark: Remark) -> bytes | None:
+        """The key; None if none fits the head, whoever derives it. Blocks. Raises what `Chunk.open` raises.
+
+        `remark` is told when one that did not fit was the fault of this computer.
+        """
+        key = self._key.result()
+        if keys_match(self._head, key):
+            self._costs.fitted(self.parameters)
+            return key
+        self._costs.check(self.parameters)  # nobody derives a second time what would be refused by now
+        again, by = self._scheduler.derive_again(self._request)
+        if keys_match(self._head, again):
+            first = self._scheduler.engine_name
+            remark(
+                f"the key of {self._label} came out wrong from {first} and right from {by}:"
+                " the processor or the memory of this computer may be faulty"
+            )
+            self._costs.fitted(self.parameters)
+            return again
+        if again != key:
+            raise FaultyMachine(
+                "its key was derived twice, with two results, of which none is right: the processor or the"
+                " memory of this computer is faulty"
+            )
+        self._costs.misfitted(self.parameters)
+        return None
+
+    def withdraw(self) -> None:
+        self._key.cancel()
+
+
+# --- Format 3: a piece of a stream, its MAC a line in the member behind it -----------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MacLineProofs:
+    """Those of a backup of format 3, whose MACs are made with `digest`."""
+
+    head_size: ClassVar = 0
+
+    digest: str
+    passphrase: bytes = field(repr=False)
+
+    def parse_name(self, untrusted_name: str) -> ChunkName | None:
+        return parse_piece_name(untrusted_name)
+
+    def prove(self, name: ChunkName, size: int, untrusted_head: bytearray) -> "MacLineProof":
+        return MacLineProof(name, self)
+
+
+class MacLineProof:
+    """The line that `openssl dgst -hmac` printed over one piece."""
+
+    parameters = None
+
+    def __init__(self, name: ChunkName, proofs: MacLineProofs) -> None:
+        self._name = name
+        self._proofs = proofs
+        self.mac = PieceMac("", b"")
+
+    def begin(self, wanted: Callable[[], bool], *, urgent: bool) -> None:
+        """No key is derived."""
+
+    def complete(self, members: MemberStream) -> None:
+        member = members.next_member()
+        if member is not None and member.name == f"{self._name.member}.hmac" and member.size <= MAX_MAC_LINE:
+            self.mac = parse_mac(members.read_content(member.size), self._proofs.digest)
+            return
+        if member is not None:
+            members.push_back(member)
+        raise BadContainer("its MAC does not follow it", chunk=self._name.number)
+
+    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> Verified:
+        return VerifiedPiece(untrusted_content(), self.mac, self._proofs.passphrase)
+
+    def withdraw(self) -> None:
+        """Nothing runs for it."""
