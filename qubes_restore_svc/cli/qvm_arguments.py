@@ -1,21 +1,29 @@
 """The command line of `qvm-backup-restore --mgmt-vm`.
 
 Strategy: every option of the stock command, under its names and with its meaning, and a few more; the result
-is one frozen value. What contradicts itself is a UsageError before anything happens. argparse is given the
-options only: it would not take `LOCATION -p FILE QUBE`, and what it does after `--` depends on its version.
+is one value with types. What contradicts itself is a UsageError before anything happens. argparse is given
+the options only: it would not take `LOCATION -p FILE QUBE`, and what it does after `--` depends on its version.
 Long options can be abbreviated as in the stock command, because somebody's script may rely on it.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from qubes_restore_svc import __version__
-from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, not_empty, number_up_to, path
+from qubes_restore_svc.cli.argument_types import (
+    MAX_MIB,
+    add_compression_filter,
+    add_exclude,
+    add_limits,
+    add_passphrase_file,
+    add_stall_timeout,
+    not_empty,
+    number_up_to,
+    path,
+)
 from qubes_restore_svc.errors import UsageError
-from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT
 
 _MAX_VCPUS = 1024
 
@@ -45,8 +53,7 @@ is; 2 the command cannot be carried out as given; 3 a part of it is there;
 """
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreArguments:
+class RestoreArguments(argparse.Namespace):
     """What the person asked for.
 
     `storage_qube` holds the backup; None: it is a file here, or in dom0 if `in_dom0`, which is the same in
@@ -78,7 +85,10 @@ class RestoreArguments:
     pool: str | None
     report: Path | None
     loudness: int
-    in_dom0: bool = False
+    in_dom0: bool
+    dest_vm: str | None  #: as it was given, and so are the next two
+    verbose: int
+    quiet: int
 
     @property
     def conflicts(self) -> Literal["refuse", "skip", "rename"]:
@@ -103,42 +113,21 @@ def parse_restore_arguments(words: Sequence[str]) -> RestoreArguments:
     """
     end = words.index("--") if "--" in words else len(words)
     parser = restore_parser()
-    options, rest = parser.parse_known_args(words[:end])
+    options, rest = parser.parse_known_args(words[:end], RestoreArguments())
     unknown = [word for word in rest if word.startswith("-") and word != "-"]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     location, *qubes = (*rest, *words[end + 1 :]) or ("",)
     if not location:
         parser.error("the LOCATION of the backup is missing")
-    arguments = RestoreArguments(
-        location=location,
-        storage_qube=None if options.dest_vm in (None, "dom0") else options.dest_vm,
-        location_is_service=options.location_is_service,
-        qubes=tuple(dict.fromkeys(qubes)),
-        exclude=tuple(dict.fromkeys(options.exclude)),
-        verify_only=options.verify_only,
-        skip_broken=options.skip_broken,
-        ignore_missing=options.ignore_missing,
-        skip_conflicting=options.skip_conflicting,
-        rename_conflicting=options.rename_conflicting,
-        dom0_home=options.dom0_home,
-        ignore_username_mismatch=options.ignore_username_mismatch,
-        ignore_size_limit=options.ignore_size_limit,
-        ignore_cost_limit=options.ignore_cost_limit,
-        stall_timeout=options.stall_timeout,
-        compression_filter=options.compression_filter,
-        passphrase_file=options.passphrase_file,
-        yes=options.yes,
-        template=options.mgmt_template,
-        memory=options.memory,
-        vcpus=options.vcpus,
-        pool=options.pool,
-        report=options.report,
-        loudness=options.verbose - options.quiet,
-        in_dom0=options.dest_vm == "dom0",
-    )
-    _check(arguments)
-    return arguments
+    dest_vm = options.dest_vm
+    options.location, options.qubes = location, tuple(dict.fromkeys(qubes))
+    options.storage_qube = None if dest_vm == "dom0" else dest_vm
+    options.in_dom0 = dest_vm == "dom0"
+    options.exclude = tuple(dict.fromkeys(options.exclude))
+    options.loudness = options.verbose - options.quiet
+    _check(options)
+    return options
 
 
 def _check(arguments: RestoreArguments) -> None:
@@ -177,14 +166,7 @@ def _add_what(group: "argparse._ArgumentGroup") -> None:
         action="store_true",
         help="read the backup to its last byte and check it; nothing is created, and nobody is asked",
     )
-    group.add_argument(
-        "-x",
-        "--exclude",
-        metavar="QUBE",
-        action="append",
-        default=[],
-        help="leave out this qube; may be repeated",
-    )
+    add_exclude(group)
     home = group.add_mutually_exclusive_group()
     home.add_argument(
         "--dom0-home",
@@ -214,20 +196,11 @@ def _add_misfits(group: "argparse._ArgumentGroup") -> None:
     flag("--skip-broken", "leave out qubes whose template or netvm is neither here nor in the backup")
     flag("--ignore-missing", "restore them all the same, with the default template or netvm")
     flag("--ignore-username-mismatch", "restore dom0's home even if it is that of another user name")
-    flag("--ignore-size-limit", "accept disk images that are larger than the backup's qubes.xml says")
-    flag(
-        "--ignore-cost-limit",
-        "accept keys that take longer to derive than a fast computer's backup asks for: minutes each",
-    )
+    add_limits(group)
 
 
 def _add_backup(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--stall-timeout",
-        type=number_up_to(MAX_STALL_TIMEOUT),
-        metavar="SECONDS",
-        help="give up when the backup brings no data for so long; without it, it is waited for",
-    )
+    add_stall_timeout(group)
     group.add_argument(
         "-d",
         "--dest-vm",
@@ -240,19 +213,8 @@ def _add_backup(group: "argparse._ArgumentGroup") -> None:
         action="store_true",
         help="LOCATION is a qrexec service of that qube, possibly with an argument after a +",
     )
-    group.add_argument(
-        "-p",
-        "--passphrase-file",
-        metavar="FILE",
-        help="read the passphrase from the first line of FILE, or of standard input if it is -",
-    )
-    group.add_argument(
-        "-Z",
-        "--compression-filter",
-        metavar="FILTER",
-        choices=FILTERS,
-        help="how it is compressed, if its header does not say or says it wrong: " + ", ".join(FILTERS),
-    )
+    add_passphrase_file(group)
+    add_compression_filter(group)
 
 
 def _add_worker(group: "argparse._ArgumentGroup") -> None:
@@ -261,6 +223,7 @@ def _add_worker(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--mgmt-template",
+        dest="template",
         metavar="NAME",
         type=not_empty,
         help="the disposable template to make it from (default: the configuration's, or management_dispvm)",

@@ -15,10 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 from qubes_restore_svc import __version__
-from qubes_restore_svc.cli.argument_types import FILTERS, MAX_MIB, number_up_to, path
+from qubes_restore_svc.cli.argument_types import (
+    MAX_MIB,
+    add_compression_filter,
+    add_exclude,
+    add_limits,
+    add_passphrase_file,
+    add_stall_timeout,
+    number_up_to,
+    path,
+)
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.local.interpreter import worker_engine
-from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT
 
 _EPILOG = """\
 exit status: 0 everything that was asked for is there and verified; 1 nothing was;
@@ -119,12 +127,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("backup", metavar="BACKUP", help="the backup file, or - for standard input")
-    parser.add_argument(
-        "-p",
-        "--passphrase-file",
-        metavar="FILE",
-        help="read the passphrase from the first line of FILE, or of standard input if it is -",
-    )
+    add_passphrase_file(parser)
     parser.add_argument(
         "--memory",
         metavar="MIB",
@@ -137,29 +140,9 @@ def _command(
         type=number_up_to(_MAX_JOBS),
         help="key derivations at once (default: one a core)",
     )
-    parser.add_argument(
-        "-Z",
-        "--compression-filter",
-        metavar="FILTER",
-        choices=FILTERS,
-        help="how it is compressed, if its header does not say or says it wrong: " + ", ".join(FILTERS),
-    )
-    parser.add_argument(
-        "--ignore-size-limit",
-        action="store_true",
-        help="accept disk images that are larger than the backup's qubes.xml says",
-    )
-    parser.add_argument(
-        "--ignore-cost-limit",
-        action="store_true",
-        help="accept keys that take longer to derive than a fast computer's backup asks for: minutes each",
-    )
-    parser.add_argument(
-        "--stall-timeout",
-        type=number_up_to(MAX_STALL_TIMEOUT),
-        metavar="SECONDS",
-        help="give up when the backup brings no data for so long; without it, for as long as you like",
-    )
+    add_compression_filter(parser)
+    add_limits(parser)
+    add_stall_timeout(parser)
     parser.add_argument(
         "--no-sandbox",
         dest="sandbox",
@@ -176,12 +159,5 @@ def _add_selection(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "qubes", metavar="QUBE", nargs="*", default=[], help=f"{verb} these qubes (default: all)"
     )
-    parser.add_argument(
-        "-x",
-        "--exclude",
-        metavar="QUBE",
-        action="append",
-        default=[],
-        help="leave out this qube; may be repeated",
-    )
+    add_exclude(parser)
     parser.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")

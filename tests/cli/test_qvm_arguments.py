@@ -34,32 +34,33 @@ def test_every_option_of_the_stock_command() -> None:
         " --exclude b --skip-dom0-home --ignore-username-mismatch --ignore-size-limit -Z zstd -d sys-usb -p -"
         " --auto-close --location-is-service --paranoid-mode --plan-b -v -v -q --force-root my.Backup+x work"
     )
-    assert arguments == RestoreArguments(
-        location="my.Backup+x",
-        storage_qube="sys-usb",
-        location_is_service=True,
-        qubes=("work",),
-        exclude=("a", "b"),
-        verify_only=True,
-        skip_broken=True,
-        ignore_missing=True,
-        skip_conflicting=True,
-        rename_conflicting=True,
-        dom0_home=False,
-        ignore_username_mismatch=True,
-        ignore_size_limit=True,
-        ignore_cost_limit=False,
-        stall_timeout=None,
-        compression_filter="zstd",
-        passphrase_file="-",
-        yes=False,
-        template=None,
-        memory=None,
-        vcpus=None,
-        pool=None,
-        report=None,
-        loudness=1,
-    )
+    expected: dict[str, object] = {
+        "location": "my.Backup+x",
+        "storage_qube": "sys-usb",
+        "location_is_service": True,
+        "qubes": ("work",),
+        "exclude": ("a", "b"),
+        "verify_only": True,
+        "skip_broken": True,
+        "ignore_missing": True,
+        "skip_conflicting": True,
+        "rename_conflicting": True,
+        "dom0_home": False,
+        "ignore_username_mismatch": True,
+        "ignore_size_limit": True,
+        "ignore_cost_limit": False,
+        "stall_timeout": None,
+        "compression_filter": "zstd",
+        "passphrase_file": "-",
+        "yes": False,
+        "template": None,
+        "memory": None,
+        "vcpus": None,
+        "pool": None,
+        "report": None,
+        "loudness": 1,
+    }
+    assert {name: getattr(arguments, name) for name in expected} == expected
 
 
 def test_the_long_and_the_short_names_are_the_same() -> None:
