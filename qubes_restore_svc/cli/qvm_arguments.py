@@ -1,8 +1,8 @@
 """The command line of `qvm-backup-restore --mgmt-vm`.
 
 Strategy: every option of the stock command, under its names and with its meaning, and a few more; the result
-is one value with types. What contradicts itself is a UsageError before anything happens. argparse is given
-the options only: it would not take `LOCATION -p FILE QUBE`, and what it does after `--` depends on its version.
+is one value with types. What contradicts itself is a UsageError before anything happens. argparse gets the
+options only: it would not take `LOCATION -p FILE QUBE`, and what it does after `--` depends on its version.
 Long options can be abbreviated as in the stock command, because somebody's script may rely on it.
 """
 
