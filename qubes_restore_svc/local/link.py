@@ -7,17 +7,23 @@ when the broker is gone, however it went, the worker reads its end. The worker's
 is ready, before it has touched the archive; a sandbox that cannot be had is known by then.
 """
 
+import asyncio
+import contextlib
 import os
 import socket
 import stat
-from collections.abc import Callable, Sequence
-from fcntl import F_GETFL, fcntl
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from fcntl import F_GETFL, LOCK_EX, LOCK_NB, fcntl, flock
 from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.broker.link import PIPE
 from qubes_restore_svc.errors import BudgetTooSmall, SandboxUnavailable, UsageError, WorkerLost, exhausted
+from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.interpreter import worker_command
+from qubes_restore_svc.local.limits import granted_to_workers
 from qubes_restore_svc.local.sandbox import find_bubblewrap, sandbox_failed
 from qubes_restore_svc.local.worker_process import SandboxFailed, WorkerProcess
 from qubes_restore_svc.system_memory import LEAST_MEMORY, RAISE_LIMIT, MemoryRoom, memory_room
@@ -30,6 +36,12 @@ _FOR_A_FAST_COMPUTER = 320 << 20
 #: Memory for a worker that was granted no certain amount, bytes: more than this gains little
 #: (docs/performance.md), and what runs beside it needs memory as well.
 _ENOUGH, _ENOUGH_A_PROCESSOR = 4 << 30, 1 << 30
+#: The least that a worker gets where there is so much: that, and what a worker does not touch of a grant that
+#: nobody chose. As much is left for others that may come.
+_LEAST, _OTHERS = _FOR_A_FAST_COMPUTER + (176 << 20), 3
+
+#: Seconds that a start waits for another one, and between two attempts.
+_TURN_S, _PAUSE_S = 3.0, 0.02
 
 _OWN_GROUP = "the worker has a control group of its own, which limits its memory"
 _NO_GROUP = "the worker has no control group of its own: limits of its addresses bound its memory"
@@ -133,11 +145,12 @@ class LocalLink:
 
     async def _start(self, bubblewrap: str | None, *, disable_userns: bool) -> WorkerProcess:
         worker = WorkerProcess(bubblewrap, disable_userns=disable_userns)
-        room = memory_room()
-        limit = _default_memory(room) if self._memory_limit is None else self._memory_limit
-        command = [*(self._command or worker_command()), "--memory-room", str(room)]
         try:
-            await worker.start(command, self._archive_fd, limit)
+            async with _turn() if self._memory_limit is None else contextlib.nullcontext():
+                room = memory_room()
+                limit = self._memory_limit or _default_memory(room, granted_to_workers())
+                command = [*(self._command or worker_command()), "--memory-room", str(room)]
+                await worker.start(command, self._archive_fd, limit)
         except OSError as error:
             if (found := exhausted(error)) is not None:
                 raise found from error
@@ -151,8 +164,33 @@ class LocalLink:
         return self._worker
 
 
-def _default_memory(room: MemoryRoom) -> int:
-    return min(room.available, max(_ENOUGH, _ENOUGH_A_PROCESSOR * len(os.sched_getaffinity(0))))
+def _default_memory(room: MemoryRoom, granted: int) -> int:
+    """What is free, but neither more nor less than is of use, and with something left for others who come."""
+    enough = max(_ENOUGH, _ENOUGH_A_PROCESSOR * len(os.sched_getaffinity(0)))
+    free = room.available - granted
+    share = max(free // 2, free - _OTHERS * _LEAST)
+    return min(room.available, max(_LEAST, min(enough, share)))
+
+
+@contextlib.asynccontextmanager
+async def _turn() -> AsyncIterator[None]:
+    """One start at a time, so that each sees what the others were granted. Whoever has waited goes on."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            file = os.open(sys.executable, os.O_RDONLY | os.O_CLOEXEC)
+            held.callback(close_read, file)
+            deadline = time.monotonic() + _TURN_S
+            while not _locked(file) and time.monotonic() < deadline:
+                await asyncio.sleep(_PAUSE_S)
+        yield
+
+
+def _locked(file: int) -> bool:
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _check_memory(room: MemoryRoom, granted: int | None) -> None:

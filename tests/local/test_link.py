@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import secrets
 import signal
@@ -11,10 +12,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from qubes_restore_svc.errors import BudgetTooSmall, RestoreError, SandboxUnavailable, UsageError, WorkerLost
+from qubes_restore_svc.local import limits
 from qubes_restore_svc.local import link as local
 from qubes_restore_svc.local import worker_process as process
 from qubes_restore_svc.local.link import LocalLink
@@ -291,12 +294,49 @@ async def test_a_bubblewrap_that_is_killed_leaves_no_child_and_nobody_waits_for_
     assert descendants() == [] and processes_with("time.sleep(3600)") == []
 
 
-@pytest.mark.parametrize(("free", "processors", "granted"), [(64, 2, 4), (3, 2, 3), (64, 16, 16)])
-def test_a_worker_gets_what_is_free_but_no_more_than_is_of_use(
-    free: int, processors: int, granted: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("free", "elsewhere", "processors", "granted"),
+    [
+        (64 << 10, 0, 2, 4 << 10),
+        (3 << 10, 0, 2, 1584),
+        (1 << 10, 0, 2, 512),
+        (64 << 10, 0, 16, 16 << 10),
+        (3 << 10, 1584, 2, 744),
+        (3 << 10, 3 << 10, 2, 496),
+        (200, 0, 2, 200),
+    ],
+)
+def test_a_worker_gets_what_is_free_but_no_more_than_is_of_use_and_leaves_others_some(
+    free: int, elsewhere: int, processors: int, granted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
-    assert local._default_memory(MemoryRoom(free << 30)) == granted << 30
+    assert local._default_memory(MemoryRoom(free << 20), elsewhere << 20) == granted << 20
+
+
+@needs_bubblewrap
+async def test_workers_that_start_at_once_do_not_get_the_same_memory(
+    archive_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = lambda: [Path(f"/proc/{process}") for process in descendants()]  # noqa: E731 - others come and go
+    monkeypatch.setattr(limits, "every_process", ours)
+    monkeypatch.setattr(local, "memory_room", lambda: MemoryRoom(4 << 30))
+    async with contextlib.AsyncExitStack() as started:
+        links = [LocalLink(archive_fd, command=INTERPRETER) for _ in range(3)]
+        await asyncio.gather(*(started.enter_async_context(link) for link in links))
+        text = "result = int(sys.argv[sys.argv.index('--memory-limit') + 1])"
+        granted = sorted([cast(int, await inside(link, text)) for link in links], reverse=True)
+    # What a worker has taken by then is not counted twice.
+    assert [round(size / (160 << 20)) for size in granted] == [16, 5, 3]
+
+
+async def test_a_start_does_not_wait_for_ever_for_another(
+    archive_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_TURN_S", 0.1)
+    with open(sys.executable, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        async with LocalLink(archive_fd, sandbox=False, command=INTERPRETER):
+            pass
 
 
 @needs_bubblewrap
