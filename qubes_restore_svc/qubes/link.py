@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError, UsageError, WorkerLost
+from qubes_restore_svc.errors import ArchiveUnreadable, UsageError, WorkerLost
 from qubes_restore_svc.qubes.locks import WORKER, WORKER_LOCK, Activity, GuardedLock
 from qubes_restore_svc.qubes.qrexec import BROKEN, QrexecCall, QrexecCalls, worker_called
 from qubes_restore_svc.qubes.storage import Location, Source, source_of, start_storage
@@ -171,7 +171,7 @@ class QrexecLink:
         await self._session.wait()
         if not self._qube:
             return "the worker was ended"
-        if self._session.exit_code == BROKEN or not await self._exists(qube):
+        if self._session.exit_code == BROKEN or not await ask(self._system.may_exist, qube):
             return "the worker's qube has shut down, perhaps for want of memory"
         return self._session.fault or "the worker ended the session"
 
@@ -179,9 +179,3 @@ class QrexecLink:
         if not self._qube:
             raise WorkerLost("the worker is not running")
         return self._qube
-
-    async def _exists(self, qube: str) -> bool:
-        try:
-            return await ask(self._system.exists, qube)
-        except RestoreError:
-            return True

@@ -86,12 +86,8 @@ class QubesQube:
             template=definition.template,
             pool=pool,
             tags=UNFINISHED,
+            properties={"netvm": ""},
         )
-        try:
-            system.set_property(qube.name, "netvm", "")
-        except HostFailed as error:
-            self._undo_creation(error)
-            raise
         for key in _EARLY_PROPERTIES:
             if key in definition.properties:
                 with suppress(HostFailed):  # it is set once more at the end, which tells
@@ -195,14 +191,6 @@ class QubesQube:
             error.advice = f"It cannot be started. Remove it with `qvm-remove {self._qube.name}`."
             raise
         self._state = _State.GONE
-
-    def _undo_creation(self, error: HostFailed) -> None:
-        self._state = _State.CONDEMNED
-        try:
-            self._remove()
-        except HostFailed as left:
-            error.reason += f"; what was created is still there, because {left.reason}"
-            error.advice = left.advice
 
     def _check_open(self) -> None:
         if self._state is not _State.OPEN:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from qubes_restore_svc.broker.host import RESTORED_TAG, HostQube
@@ -116,6 +116,13 @@ class QubesSystem:
             self._app.domains.clear_cache()
             return name in self._app.domains
 
+    def may_exist(self, name: str) -> bool:
+        """False if it is known that there is no qube of that name."""
+        try:
+            return self.exists(name)
+        except HostFailed:
+            return True
+
     def qubes(self) -> list[HostQube]:
         """All qubes, dom0 among them."""
 
@@ -211,11 +218,9 @@ class QubesSystem:
 
     def tags(self) -> Mapping[str, frozenset[str]]:
         """The tags of every qube, by its name."""
-
-        def ask(name: str, qube: Any) -> tuple[str, frozenset[str]]:
-            return name, frozenset(map(str, qube.tags))
-
-        return dict(self._of_each("listing the tags", ask))
+        return dict(
+            self._of_each("listing the tags", lambda name, qube: (name, frozenset(map(str, qube.tags))))
+        )
 
     def tagged(self, tag: str) -> list[str]:
         """The names of the qubes that carry `tag`."""
@@ -238,31 +243,18 @@ class QubesSystem:
         template: str | None = None,
         pool: str | None = None,
         tags: Sequence[str] = (),
+        properties: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Create a qube, with `tags`. Raises QubeExists, NoSpace or HostFailed; then nothing is left."""
+        """Create a qube, with `tags` before `properties`. Raises QubeExists, NoSpace or HostFailed.
+
+        Then nothing of it is left, or what the error says.
+        """
         with self._creating(name):
             self._add(klass, name, label, template, pool)
             for tag in tags:
                 self.add_tag(name, tag)
-
-    def create_disposable(
-        self, name: str, template: str, *, memory: int, vcpus: int, tags: Sequence[str]
-    ) -> None:
-        """Create a DispVM without network, of exactly `memory` MiB, that is removed when it stops.
-
-        Raises QubeExists, NoSpace or HostFailed; then nothing is left.
-        """
-        with self._creating(name):
-            self._add("DispVM", name, "red", template, None)
-            for tag in tags:
-                self.add_tag(name, tag)
-            with asking("setting the disposable up", qube=name):
-                qube = self._qube(name)
-                qube.netvm = None
-                qube.maxmem = 0  # no balancing: what it has must not be taken away while keys are derived
-                qube.memory = memory
-                qube.vcpus = vcpus
-                qube.auto_cleanup = True
+            for key, value in properties.items():
+                self.set_property(name, key, value)
 
     def remove(self, name: str) -> None:
         """Remove a halted qube and its volumes; nothing if it is gone. Raises QubeInUse or HostFailed."""

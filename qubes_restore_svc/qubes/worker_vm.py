@@ -8,7 +8,7 @@ then the qube. What a restore that was killed has left behind goes before the ne
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +38,17 @@ PACKAGE = "qubes-restore-svc-vm"
 _NAME_ATTEMPTS = 100
 #: Seconds until a process whose stream has ended has ended as well.
 _SHORTLY_S = 1.0
+
+
+def worker_properties(memory: int, vcpus: int) -> Mapping[str, str]:
+    """What the disposable has: no network, exactly `memory` MiB, and it is removed when it stops."""
+    return {
+        "netvm": "",
+        "maxmem": "0",  # no balancing: what it has must not be taken away while keys are derived
+        "memory": str(memory),
+        "vcpus": str(vcpus),
+        "auto_cleanup": "True",
+    }
 
 
 class WorkerVm:
@@ -72,8 +83,13 @@ class WorkerVm:
         name = await started(self._free_name)
         try:
             await started(
-                lambda: self._system.create_disposable(
-                    name, self._template, memory=self._memory, vcpus=self._vcpus, tags=[WORKER_TAG]
+                lambda: self._system.create(
+                    name,
+                    "DispVM",
+                    "red",
+                    template=self._template,
+                    tags=[WORKER_TAG],
+                    properties=worker_properties(self._memory, self._vcpus),
                 )
             )
         except RestoreError as error:
@@ -121,12 +137,12 @@ class WorkerVm:
         name, self.name = self.name, ""
         left = []
         # A start that failed has removed it already.
-        if name and await _exists(self._system, name):
+        if name != "" and await in_thread(self._system.may_exist, name):
             left += await undo(
                 lambda: self._system.discard_tag(name, WORKER_TAG), f"the tag {WORKER_TAG} of the qube {name}"
             )
             left += await undo(lambda: self._system.destroy(name), f"the qube {name}")
-            if not await _exists(self._system, name):
+            if not await in_thread(self._system.may_exist, name):
                 left = []
         tell_what_is_left(left, error)
 
@@ -211,11 +227,3 @@ def clear_up_after_kill(being_created: Iterable[str]) -> None:
         clear_worker(system)
     with contextlib.suppress(RestoreError):
         clear_untagged(system, (name for name in being_created if WORKER_NAME.fullmatch(name)))
-
-
-async def _exists(system: QubesSystem, name: str) -> bool:
-    """Is it there, as far as can be told?"""
-    try:
-        return await in_thread(system.exists, name)
-    except RestoreError:
-        return True

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.qubes.system import QubesSystem
@@ -63,8 +64,7 @@ class FakeQube:
     tags: set[str] = field(default_factory=set)
     services: dict[str, str] = field(default_factory=dict)
     reported: set[str] | None = None
-    memory: int = 0
-    vcpus: int = 0
+    properties: dict[str, str] = field(default_factory=dict)
 
 
 class FakeQubes(QubesSystem):
@@ -120,14 +120,22 @@ class FakeQubes(QubesSystem):
         self._enter("klass")
         return self.there[name].klass
 
-    def create_disposable(
-        self, name: str, template: str, *, memory: int, vcpus: int, tags: Sequence[str]
+    def create(
+        self,
+        name: str,
+        klass: str,
+        label: str,
+        *,
+        template: str | None = None,
+        pool: str | None = None,
+        tags: Sequence[str] = (),
+        properties: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._enter("create_disposable", name)
+        self._enter("create", name)
         if name in self.there:
             raise HostFailed(f"a qube {name} is there already")
         self.there[name] = FakeQube(
-            "DispVM", template, tags=set(tags), services=self.worker, memory=memory, vcpus=vcpus
+            klass, template, tags=set(tags), services=self.worker, properties=dict(properties)
         )
 
     def start(self, name: str) -> None:

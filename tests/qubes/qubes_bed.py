@@ -13,6 +13,7 @@ import qubesadmin
 from qubes_restore_svc.broker.host import Definition, NewQube
 from qubes_restore_svc.qubes.host import POLICY, QubesHost
 from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.worker_vm import worker_properties
 from qubes_restore_svc.wire.messages import ManifestQube, QubeSettings, VolumeInfo
 from tests.emulation.qubesd import Qubesd
 
@@ -61,6 +62,13 @@ def new_host(
         stock_lock_path=directory / "stock.lock",
         client=client,
         policy=policy,
+    )
+
+
+def new_disposable(system: QubesSystem, name: str, *tags: str) -> None:
+    """A disposable, not started; with the tag of a worker it is one, if its name is that of a worker, too."""
+    system.create(
+        name, "DispVM", "red", template=DISPOSABLES, tags=tags, properties=worker_properties(400, 1)
     )
 
 

@@ -25,6 +25,7 @@ from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.locks import WORKER, GuardedLock
 from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
+from qubes_restore_svc.qubes.worker_vm import worker_properties
 from qubes_restore_svc.wire.messages import Storage
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
 
@@ -33,7 +34,7 @@ SERVICE = QubeService(STORAGE, "my.Backup+monday")
 
 #: What every entering of a link to a file in a qube asks of the system, in order.
 STEPS = [
-    "is_disposable_template", "reports_service", "exists", "tags", "start", "create_disposable",
+    "is_disposable_template", "reports_service", "exists", "tags", "start", "create",
     "run_service restore.Session+ready", "run_service qubes.RegisterBackupLocation", "add_tag",
 ]  # fmt: skip
 
@@ -141,12 +142,13 @@ async def test_entering_takes_everything_in_order_and_leaving_gives_it_back(
     async with link:
         (worker,) = system.workers
         qube = system.there[worker]
-        assert (qube.template, qube.memory, qube.vcpus, qube.tags) == (TEMPLATE, 4096, 3, {WORKER_TAG})
+        assert (qube.klass, qube.template, qube.tags) == ("DispVM", TEMPLATE, {WORKER_TAG})
+        assert qube.properties == worker_properties(4096, 3)
         assert link.storage == Storage(qube=STORAGE, location_id="aB3dE6")
         assert system.there[STORAGE].tags == {STORAGE_TAG}
     assert system.events == [
         f"start {STORAGE}",
-        f"create_disposable {worker}",
+        f"create {worker}",
         f"start {worker}",
         f"run_service restore.Session+ready in {worker}",
         f"run_service qubes.RegisterBackupLocation in {STORAGE}",

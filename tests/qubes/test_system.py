@@ -12,6 +12,7 @@ from qubes_restore_svc.broker.host import HostQube
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
 from qubes_restore_svc.qubes import system as qubes
 from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem, said_by
+from qubes_restore_svc.qubes.worker_vm import worker_properties
 from qubes_restore_svc.wire.messages import DeviceInfo
 from qubes_restore_svc.wire.names import MAX_REQUEST
 from tests.emulation.daemon.state import NEW_TAGS
@@ -26,7 +27,8 @@ def domain(qubesd: Qubesd, name: str):  # type: ignore[no-untyped-def] # a datac
 
 
 def create_worker(system: QubesSystem) -> None:
-    system.create_disposable(WORKER, DISPOSABLES, memory=1500, vcpus=3, tags=["restore-svc-worker", "b"])
+    tags, properties = ["restore-svc-worker", "b"], worker_properties(1500, 3)
+    system.create(WORKER, "DispVM", "red", template=DISPOSABLES, tags=tags, properties=properties)
 
 
 # --- Looking -------------------------------------------------------------------------------------

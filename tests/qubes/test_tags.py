@@ -27,7 +27,7 @@ from qubes_restore_svc.qubes.worker_vm import clear_up_after_kill
 from qubes_restore_svc.waiting import when_cleared
 from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd
-from tests.qubes.qubes_bed import DISPOSABLES, NETVM, TEMPLATE, state_of
+from tests.qubes.qubes_bed import NETVM, TEMPLATE, new_disposable, state_of
 
 REPOSITORY = Path(__file__).parents[2]
 SOON_S = 60.0
@@ -97,7 +97,7 @@ def test_an_unfinished_qube_that_others_use_is_told_and_left(host: QubesHost, qu
 def test_a_verification_that_runs_keeps_its_worker(
     host: QubesHost, system: QubesSystem, qubesd: Qubesd
 ) -> None:
-    system.create_disposable("disp-restore-0007", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
+    new_disposable(system, "disp-restore-0007", WORKER_TAG)
     system.start("disp-restore-0007")
     system.add_tag(NETVM, STORAGE_TAG)
     with host.lock():
@@ -122,12 +122,12 @@ def test_an_unfinished_qube_that_the_stock_restore_has_released_is_told_and_left
 
 
 def test_a_worker_is_known_by_its_tag_its_name_and_its_class(system: QubesSystem, qubesd: Qubesd) -> None:
-    system.create_disposable("disp-restore-0007", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
+    new_disposable(system, "disp-restore-0007", WORKER_TAG)
     system.start("disp-restore-0007")
     # A tag on the template, by mistake, is inherited by all disposables of it.
-    system.create_disposable("disp4711", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
+    new_disposable(system, "disp4711", WORKER_TAG)
     system.create("disp-restore-0008", "AppVM", "red", template=TEMPLATE, tags=[WORKER_TAG])
-    system.create_disposable("disp-restore-0009", DISPOSABLES, memory=400, vcpus=1, tags=["other"])
+    new_disposable(system, "disp-restore-0009", "other")
     system.add_tag(NETVM, STORAGE_TAG)
     found = clear_worker(system)
     assert not system.exists("disp-restore-0007")
@@ -207,8 +207,7 @@ with GuardedLock(WORKER, path, clear_up_after_kill, "dom0", "verifying") as lock
         system.create("work", "AppVM", "red", template=bed.TEMPLATE, tags=["x"])
     if step == "creating":
         system.add_tag = lambda *arguments: stop("creating")
-    system.create_disposable("disp-restore-0001", bed.DISPOSABLES, memory=400, vcpus=1,
-                             tags=["restore-svc-worker"])
+    bed.new_disposable(system, "disp-restore-0001", "restore-svc-worker")
     stop("created")
     system.start("disp-restore-0001")
     system.add_tag(bed.NETVM, "restore-svc-storage")
@@ -257,7 +256,7 @@ def test_the_guard_of_a_worker_goes_without_a_trace_when_nobody_is_killed(
     system: QubesSystem, qubesd: Qubesd, tmp_path: Path
 ) -> None:
     with GuardedLock(WORKER, tmp_path / "worker.lock", clear_up_after_kill) as lock, system.watched_by(lock):
-        system.create_disposable("disp-restore-0007", DISPOSABLES, memory=400, vcpus=1, tags=[WORKER_TAG])
+        new_disposable(system, "disp-restore-0007", WORKER_TAG)
         system.add_tag(NETVM, STORAGE_TAG)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, 0)

@@ -4,13 +4,14 @@ import asyncio
 import re
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qubes_restore_svc.errors import Cancelled, HostFailed, UsageError, WorkerLost, WorkerMissing
 from qubes_restore_svc.qubes import qrexec
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
-from qubes_restore_svc.qubes.worker_vm import WorkerVm, choose_template, clear_worker_left
+from qubes_restore_svc.qubes.worker_vm import WorkerVm, choose_template, clear_worker_left, worker_properties
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
 
 
@@ -40,7 +41,8 @@ async def test_it_is_created_as_configured_and_started(system: FakeQubes, traces
     async with _worker(system) as worker:
         assert re.fullmatch("disp-restore-[0-9]{4}", worker.name)
         qube = system.there[worker.name]
-        assert (qube.template, qube.memory, qube.vcpus, qube.tags) == (TEMPLATE, 4096, 3, {WORKER_TAG})
+        assert (qube.klass, qube.template, qube.tags) == ("DispVM", TEMPLATE, {WORKER_TAG})
+        assert qube.properties == worker_properties(4096, 3)
         assert qube.running
     assert traces.left() == []
 
@@ -49,7 +51,7 @@ async def test_what_the_tag_grants_ends_before_the_qube_does(system: FakeQubes) 
     async with _worker(system) as worker:
         name = worker.name
     assert system.events == [
-        f"create_disposable {name}",
+        f"create {name}",
         f"start {name}",
         f"discard_tag {name} {WORKER_TAG}",
         f"destroy {name}",
@@ -73,7 +75,7 @@ async def test_a_name_that_is_taken_is_left_alone(
 # --- Failure -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["exists", "create_disposable", "start"])
+@pytest.mark.parametrize("method", ["exists", "create", "start"])
 async def test_a_step_that_fails_leaves_nothing(system: FakeQubes, traces: Traces, method: str) -> None:
     system.faults[method] = HostFailed("the reason")
     with pytest.raises(HostFailed, match="the reason"):
@@ -84,13 +86,13 @@ async def test_a_step_that_fails_leaves_nothing(system: FakeQubes, traces: Trace
 async def test_a_creation_that_fails_half_way_leaves_nothing(
     system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = system.create_disposable
+    create = system.create
 
-    def half(name: str, template: str, *, memory: int, vcpus: int, tags: list[str]) -> None:
-        create(name, template, memory=memory, vcpus=vcpus, tags=tags)
+    def half(*arguments: str, **settings: Any) -> None:
+        create(*arguments, **settings)
         raise HostFailed("the reason")
 
-    monkeypatch.setattr(system, "create_disposable", half)
+    monkeypatch.setattr(system, "create", half)
     with pytest.raises(HostFailed, match="could not be created: the reason"):
         await _worker(system).__aenter__()
     assert traces.left() == []
@@ -99,11 +101,11 @@ async def test_a_creation_that_fails_half_way_leaves_nothing(
 async def test_a_qube_that_somebody_else_makes_under_the_same_name_is_not_touched(
     system: FakeQubes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def theirs(name: str, template: str, **_: object) -> None:
+    def theirs(name: str, *_: str, **__: object) -> None:
         system.there[name] = FakeQube()
         raise HostFailed(f"there is a qube {name}")
 
-    monkeypatch.setattr(system, "create_disposable", theirs)
+    monkeypatch.setattr(system, "create", theirs)
     with pytest.raises(HostFailed, match="there is a qube"):
         await _worker(system).__aenter__()
     assert len(system.workers) == 1
@@ -132,7 +134,7 @@ async def test_a_qube_that_the_system_removes_after_a_failed_start_is_not_missed
     assert traces.left() == []
 
 
-@pytest.mark.parametrize("method", ["exists", "create_disposable", "start"])
+@pytest.mark.parametrize("method", ["exists", "create", "start"])
 async def test_a_cancel_at_any_step_leaves_nothing(system: FakeQubes, traces: Traces, method: str) -> None:
     gate = system.gates[method] = Gate()
     task = asyncio.create_task(_worker(system).__aenter__())
