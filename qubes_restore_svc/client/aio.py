@@ -10,7 +10,6 @@ little, and the end of the call is noticed by listening.
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator
-from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.client.transports import Connection, Transport
@@ -89,12 +88,7 @@ class RestoreCall:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await to_the_end(self._close())
 
     async def choose(self, choice: c.Choice) -> c.Plan:

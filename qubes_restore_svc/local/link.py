@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from fcntl import F_GETFL, LOCK_EX, LOCK_NB, fcntl, flock
-from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.broker.link import PIPE
@@ -100,12 +99,7 @@ class LocalLink:
             self._log("info", _OWN_GROUP if self._worker.in_group else _NO_GROUP)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Kill the worker and wait until nothing is left of it, even if cancelled meanwhile."""
         if self._worker is not None:
             await to_the_end(self._worker.destroy())

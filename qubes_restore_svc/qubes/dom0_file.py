@@ -10,7 +10,6 @@ on behind it. A program is started for every step, so steps grow with the gap, a
 import asyncio
 import contextlib
 import os
-from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import HostFailed, exhausted
@@ -48,12 +47,7 @@ class FileReader:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._left = True
         self._kill()
         if self._work is not None:

@@ -12,7 +12,6 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import SkippedOnRequest, exhausted
@@ -47,9 +46,7 @@ class ImageHash:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         with contextlib.suppress(queue.Full):
             self._pieces.put_nowait(None)  # it may be waiting for something to do
