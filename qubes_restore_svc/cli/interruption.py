@@ -9,7 +9,7 @@ a report is written that says what has happened.
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -92,6 +92,15 @@ class Interruption:
             return asyncio.run(guarded())
         finally:
             self.hold()
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """For a question within the job that keeps its event loop waiting: a signal raises Cancelled."""
+        before, self._act = self._act, _raise_cancelled
+        try:
+            yield
+        finally:
+            self._act = before
 
     def hold(self) -> None:
         """Signals do nothing until `resume`."""

@@ -71,6 +71,7 @@ async def with_clock(display: Display, work: Awaitable[_T]) -> _T:
             await asyncio.sleep(_TICK_S)
             display.tick()
 
+    display.tick()
     ticking = asyncio.create_task(tick())
     try:
         return await work
@@ -144,7 +145,6 @@ class BarDisplay(LineDisplay):
             delay=0.001,  # not drawn before it has a description
             file=QuietStream(),
         )
-        self._draw()
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:
         """Move the bar."""

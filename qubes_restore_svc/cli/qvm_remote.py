@@ -8,7 +8,7 @@ has said until then: the plan, and the qubes that were finished.
 import asyncio
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import SecretStr, ValidationError
@@ -19,24 +19,45 @@ from qubes_restore_svc.broker.job import Confirm
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.client.aio import RestoreCall
-from qubes_restore_svc.client.transports import QrexecTransport, Transport
+from qubes_restore_svc.client.processes import Handed
+from qubes_restore_svc.client.transports import SERVICE_PROGRAM, ProgramTransport, QrexecTransport, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, UsageError
 from qubes_restore_svc.qubes.storage import QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened, strip_control
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport, remarks, warn
+from qubes_restore_svc.wire.service import HANDED_OVER
+
+
+def restorer_in_dom0(
+    arguments: RestoreArguments,
+    archive_fd: int | None,
+    passphrase: Callable[[], str],
+    command: Sequence[str] = SERVICE_PROGRAM,
+) -> "RemoteRestorer":
+    """The restorer for dom0: its service is started as a child. Raises UsageError.
+
+    `archive_fd`: the backup, open, if it is a file here. `passphrase` is asked for when the service wants it.
+    `command` is the service's program.
+    """
+    transport = ProgramTransport(command, Handed(archive_fd, passphrase))
+    location = _location(arguments) or _checked_location("dom0", HANDED_OVER)
+    return RemoteRestorer(transport, location, _wishes(arguments), arguments.pool)
 
 
 def remote_restorer(
     arguments: RestoreArguments, archive_fd: int | None, transport: Transport | None = None
 ) -> "RemoteRestorer":
     """The restorer for a qube. `archive_fd`: the backup, open, if it is a file here. Raises UsageError."""
+    location = _location(arguments)
+    if location is None and arguments.in_dom0:
+        location = _checked_location("dom0", arguments.location)
+    elif location is None:
+        assert archive_fd is not None, "a backup in this qube is open by now"
+        location = _checked_location(None, _file_here(arguments.location, archive_fd))
     return RemoteRestorer(
-        QrexecTransport() if transport is None else transport,
-        _location(arguments, archive_fd),
-        _wishes(arguments),
-        arguments.pool,
+        QrexecTransport() if transport is None else transport, location, _wishes(arguments), arguments.pool
     )
 
 
@@ -50,14 +71,23 @@ class RemoteRestorer:
         self._location = location
         self._wishes = wishes
         self._pool = pool
+        self._call: RestoreCall | None = None
 
     async def check(self) -> None:
         """Whether dom0 can be called at all. Raises HostFailed; all else is told when the call is made."""
         if isinstance(self._transport, QrexecTransport) and not Path(self._transport.program).exists():
             raise HostFailed(f"there is no {self._transport.program}", advice="Run it in a qube, or in dom0.")
 
+    @property
+    def asks_for_passphrase(self) -> bool:
+        """Does the service ask for it when it wants it? Otherwise it is one of the options."""
+        return isinstance(self._transport, ProgramTransport)
+
     def check_plan(self, plan: Plan) -> None:
-        """Nothing: dom0 has its limits, and says so."""
+        """Raises UsageError for a plan beyond the limits of dom0's administrator."""
+        assert self._call is not None, "there is a plan"
+        if self._call.plan.excess is not None:
+            raise self._call.plan.excess.to_error()
 
     async def run(
         self,
@@ -74,7 +104,7 @@ class RemoteRestorer:
         error: RestoreError | None = None
         try:
             request = self._request(options, choice, report)
-            call = RestoreCall(self._transport, request, watched)
+            self._call = call = RestoreCall(self._transport, request, watched)
             try:
                 async with call:
                     await _agree(call, confirm, report)
@@ -200,17 +230,19 @@ _error = ErrorInfo.without_place
 # --- What dom0 is asked for ------------------------------------------------------------------------
 
 
-def _location(arguments: RestoreArguments, archive_fd: int | None) -> c.BackupLocation:
-    qube, service = arguments.storage_qube, arguments.location_is_service
-    if qube is not None and service:
-        text = QubeService(qube, arguments.location).service
-    elif qube is not None:
-        text = QubePath(qube, arguments.location).line.decode("utf-8", "surrogateescape").rstrip("\n")
-    elif arguments.in_dom0:
-        qube, text = "dom0", arguments.location
+def _location(arguments: RestoreArguments) -> c.BackupLocation | None:
+    """Where the backup lies if that is another qube."""
+    if arguments.storage_qube is None:
+        return None
+    if arguments.location_is_service:
+        text = QubeService(arguments.storage_qube, arguments.location).service
     else:
-        assert archive_fd is not None, "a backup in this qube is open by now"
-        text = _file_here(arguments.location, archive_fd)
+        path = QubePath(arguments.storage_qube, arguments.location)
+        text = path.line.decode("utf-8", "surrogateescape").rstrip("\n")
+    return _checked_location(arguments.storage_qube, text, arguments.location_is_service)
+
+
+def _checked_location(qube: str | None, text: str, service: bool = False) -> c.BackupLocation:
     try:
         return c.BackupLocation(qube=qube, text=text, service=service)
     except ValidationError as error:

@@ -5,8 +5,8 @@ asyncio task that a signal cancels, in which the plan is shown and the question 
 table, the exit status. Who carries it out comes from `qvm_parts`; a test can give it somebody else.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from typing import Never
 
@@ -18,7 +18,8 @@ from qubes_restore_svc.cli.process import carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
 from qubes_restore_svc.cli.question import can_ask
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_parts import Assemble, Restorer, is_file_here, on_qubes
+from qubes_restore_svc.cli.qvm_parts import Assemble, is_file_here, on_qubes
+from qubes_restore_svc.cli.qvm_remote import RemoteRestorer
 from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_error, show_report
@@ -47,43 +48,83 @@ def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) ->
                     "there is no terminal to ask on whether to proceed",
                     advice="Use --yes, or give the passphrase in a file (-p FILE).",
                 )
-            restorer = assemble(arguments, archive_fd)
-            interruption.run(restorer.check())
-            interruption.resume()
-            options = _session_options(arguments)
+            prompt = _Prompt(arguments, interruption)
+            restorer = assemble(arguments, archive_fd, prompt)
+            total = None if archive_fd is None else archive_size(archive_fd)
+            report, review = _carried_out(arguments, restorer, prompt, total, interruption)
         except RestoreError as error:
             interruption.hold()
             report = Report.begun("verify" if arguments.verify_only else "restore", started)
             report.close(error)
             keep_report(PROGRAM, arguments.report, report)
             raise
-        total = None if archive_fd is None else archive_size(archive_fd)
-        return _run(arguments, restorer, options, total, interruption)
+    return _told(arguments, report, review, interruption)
 
 
-def _run(
+class _Prompt:
+    """Gets the passphrase when it is called, which it is when it is wanted."""
+
+    def __init__(self, arguments: RestoreArguments, interruption: Interruption) -> None:
+        self.fault: Exception | None = None  #: why there is none
+        self.answered: Callable[[], object] = lambda: None  #: is called when it is there
+        self._arguments = arguments
+        self._interruption = interruption
+
+    def __call__(self) -> str:
+        """Raises RestoreError; a signal raises Cancelled."""
+        stdin_is_backup = is_file_here(self._arguments) and self._arguments.location == "-"
+        try:
+            with self._interruption.raising():
+                # The stock qvm-backup has cut white space off when it encrypted with such a file.
+                passphrase = read_passphrase(
+                    self._arguments.passphrase_file, stdin_is_backup=stdin_is_backup, white_space_at_end=False
+                )
+        except Exception as error:
+            self.fault = error
+            raise
+        self.answered()
+        return passphrase
+
+
+def _carried_out(
     arguments: RestoreArguments,
-    restorer: Restorer,
-    options: SessionOptions,
+    restorer: RemoteRestorer,
+    prompt: _Prompt,
     total: int | None,
     interruption: Interruption,
-) -> int:
-    quiet = arguments.loudness < 0
-    display = make_display(verbose=arguments.loudness > 0, quiet=quiet, total=total)
+) -> tuple[Report, PlanReview]:
+    """Have it done, and come back with what came of it. Raises RestoreError if it did not begin."""
+    interruption.run(restorer.check())
+    interruption.resume()
+    passphrase = "" if restorer.asks_for_passphrase else prompt()
+    display = make_display(verbose=arguments.loudness > 0, quiet=arguments.loudness < 0, total=total)
     review = PlanReview(PROGRAM, arguments, display, restorer.check_plan)
-    choice = _plan_options(arguments)
-    job = restorer.run(options, choice, display, review, verify_only=arguments.verify_only)
-    try:
+    job = restorer.run(
+        _session_options(arguments, passphrase),
+        _plan_options(arguments),
+        display,
+        review,
+        verify_only=arguments.verify_only,
+    )
+    with closing(display), ExitStack() as before_the_passphrase:
+        if restorer.asks_for_passphrase:
+            before_the_passphrase.enter_context(display.paused())
+            prompt.answered = before_the_passphrase.close
         report = interruption.run(with_clock(display, job), display.ending)
-    finally:
-        display.close()
+    if prompt.fault is not None:
+        raise prompt.fault
+    return report, review
+
+
+def _told(arguments: RestoreArguments, report: Report, review: PlanReview, interruption: Interruption) -> int:
+    """Write and show the report; the exit status."""
     written = keep_report(PROGRAM, arguments.report, report)
     interruption.resume()
     if review.seen and not review.accepted:
         show_error(PROGRAM, report)  # the table has been seen, and nothing has happened since
         shown = True
     else:
-        shown = show_report(PROGRAM, report, quiet=quiet)
+        shown = show_report(PROGRAM, report, quiet=arguments.loudness < 0)
     # Whoever asked for a report, or for the table, relies on it.
     untold = report.status == ExitStatus.COMPLETE and not (written and shown)
     return ExitStatus.PARTLY if untold else report.status
@@ -102,13 +143,9 @@ def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
         close_read(archive_fd)
 
 
-def _session_options(arguments: RestoreArguments) -> SessionOptions:
-    stdin_is_backup = is_file_here(arguments) and arguments.location == "-"
+def _session_options(arguments: RestoreArguments, passphrase: str) -> SessionOptions:
     return SessionOptions(
-        # The stock qvm-backup has cut it off when it encrypted with such a file.
-        passphrase=read_passphrase(
-            arguments.passphrase_file, stdin_is_backup=stdin_is_backup, white_space_at_end=False
-        ),
+        passphrase=passphrase,
         compression_filter=arguments.compression_filter,
         ignore_size_limit=arguments.ignore_size_limit,
         ignore_cost_limit=arguments.ignore_cost_limit,

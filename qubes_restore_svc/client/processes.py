@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.hardening import close_read
@@ -30,16 +31,33 @@ _TAIL_TIMEOUT_S = 2.0
 _KILL_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What a program that is started in dom0 gets besides the call. None: it does not get that.
+
+    `archive` is the descriptor of the backup, which stays the caller's. `passphrase` is called in the event
+    loop when the program wants it, and may take its time: nothing else is to be done meanwhile. If it raises
+    a RestoreError, the program gets none, and ends the call.
+    """
+
+    archive: int | None = None
+    passphrase: Callable[[], str] | None = None
+
+
+NOTHING_HANDED = Handed()
+
+
 async def connect_to_program(
-    command: Sequence[str], explain: Explain, patience_s: float
+    command: Sequence[str], explain: Explain, patience_s: float, handed: Handed = NOTHING_HANDED
 ) -> "ProcessConnection":
     """Start `command` and connect to it. Raises HostFailed; if it is cancelled, nothing is left.
 
-    `patience_s`: seconds that it may take to end by itself when the call is closed.
+    `patience_s`: seconds that it may take to end by itself when the call is closed. The descriptors that are
+    handed over are named behind the words of `command` (`archive=5`); it inherits no others.
     """
     connection = ProcessConnection(explain, patience_s)
     try:
-        await to_the_end(connection.start(command))
+        await to_the_end(connection.start(command, handed))
     except BaseException:
         await connection.close()
         raise
@@ -59,27 +77,31 @@ class ProcessConnection:
         self._exit: asyncio.Task[int] | None = None
         self._tail = b""
         self._tail_task: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._sockets: list[socket.socket] = []
         self._writers: list[asyncio.StreamWriter] = []
 
-    async def start(self, command: Sequence[str]) -> None:
+    async def start(self, command: Sequence[str], handed: Handed = NOTHING_HANDED) -> None:
         """Once, before anything else. Raises HostFailed; `close` undoes what had been begun."""
+        descriptors = {} if handed.archive is None else {"archive": handed.archive}
         try:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                self.reader, self.writer = await self._adopt(ours)
-                words, their_words = socket.socketpair()
-                with their_words:
-                    words_reader, _ = await self._adopt(words)
-                    self._tail_task = asyncio.create_task(self._keep_tail(words_reader))
-                    # A session of its own: Ctrl-C is for this process to act on.
-                    self._process = await asyncio.create_subprocess_exec(
-                        *command,
-                        stdin=theirs.fileno(),
-                        stdout=theirs.fileno(),
-                        stderr=their_words.fileno(),
-                        start_new_session=True,
-                    )
+            with contextlib.ExitStack() as theirs:
+                call, self.reader, self.writer = await self._connected(theirs)
+                words, words_reader, _ = await self._connected(theirs)
+                self._tail_task = asyncio.create_task(self._keep_tail(words_reader))
+                if handed.passphrase is not None:
+                    descriptors["passphrase"], wanted, answer = await self._connected(theirs)
+                    self._asking = asyncio.create_task(_give_passphrase(handed.passphrase, wanted, answer))
+                # A session of its own: Ctrl-C is for this process to act on.
+                self._process = await asyncio.create_subprocess_exec(
+                    *command,
+                    *(f"{name}={fd}" for name, fd in descriptors.items()),
+                    stdin=call,
+                    stdout=call,
+                    stderr=words,
+                    pass_fds=tuple(descriptors.values()),
+                    start_new_session=True,
+                )
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise HostFailed(
@@ -100,7 +122,12 @@ class ProcessConnection:
         """End the program, first by the end of its input; reap it, and close everything. Safe to repeat."""
         await to_the_end(self._close())
 
-    async def _adopt(self, ours: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connected(
+        self, theirs: contextlib.ExitStack
+    ) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Two connected sockets: the one's descriptor, which `theirs` closes, and the other as streams."""
+        ours, other = socket.socketpair()
+        theirs.enter_context(other)
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
         except BaseException:
@@ -108,7 +135,7 @@ class ProcessConnection:
             raise
         self._sockets.append(ours)
         self._writers.append(writer)
-        return reader, writer
+        return other.fileno(), reader, writer
 
     async def _watch(self, process: asyncio.subprocess.Process) -> int:
         """Wait for its end. What it has said stays to be read, and then comes the end (unix(7), SHUT_RD).
@@ -137,7 +164,7 @@ class ProcessConnection:
                 patience_s = _KILL_TIMEOUT_S
             await _done_within(_KILL_TIMEOUT_S, waiting)
             await _cancel(drain, waiting)
-        await _cancel(self._exit, self._tail_task)
+        await _cancel(self._exit, self._tail_task, self._asking)
         for writer in self._writers:
             writer.transport.abort()
             with contextlib.suppress(OSError):
@@ -156,6 +183,20 @@ class ProcessConnection:
 
     def _last_words(self) -> str:
         return last_words(self._tail)
+
+
+async def _give_passphrase(
+    ask: Callable[[], str], wanted: asyncio.StreamReader, answer: asyncio.StreamWriter
+) -> None:
+    try:
+        with contextlib.suppress(OSError):
+            if not await wanted.read(1):
+                return
+        with contextlib.suppress(RestoreError):  # whoever asks knows it
+            answer.write(ask().encode())
+    finally:
+        with contextlib.suppress(OSError):
+            answer.write_eof()
 
 
 async def _done_within(timeout_s: float, task: asyncio.Task[int] | asyncio.Task[None] | None) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from qubes_restore_svc.client.processes import ProcessConnection, connect_to_program
+from qubes_restore_svc.client.processes import NOTHING_HANDED, Handed, ProcessConnection, connect_to_program
 from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError, how_ended
 
 #: The qrexec client of every qube (qubes-core-qrexec).
@@ -22,6 +22,9 @@ QREXEC_PROGRAM = "/usr/bin/qrexec-client-vm"
 QUBESD_SOCKET = Path("/var/run/qubesd.sock")
 #: The file of dom0's policy in which the calls are granted.
 GRANTS = "/etc/qubes/policy.d/include/qubes-restore-svc"
+
+#: The service's own program, for dom0. -I: neither environment nor working directory decides what it is.
+SERVICE_PROGRAM = (sys.executable, "-I", "-m", "qubes_restore_svc.service.local")
 
 #: Exit codes of qrexec-client-vm (qrexec.h of qubes-core-qrexec; 255: process_io.c there).
 _PROBLEM, _REFUSED, _NOT_FOUND, _BROKEN = 125, 126, 127, 255
@@ -83,21 +86,22 @@ class QrexecTransport:
 
 
 class ProgramTransport:
-    """In dom0: the program `command`, with the name of the service as its last argument."""
+    """In dom0: the program `command`, with the name of the service behind it, and what it is handed over."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str] = SERVICE_PROGRAM, handed: Handed = NOTHING_HANDED) -> None:
         self._command = tuple(command)
+        self._handed = handed
 
     async def connect(self, service: str) -> ProcessConnection:
         """Raises HostFailed if the program cannot be started."""
-        return await connect_to_program([*self._command, service], _program_fault, _PROGRAM_PATIENCE_S)
+        command = [*self._command, service]
+        return await connect_to_program(command, _program_fault, _PROGRAM_PATIENCE_S, self._handed)
 
 
 def system_transport() -> QrexecTransport | ProgramTransport:
     """The way to dom0 from wherever this is: from dom0, or from a qube."""
     if QUBESD_SOCKET.exists():
-        # -P: a module of that name in the current directory is not ours.
-        return ProgramTransport([sys.executable, "-P", "-m", "qubes_restore_svc.service.local"])
+        return ProgramTransport()
     return QrexecTransport()
 
 
@@ -117,17 +121,17 @@ def _qrexec_fault(service: str, exit_code: int, words: str) -> RestoreError:
         return HostFailed(f"the call of {service} could not be made", advice=_advice_of(words))
     if exit_code == _BROKEN:
         return HostFailed("the connection to dom0 broke off", advice=_INTERRUPTED)
-    return _ended(exit_code, words)
+    return _ended("the call to dom0", exit_code, words)
 
 
 def _program_fault(exit_code: int, words: str) -> RestoreError:
-    return _ended(exit_code, words)
+    return _ended("dom0's restore service", exit_code, words)
 
 
-def _ended(exit_code: int, words: str) -> RestoreError:
+def _ended(what: str, exit_code: int, words: str) -> RestoreError:
     how = how_ended(exit_code) if exit_code else "ended"
     said = f" ({words})" if words else ""
-    return HostFailed(f"the call to dom0 {how}, without an answer{said}", advice=_INTERRUPTED)
+    return HostFailed(f"{what} {how}, without an answer{said}", advice=_INTERRUPTED)
 
 
 def _advice_of(words: str) -> str:

@@ -97,12 +97,15 @@ class KeptCall:
         """The plan as of now. Raises RestoreError, Cancelled among them."""
         with self._work():
             if not self._is_open_for(request):
-                return self._open(request)
-            assert self._call is not None
-            self._choice = None
-            plan = self._call.choose(request.choice)
-            self._check_cancelled()
-            self._choice = request.choice
+                plan = self._open(request)
+            else:
+                assert self._call is not None
+                self._choice = None
+                plan = self._call.choose(request.choice)
+                self._check_cancelled()
+                self._choice = request.choice
+            if plan.excess is not None:  # another choice may be within the limits
+                self._observer.log("warning", str(plan.excess.to_error()))
             return plan
 
     def last_plan(self, request: c.OpenBackup) -> c.Plan:

@@ -9,9 +9,13 @@ report afterwards.
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+from pydantic import SecretStr
 
 from qubes_restore_svc.broker.call_messages import plan_message
 from qubes_restore_svc.broker.client import SessionOptions
@@ -35,12 +39,30 @@ from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.framing import MAX_FRAME
 from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import MAX_PASSPHRASE
+from qubes_restore_svc.wire.service import HANDED_OVER
 
 _ACTIVITIES: dict[c.Mode, Activity] = {
     "restore": "restoring",
     "verify": "verifying",
     "list": "listing a backup",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """Descriptors that a program of dom0 gave to the service that it started; None: there is none.
+
+    `archive` is the backup, for which the location `HANDED_OVER` stands. `passphrase` is a socket: when the
+    service has checked what can be checked without the passphrase, it writes a byte to it; then it reads the
+    passphrase from it, to the end. The one in the request is not looked at.
+    """
+
+    archive: int | None = None
+    passphrase: int | None = None
+
+
+NOTHING = HandedOver()
 
 
 class Assemble(Protocol):
@@ -71,12 +93,14 @@ class Call:
         note: Callable[[str], None],
         places: Places = PLACES,
         assemble: Assemble = dom0_restore,
+        handed: HandedOver = NOTHING,
     ) -> None:
         self._service = service
         self._caller = caller
         self._note = note
         self._places = places
         self._assemble = assemble
+        self._handed = handed
         self._work: asyncio.Task[Final] | None = None
         self._conversation: Conversation | None = None
         self._running = False
@@ -128,6 +152,9 @@ class Call:
             )
             restore = replace(restore, note=self._note)
             await restore.check()
+            if self._handed.passphrase is not None:
+                secret = await _passphrase_from(self._handed.passphrase)
+                request = request.model_copy(update={"passphrase": SecretStr(secret)})
             size = size_of(location.fd) if isinstance(location, Dom0File) else None
             if request.mode == "list":
                 return await _listed(restore, request, conversation, size)
@@ -149,9 +176,10 @@ class Call:
             number += 1
             rights.check_plan(request.mode, plan)
             excess = None if verify_only else _excess(restore, plan)
+            message = plan_message(plan, number, request.mode, archive_size)
             if excess is not None:  # another choice may be within them
-                conversation.log("warning", str(excess))
-            answer = await conversation.ask(plan_message(plan, number, request.mode, archive_size))
+                message = message.model_copy(update={"excess": ErrorInfo.of(excess)})
+            answer = await conversation.ask(message)
             if isinstance(answer, c.Choose):
                 rights.check_choice(request.mode, answer.choice)
                 return _plan_options(answer.choice)
@@ -200,6 +228,9 @@ class Call:
             kind = QubeService if location.service else QubePath
             yield kind(qube, location.text)
             return
+        if location.text == HANDED_OVER and self._handed.archive is not None:
+            yield Dom0File(self._handed.archive)
+            return
         found = (
             any_file(location.text)
             if rights.unlimited
@@ -207,6 +238,28 @@ class Call:
         )
         with found as fd:
             yield Dom0File(fd)
+
+
+async def _passphrase_from(fd: int) -> str:
+    """Say that it is wanted, and wait for it. Raises Cancelled if there is none."""
+    loop = asyncio.get_running_loop()
+    untrusted_secret = b""
+    with socket.socket(fileno=os.dup(fd)) as connection, contextlib.suppress(OSError):
+        connection.setblocking(False)
+        await loop.sock_sendall(connection, b"?")
+        while len(untrusted_secret) <= 4 * MAX_PASSPHRASE and (
+            piece := await loop.sock_recv(connection, 4 * MAX_PASSPHRASE)
+        ):
+            untrusted_secret += piece
+    try:
+        secret = untrusted_secret.decode()
+    except UnicodeDecodeError:
+        raise UsageError("the passphrase is not UTF-8 text") from None
+    if not secret:
+        raise Cancelled("no passphrase was given", advice="")
+    if len(secret) > MAX_PASSPHRASE:
+        raise UsageError(f"the passphrase is longer than {MAX_PASSPHRASE} characters", advice="")
+    return secret
 
 
 async def _listed(

@@ -9,6 +9,7 @@ wait for.
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import os
 import signal
@@ -20,7 +21,7 @@ from qubes_restore_svc.errors import ExitStatus, unforeseen
 from qubes_restore_svc.hardening import close_read, prepare_process
 from qubes_restore_svc.qubes.grants import MODES
 from qubes_restore_svc.qubes.restore import PLACES, Places, dom0_restore
-from qubes_restore_svc.service.call import Assemble, Call
+from qubes_restore_svc.service.call import NOTHING, Assemble, Call, HandedOver
 from qubes_restore_svc.wire.names import strip_control
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -34,7 +35,33 @@ def service_of(words: Sequence[str]) -> str:
     return words[0]
 
 
-def carry_out(service: str, caller: str, places: Places = PLACES, assemble: Assemble = dom0_restore) -> Never:
+def handed_over(words: Sequence[str]) -> HandedOver:
+    """The descriptors that the arguments name (`archive=5`), which no child of this process inherits.
+
+    Exits with an explanation if they name anything else.
+    """
+    named = dict.fromkeys(field.name for field in dataclasses.fields(HandedOver))
+    descriptors: dict[str, int] = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            if name not in named or int(number) <= 2:
+                raise ValueError(name)
+            os.set_inheritable(int(number), False)
+        except (ValueError, OSError):
+            note(f"expected {' or '.join(f'{name}=DESCRIPTOR' for name in named)}")
+            sys.exit(ExitStatus.USAGE)
+        descriptors[name] = int(number)
+    return HandedOver(**descriptors)
+
+
+def carry_out(
+    service: str,
+    caller: str,
+    places: Places = PLACES,
+    assemble: Assemble = dom0_restore,
+    handed: HandedOver = NOTHING,
+) -> Never:
     """Serve the call on standard input and output, and exit: with 0 if it was told how it ended."""
     prepare_process()
 
@@ -42,7 +69,7 @@ def carry_out(service: str, caller: str, places: Places = PLACES, assemble: Asse
         note(f"{service} for {caller}: {text}")
 
     read_fd, write_fd = _take_standard_streams()
-    call = Call(service, caller, say, places, assemble)
+    call = Call(service, caller, say, places, assemble, handed)
     try:
         delivered = asyncio.run(_served(call, read_fd, write_fd))
     except Exception as error:  # noqa: BLE001 - the last one that can say it in words

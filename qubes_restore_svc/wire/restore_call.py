@@ -184,6 +184,7 @@ class Plan(Message):
     archive_size: Size | None = None  #: bytes, if it is known in advance
     qubes: Annotated[tuple[PlanQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
     unlisted: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    excess: ErrorInfo | None = None  #: why it will be refused if it is confirmed: the administrator's limits
     max_size: ClassVar[int] = MAX_FRAME
 
     @property

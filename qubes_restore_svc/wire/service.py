@@ -18,6 +18,9 @@ START = "restore.Start"
 VERIFY = "restore.Verify"
 LIST = "restore.List"
 
+#: As the location of a backup in dom0: not a path, but the descriptor that was handed over to the service.
+HANDED_OVER = "-"
+
 #: What a worker says when it can take calls: a local one once, on its calls socket; one behind qrexec to
 #: whoever calls `restore.Session+ready`, which is no session, and then it hangs up.
 READY = b"ready"

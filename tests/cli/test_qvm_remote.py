@@ -31,17 +31,15 @@ def backup(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Domain:
-    """Where the command runs: `restored` is what dom0 then has."""
+    """Where the command runs. What it restores is in `folder` then."""
 
     module: str
     folder: Path
-    backup: Path
-    restored: str
 
     @property
     def qubes(self) -> list[str]:
         """What has been restored."""
-        target = self.folder / self.restored
+        target = self.folder / "restored"
         return sorted(os.listdir(target)) if target.exists() else []
 
     @property
@@ -53,9 +51,8 @@ class Domain:
 
     def words(self, *options: str | Path) -> list[str]:
         """The arguments of the driver."""
-        first = self.folder if self.restored == "restored" else self.folder / self.restored
         report = self.folder / "report.json"
-        return [str(word) for word in (first, "--mgmt-vm", *options, "--report", report)]
+        return [str(word) for word in (self.folder, "--mgmt-vm", *options, "--report", report)]
 
     def piped(
         self, *options: str | Path, input: str = "", cwd: Path = REPOSITORY
@@ -79,11 +76,19 @@ class Domain:
 
 
 @pytest.fixture
-def qube(tmp_path: Path, backup: Path) -> Domain:
-    folder = tmp_path / "qube"
+def qube(tmp_path: Path) -> Domain:
+    return domain("tests.cli.remote_driver", tmp_path / "qube")
+
+
+@pytest.fixture
+def dom0(tmp_path: Path) -> Domain:
+    return domain("tests.cli.qvm_driver", tmp_path / "dom0")
+
+
+def domain(module: str, folder: Path) -> Domain:
     (folder / "reports").mkdir(parents=True)
     configure(folder)
-    return Domain("tests.cli.remote_driver", folder, backup, "restored")
+    return Domain(module, folder)
 
 
 def configure(folder: Path, more: str = "") -> None:
@@ -91,13 +96,6 @@ def configure(folder: Path, more: str = "") -> None:
     config = folder / "config.yaml"
     config.write_text(f"report: {{directory: {folder / 'reports'}}}\n{more}")
     config.chmod(0o644)
-
-
-@pytest.fixture
-def dom0(tmp_path: Path, backup: Path) -> Domain:
-    folder = tmp_path / "dom0"
-    (folder / "reports").mkdir(parents=True)
-    return Domain("tests.cli.qvm_driver", folder, backup, "qubes")
 
 
 # --- The same ------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from qubes_restore_svc.broker.plan import Plan, PlanOptions
 from qubes_restore_svc.cli import qvm_parts
 from qubes_restore_svc.cli.progress import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_remote import RemoteRestorer, remote_restorer
-from qubes_restore_svc.client.transports import QrexecTransport
+from qubes_restore_svc.cli.qvm_remote import RemoteRestorer, remote_restorer, restorer_in_dom0
+from qubes_restore_svc.client.transports import ProgramTransport, QrexecTransport, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, NotGranted, QubeExists, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log
@@ -261,20 +261,25 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     return found
 
 
-def test_a_qube_asks_dom0_and_dom0_does_it_itself(
-    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[object] = []
-    monkeypatch.setattr(qvm_parts, "dom0_restore", lambda *words, **named: made.append(words))
+def test_a_qube_calls_dom0_and_dom0_starts_its_service(places: tuple[Path, Path]) -> None:
+    def way() -> Transport:
+        return qvm_parts.on_qubes(arguments("-d sys-usb b"), None, lambda: PASSPHRASE)._transport
+
     qubesd, qrexec = places
-    words = arguments("-d sys-usb b")
-    qvm_parts.on_qubes(words, None)
-    assert len(made) == 1  # neither: it says that this is no Qubes system
+    assert isinstance(way(), ProgramTransport)  # neither: the service says that this is no Qubes system
     qrexec.touch()
-    assert isinstance(qvm_parts.on_qubes(words, None), RemoteRestorer)
+    assert isinstance(way(), QrexecTransport)
     qubesd.touch()
-    qvm_parts.on_qubes(words, None)
-    assert len(made) == 2
+    assert isinstance(way(), ProgramTransport)
+
+
+def test_in_dom0_the_backup_and_the_passphrase_are_in_no_message() -> None:
+    restorer = restorer_in_dom0(arguments("b"), 5, lambda: PASSPHRASE)
+    assert restorer._location == c.BackupLocation(qube="dom0", text="-")
+    assert restorer.asks_for_passphrase
+    assert restorer_in_dom0(arguments("-d nas b"), None, str)._location == c.BackupLocation(
+        qube="nas", text="b"
+    )
 
 
 def test_a_file_of_dom0_is_one_here_only_in_dom0(places: tuple[Path, Path]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.qubes.locks import read_holder
 from tests.emulation.daemon.errors import AdminError
 from tests.emulation.dom0 import LOCATIONS, STORAGE, TEMPLATE, Dom0, LocationKind
 from tests.emulation.snapshot import Snapshot
@@ -285,12 +286,15 @@ def test_a_second_restore_at_the_same_time_is_told_of_the_first(dom0: Dom0, back
     while not dom0.qubes.qubesd.calls_of("admin.vm.Create.DispVM*", "*"):
         assert first.poll() is None, first.communicate()
         time.sleep(0.005)
-    os.kill(first.pid, signal.SIGSTOP)
+    holder = read_holder(dom0.folder / "worker.lock")
+    assert holder is not None and holder.client == "dom0" and holder.pid != first.pid
+    os.kill(holder.pid, signal.SIGSTOP)
     try:
         done = dom0.restore(words, PASSPHRASE, 1)
     finally:
-        os.kill(first.pid, signal.SIGCONT)
-    assert "has been restoring since" in done.stderr
+        os.kill(holder.pid, signal.SIGCONT)
+    assert "dom0 has been restoring since" in done.stderr
+    assert f"(process {holder.pid} of " in done.stderr
     assert first.wait(60) == 0
     first.communicate()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from qubes_restore_svc.qubes.grants import DOM0
 from qubes_restore_svc.qubes.restore import dom0_restore
 from qubes_restore_svc.service.call import Assemble
-from qubes_restore_svc.service.program import carry_out, service_of
+from qubes_restore_svc.service.program import carry_out, handed_over, service_of
 from qubes_restore_svc.service.remote import main
 
 from .parts import Parts, places
@@ -21,5 +21,5 @@ if __name__ == "__main__":
     if words[0] == "threads":
         assemble, words = Parts(Path(folder)), words[1:]
     if words[0] == "local":
-        carry_out(service_of(words[1:]), DOM0, places(Path(folder)), assemble)
+        carry_out(service_of(words[1:2]), DOM0, places(Path(folder)), assemble, handed_over(words[2:]))
     main(words[1:], places(Path(folder)), assemble)

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.broker.host import NewQube
-from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
+from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError, WorkerMissing
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.qubes.config import Config
@@ -27,6 +27,8 @@ from tests.support.thread_link import ThreadLink
 
 #: All qubes that there are, and the only storage pool.
 CALLER, STORAGE, POOL = "sys-gui", "sys-usb", "vm-pool"
+#: With a file of this name in the folder, no template has the worker.
+NO_WORKER = "no-worker"
 
 
 def places(folder: Path) -> Places:
@@ -86,6 +88,8 @@ class _Link(ThreadLink):
 
     async def check(self) -> None:
         await self._parts.check.wait()
+        if (self._parts.folder / NO_WORKER).exists():
+            raise WorkerMissing("the template fedora-41 has no worker", advice="Install it there.")
         if not isinstance(self._location, Dom0File) and self._location.qube not in (CALLER, STORAGE):
             raise UsageError(f"there is no qube {self._location.qube}")
 

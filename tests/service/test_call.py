@@ -134,11 +134,11 @@ async def test_a_plan_beyond_the_limits_is_told_early_and_can_be_mended(bed: Bed
     bed.configure("limits: {qubes: 1}")
     async with bed.call() as client:
         client.say(open_message(bed.backup))
-        await client.plan()
-        said = [message.text for message in client.heard if isinstance(message, Log)]
-        assert any("3 qubes are to be restored, and the configuration allows 1" in text for text in said)
+        excess = (await client.plan()).excess
+        assert excess is not None
+        assert excess.reason == "3 qubes are to be restored, and the configuration allows 1"
         client.say({"type": "choose", "choice": {"names": ["vault"]}})
-        await client.plan()
+        assert (await client.plan()).excess is None
         client.say({"type": "confirm", "plan": 2})
         assert (await client.report()).status == 0
     assert bed.restored == ["vault"]

@@ -1,5 +1,6 @@
 """The program itself: who calls, what it says where, signals, exit statuses."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from qubes_restore_svc.wire.report import Report
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.fixtures import REPOSITORY
 
+from .parts import NO_WORKER
 from .support import Bed, Json, frame, open_message
 
 REMOTE = {"QREXEC_REMOTE_DOMAIN": "sys-gui", "QREXEC_SERVICE_FULL_NAME": "restore.Start+"}
@@ -52,7 +54,9 @@ def test_an_argument_is_refused() -> None:
             caller_of({**REMOTE, **more})
 
 
-def start(bed: Bed, words: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+def start(
+    bed: Bed, words: Sequence[str], environment: dict[str, str], fds: Sequence[int] = ()
+) -> "subprocess.Popen[bytes]":
     bare = {name: value for name, value in os.environ.items() if not name.startswith("QREXEC_")}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.service.driver", str(bed.folder), "threads", *words],
@@ -61,6 +65,7 @@ def start(bed: Bed, words: Sequence[str], environment: dict[str, str]) -> "subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=REPOSITORY,
+        pass_fds=fds,
     )
 
 
@@ -109,7 +114,10 @@ def test_a_verification_from_a_qube(bed: Bed) -> None:
          "restore.Start: the service takes no argument"),
         (["remote", "restore.Session"], REMOTE, 2,
          "expected one of restore.Start, restore.Verify, restore.List"),
-        (["local", "restore.Start", "more"], {}, 2,
+        (["local"], {}, 2, "expected one of restore.Start, restore.Verify, restore.List"),
+        *((["local", "restore.Start", word], {}, 2, "expected archive=DESCRIPTOR or passphrase=DESCRIPTOR")
+          for word in ("more", "archive=", "archive=1", "passphrase=-3", "archive=999", "config=5")),
+        (["remote", "restore.Start", "archive=0"], REMOTE, 2,
          "expected one of restore.Start, restore.Verify, restore.List"),
     ],
 )  # fmt: skip
@@ -134,6 +142,91 @@ def test_a_program_of_dom0_has_all_rights_whatever_the_environment_says(bed: Bed
     _, errors = process.communicate(timeout=15)
     assert "restore of a backup in dom0" in errors.decode()
     assert bed.restored == ["vault"]
+
+
+@contextlib.contextmanager
+def handing_over(bed: Bed) -> "Iterator[tuple[subprocess.Popen[bytes], socket.socket]]":
+    """The program with the backup and the socket for the passphrase, of which this is the other end."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(15)
+    with bed.backup.open("rb") as backup, ours, theirs:
+        fds = (backup.fileno(), theirs.fileno())
+        words = ["local", "restore.Verify", f"archive={fds[0]}", f"passphrase={fds[1]}"]
+        process = start(bed, words, {}, fds)
+        theirs.close()
+        yield process, ours
+        process.communicate(timeout=15)
+    assert process.returncode == 0
+    bed.check_nothing_is_left()
+
+
+HANDED = {"passphrase": "not this one", "location": {"qube": "dom0", "text": "-"}}
+
+
+def test_a_backup_and_a_passphrase_can_be_handed_over(bed: Bed) -> None:
+    with handing_over(bed) as (process, passphrase):
+        say(process, open_message(Path("-"), "verify", **HANDED))
+        assert passphrase.recv(9) == b"?"
+        passphrase.sendall(PASSPHRASE.encode())
+        passphrase.shutdown(socket.SHUT_WR)
+        hear_plan(process)
+        say(process, {"type": "confirm", "plan": 1})
+        while not isinstance(answer := hear(process), Report):
+            pass
+        assert answer.status == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [(b"", "cancelled"), (b"\xff", "usage"), (b"x" * 40_000, "usage"), (b"x", "wrong-passphrase")],
+)
+def test_a_passphrase_that_is_none_ends_the_call(bed: Bed, given: bytes, kind: str) -> None:
+    with handing_over(bed) as (process, passphrase):
+        say(process, open_message(Path("-"), "verify", **HANDED))
+        assert passphrase.recv(9) == b"?"
+        with contextlib.suppress(OSError):
+            passphrase.sendall(given)
+            passphrase.shutdown(socket.SHUT_WR)
+        while not isinstance(answer := hear(process), c.Refused):
+            pass
+        assert answer.error.kind == kind
+
+
+def test_whatever_can_be_refused_is_refused_before_the_passphrase_is_wanted(bed: Bed) -> None:
+    (bed.folder / NO_WORKER).touch()
+    with handing_over(bed) as (process, passphrase):
+        say(process, open_message(Path("-"), "verify", **HANDED))
+        answer = hear(process)
+        assert isinstance(answer, c.Refused) and answer.error.kind == "worker-missing"
+        assert passphrase.recv(9) == b""
+
+
+def test_a_service_that_waits_for_the_passphrase_ends_with_its_client(bed: Bed) -> None:
+    with handing_over(bed) as (process, passphrase):
+        say(process, open_message(Path("-"), "verify", **HANDED))
+        assert passphrase.recv(9) == b"?"
+        assert process.stdin is not None
+        process.stdin.close()
+        answer = hear(process)
+        assert isinstance(answer, c.Refused) and answer.error.kind == "cancelled"
+        process.stdin = None
+
+
+async def test_what_stands_for_the_backup_that_is_handed_over_is_nothing_to_a_qube(bed: Bed) -> None:
+    """No argument of a qrexec call, and nothing in a message, leads to a descriptor."""
+    async with bed.call() as client:
+        client.say(open_message(Path("-"), "verify", location={"qube": "dom0", "text": "-"}))
+        assert (await client.refused()).error.kind == "not-granted"
+
+
+def test_no_service_of_qrexec_starts_the_program_with_all_rights() -> None:
+    for path in (REPOSITORY / "qubes-rpc").iterdir():
+        (line,) = [line for line in path.read_text().splitlines() if line.startswith("exec")]
+        assert line == f"exec /usr/bin/python3 -I -m qubes_restore_svc.service {path.name}"
+    source = REPOSITORY / "qubes_restore_svc" / "service"
+    for name in ("__main__", "remote"):
+        text = (source / f"{name}.py").read_text()
+        assert "service.local" not in text and "handed" not in text.lower()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

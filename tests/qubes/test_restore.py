@@ -1,4 +1,4 @@
-"""From arguments and configuration to link and host: what is asked for reaches what does it."""
+"""From wishes and configuration to link and host: what is asked for reaches what does it."""
 
 import asyncio
 import os
@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
-from qubes_restore_svc.cli.qvm_parts import in_dom0
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
 from qubes_restore_svc.qubes import restore as dom0
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.link import QrexecLink
-from qubes_restore_svc.qubes.restore import Dom0Restore, Places
-from qubes_restore_svc.qubes.storage import Dom0File, QubePath, QubeService
+from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes, dom0_restore
+from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath
+from tests.cli.plans import plan, source, taken
 from tests.emulation.qubesd import Qubesd
-from tests.qubes.qubes_bed import DISPOSABLES, NETVM, emulation
 
-from .plans import plan, source, taken
+from .qubes_bed import DISPOSABLES, NETVM, emulation
 
 CONFIG = """\
 worker: {template: configured-dvm, memory: 3000, vcpus: 3}
@@ -71,10 +69,8 @@ def made(qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch) -> Made:
     return Made(monkeypatch)
 
 
-def parts(places: Places, line: str, archive_fd: int | None = None) -> Dom0Restore:
-    made = in_dom0(parse_restore_arguments(["--mgmt-vm", *line.split()]), archive_fd, places)
-    assert isinstance(made, Dom0Restore)
-    return made
+def parts(places: Places, wishes: Wishes = Wishes(), location: Location = Dom0File(5)) -> Dom0Restore:  # noqa: B008 - both are frozen
+    return dom0_restore(location, wishes, places)
 
 
 def configure(places: Places, text: str) -> None:
@@ -83,7 +79,7 @@ def configure(places: Places, text: str) -> None:
 
 
 def test_without_a_configuration_there_are_defaults(places: Places, made: Made) -> None:
-    found = parts(places, "b", 5)
+    found = parts(places)
     assert made.link == {
         "location": Dom0File(5),
         "template": None,
@@ -107,7 +103,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
 
 def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
     configure(places, CONFIG)
-    found = parts(places, "b", 5)
+    found = parts(places)
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("configured-dvm", 3000, 3)
     assert made.host["pool"] == "varlibqubes"
     assert (found.config.report.directory, found.config.report.keep) == (Path("/reports"), 7)
@@ -119,7 +115,7 @@ def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
 
 def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
     configure(places, CONFIG)
-    parts(places, "b --mgmt-template mine --memory 9000 --vcpus 8 --pool vault", 5)
+    parts(places, Wishes("mine", 9000, 8, "vault"))
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
     assert made.host["pool"] == "vault"
 
@@ -141,60 +137,48 @@ def test_dom0_has_the_last_word_on_a_stalled_backup_and_a_qube_can_only_shorten_
     configured: int | None, client: str, asked: int | None, holds: int | None, places: Places, made: Made
 ) -> None:
     configure(places, "" if configured is None else f"limits: {{stall_timeout: {configured}}}")
-    restore = replace(parts(places, "b", 5), client=client)
+    restore = replace(parts(places), client=client)
     assert restore.timed(SessionOptions("", stall_timeout_s=asked)).stall_timeout_s == holds
 
 
 def test_what_it_is_for_is_told_to_whoever_comes_meanwhile(places: Places, made: Made) -> None:
-    parts(places, "b --verify-only", 5)
+    dom0_restore(Dom0File(5), Wishes(), places, activity="verifying")
     assert made.link["activity"] == "verifying"
 
 
-def test_every_kind_of_location(places: Places, made: Made) -> None:
-    kinds = {
-        "-d sys-usb /media/b": QubePath("sys-usb", "/media/b"),
-        "-d sys-usb --location-is-service my.Backup+x": QubeService("sys-usb", "my.Backup+x"),
-    }
-    for line, location in kinds.items():
-        parts(places, line)
-        assert made.link["location"] == location
-    for line in ("-d sys-usb --location-is-service two/parts", "-d no~name /media/b"):
-        with pytest.raises(UsageError):
-            parts(places, line)
-
-
 @pytest.mark.parametrize(
-    ("line", "error", "reason"),
+    ("wishes", "qube", "error", "reason"),
     [
-        ("b --mgmt-template nowhere", UsageError, "there is no qube nowhere"),
-        (f"b --mgmt-template {NETVM}", UsageError, f"no disposables can be made from {NETVM}"),
-        ("b --pool nowhere", HostFailed, "there is no storage pool 'nowhere'"),
-        ("-d nowhere b", UsageError, "there is no qube nowhere"),
+        (Wishes(template="nowhere"), None, UsageError, "there is no qube nowhere"),
+        (Wishes(template=NETVM), None, UsageError, f"no disposables can be made from {NETVM}"),
+        (Wishes(pool="nowhere"), None, HostFailed, "there is no storage pool 'nowhere'"),
+        (Wishes(), "nowhere", UsageError, "there is no qube nowhere"),
     ],
 )
 def test_what_is_not_here_is_found_out_early(
-    line: str, error: type[RestoreError], reason: str, places: Places, qubesd: Qubesd
+    wishes: Wishes, qube: str | None, error: type[RestoreError], reason: str, places: Places, qubesd: Qubesd
 ) -> None:
     with open(os.devnull) as nothing, pytest.raises(error, match=reason):
-        asyncio.run(parts(places, line, nothing.fileno()).check())
+        location = Dom0File(nothing.fileno()) if qube is None else QubePath(qube, "b")
+        asyncio.run(parts(places, wishes, location).check())
 
 
 def test_a_template_without_the_worker_is_found_out_early(places: Places, qubesd: Qubesd) -> None:
     qubesd.system.domains[DISPOSABLES].features["supported-rpc.qubes.VMShell"] = "1"
     with pytest.raises(WorkerMissing, match="has no worker"):
-        asyncio.run(parts(places, "b", 5).check())
+        asyncio.run(parts(places).check())
 
 
 def test_a_mistake_in_the_configuration_and_a_limit_that_an_option_would_void(places: Places) -> None:
     configure(places, "worker: {memory: much}")
     with pytest.raises(BadConfiguration, match="line 1"):
-        parts(places, "b", 5)
+        parts(places)
     configure(places, "limits: {volume_size: 5}")
     with pytest.raises(UsageError, match="--ignore-size-limit is not possible"):
-        parts(places, "b --ignore-size-limit", 5)
+        parts(places, Wishes(ignore_size_limit=True))
 
 
 def test_where_there_is_no_qubes_it_is_said(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qubesadmin", None)
     with pytest.raises(HostFailed, match="this is not the dom0 of a Qubes system"):
-        parts(places, "b", 5)
+        parts(places)
