@@ -279,7 +279,9 @@ class WorkerLost(RestoreError):
     """The worker, or the connection to it, went away."""
 
     kind = "worker-lost"
-    default_advice = "Try again; if it happens again, give the worker more memory or report it."
+    default_advice = (
+        "Try again; if it happens again, end other programs, raise the limit of its memory, or report it."
+    )
 
 
 class WorkerStalled(RestoreError):
