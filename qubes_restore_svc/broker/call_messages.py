@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, Problem, UnlistedQube
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.framing import MAX_FRAME
 from qubes_restore_svc.wire.messages import ManifestQube, RefusedQube
-from qubes_restore_svc.wire.models import ErrorInfo, encoded_size
+from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo, encoded_size
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
 from qubes_restore_svc.wire.report import CUT, remarks
 

@@ -1,15 +1,15 @@
 """The broker's side of `restore.Session`.
 
-Strategy: send models, receive models. Every message passes the one `SessionState`; a frame that is too
-large, does not validate or comes at the wrong time is a ProtocolViolation, silence is a WorkerStalled,
-and the end of the stream a WorkerLost with what the link knows of the reason.
+Strategy: send models, receive models. Both pass the connection of `wire/messages.py`, which refuses what may
+not come. Silence is a WorkerStalled, and the end of the stream a WorkerLost with what the link knows of the
+reason.
 """
 
 import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from pydantic import SecretStr, ValidationError
@@ -41,8 +41,6 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
-from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
-from qubes_restore_svc.wire.session import SessionState, State
 
 #: Seconds of silence after which a worker counts as stalled; it says something every half second.
 STALL_S = 60.0
@@ -132,9 +130,7 @@ class SessionClient:
     def __init__(self, link: Link, stall_s: float = STALL_S) -> None:
         self._link = link
         self._stall_s = stall_s
-        self._state = SessionState()
-        self._decoder = FrameDecoder(0)
-        self._payloads: Iterator[bytes] = iter(())
+        self._connection = m.broker_end()
         self._log_lines = 0
         self._clock = SourceClock()
         self._stall_named = False
@@ -165,7 +161,7 @@ class SessionClient:
         self._stall_timeout_s = options.stall_timeout_s
         await self._link.provide_archive()
         await self._send(message)
-        while self._state.state is State.OPENING:
+        while self._connection.state is m.State.OPENING:
             yield await self._receive()
 
     async def start(self, request: m.Start) -> AsyncGenerator[m.WorkerMessage, None]:
@@ -175,20 +171,18 @@ class SessionClient:
         """
         await self._link.provide_archive()
         await self._send(request)
-        while self._state.state is not State.CLOSED:
+        while self._connection.state is not m.State.CLOSED:
             yield await self._receive()
 
     async def skip_qube(self, key: str) -> None:
         """Tell the worker that nothing more of this qube is wanted."""
-        if self._state.state is not State.CLOSED:
+        if self._connection.state is not m.State.CLOSED:
             await self._send(m.SkipQube(key=key))
 
     def cancel(self) -> None:
         """Tell the worker to stop, as far as it still listens; waits for nothing."""
-        if self._state.state not in (State.IDLE, State.CLOSED):
-            message = m.Cancel()
-            self._state.advance(message)
-            self._writer.write(encode_frame(m.encode_message(message)))
+        if self._connection.may_send(m.Cancel):
+            self._writer.write(self._connection.send(m.Cancel()))
 
     def fail(self, error: Exception) -> None:
         """End the session with `error`: whoever waits for a message, or will, gets that instead."""
@@ -221,9 +215,9 @@ class SessionClient:
         return told.at(qube=error.qube, volume=error.volume, chunk=error.chunk)
 
     async def _send(self, message: m.Message) -> None:
-        self._state.advance(message)
+        frame = self._connection.send(message)
         try:
-            self._writer.write(encode_frame(m.encode_message(message)))
+            self._writer.write(frame)
             async with asyncio.timeout(self._stall_s):
                 await self._writer.drain()
         except TimeoutError:
@@ -236,14 +230,10 @@ class SessionClient:
     async def _receive(self) -> m.WorkerMessage:
         """The next message; a `failed` is raised as its error."""
         while True:
-            # A frame is looked at under the limit of the state that the ones before it have led to.
-            self._decoder.limit = self._state.frame_limit
-            untrusted_payload = next(self._payloads, None)
-            if untrusted_payload is None:
-                self._payloads = self._decoder.feed(await self._read())
+            message = self._connection.next_message()
+            if message is None:
+                self._connection.receive(await self._read())
                 continue
-            message = m.parse_worker_message(untrusted_payload)
-            self._state.advance(message)
             if isinstance(message, m.Failed):
                 raise await self.explained(believed_error(message.error))
             if isinstance(message, m.Log):

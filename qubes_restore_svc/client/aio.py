@@ -1,7 +1,7 @@
 """A call of dom0's restore service, for asyncio.
 
-Strategy: one task listens for as long as the call is open. It parses, holds the table of `restore_call`
-against every message, tells the observer, and ends with the call: with the report, or with the error that
+Strategy: one task listens for as long as the call is open. It gets the messages from the connection of
+`wire/restore_call.py`, tells the observer, and ends with the call: with the report, or with the error that
 ended it. Whatever the caller awaits (a plan, the report) it awaits together with that task, so nothing is
 waited for that cannot come any more. Nothing here waits until dom0 has read something: what is said is
 little, and the end of the call is noticed by listening.
@@ -9,7 +9,7 @@ little, and the end of the call is noticed by listening.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from typing import Self
 
 from qubes_restore_svc.client.transports import Connection, Transport
@@ -17,9 +17,7 @@ from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, R
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire import service
-from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
-from qubes_restore_svc.wire.models import encode_message
 from qubes_restore_svc.wire.report import Observer, Report
 
 #: Seconds that dom0 may take to say what came of a restore that was cancelled; then the call is closed.
@@ -52,7 +50,7 @@ class RestoreCall:
         self._transport = transport
         self._request = request
         self._observer: Observer = Observer() if observer is None else observer
-        self._state = c.CallState()
+        self._wire = c.client_end()
         self._plan: c.Plan | None = None
         self._planned = asyncio.Event()
         self._connection: Connection | None = None
@@ -74,10 +72,9 @@ class RestoreCall:
         That takes as long as dom0 needs to start a worker and to derive the first keys, or a person in dom0
         to be asked whether the call is allowed.
         """
-        opening = _frame(self._request)
+        opening = self._frame(self._request)
         try:
             self._connection = await self._transport.connect(_SERVICES[self._request.mode])
-            self._state.advance(self._request)
             self._connection.writer.write(opening)
             self._listening = asyncio.create_task(self._listen(self._connection))
             if self._cancel_wanted:
@@ -93,7 +90,7 @@ class RestoreCall:
 
     async def choose(self, choice: c.Choice) -> c.Plan:
         """Have another plan made, from this choice alone. Raises RestoreError; the call is over then."""
-        if self._state.phase is c.CallPhase.ENDING:
+        if self._wire.state is c.CallPhase.ENDING:
             await self.wait_ended()
         if self._is_over:
             raise self._why_over()
@@ -107,7 +104,7 @@ class RestoreCall:
         A task that is cancelled while it waits here cancels the restore, waits until dom0 says what came of
         it (`report`), CANCEL_TIMEOUT_S seconds at the most, and ends as cancelled.
         """
-        if self._state.phase is not c.CallPhase.ENDING and not self._is_over:
+        if self._wire.state is not c.CallPhase.ENDING and not self._is_over:
             self._send(c.Confirm(plan=self.plan.number))
             self._confirmed = True
         try:
@@ -128,10 +125,10 @@ class RestoreCall:
     def request_cancel(self) -> None:
         """The same, for who is in the event loop's thread and cannot await."""
         self._cancel_wanted = True
-        phase = self._state.phase
-        if phase not in (c.CallPhase.PLANNING, c.CallPhase.PLANNED, c.CallPhase.RUNNING) or self._is_over:
+        if self._is_over or not self._wire.may_send(Cancel):
             return
-        timeout_s = CANCEL_TIMEOUT_S if phase is c.CallPhase.RUNNING else EARLY_CANCEL_TIMEOUT_S
+        running = self._wire.state is c.CallPhase.RUNNING
+        timeout_s = CANCEL_TIMEOUT_S if running else EARLY_CANCEL_TIMEOUT_S
         self._send(Cancel())
         self._impatience = asyncio.get_running_loop().call_later(timeout_s, self._give_up)
 
@@ -159,16 +156,15 @@ class RestoreCall:
                     case Report():
                         self.report = message
                         return
-                    case c.Plan() if self._state.phase is not c.CallPhase.ENDING:
+                    case c.Plan() if self._wire.state is not c.CallPhase.ENDING:
                         self._plan = message
                         self._planned.set()
-                        if self._state.phase is c.CallPhase.CLOSED:
+                        if self._wire.state is c.CallPhase.CLOSED:
                             return
         raise await self._lost(connection)
 
     async def _messages(self, connection: Connection) -> AsyncGenerator[c.BrokerAnswer, None]:
         """What dom0 says, as far as it may be said now, until there is no more. Raises ProtocolViolation."""
-        decoder = FrameDecoder(MAX_FRAME)
         while True:
             try:
                 untrusted_data = await connection.reader.read(_READ_SIZE)
@@ -176,22 +172,15 @@ class RestoreCall:
                 return
             if not untrusted_data:
                 return
-            payloads = decoder.feed(untrusted_data)
-            while (message := self._next_message(payloads)) is not None:
+            self._wire.receive(untrusted_data)
+            while (message := self._next_message()) is not None:
                 yield message
 
-    def _next_message(self, untrusted_payloads: Iterator[bytes]) -> c.BrokerAnswer | None:
+    def _next_message(self) -> c.BrokerAnswer | None:
         try:
-            untrusted_payload = next(untrusted_payloads, None)
-            if untrusted_payload is None:
-                return None
-            message = c.parse_broker_answer(untrusted_payload)
-            self._state.advance(message)
-            if isinstance(message, Report) and message.mode != self._request.mode:
-                raise ProtocolViolation("'report' of another mode")
+            return self._wire.next_message()
         except ProtocolViolation as error:
             raise ProtocolViolation(f"dom0 sent {error.reason}", advice=_VERSIONS) from error
-        return message
 
     async def _lost(self, connection: Connection) -> RestoreError:
         if self._gave_up and not self._confirmed:
@@ -219,13 +208,19 @@ class RestoreCall:
 
     def _send(self, message: c.ClientMessage) -> None:
         """Raises UsageError for what cannot be said now. If nobody reads it, the listener notices."""
-        frame = _frame(message)
-        try:
-            self._state.advance(message)
-        except ProtocolViolation as error:
-            raise UsageError(f"dom0 cannot be told {error.reason}", advice="") from error
         assert self._connection is not None
-        self._connection.writer.write(frame)
+        self._connection.writer.write(self._frame(message))
+
+    def _frame(self, message: c.ClientMessage) -> bytes:
+        in_time = self._wire.may_send(type(message))
+        try:
+            return self._wire.send(message)
+        except ProtocolViolation as error:
+            if in_time:
+                what, advice = "too much was asked for at once:", "Name fewer qubes."
+            else:
+                what, advice = "dom0 cannot be told", ""
+            raise UsageError(f"{what} {error.reason}", advice=advice) from error
 
     async def _next_plan(self) -> c.Plan:
         arrived = asyncio.ensure_future(self._planned.wait())
@@ -261,12 +256,3 @@ class RestoreCall:
             await asyncio.gather(self._listening, return_exceptions=True)
         if self._connection is not None:
             await self._connection.close()
-
-
-def _frame(message: c.ClientMessage) -> bytes:
-    try:
-        return encode_frame(encode_message(message))
-    except ProtocolViolation as error:
-        raise UsageError(
-            f"too much was asked for at once: {error.reason}", advice="Name fewer qubes."
-        ) from error

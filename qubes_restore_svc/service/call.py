@@ -37,8 +37,7 @@ from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeSe
 from qubes_restore_svc.service.conversation import Conversation, Final
 from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.framing import MAX_FRAME
-from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE
 from qubes_restore_svc.wire.service import HANDED_OVER
 

@@ -1,9 +1,8 @@
-"""The two descriptors of a call: frames in, frames out, and never a wait for the other side.
+"""The two descriptors of a call: bytes in, frames out, and never a wait for the other side.
 
-Strategy: both descriptors are watched by the event loop, nothing else reads or writes them. Each way has its
-bound: a frame in may be as long as the listener allows just then, and what is not yet read by the other side
-is kept up to a limit, beyond which everything that can be spared is dropped. Of progress, which is soon out
-of date, the newest alone is kept.
+Strategy: both descriptors are watched by the event loop, nothing else reads or writes them. What the other
+side has not read yet is kept up to a limit, beyond which everything that can be spared is dropped. Of
+progress, which is soon out of date, the newest alone is kept.
 """
 
 import asyncio
@@ -12,10 +11,8 @@ import os
 from types import TracebackType
 from typing import Protocol, Self
 
-from qubes_restore_svc.errors import HostFailed, ProtocolViolation
-from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
-from qubes_restore_svc.wire.messages import Progress
-from qubes_restore_svc.wire.models import Message, encode_message
+from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.wire.models import MAX_FRAME
 
 #: Bytes that wait for the other side to read them, beyond which it is told less.
 MAX_WAITING = 2 * MAX_FRAME
@@ -29,17 +26,8 @@ _LAST_READS = 64
 class Listener(Protocol):
     """Who is told what comes in."""
 
-    @property
-    def frame_limit(self) -> int:
-        """Bytes that the next frame may have."""
-        ...
-
-    def received(self, untrusted_payload: bytes) -> None:
-        """A whole frame has come; raises ProtocolViolation."""
-        ...
-
-    def broken(self, violation: ProtocolViolation) -> None:
-        """What came is none of the protocol. Nothing more is listened to."""
+    def received(self, untrusted_data: bytes) -> None:
+        """This has come."""
         ...
 
     def closed(self) -> None:
@@ -54,13 +42,11 @@ class Channel:
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._listener = listener
-        self._decoder = FrameDecoder(0)
         self._reading = False
-        self._listening = True
         self._writing = False
         self._writable = True
         self._waiting = bytearray()
-        self._progress: Progress | None = None
+        self._progress = b""
         self._drained = asyncio.Event()
         self._drained.set()
 
@@ -93,33 +79,29 @@ class Channel:
         for fd in (self._read_fd, self._write_fd):
             os.set_blocking(fd, True)
 
-    def send(self, message: Message, *, spare: bool = False) -> bool:
-        """Send it as soon as the other side reads; False if it could be spared and too much waits already.
-
-        Raises ProtocolViolation if it is too large for its kind.
-        """
-        frame = encode_frame(encode_message(message))
+    def send(self, frame: bytes, *, spare: bool = False) -> bool:
+        """Send it as soon as the other side reads; False if it could be spared and too much waits already."""
         if spare and len(self._waiting) + len(frame) > MAX_WAITING:
             return False
         self._put(frame)
         return True
 
-    def send_progress(self, progress: Progress) -> None:
+    def send_progress(self, frame: bytes) -> None:
         """Send it, unless something newer comes before the other side has read what there was."""
         if self._waiting:
-            self._progress = progress
+            self._progress = frame
         else:
-            self._put(encode_frame(encode_message(progress)))
+            self._put(frame)
 
     @property
     def waiting(self) -> int:
         """Bytes that the other side has not taken yet."""
         return len(self._waiting)
 
-    async def finish(self, message: Message, timeout_s: float) -> bool:
-        """Send the last message; has it, and all before it, been taken within `timeout_s` seconds?"""
-        self._progress = None
-        self.send(message)
+    async def finish(self, frame: bytes, timeout_s: float) -> bool:
+        """Send the last frame; has it, and all before it, been taken within `timeout_s` seconds?"""
+        self._progress = b""
+        self.send(frame)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._drained.wait()
@@ -137,20 +119,8 @@ class Channel:
         if not untrusted_data:
             self._stop_reading()
             self._listener.closed()
-        elif self._listening:
-            self._decode(untrusted_data)
-
-    def _decode(self, untrusted_data: bytes) -> None:
-        self._decoder.limit = self._listener.frame_limit
-        try:
-            for untrusted_payload in self._decoder.feed(untrusted_data):
-                self._listener.received(untrusted_payload)
-                # A frame is looked at under the limit of the phase that the ones before it have led to.
-                self._decoder.limit = self._listener.frame_limit
-        except ProtocolViolation as violation:
-            self._listening = False  # it is still read: who is still writing could not hear why otherwise
-            self._decoder = FrameDecoder(0)
-            self._listener.broken(violation)
+        else:
+            self._listener.received(untrusted_data)
 
     def _stop_reading(self) -> None:
         if self._reading:
@@ -181,9 +151,9 @@ class Channel:
                 self._loop.call_soon(self._listener.closed)
                 break
             del self._waiting[:written]
-            if not self._waiting and self._progress is not None:
-                self._waiting += encode_frame(encode_message(self._progress))
-                self._progress = None
+            if not self._waiting:
+                self._waiting += self._progress
+                self._progress = b""
         self._stop_writing()
         self._drained.set()
 

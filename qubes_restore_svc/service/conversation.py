@@ -1,12 +1,11 @@
 """The conversation with a client: its messages in their order, within their time.
 
-Strategy: one `CallState` sees everything that either side says. What the client asks is handed to whoever
-waits for it; that it wants no more (a `cancel`, the end of the call, nonsense) is told once, by a callback,
-whatever is going on. Only the first such end counts.
+Strategy: everything that either side says passes the connection of `wire/restore_call.py`. What the client
+asks is handed to whoever waits for it. That it wants no more (a `cancel`, the end of the call, nonsense) is
+told once, by a callback, whatever is going on. Only the first such end counts.
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
@@ -40,7 +39,7 @@ class Conversation(Observer):
     def __init__(self, read_fd: int, write_fd: int, when_ended: Callable[[], object]) -> None:
         self.ended: RestoreError | None = None  #: why the client, or a signal, ended it
         self._when_ended = when_ended
-        self._state = c.CallState()
+        self._wire = c.service_end()
         self._channel = Channel(read_fd, write_fd, self)
         self._answer: asyncio.Future[c.OpenBackup | c.Choose | c.Confirm] | None = None
         self._confirm_by: float | None = (
@@ -73,9 +72,8 @@ class Conversation(Observer):
         """Tell the plan; what the client makes of it. Raises Cancelled if it does not say so in time."""
         if self._channel.waiting + plan.max_size > 2 * MAX_WAITING:
             raise ProtocolViolation("the client asks for plans and reads none", advice=_VIOLATION_ADVICE)
-        self._state.advance(plan)
         self._answer = asyncio.get_running_loop().create_future()
-        self._channel.send(plan)
+        self._channel.send(self._wire.send(plan))
         loop = asyncio.get_running_loop()
         if self._confirm_by is None:
             self._confirm_by = loop.time() + PLAN_TIMEOUT_S
@@ -87,8 +85,7 @@ class Conversation(Observer):
 
     async def finish(self, final: Final) -> bool:
         """The last message; False if the client did not take it."""
-        self._state.phase = c.CallPhase.CLOSED
-        return await self._channel.finish(final, LAST_WORD_TIMEOUT_S)
+        return await self._channel.finish(self._wire.send(final), LAST_WORD_TIMEOUT_S)
 
     async def _answered(
         self, timeout_s: float, otherwise: str, told_s: float
@@ -104,9 +101,9 @@ class Conversation(Observer):
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:
         """How far it is, if the client still listens."""
-        message = Progress(archive_bytes=archive_bytes, image_bytes=image_bytes)
-        if self._may_say(message):
-            self._channel.send_progress(message)
+        if self._wire.may_send(Progress):
+            message = Progress(archive_bytes=archive_bytes, image_bytes=image_bytes)
+            self._channel.send_progress(self._wire.send(message))
 
     def log(self, level: str, text: str) -> None:
         """A line, if the client reads."""
@@ -123,34 +120,24 @@ class Conversation(Observer):
         self._tell(c.QubeFinished.of(report))
 
     def _tell(self, message: Message) -> None:
-        if self._may_say(message):
-            self._channel.send(message, spare=True)
-
-    def _may_say(self, message: Message) -> bool:
-        return (self._state.phase, type(message)) in c.TRANSITIONS
+        if self._wire.may_send(type(message)):
+            self._channel.send(self._wire.send(message), spare=True)
 
     # --- What comes in: a Listener ---------------------------------------------------------------------
 
-    @property
-    def frame_limit(self) -> int:
-        """Only what may come now may be large."""
-        return max(
-            (kind.max_size for phase, kind in c.TRANSITIONS if phase is self._state.phase and kind in _ASKED),
-            default=Cancel.max_size,
-        )
-
-    def received(self, untrusted_payload: bytes) -> None:
-        """A frame; raises ProtocolViolation if it may not come, or not now."""
-        message = c.parse_client_message(untrusted_payload)
-        self._state.advance(message)
-        if isinstance(message, Cancel):
-            self.end(Cancelled("it was cancelled", advice=""))
-        elif self._answer is not None and not self._answer.done():
-            self._answer.set_result(message)
-
-    def broken(self, violation: ProtocolViolation) -> None:
-        """The client sent what no client of ours sends."""
-        self.end(ProtocolViolation(violation.reason, advice=_VIOLATION_ADVICE))
+    def received(self, untrusted_data: bytes) -> None:
+        """The client has said something. Once it has ended the call, nobody listens to it any more."""
+        if self.ended is not None:
+            return
+        self._wire.receive(untrusted_data)
+        try:
+            while (message := self._wire.next_message()) is not None:
+                if isinstance(message, Cancel):
+                    self.end(Cancelled("it was cancelled", advice=""))
+                elif self._answer is not None and not self._answer.done():
+                    self._answer.set_result(message)
+        except ProtocolViolation as violation:
+            self.end(ProtocolViolation(violation.reason, advice=_VIOLATION_ADVICE))
 
     def closed(self) -> None:
         """The client has closed the call, or is gone."""
@@ -158,11 +145,6 @@ class Conversation(Observer):
 
     def end(self, reason: RestoreError) -> None:
         """The client wants no more, or is to get no more, for this reason; the first one counts."""
-        if self.ended is None and self._state.phase is not c.CallPhase.CLOSED:
+        if self.ended is None and self._wire.state is not c.CallPhase.CLOSED:
             self.ended = reason
-            with contextlib.suppress(ProtocolViolation):  # nobody has said anything yet, or it was a `cancel`
-                self._state.advance(Cancel())
             self._when_ended()
-
-
-_ASKED = (c.OpenBackup, c.Choose, c.Confirm, Cancel)

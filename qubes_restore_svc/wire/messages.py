@@ -1,14 +1,28 @@
-"""The messages of a `restore.Session`, between broker and worker.
+"""The messages of a `restore.Session`, between broker and worker, and what may come when.
 
 Strategy: see `models.py`. First the parts that several messages have, then what the broker says, then what
-the worker says.
+the worker says, then the table of what may come when:
+
+    IDLE       --open-->          OPENING
+    OPENING    --manifest-->      LISTED
+    LISTED     --start-->         STREAMING
+    STREAMING  --volume_ready-->  VOLUME      (the volume can be fetched with restore.Volume)
+    VOLUME     --volume_done-->   STREAMING   (of the same volume)
+    STREAMING  --volume_done-->   STREAMING   (failed or skipped: there is nothing to fetch)
+    STREAMING  --qube_settings--> STREAMING
+    STREAMING  --qube_incomplete--> STREAMING (of one whose settings were sent)
+    STREAMING  --finished-->      CLOSED
+    from OPENING on, log and progress; failed and cancel, to CLOSED; from STREAMING on, skip_qube
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+import enum
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, SecretStr, TypeAdapter, field_serializer, model_validator
+from pydantic import Field, SecretStr, field_serializer, model_validator
 
-from qubes_restore_svc.wire.models import EXACT, Model, Passphrase, parse_message
+from qubes_restore_svc.errors import ProtocolViolation
+from qubes_restore_svc.wire.connection import Connection, Rules
+from qubes_restore_svc.wire.models import EXACT, MAX_FRAME, Model, Passphrase
 from qubes_restore_svc.wire.models import ErrorInfo as ErrorInfo
 from qubes_restore_svc.wire.models import Message as Message
 from qubes_restore_svc.wire.models import encode_message as encode_message
@@ -184,7 +198,7 @@ class Manifest(Message):
     compression_filter: FilterName
     qubes: Annotated[tuple[ManifestQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
     refused: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
-    max_size: ClassVar[int] = 4 << 20
+    max_size: ClassVar[int] = MAX_FRAME
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -289,15 +303,65 @@ WorkerMessage = (
     Manifest | VolumeReady | VolumeDone | QubeSettings | QubeIncomplete | Progress | Log | Failed | Finished
 )
 
-_BROKER: TypeAdapter[BrokerMessage] = TypeAdapter(Annotated[BrokerMessage, Field(discriminator="type")])
-_WORKER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="type")])
+
+# --- Who may say what, and when ------------------------------------------------------------------
 
 
-def parse_broker_message(untrusted_payload: bytes) -> BrokerMessage:
-    """The message in a frame that the broker sent; raises ProtocolViolation."""
-    return parse_message(_BROKER, untrusted_payload)
+class State(enum.Enum):
+    """The states of a session."""
+
+    IDLE = "idle"
+    OPENING = "opening"
+    LISTED = "listed"
+    STREAMING = "streaming"
+    VOLUME = "volume"
+    CLOSED = "closed"
 
 
-def parse_worker_message(untrusted_payload: bytes) -> WorkerMessage:
-    """The message in a frame that the worker sent; raises ProtocolViolation."""
-    return parse_message(_WORKER, untrusted_payload)
+TRANSITIONS: dict[tuple[State, type[Message]], State] = {
+    (State.IDLE, Open): State.OPENING,
+    (State.OPENING, Manifest): State.LISTED,
+    (State.LISTED, Start): State.STREAMING,
+    (State.STREAMING, VolumeReady): State.VOLUME,
+    (State.VOLUME, VolumeDone): State.STREAMING,
+    (State.STREAMING, VolumeDone): State.STREAMING,
+    (State.STREAMING, QubeSettings): State.STREAMING,
+    (State.STREAMING, QubeIncomplete): State.STREAMING,
+    (State.STREAMING, Finished): State.CLOSED,
+}
+for _state in (State.OPENING, State.LISTED, State.STREAMING, State.VOLUME):
+    TRANSITIONS[_state, Log] = _state
+    TRANSITIONS[_state, Progress] = _state
+    TRANSITIONS[_state, Failed] = State.CLOSED
+    TRANSITIONS[_state, Cancel] = State.CLOSED
+for _state in (State.STREAMING, State.VOLUME):
+    TRANSITIONS[_state, SkipQube] = _state
+
+
+class SessionRules(Rules[State]):
+    """The rules of a session. A volume is done as the one that was announced, and ok only if it was."""
+
+    def __init__(self) -> None:
+        super().__init__("session", TRANSITIONS, State.IDLE)
+        self._announced: tuple[str, str] | None = None
+
+    def _after(self, message: Message, following: State) -> State:
+        if isinstance(message, VolumeReady):
+            self._announced = (message.key, message.volume)
+        elif isinstance(message, VolumeDone):
+            if self._announced not in (None, (message.key, message.volume)):
+                raise ProtocolViolation("'volume_done' for another volume than the one that was announced")
+            if self._announced is None and message.outcome == "ok":
+                raise ProtocolViolation("'volume_done' says ok of a volume that was never announced")
+            self._announced = None
+        return following
+
+
+def broker_end() -> Connection[State, WorkerMessage]:
+    """The broker's end of a session."""
+    return Connection(SessionRules(), get_args(WorkerMessage))
+
+
+def worker_end() -> Connection[State, BrokerMessage]:
+    """The worker's end of a session."""
+    return Connection(SessionRules(), get_args(BrokerMessage))

@@ -1,10 +1,11 @@
-"""What every message of ours is made of: strict and frozen models, and their way into and out of a frame.
+"""What every message of ours is made of: strict and frozen models.
 
 Strategy: one class a message, told apart by `type`; a field is a type of `names.py`, a bounded list of such,
 or another model. Unknown keys are refused, nothing is coerced, and a validation error never quotes what it
 refused (it may be a passphrase, or meant for a terminal).
 """
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import (
@@ -14,12 +15,10 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    TypeAdapter,
     ValidationError,
 )
 
 from qubes_restore_svc.errors import ERROR_KINDS, ProtocolViolation, RestoreError
-from qubes_restore_svc.wire.framing import check_json
 from qubes_restore_svc.wire.names import (
     MAX_COUNT,
     MAX_PASSPHRASE,
@@ -40,10 +39,18 @@ class Model(BaseModel):
     )
 
 
+MAX_FRAME = 4 << 20  #: the largest message of all, bytes
+
+
 class Message(Model):
     """Base of the messages; `max_size` is the largest frame such a message may take, in bytes."""
 
     max_size: ClassVar[int] = 64 << 10
+
+    @classmethod
+    def word(cls) -> str:
+        """Its type, as it is on the wire."""
+        return str(cls.model_fields["type"].default)
 
 
 def _only_int(untrusted_value: object) -> object:
@@ -111,7 +118,7 @@ _M = TypeVar("_M", bound=Message)
 def encode_message(message: Message) -> bytes:
     """The payload of the frame for `message`; raises ProtocolViolation if it is too large for its kind."""
     payload = message.model_dump_json().encode()
-    _check_size(message, len(payload))
+    check_size(type(message), len(payload))
     return payload
 
 
@@ -120,34 +127,31 @@ def encoded_size(part: Model) -> int:
     return len(part.model_dump_json().encode())
 
 
-def parse_message(adapter: TypeAdapter[_M], untrusted_payload: bytes) -> _M:
-    """The message in a frame, one of those that `adapter` knows; raises ProtocolViolation."""
-    check_json(untrusted_payload)
+def validated(kind: type[_M], untrusted_object: Mapping[str, object]) -> _M:
+    """The message of this kind that a JSON object is; raises ProtocolViolation if it is none."""
     try:
-        message = adapter.validate_json(untrusted_payload)
+        return kind.model_validate(untrusted_object)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         # A location can hold a key that the other side made up, which is as untrusted as any value.
         where = ".".join(
-            str(part) if isinstance(part, int) or part in _known_words() else "?" for part in first["loc"]
+            str(part) if isinstance(part, int) or part in _known_fields() else "?" for part in first["loc"]
         )
-        what = "unknown type" if first["type"] == "union_tag_invalid" else strip_control(first["msg"][:200])
-        raise ProtocolViolation(f"a message that does not validate ({where or 'it'}: {what})") from None
-    _check_size(message, len(untrusted_payload))
-    return message
-
-
-def _known_words() -> frozenset[str]:
-    """Names of fields and types of messages: what an error may repeat."""
-    return frozenset(
-        word
-        for model in (*Model.__subclasses__(), *Message.__subclasses__())
-        for word in (*model.model_fields, getattr(model.model_fields.get("type"), "default", "type"))
-    )
-
-
-def _check_size(message: Message, size: int) -> None:
-    if size > message.max_size:
+        what = strip_control(first["msg"][:200])
         raise ProtocolViolation(
-            f"a message of {size} bytes, more than the {message.max_size} that one of its kind may have"
+            f"a message that does not validate ({kind.word()}{where and '.'}{where}: {what})"
+        ) from None
+
+
+def _known_fields() -> frozenset[str]:
+    """What an error may repeat."""
+    models = (*Model.__subclasses__(), *Message.__subclasses__())
+    return frozenset(field for model in models for field in model.model_fields)
+
+
+def check_size(kind: type[Message], size: int) -> None:
+    """Raises ProtocolViolation if a payload of `size` bytes is too large for a message of this kind."""
+    if size > kind.max_size:
+        raise ProtocolViolation(
+            f"a message of {size} bytes, more than the {kind.max_size} that one of its kind may have"
         )

@@ -15,8 +15,7 @@ from pydantic import ConfigDict, Field
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.errors import ExitStatus, RestoreError
-from qubes_restore_svc.wire.framing import MAX_FRAME
-from qubes_restore_svc.wire.models import ErrorInfo, Message, Model, encoded_size
+from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo, Message, Model, encoded_size
 from qubes_restore_svc.wire.names import (
     MAX_QUBES,
     MAX_TEXT,

@@ -12,25 +12,26 @@ of the two sides can cross on the way, so after a `cancel` the broker may still 
     PLANNED   --confirm-->  RUNNING
     RUNNING   --volume_started, qube_finished--> RUNNING
     from PLANNING on, log and progress; report and refused, to CLOSED; cancel, to ENDING
+    IDLE      --refused-->  CLOSED     (whoever calls does not say what for)
     ENDING    --everything the broker says--> ENDING, until report or refused
 """
 
 import enum
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, SecretStr, TypeAdapter, field_serializer, model_validator
+from pydantic import Field, SecretStr, field_serializer, model_validator
 
 from qubes_restore_svc.errors import ProtocolViolation
-from qubes_restore_svc.wire.framing import MAX_FRAME
+from qubes_restore_svc.wire.connection import Connection, Rules
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress, RefusedQube, VolumeInfo
 from qubes_restore_svc.wire.models import (
     EXACT,
+    MAX_FRAME,
     ErrorInfo,
     Message,
     Model,
     Passphrase,
     encoded_size,
-    parse_message,
 )
 from qubes_restore_svc.wire.names import (
     MAX_QUBES,
@@ -228,19 +229,6 @@ class Refused(Message):
 ClientMessage = OpenBackup | Choose | Confirm | Cancel
 BrokerAnswer = Log | Progress | Plan | VolumeStarted | QubeFinished | Report | Refused
 
-_CLIENT: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
-_ANSWER: TypeAdapter[BrokerAnswer] = TypeAdapter(Annotated[BrokerAnswer, Field(discriminator="type")])
-
-
-def parse_client_message(untrusted_payload: bytes) -> ClientMessage:
-    """The message in a frame that a client sent; raises ProtocolViolation."""
-    return parse_message(_CLIENT, untrusted_payload)
-
-
-def parse_broker_answer(untrusted_payload: bytes) -> BrokerAnswer:
-    """The message in a frame that the broker sent; raises ProtocolViolation."""
-    return parse_message(_ANSWER, untrusted_payload)
-
 
 class CallPhase(enum.Enum):
     """The states of a call."""
@@ -255,6 +243,7 @@ class CallPhase(enum.Enum):
 
 TRANSITIONS: dict[tuple[CallPhase, type[Message]], CallPhase] = {
     (CallPhase.IDLE, OpenBackup): CallPhase.PLANNING,
+    (CallPhase.IDLE, Refused): CallPhase.CLOSED,
     (CallPhase.PLANNING, Plan): CallPhase.PLANNED,
     (CallPhase.PLANNED, Choose): CallPhase.PLANNING,
     (CallPhase.PLANNED, Confirm): CallPhase.RUNNING,
@@ -272,32 +261,36 @@ for _phase in (CallPhase.RUNNING, CallPhase.ENDING):
 TRANSITIONS[CallPhase.ENDING, Plan] = CallPhase.ENDING
 
 
-class CallState:
-    """One side's view of a call. `phase` is what `advance` has led to."""
+class CallRules(Rules[CallPhase]):
+    """The rules of a call. Plans are numbered, the last one is confirmed, and all have the mode of `open`."""
 
     def __init__(self) -> None:
-        self.phase = CallPhase.IDLE
+        super().__init__("call", TRANSITIONS, CallPhase.IDLE)
         self._mode: Mode | None = None
         self._last_plan: int | None = None
 
-    def advance(self, message: Message) -> None:
-        """Take note of `message`, sent or received; raises ProtocolViolation if it may not come now."""
-        following = TRANSITIONS.get((self.phase, type(message)))
-        if following is None:
-            word = type(message).model_fields["type"].default
-            raise ProtocolViolation(f"'{word}' while the call is {self.phase.value}")
+    def _after(self, message: Message, following: CallPhase) -> CallPhase:
         if isinstance(message, OpenBackup):
             self._mode = message.mode
         elif isinstance(message, Plan):
-            following = self._planned(message, following)
+            if message.mode != self._mode or message.number <= (self._last_plan or 0):
+                raise ProtocolViolation("'plan' of another mode, or one that has been before")
+            self._last_plan = message.number
+            return CallPhase.CLOSED if message.mode == "list" else following
         elif isinstance(message, Confirm) and message.plan != self._last_plan:
             raise ProtocolViolation(
                 f"'confirm' of plan {message.plan}, and the last one is {self._last_plan}"
             )
-        self.phase = following
+        elif isinstance(message, Report) and message.mode != self._mode:
+            raise ProtocolViolation("'report' of another mode")
+        return following
 
-    def _planned(self, plan: Plan, following: CallPhase) -> CallPhase:
-        if plan.mode != self._mode or plan.number <= (self._last_plan or 0):
-            raise ProtocolViolation("'plan' of another mode, or one that has been before")
-        self._last_plan = plan.number
-        return CallPhase.CLOSED if plan.mode == "list" else following
+
+def client_end() -> Connection[CallPhase, BrokerAnswer]:
+    """The client's end of a call."""
+    return Connection(CallRules(), get_args(BrokerAnswer))
+
+
+def service_end() -> Connection[CallPhase, ClientMessage]:
+    """The end of dom0's service."""
+    return Connection(CallRules(), get_args(ClientMessage))

@@ -2,8 +2,8 @@
 
 Strategy: the event loop only carries messages; what blocks runs in threads and comes back through the
 outbox. Nobody waits for the threads: one that reads from a silent pipe, or derives a key, ends when it can.
-Every message, in either direction, passes the one `SessionState`. The session is over when the broker
-hangs up or cancels, when everything has been said, or when one side breaks the protocol.
+Every message, in either direction, passes the connection of `wire/messages.py`. The session is over when the
+broker hangs up or cancels, when everything has been said, or when one side breaks the protocol.
 """
 
 import asyncio
@@ -12,8 +12,6 @@ import socket
 
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
-from qubes_restore_svc.wire.session import SessionState, State
 from qubes_restore_svc.worker.fetches import Fetches
 from qubes_restore_svc.worker.outbox import Outbox
 from qubes_restore_svc.worker.threads import as_restore_error
@@ -42,7 +40,7 @@ class Session:
         self._writer = writer
         self._resources = resources
         self._fetches = fetches
-        self._state = SessionState()
+        self._connection = m.worker_end()
         self._outbox = Outbox(asyncio.get_running_loop())
         self._work: Work | None = None
 
@@ -65,20 +63,15 @@ class Session:
 
     @property
     def _closed(self) -> bool:
-        return self._state.state is State.CLOSED
+        return self._connection.state is m.State.CLOSED
 
     async def _receive(self) -> None:
-        decoder = FrameDecoder(m.Start.max_size)
         while untrusted_data := await self._reader.read(_READ_SIZE):
-            for untrusted_payload in decoder.feed(untrusted_data):
-                message = m.parse_broker_message(untrusted_payload)
-                late = self._closed  # it was on its way when the last word was said
-                if not late:
-                    self._state.advance(message)
+            self._connection.receive(untrusted_data)
+            while (message := self._connection.next_message()) is not None:
                 if isinstance(message, m.Cancel):
                     return
-                if not late:
-                    self._try_to(message)
+                self._try_to(message)
 
     def _try_to(self, message: m.BrokerMessage) -> None:
         try:
@@ -101,8 +94,7 @@ class Session:
     async def _send(self) -> None:
         while not self._closed:
             message = await self._outbox.get()
-            self._state.advance(message)
-            self._writer.write(encode_frame(m.encode_message(message)))
+            self._writer.write(self._connection.send(message))
             await self._writer.drain()
             self._outbox.sent()
         # A broker that is just saying something must not find the connection broken before it has read this.

@@ -7,7 +7,6 @@ Strategy: a worker is a list of steps (hear this, say that, stream these bytes) 
 import asyncio
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from socket import SHUT_RDWR, SO_SNDBUF, SOL_SOCKET, socket, socketpair
@@ -17,9 +16,9 @@ from qubes_restore_svc.errors import ArchiveUnreadable, WorkerLost
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
-from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, encode_end, encode_header, encode_record
+from tests.support.wire import frame, from_broker, heard
 
 BACKUP_ID = "20260101T010203-1234"
 
@@ -272,7 +271,7 @@ class FakeLink:
         self._steps = steps
         self._heartbeat_s = heartbeat_s
         self._session: socket | None = None
-        self._decoder = FrameDecoder(m.Start.max_size)
+        self._end = from_broker()
         self._sockets: list[socket] = []
         self._callers: dict[str, socket] = {}
         self._given_up: set[str] = set()
@@ -356,8 +355,7 @@ class FakeLink:
         raise _Over
 
     def _hear_data(self, data: bytes) -> None:
-        for payload in self._decoder.feed(data):
-            message = m.parse_broker_message(payload)
+        for message in heard(self._end, data):
             self.heard.append(message)
             if isinstance(message, m.SkipQube):
                 self._given_up.add(message.key)
@@ -367,7 +365,7 @@ class FakeLink:
         while self._heartbeat_s:
             await asyncio.sleep(self._heartbeat_s)
             if self.heard:
-                await self._send(encode_frame(b'{"type": "progress", "archive_bytes": 1}'))
+                await self._send(frame(b'{"type": "progress", "archive_bytes": 1}'))
 
     async def _play(self) -> None:
         for step in self._steps:
@@ -376,7 +374,7 @@ class FakeLink:
             elif isinstance(step, Say):
                 message = self._still_true(step.message)
                 payload = json.dumps(message).encode() if message else b""
-                await self._send(struct.pack("!I", len(payload)) + payload if payload else b"")
+                await self._send(frame(payload) if payload else b"")
             elif isinstance(step, Raw):
                 await self._send(step.data)
             elif isinstance(step, Stream):

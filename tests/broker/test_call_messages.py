@@ -12,9 +12,9 @@ from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptio
 from qubes_restore_svc.cli.qvm_plan_table import plan_table, settings_left_behind
 from qubes_restore_svc.errors import BadMetadata, ProtocolViolation, QubeExists
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.models import encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
 from qubes_restore_svc.wire.report import MAX_REMARKS
+from tests.support.wire import framed, from_dom0, heard
 
 from .planning import qube
 
@@ -48,7 +48,8 @@ PLAN = Plan("b-1", (TAKEN, REFUSED, LEFT_OUT, HOME), (UNLISTED,))
 
 
 def travelled(message: c.Plan) -> c.BrokerAnswer:
-    return c.parse_broker_answer(encode_message(message))
+    (answer,) = heard(from_dom0(), framed(message))
+    return answer
 
 
 def test_a_plan_is_shown_to_a_client_as_it_is_in_dom0() -> None:

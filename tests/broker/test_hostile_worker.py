@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.session import TRANSITIONS, State
+from qubes_restore_svc.wire.messages import TRANSITIONS, State
 from tests.broker.fake_worker import (
     VAULT,
     WORK,
@@ -28,6 +28,7 @@ from tests.broker.fake_worker import (
     renamed,
 )
 from tests.broker.jobs import Outcome, check_restored, listing, run
+from tests.support.wire import frame
 
 Lie = Callable[[Script], Script]
 
@@ -65,10 +66,6 @@ def _texts(value: object) -> list[str]:
     if isinstance(value, list):
         return [text for entry in value for text in _texts(entry)]
     return [value] if isinstance(value, str) else []
-
-
-def frame(payload: bytes) -> bytes:
-    return struct.pack("!I", len(payload)) + payload
 
 
 def ready(key: str, volume: str, size: int = 0) -> Say:

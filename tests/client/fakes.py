@@ -13,10 +13,10 @@ from pydantic import SecretStr
 
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
-from qubes_restore_svc.wire.models import ErrorInfo, Message, encode_message
+from qubes_restore_svc.wire.models import ErrorInfo, Message
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport
 from tests.support.reports import NOON
+from tests.support.wire import framed, from_client, heard
 
 PASSPHRASE = "correct horse battery staple"
 PATIENCE_S = 15.0
@@ -76,7 +76,7 @@ class Peer:
         self.service = service
         self._reader = reader
         self._writer = writer
-        self._decoder = FrameDecoder(MAX_FRAME)
+        self._end = from_client()
         self._heard: list[c.ClientMessage] = []
 
     async def hear(self, kind: type[Message]) -> c.ClientMessage:
@@ -84,7 +84,7 @@ class Peer:
         while not self._heard:
             data = await self._reader.read(1 << 16)
             assert data, f"the client hung up, where {kind.__name__} was to come"
-            self._heard += [c.parse_client_message(payload) for payload in self._decoder.feed(data)]
+            self._heard += heard(self._end, data)
         message = self._heard.pop(0)
         assert isinstance(message, kind), message
         return message
@@ -97,7 +97,7 @@ class Peer:
 
     async def say(self, *messages: Message) -> None:
         """Messages, all at once."""
-        await self.say_bytes(b"".join(encode_frame(encode_message(message)) for message in messages))
+        await self.say_bytes(b"".join(framed(message) for message in messages))
 
     async def say_bytes(self, data: bytes) -> None:
         """Whatever."""

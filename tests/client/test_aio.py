@@ -17,10 +17,10 @@ from qubes_restore_svc.errors import (
     WrongPassphrase,
 )
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.framing import MAX_FRAME, encode_frame
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
-from qubes_restore_svc.wire.models import Message, encode_message
+from qubes_restore_svc.wire.models import MAX_FRAME, Message
 from qubes_restore_svc.wire.report import QubeReport, Report
+from tests.support.wire import frame, framed
 
 from .fakes import (
     PASSPHRASE,
@@ -123,7 +123,7 @@ async def test_a_report_as_large_as_one_can_be_arrives_and_one_byte_a_time_does(
 
     async def dom0(peer: Peer) -> None:
         await running(peer)
-        for byte in encode_frame(encode_message(LOG)):
+        for byte in framed(LOG):
             await peer.say_bytes(bytes([byte]))
         await peer.say(large)
 
@@ -208,13 +208,13 @@ async def test_a_lost_connection_is_an_error_in_every_phase(phase: Script, why: 
         b"\0\0\0\0",
         b"\xff\xff\xff\xff",
         (MAX_FRAME + 1).to_bytes(4, "big"),
-        encode_frame(b"[]"),
-        encode_frame(b"{}"),
-        encode_frame(b'{"type":"surprise"}'),
-        encode_frame(b'{"type":"progress","archive_bytes":-1,"image_bytes":0}'),
-        encode_frame(b'{"type":"confirm","plan":1}'),
-        encode_frame(b"\x1b[2J"),
-        encode_frame(encode_message(report("verify"))),
+        frame(b"[]"),
+        frame(b"{}"),
+        frame(b'{"type":"surprise"}'),
+        frame(b'{"type":"progress","archive_bytes":-1,"image_bytes":0}'),
+        frame(b'{"type":"confirm","plan":1}'),
+        frame(b"\x1b[2J"),
+        framed(report("verify")),
     ],
 )
 async def test_nonsense_is_a_violation_in_every_phase(phase: Script, nonsense: bytes) -> None:

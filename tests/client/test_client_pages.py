@@ -18,10 +18,9 @@ from qubes_restore_svc.manager import restore
 from qubes_restore_svc.wire import messages, models, names
 from qubes_restore_svc.wire import report as reports
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.framing import encode_frame
 from qubes_restore_svc.wire.messages import Cancel
-from qubes_restore_svc.wire.models import encode_message
 from tests.manager.script import Script, finish, move, qube
+from tests.support.wire import framed
 
 from . import client_pages as pages
 from .client_words import FIELDS
@@ -63,7 +62,7 @@ def test_nothing_is_said_of_what_is_not_there() -> None:
 
 def test_the_bytes_of_the_page_are_those_of_the_message() -> None:
     (shown,) = re.findall(r"```hex\n(.*?)```", TEXT, re.DOTALL)
-    assert bytes.fromhex(shown) == encode_frame(encode_message(Cancel()))
+    assert bytes.fromhex(shown) == framed(Cancel())
 
 
 @pytest.fixture

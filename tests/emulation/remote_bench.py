@@ -31,6 +31,7 @@ from tests.emulation.emulated import EmulatedQubes
 from tests.emulation.snapshot import Snapshot
 from tests.service.support import frame, open_message
 from tests.support.backup_writer import PASSPHRASE, BackupWriter, ImagePlan, QubePlan
+from tests.support.wire import from_dom0, parsed
 from tests.system.support import offsets
 
 __all__ = ["GUI", "LIST", "PASSPHRASE", "START", "VERIFY", "open_message"]
@@ -410,7 +411,7 @@ class RawCall:
         head = self._read(4)
         if not head:
             return None
-        message = c.parse_broker_answer(self._read(int.from_bytes(head, "big")))
+        message = parsed(from_dom0(), self._read(int.from_bytes(head, "big")))
         self.heard.append(message)
         return message
 

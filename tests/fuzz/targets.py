@@ -8,6 +8,7 @@ formats are made of.
 """
 
 import argparse
+import enum
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,9 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from qubes_restore_svc.archive import header, openssl, settings_files
 from qubes_restore_svc.archive.chunks import ChunkSequence, parse_chunk_name, parse_piece_name
@@ -37,8 +39,8 @@ from qubes_restore_svc.kdf.engine import KdfEngine, OpensslEngine, best_engine
 from qubes_restore_svc.local.arguments import parse_arguments
 from qubes_restore_svc.qubes.config import parse_config
 from qubes_restore_svc.wire import messages, restore_call
-from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
-from qubes_restore_svc.wire.models import Message, encode_message
+from qubes_restore_svc.wire.connection import Connection
+from qubes_restore_svc.wire.models import Message
 from qubes_restore_svc.wire.names import strip_control, strip_control_lines
 from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor, parse_descriptor
 from qubes_restore_svc.wire.volume import Extent, VolumeDecoder, encode_end, encode_header, encode_record
@@ -48,9 +50,23 @@ from tests.support.inner_archives import directory_tar, inner_tar, plain_tar
 from tests.support.outer_archive import qfile_stream
 from tests.support.plans import ImagePlan, QubePlan
 from tests.support.qubes_xml_writer import qubes_xml
+from tests.support.wire import (
+    End,
+    frame,
+    framed,
+    from_broker,
+    from_client,
+    from_dom0,
+    from_worker,
+    heard,
+    parsed,
+)
 from tests.torture.sample import FIREWALL, chunky_sample, tight_sample
 
 Parser = Callable[[bytes], object]
+
+_M = TypeVar("_M", bound=Message)
+_State = TypeVar("_State", bound=enum.Enum)
 
 #: Most bytes that an input may expand to before a target stops reading.
 MOST = 8 << 20
@@ -220,7 +236,7 @@ def _qubes_xml(data: bytes, backup_format: int = 4) -> None:
         qubes=tuple(qube.info for qube in content.qubes),
         refused=content.refused,
     )
-    assert messages.parse_worker_message(encode_message(manifest)) == manifest
+    assert heard(from_worker(), framed(manifest)) == [manifest]
 
 
 def _settings(data: bytes) -> None:
@@ -232,26 +248,47 @@ def _settings(data: bytes) -> None:
         sent = messages.QubeSettings(key="vm10", notes=settings_files.parse_notes(rest))
     else:
         sent = messages.QubeSettings(key="vm10", appmenus=settings_files.parse_appmenus(rest))
-    assert messages.parse_worker_message(encode_message(sent)) == sent
+    assert heard(from_worker(), framed(sent)) == [sent]
 
 
 # --- The wire ------------------------------------------------------------------------------------------
 
 
-def _framing(data: bytes) -> None:
-    decoder = FrameDecoder(MAX_FRAME)
-    half = len(data) // 3
-    payloads = [*decoder.feed(data[:half]), *decoder.feed(data[half:])]
-    if decoder.idle:
-        assert b"".join(map(encode_frame, payloads)) == data
+def _conversation(end: Callable[[], Connection[_State, _M]], *ours: Message) -> Parser:
+    """All that comes at one end, which says its own part as soon as it may: in one piece as in two."""
 
+    def read(pieces: Sequence[bytes]) -> tuple[list[_M], RestoreError | None]:
+        connection, received, to_say = end(), list[_M](), list(ours)
+        try:
+            for piece in pieces:
+                connection.receive(piece)
+                while True:
+                    while to_say and connection.may_send(type(to_say[0])):
+                        connection.send(to_say.pop(0))
+                    message = connection.next_message()
+                    if message is None:
+                        break
+                    received.append(message)
+        except RestoreError as error:
+            return received, error
+        return received, None
 
-def _round_trip(parse: Callable[[bytes], Message]) -> Parser:
     def parser(data: bytes) -> None:
-        message = parse(data)
+        received, error = read([data])
+        again, error_again = read([data[: len(data) // 3], data[len(data) // 3 :]])
+        assert (again, str(error_again)) == (received, str(error))
+        if error is not None:
+            raise error
+
+    return parser
+
+
+def _round_trip(end: Callable[[], End[_M]]) -> Parser:
+    def parser(data: bytes) -> None:
+        message = parsed(end(), data)
         # Free text is stripped when it is read, and may need more bytes than before; it stays what it is.
         with suppress(RestoreError):
-            assert parse(encode_message(message)) == message
+            assert heard(end(), framed(message)) == [message]
 
     return parser
 
@@ -435,6 +472,44 @@ def _targets_of_format_3(qubes: Sequence[QubePlan]) -> Iterator[Target]:
     yield Target("firewall-1", lambda data: _settings(b"f" + data), lambda: [_OLD_FIREWALL], _XML_WORDS)
 
 
+def _stream(*messages: bytes) -> Callable[[], list[bytes]]:
+    return lambda: [b"".join(frame(b"{" + text + b"}") for text in messages)]
+
+
+def _targets_of_the_wire() -> Iterator[Target]:
+    from_worker_in_order = [_WORKER[number] for number in (0, 5, 1, 6, 3, 4, 8)]
+    from_dom0_in_order = [_ANSWER[number] for number in (0, 1, 2, 4)]
+    opened = messages.Open(passphrase=SecretStr("x"))
+    manifest = messages.Manifest(backup_id="x", format=4, compression_filter="gzip", qubes=())
+    asked = restore_call.OpenBackup(
+        mode="restore", location=restore_call.BackupLocation(text="/x"), passphrase=SecretStr("x")
+    )
+    plan = restore_call.Plan(number=1, mode="restore", backup_id="x", qubes=())
+    for name, parser, seeds in (
+        (
+            "session-broker",
+            _conversation(messages.broker_end, opened, messages.Start(mode="verify", keys=("vm10",))),
+            _stream(*from_worker_in_order),
+        ),
+        ("session-worker", _conversation(messages.worker_end, manifest), _stream(*_BROKER)),
+        (
+            "call-client",
+            _conversation(restore_call.client_end, asked, restore_call.Confirm(plan=1)),
+            _stream(*from_dom0_in_order),
+        ),
+        (
+            "call-dom0",
+            _conversation(restore_call.service_end, plan, plan.model_copy(update={"number": 2})),
+            _stream(*_CLIENT[:2], _CLIENT[2].replace(b"1", b"2"), _CLIENT[3]),
+        ),
+        ("worker-message", _round_trip(from_worker), _messages(*_WORKER)),
+        ("broker-message", _round_trip(from_broker), _messages(*_BROKER)),
+        ("client-message", _round_trip(from_client), _messages(*_CLIENT)),
+        ("broker-answer", _round_trip(from_dom0), _messages(*_ANSWER)),
+    ):
+        yield Target(name, parser, seeds, _JSON_WORDS)
+
+
 def _targets() -> Iterator[Target]:
     sample = tight_sample()
     yield Target("outer-tar", _outer_tar, lambda: [sample.archive[:8192]], _TAR_WORDS)
@@ -467,14 +542,7 @@ def _targets() -> Iterator[Target]:
     seeds = [b"f" + FIREWALL.encode(), b"f" + rule.encode(), b"nnotes\r\n", b"mfirefox.desktop\n"]
     yield Target("settings", _settings, lambda: seeds, _XML_WORDS)
     yield from _targets_of_format_3(sample.writer.qubes)
-    yield Target("framing", _framing, lambda: [encode_frame(b"{}") + encode_frame(b'{"a":1}')])
-    for name, parse, texts in (
-        ("worker-message", messages.parse_worker_message, _WORKER),
-        ("broker-message", messages.parse_broker_message, _BROKER),
-        ("client-message", restore_call.parse_client_message, _CLIENT),
-        ("broker-answer", restore_call.parse_broker_answer, _ANSWER),
-    ):
-        yield Target(name, _round_trip(parse), _messages(*texts), _JSON_WORDS)
+    yield from _targets_of_the_wire()
     volume = (
         encode_header(4096) + encode_record(512, 4) + b"abcd" + encode_record(1024, 1) + b"e" + encode_end(5)
     )

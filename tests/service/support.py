@@ -20,7 +20,9 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
 from qubes_restore_svc.wire.report import Observer, Report
 from qubes_restore_svc.wire.service import START
+from tests.support import wire
 from tests.support.backup_writer import PASSPHRASE
+from tests.support.wire import from_dom0, parsed
 
 from .parts import CALLER, Parts, places
 
@@ -44,7 +46,7 @@ def open_message(backup: Path, mode: str = "restore", /, **fields: object) -> Js
 def frame(message: Json | bytes) -> bytes:
     """The frame of a message, whatever it is."""
     payload = message if isinstance(message, bytes) else json.dumps(message).encode()
-    return struct.pack("!I", len(payload)) + payload
+    return wire.frame(payload)
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Client:
                 return None
             payload = await self._read(struct.unpack("!I", head)[0])
         assert payload is not None
-        message = c.parse_broker_answer(payload)
+        message = parsed(from_dom0(), payload)
         self.heard.append(message)
         return message
 
@@ -141,7 +143,13 @@ class Bed:
     def phase(self) -> c.CallPhase:
         """Of the call that was made last, as dom0 sees it."""
         conversation = self._call._conversation
-        return c.CallPhase.IDLE if conversation is None else conversation._state.phase
+        return c.CallPhase.IDLE if conversation is None else conversation._wire.state
+
+    @property
+    def ended(self) -> bool:
+        """Does dom0 know that the client of that call wants no more?"""
+        assert self._call._conversation is not None
+        return self.phase is c.CallPhase.CLOSED or self._call._conversation.ended is not None
 
     @property
     def observer(self) -> Observer:

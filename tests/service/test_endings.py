@@ -20,7 +20,7 @@ PHASES = [c.CallPhase.IDLE, c.CallPhase.PLANNING, c.CallPhase.PLANNED, c.CallPha
 async def until_noticed(bed: Bed) -> None:
     """Until dom0 knows that the client wants no more."""
     async with asyncio.timeout(PATIENCE_S):
-        while bed.phase not in (c.CallPhase.ENDING, c.CallPhase.CLOSED):
+        while not bed.ended:
             await asyncio.sleep(0.001)
 
 

@@ -62,7 +62,7 @@ async def check_refused(bed: Bed, client: Client, running: bool = False) -> Erro
     """It must be, as what it is, and nothing may have come of it."""
     if running:
         async with asyncio.timeout(PATIENCE_S):
-            while bed.phase is c.CallPhase.RUNNING:
+            while not bed.ended:
                 await asyncio.sleep(0.001)
         bed.parts.begin.set()
         report = await client.report()

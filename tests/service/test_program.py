@@ -19,6 +19,7 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import Report
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.fixtures import REPOSITORY
+from tests.support.wire import from_dom0, parsed
 
 from .parts import NO_WORKER
 from .support import Bed, Json, frame, open_message
@@ -72,7 +73,7 @@ def start(
 def hear(process: "subprocess.Popen[bytes]") -> c.BrokerAnswer:
     assert process.stdout is not None
     size = struct.unpack("!I", process.stdout.read(4))[0]
-    return c.parse_broker_answer(process.stdout.read(size))
+    return parsed(from_dom0(), process.stdout.read(size))
 
 
 def say(process: "subprocess.Popen[bytes]", message: Json) -> None:

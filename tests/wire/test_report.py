@@ -17,8 +17,7 @@ from qubes_restore_svc.errors import (
     WorkerLost,
 )
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.framing import MAX_FRAME
-from qubes_restore_svc.wire.models import ErrorInfo, encode_message
+from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
 from qubes_restore_svc.wire.report import (
     CUT,
@@ -31,6 +30,7 @@ from qubes_restore_svc.wire.report import (
     warn,
 )
 from tests.support.reports import NOON
+from tests.support.wire import from_dom0, parsed
 
 Result = Literal["restored", "verified", "incomplete", "failed", "refused", "left out"]
 
@@ -64,7 +64,7 @@ def with_outcomes(*outcomes: Result) -> Report:
 
 
 def travelled(message: Report | c.QubeFinished) -> c.BrokerAnswer:
-    return c.parse_broker_answer(encode_message(message))
+    return parsed(from_dom0(), encode_message(message))
 
 
 @pytest.mark.parametrize(
@@ -222,4 +222,4 @@ def test_a_report_too_large_for_a_message_loses_warnings_and_says_so() -> None:
 def test_a_time_that_is_none_is_refused(moment: str) -> None:
     payload = json.loads(encode_message(report())) | {"started": moment}
     with pytest.raises(ProtocolViolation, match="no moment in UTC"):
-        c.parse_broker_answer(json.dumps(payload).encode())
+        parsed(from_dom0(), json.dumps(payload).encode())

@@ -14,6 +14,7 @@ from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
 from qubes_restore_svc.wire.report import QubeReport, VolumeReport
+from tests.support.wire import from_client, from_dom0, parsed
 
 from .alterations import Json, Path, at, changed, dotted, places
 
@@ -77,7 +78,7 @@ EVERYWHERE = pytest.mark.parametrize(
 
 def parse(payload: bytes | Json, kind: str) -> Message:
     data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    return c.parse_client_message(data) if kind in CLIENT else c.parse_broker_answer(data)
+    return parsed(from_client(), data) if kind in CLIENT else parsed(from_dom0(), data)
 
 
 def refusal(payload: Json, kind: str) -> str:
@@ -235,7 +236,7 @@ def message(kind: str) -> Message:
 
 #: State: message: next state. What does not stand here is a violation.
 TABLE: dict[str, dict[str, str]] = {
-    "idle": {"open": "planning"},
+    "idle": {"open": "planning", "refused": "closed"},
     "planning": {
         "plan": "planned", "log": "planning", "progress": "planning", "report": "closed",
         "refused": "closed", "cancel": "ending",
@@ -264,11 +265,11 @@ PATHS: dict[str, list[str]] = {
 }
 
 
-def call_in(phase: str) -> c.CallState:
-    call = c.CallState()
+def call_in(phase: str) -> c.CallRules:
+    call = c.CallRules()
     for kind in PATHS[phase]:
         call.advance(message(kind))
-    assert call.phase.value == phase
+    assert call.state.value == phase
     return call
 
 
@@ -283,10 +284,10 @@ def test_each_message_in_each_phase_follows_the_table_or_is_refused(phase: str, 
     if following is None:
         with pytest.raises(ProtocolViolation, match=f"'{kind}' while the call is {phase}"):
             call.advance(message(kind))
-        assert call.phase.value == phase
+        assert call.state.value == phase
     else:
         call.advance(message(kind))
-        assert call.phase.value == following
+        assert call.state.value == following
 
 
 def plan(number: int, mode: str = "restore") -> Message:
@@ -301,7 +302,7 @@ def test_only_the_last_plan_can_be_confirmed() -> None:
         with pytest.raises(ProtocolViolation, match=f"'confirm' of plan {number}, and the last one is 2"):
             call.advance(c.Confirm(plan=number))
     call.advance(c.Confirm(plan=2))
-    assert call.phase is c.CallPhase.RUNNING
+    assert call.state is c.CallPhase.RUNNING
 
 
 def test_a_plan_has_a_new_number_and_the_mode_that_was_asked_for() -> None:
@@ -313,10 +314,10 @@ def test_a_plan_has_a_new_number_and_the_mode_that_was_asked_for() -> None:
 
 
 def test_a_call_that_only_lists_is_over_with_its_plan() -> None:
-    call = c.CallState()
+    call = c.CallRules()
     call.advance(parse(changed(FULL["open"], ("mode",), "list"), "open"))
     call.advance(plan(1, "list"))
-    assert call.phase is c.CallPhase.CLOSED
+    assert call.state is c.CallPhase.CLOSED
 
 
 def test_a_cancel_can_cross_everything_that_the_broker_says() -> None:

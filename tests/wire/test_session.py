@@ -8,8 +8,9 @@ from pydantic import SecretStr
 
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.connection import Connection
+from qubes_restore_svc.wire.messages import TRANSITIONS, SessionRules, State
 from qubes_restore_svc.wire.names import Outcome, VolumeName
-from qubes_restore_svc.wire.session import TRANSITIONS, SessionState, State
 
 ERROR = m.ErrorInfo(kind="bad-image", reason="broken")
 MESSAGES: dict[str, m.Message] = {
@@ -66,8 +67,8 @@ PATHS: dict[str, list[str]] = {
 }
 
 
-def session_in(state: str) -> SessionState:
-    session = SessionState()
+def session_in(state: str) -> SessionRules:
+    session = SessionRules()
     for word in PATHS[state]:
         session.advance(MESSAGES[word])
     assert session.state.value == state
@@ -147,23 +148,30 @@ def test_the_next_volume_can_be_announced_when_one_is_done() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "limit"),
+    ("state", "from_worker", "from_broker"),
     [
-        ("idle", 64 << 10),
-        ("opening", 4 << 20),
-        ("listed", 512 << 10),
-        ("streaming", 2 << 20),
-        ("volume", 64 << 10),
-        ("closed", 64 << 10),
+        ("idle", 64 << 10, 64 << 10),
+        ("opening", 4 << 20, 64 << 10),
+        ("listed", 64 << 10, 512 << 10),
+        ("streaming", 2 << 20, 64 << 10),
+        ("volume", 64 << 10, 64 << 10),
+        ("closed", 64 << 10, 64 << 10),
     ],
 )
-def test_each_state_has_its_largest_frame(state: str, limit: int) -> None:
-    assert session_in(state).frame_limit == limit
+def test_each_state_has_its_largest_frame(state: str, from_worker: int, from_broker: int) -> None:
+    rules = session_in(state)
+    assert Connection(rules, get_args(m.WorkerMessage)).frame_limit == from_worker
+    assert Connection(rules, get_args(m.BrokerMessage)).frame_limit == from_broker
 
 
 @pytest.mark.parametrize(("state", "word"), [(state, word) for state, row in TABLE.items() for word in row])
 def test_a_message_that_may_come_now_may_be_as_large_as_its_kind_allows(state: str, word: str) -> None:
-    assert MESSAGES[word].max_size <= session_in(state).frame_limit
+    kinds = next(
+        kinds
+        for kinds in map(get_args, (m.WorkerMessage, m.BrokerMessage))
+        if isinstance(MESSAGES[word], kinds)
+    )
+    assert MESSAGES[word].max_size <= Connection(session_in(state), kinds).frame_limit
 
 
 def test_messages_that_cross_on_the_way_are_no_violation() -> None:

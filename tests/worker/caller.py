@@ -11,11 +11,11 @@ from typing import Self, TypeVar
 from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.framing import MAX_FRAME, FrameDecoder, encode_frame
 from qubes_restore_svc.wire.service import READY
 from qubes_restore_svc.worker.budget import OWN_MEMORY
 from qubes_restore_svc.worker.calls import PassedCalls
 from qubes_restore_svc.worker.daemon import Daemon
+from tests.support.wire import framed, from_worker, heard
 
 from ..support.backup_writer import PASSPHRASE
 from .support import MIB, PATIENCE_S, Engine, wait_until
@@ -119,7 +119,7 @@ class Peer:
         self.reader = reader
         self.writer = writer
         self.progress = 0
-        self._decoder = FrameDecoder(MAX_FRAME)
+        self._end = from_worker()
         self._messages: list[m.WorkerMessage] = []
 
     def open(
@@ -137,7 +137,7 @@ class Peer:
 
     def say(self, message: m.Message) -> None:
         """Send a message, whether it may come now or not."""
-        self.writer.write(encode_frame(m.encode_message(message)))
+        self.writer.write(framed(message))
 
     async def next(self) -> m.WorkerMessage | None:
         """The next message that is not progress; None at the end of the session."""
@@ -182,7 +182,7 @@ class Peer:
     async def _read(self) -> bool:
         with contextlib.suppress(ConnectionError):
             data = await self.reader.read(1 << 16)
-            self._messages += [m.parse_worker_message(payload) for payload in self._decoder.feed(data)]
+            self._messages += heard(self._end, data)
             return bool(data)
         return False
 

@@ -12,9 +12,9 @@ import pytest
 from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.framing import FrameDecoder, encode_frame
 from qubes_restore_svc.wire.service import READY
 from qubes_restore_svc.worker.__main__ import _advice_in_qube
+from tests.support.wire import framed, from_worker, heard
 
 from ..support.backup_writer import PASSPHRASE, BackupWriter, QubePlan, sample_image
 from ..support.fixtures import REPOSITORY
@@ -62,13 +62,12 @@ class Worker:
             socket.send_fds(self._channel, [b"call"], [theirs.fileno()])
 
     def say(self, message: m.Message) -> None:
-        self._session.sendall(encode_frame(m.encode_message(message)))
+        self._session.sendall(framed(message))
 
     def listen(self) -> Iterator[m.WorkerMessage]:
-        decoder = FrameDecoder(m.QubeSettings.max_size)
+        end = from_worker()
         while data := self._session.recv(1 << 16):
-            for payload in decoder.feed(data):
-                yield m.parse_worker_message(payload)
+            yield from heard(end, data)
 
     def peak_memory(self) -> int:
         """VmHWM of the process, bytes."""

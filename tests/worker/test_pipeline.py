@@ -24,7 +24,6 @@ from qubes_restore_svc.archive.inner_tar import Image, read_image
 from qubes_restore_svc.kdf.engine import KdfRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VmClass
-from qubes_restore_svc.wire.session import SessionState
 from qubes_restore_svc.worker import budget, pipeline
 
 from ..support.backup_writer import (
@@ -80,12 +79,12 @@ LATE = [damage for damage in DAMAGES.values() if damage.scope == "qube"]
 
 def check_order(run: Pass) -> None:
     """Every message may come where it came, and the last one says that it was the last."""
-    state = SessionState()
-    state.advance(m.Open(passphrase=SecretStr("x")))
-    state.advance(m.Manifest(backup_id="b", format=4, compression_filter="gzip", qubes=()))
-    state.advance(m.Start(mode="verify", keys=("vm10",)))
+    rules = m.SessionRules()
+    rules.advance(m.Open(passphrase=SecretStr("x")))
+    rules.advance(m.Manifest(backup_id="b", format=4, compression_filter="gzip", qubes=()))
+    rules.advance(m.Start(mode="verify", keys=("vm10",)))
     for message in run.messages:
-        state.advance(message)
+        rules.advance(message)
     assert isinstance(run.messages[-1], m.Finished)
 
 

@@ -17,6 +17,7 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.worker import session, work
 from qubes_restore_svc.worker.budget import MAX_LOCATED
 from qubes_restore_svc.worker.outbox import Outbox
+from tests.support.wire import frame
 
 from ..support.backup_writer import (
     PASSPHRASE,
@@ -189,10 +190,6 @@ async def test_a_descriptor_that_cannot_be_read_is_told() -> None:
 
 OPEN = m.encode_message(m.Open(passphrase=SecretStr(PASSPHRASE)))
 START = m.encode_message(m.Start(mode="verify", keys=("vm10",)))
-
-
-def frame(payload: bytes) -> bytes:
-    return struct.pack("!I", len(payload)) + payload
 
 
 VIOLATIONS: dict[str, bytes] = {
@@ -403,6 +400,7 @@ async def test_a_broker_that_does_not_read_and_cancels_is_not_waited_for() -> No
         peer.say(m.Start(mode="verify", keys=ALL_KEYS))
         await asyncio.sleep(0.1)
         peer.say(m.Cancel())
+        peer.writer.transport.abort()  # as the broker does right after it
         async with asyncio.timeout(2):
             await caller.ended()
 

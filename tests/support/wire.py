@@ -1,0 +1,68 @@
+"""The wire without its rules: frames of any bytes, and ends at which every message may come at any time."""
+
+import enum
+import struct
+from typing import TypeAlias, TypeVar, get_args
+
+from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.connection import Connection, Rules
+from qubes_restore_svc.wire.models import Message, encode_message
+
+_M = TypeVar("_M", bound=Message)
+_State = TypeVar("_State", bound=enum.Enum)
+
+
+class Time(enum.Enum):
+    """The one state of these ends."""
+
+    ANY = "any"
+
+
+End: TypeAlias = Connection[Time, _M]
+
+
+def _rules(kinds: tuple[type[Message], ...]) -> Rules[Time]:
+    return Rules("test", {(Time.ANY, kind): Time.ANY for kind in kinds}, Time.ANY)
+
+
+def from_worker() -> End[m.WorkerMessage]:
+    kinds = get_args(m.WorkerMessage)
+    return Connection(_rules(kinds), kinds)
+
+
+def from_broker() -> End[m.BrokerMessage]:
+    kinds = get_args(m.BrokerMessage)
+    return Connection(_rules(kinds), kinds)
+
+
+def from_client() -> End[c.ClientMessage]:
+    kinds = get_args(c.ClientMessage)
+    return Connection(_rules(kinds), kinds)
+
+
+def from_dom0() -> End[c.BrokerAnswer]:
+    kinds = get_args(c.BrokerAnswer)
+    return Connection(_rules(kinds), kinds)
+
+
+def heard(end: Connection[_State, _M], data: bytes) -> list[_M]:
+    """The messages that `data` completes."""
+    end.receive(data)
+    return list(iter(end.next_message, None))
+
+
+def parsed(end: Connection[_State, _M], payload: bytes) -> _M:
+    """The message in a frame; raises ProtocolViolation."""
+    (message,) = heard(end, frame(payload))
+    return message
+
+
+def frame(payload: bytes) -> bytes:
+    """The frame of `payload`, whatever it is."""
+    return struct.pack("!I", len(payload)) + payload
+
+
+def framed(message: Message) -> bytes:
+    """The frame of `message`, whether it may come now or not."""
+    return frame(encode_message(message))
