@@ -14,16 +14,10 @@ import pytest
 from qubes_restore_svc.broker import filesystem
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreInProgress
 from qubes_restore_svc.local.directory import DirectoryHost
+from tests.local.conftest import failing
 from tests.local.sample_qubes import new_qube, restore, settings
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    path = tmp_path / "restored"
-    path.mkdir()
-    return path
 
 
 @pytest.fixture
@@ -118,10 +112,7 @@ def test_a_created_directory_is_on_disk_before_it_is_used(
 def test_a_created_directory_that_may_not_last_is_removed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_file: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
     with pytest.raises(HostFailed, match="Input/output error"), DirectoryHost(tmp_path / "new").lock():
         pass
     assert os.listdir(tmp_path) == []
@@ -339,12 +330,9 @@ def test_free_space_is_what_an_ordinary_user_can_write(target: Path, monkeypatch
 
 
 def test_errors_of_the_directory_are_host_errors(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: object, **_kwargs: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     host = DirectoryHost(target)
-    monkeypatch.setattr(os, "listdir", fail)
-    monkeypatch.setattr(os, "statvfs", fail)
+    monkeypatch.setattr(os, "listdir", failing(errno.EIO))
+    monkeypatch.setattr(os, "statvfs", failing(errno.EIO))
     for action in (host.existing_names, host.free_space, host.lock().__enter__):
         with pytest.raises(HostFailed, match="Input/output error"):
             action()

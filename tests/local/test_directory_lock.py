@@ -12,16 +12,10 @@ import pytest
 
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
 from qubes_restore_svc.local.directory import DirectoryHost
+from tests.local.conftest import failing
 from tests.local.sample_qubes import new_qube, restore, settings
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    path = tmp_path / "restored"
-    path.mkdir()
-    return path
 
 
 def test_only_one_restore_at_a_time(target: Path) -> None:
@@ -110,10 +104,7 @@ def test_a_directory_that_is_always_removed_is_an_error_and_not_a_loop(
 def test_a_file_system_without_locks_is_refused_and_nothing_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_descriptor: int, _operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     with pytest.raises(HostFailed, match="locking"), DirectoryHost(tmp_path / "new").lock():
         pass
     assert os.listdir(tmp_path) == []
@@ -176,6 +167,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from qubes_restore_svc.local.directory import DirectoryHost
+from tests.local.conftest import failing
 from tests.local.sample_qubes import new_qube
 host = DirectoryHost(Path(sys.argv[1]))
 with host.lock():

@@ -5,7 +5,6 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +13,12 @@ from qubes_restore_svc.broker import filesystem, image_directory
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
 from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
+from tests.local.conftest import failing
 from tests.local.sample_qubes import new_qube, settings
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[int]:
-    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    yield descriptor
-    os.close(descriptor)
-
-
-@pytest.fixture
-def qube(directory: int) -> DirectoryQube:
-    return DirectoryQube(directory, new_qube())
-
-
 def fail_with(monkeypatch: pytest.MonkeyPatch, function: str, number: int) -> None:
-    def fail(*_args: object, **_kwargs: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, function, fail)
+    monkeypatch.setattr(os, function, failing(number))
 
 
 def assert_place(error: RestoreError, volume: str | None = "private") -> None:
@@ -58,11 +43,8 @@ def test_a_committed_qube_has_its_images_and_its_record(tmp_path: Path, qube: Di
 def test_a_qube_whose_new_name_cannot_be_looked_at_is_rolled_back(
     tmp_path: Path, qube: DirectoryQube, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_args: object, **_kwargs: object) -> bool:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
     qube.create_volume("private", 10).finish(10)
-    monkeypatch.setattr(image_directory, "_leads_to", fail)
+    monkeypatch.setattr(image_directory, "_leads_to", failing(errno.ENOMEM))
     with pytest.raises(HostFailed, match="Cannot allocate memory"):
         qube.commit(settings())
     monkeypatch.undo()

@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,14 @@ from qubes_restore_svc.broker import image_directory
 from qubes_restore_svc.errors import HostFailed, NoSpace, RestoreError
 from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.wire.names import MAX_NUMBER
-from tests.local.sample_qubes import new_qube, settings
+from tests.local.conftest import failing
+from tests.local.sample_qubes import settings
 
 MIB = 1 << 20
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[int]:
-    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    yield descriptor
-    os.close(descriptor)
-
-
-@pytest.fixture
-def qube(directory: int) -> DirectoryQube:
-    return DirectoryQube(directory, new_qube())
-
-
 def fail_with(monkeypatch: pytest.MonkeyPatch, function: str, number: int) -> None:
-    def fail(*_args: object, **_kwargs: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, function, fail)
+    monkeypatch.setattr(os, function, failing(number))
 
 
 def assert_place(error: RestoreError) -> None:

@@ -14,11 +14,6 @@ from qubes_restore_svc.wire.messages import ErrorInfo, QubeSettings
 from tests.local.sample_qubes import new_qube, settings
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> int:
-    return os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-
-
 def make_partial(path: Path, *files: str) -> Path:
     path.mkdir()
     for file in files:
