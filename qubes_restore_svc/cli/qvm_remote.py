@@ -19,8 +19,13 @@ from qubes_restore_svc.broker.job import Confirm
 from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.client.aio import RestoreCall
-from qubes_restore_svc.client.processes import Handed
-from qubes_restore_svc.client.transports import SERVICE_PROGRAM, ProgramTransport, QrexecTransport, Transport
+from qubes_restore_svc.client.transports import (
+    SERVICE_PROGRAM,
+    Handed,
+    ProgramTransport,
+    QrexecTransport,
+    Transport,
+)
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, UsageError
 from qubes_restore_svc.qubes.storage import QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c

@@ -13,8 +13,7 @@ from typing import Never
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
-from qubes_restore_svc.cli.interruption import Interruption
-from qubes_restore_svc.cli.process import carry_out
+from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
 from qubes_restore_svc.cli.question import can_ask
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments

@@ -3,18 +3,28 @@
 Strategy: a transport connects to a service and gives a `Connection`, two streams and a word on why they
 ended. Both ways start a program that carries the stream; only the meaning of its exit code differs, and how
 long it may take to end when the call is closed.
+
+The program's standard input and output are one socket. So this side can close one direction or both, and
+whoever else holds a copy of the other end does not keep it waiting. The event loop reads standard error to
+its end: the program never waits for its reader, and its last line may explain an exit code. To close the
+call, the program's input is ended; a program that does not end then is killed.
 """
 
 import asyncio
+import contextlib
 import re
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qubes_restore_svc.client.processes import NOTHING_HANDED, Handed, ProcessConnection, connect_to_program
 from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError, how_ended
+from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.waiting import to_the_end
+from qubes_restore_svc.wire.names import last_words, strip_control
 
 #: The qrexec client of every qube (qubes-core-qrexec).
 QREXEC_PROGRAM = "/usr/bin/qrexec-client-vm"
@@ -36,6 +46,18 @@ _PROGRAM_PATIENCE_S = 60.0
 
 _QUBE = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}")
 _INTERRUPTED = "If a restore was under way, dom0 has undone the qube it was at; what was finished stays."
+
+#: Makes the error of a program's end from its exit code (negative: a signal) and its last words.
+Explain = Callable[[int, str], RestoreError | None]
+
+_STDERR_KEPT = 4096  #: bytes, from the end
+_READ_SIZE = 64 << 10
+#: Seconds that a program may go on after it has closed its output.
+_END_TIMEOUT_S = 5.0
+#: Seconds in which what an ended program has written to standard error must have been read.
+_TAIL_TIMEOUT_S = 2.0
+#: Seconds until a program that was told to end must be gone.
+_KILL_TIMEOUT_S = 5.0
 
 
 class Connection(Protocol):
@@ -68,6 +90,22 @@ class Transport(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What a program that is started in dom0 gets besides the call. None: it does not get that.
+
+    `archive` is the descriptor of the backup, which stays the caller's. `passphrase` is called in the event
+    loop when the program wants it, and may take its time: nothing else is to be done meanwhile. If it raises
+    a RestoreError, the program gets none, and ends the call.
+    """
+
+    archive: int | None = None
+    passphrase: Callable[[], str] | None = None
+
+
+NOTHING_HANDED = Handed()
+
+
 class QrexecTransport:
     """From a qube: a qrexec call, which dom0's policy allows or not."""
 
@@ -75,7 +113,7 @@ class QrexecTransport:
         self.program = program
         self._target = target
 
-    async def connect(self, service: str) -> ProcessConnection:
+    async def connect(self, service: str) -> Connection:
         """Raises HostFailed if there is no qrexec here. A refusal shows when the call ends."""
 
         def explain(exit_code: int, words: str) -> RestoreError:
@@ -92,7 +130,7 @@ class ProgramTransport:
         self._command = tuple(command)
         self._handed = handed
 
-    async def connect(self, service: str) -> ProcessConnection:
+    async def connect(self, service: str) -> Connection:
         """Raises HostFailed if the program cannot be started."""
         command = [*self._command, service]
         return await connect_to_program(command, _program_fault, _PROGRAM_PATIENCE_S, self._handed)
@@ -142,3 +180,171 @@ def _own_name() -> str:
     """The name of this qube, which is its host name; or what to write its name for."""
     name = socket.gethostname()
     return name if _QUBE.fullmatch(name) else "THIS-QUBE"
+
+
+# --- The program that carries a call ---------------------------------------------------------------
+
+
+async def connect_to_program(
+    command: Sequence[str], explain: Explain, patience_s: float, handed: Handed = NOTHING_HANDED
+) -> "ProcessConnection":
+    """Start `command` and connect to it. Raises HostFailed; if it is cancelled, nothing is left.
+
+    `patience_s`: seconds that it may take to end by itself when the call is closed. The descriptors that are
+    handed over are named behind the words of `command` (`archive=5`); it inherits no others.
+    """
+    connection = ProcessConnection(explain, patience_s)
+    try:
+        await to_the_end(connection.start(command, handed))
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+class ProcessConnection:
+    """A connection over a program's standard input and output; see `transports.Connection`."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def __init__(self, explain: Explain, patience_s: float) -> None:
+        self._explain = explain
+        self._patience_s = patience_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._exit: asyncio.Task[int] | None = None
+        self._tail = b""
+        self._tail_task: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self._sockets: list[socket.socket] = []
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def start(self, command: Sequence[str], handed: Handed = NOTHING_HANDED) -> None:
+        """Once, before anything else. Raises HostFailed; `close` undoes what had been begun."""
+        descriptors = {} if handed.archive is None else {"archive": handed.archive}
+        try:
+            with contextlib.ExitStack() as theirs:
+                call, self.reader, self.writer = await self._connected(theirs)
+                words, words_reader, _ = await self._connected(theirs)
+                self._tail_task = asyncio.create_task(self._keep_tail(words_reader))
+                if handed.passphrase is not None:
+                    descriptors["passphrase"], wanted, answer = await self._connected(theirs)
+                    self._asking = asyncio.create_task(_give_passphrase(handed.passphrase, wanted, answer))
+                # A session of its own: Ctrl-C is for this process to act on.
+                self._process = await asyncio.create_subprocess_exec(
+                    *command,
+                    *(f"{name}={fd}" for name, fd in descriptors.items()),
+                    stdin=call,
+                    stdout=call,
+                    stderr=words,
+                    pass_fds=tuple(descriptors.values()),
+                    start_new_session=True,
+                )
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise HostFailed(
+                f"{strip_control(command[0])} cannot be started: {reason}",
+                advice="Is this a qube, or the dom0, of a Qubes system?",
+            ) from error
+        self._exit = asyncio.create_task(self._watch(self._process))
+
+    async def fault(self) -> RestoreError | None:
+        """Why the call ended, as far as exit code and last words tell; takes seconds at the most."""
+        if not await _done_within(_END_TIMEOUT_S, self._exit):
+            return HostFailed("dom0 hung up in the middle of the call", advice="Try again.")
+        await _done_within(_TAIL_TIMEOUT_S, self._tail_task)
+        assert self._exit is not None
+        return self._explain(self._exit.result(), self._last_words())
+
+    async def close(self) -> None:
+        """End the program, first by the end of its input; reap it, and close everything. Safe to repeat."""
+        await to_the_end(self._close())
+
+    async def _connected(
+        self, theirs: contextlib.ExitStack
+    ) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Two connected sockets: the one's descriptor, which `theirs` closes, and the other as streams."""
+        ours, other = socket.socketpair()
+        theirs.enter_context(other)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            close_read(ours)
+            raise
+        self._sockets.append(ours)
+        self._writers.append(writer)
+        return other.fileno(), reader, writer
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> int:
+        """Wait for its end. What it has said stays to be read, and then comes the end (unix(7), SHUT_RD).
+
+        Otherwise a copy of the other end that somebody else holds open would keep us waiting.
+        """
+        code = await process.wait()
+        for ours in self._sockets:
+            with contextlib.suppress(OSError):
+                ours.shutdown(socket.SHUT_RD)
+        return code
+
+    async def _close(self) -> None:
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(OSError):
+                self.writer.write_eof()
+            patience_s = self._patience_s
+            drain = asyncio.create_task(self._drain())
+            waiting = asyncio.create_task(process.wait())
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if await _done_within(patience_s, waiting):
+                    break
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(number)
+                patience_s = _KILL_TIMEOUT_S
+            await _done_within(_KILL_TIMEOUT_S, waiting)
+            await _cancel(drain, waiting)
+        await _cancel(self._exit, self._tail_task, self._asking)
+        for writer in self._writers:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _drain(self) -> None:
+        """A program that waits for its reader does not see the end of its input."""
+        with contextlib.suppress(OSError):
+            while await self.reader.read(_READ_SIZE):
+                pass
+
+    async def _keep_tail(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(_READ_SIZE):
+                self._tail = (self._tail + piece)[-_STDERR_KEPT:]
+
+    def _last_words(self) -> str:
+        return last_words(self._tail)
+
+
+async def _give_passphrase(
+    ask: Callable[[], str], wanted: asyncio.StreamReader, answer: asyncio.StreamWriter
+) -> None:
+    try:
+        with contextlib.suppress(OSError):
+            if not await wanted.read(1):
+                return
+        with contextlib.suppress(RestoreError):  # whoever asks knows it
+            answer.write(ask().encode())
+    finally:
+        with contextlib.suppress(OSError):
+            answer.write_eof()
+
+
+async def _done_within(timeout_s: float, task: asyncio.Task[int] | asyncio.Task[None] | None) -> bool:
+    return task is not None and bool((await asyncio.wait([task], timeout=timeout_s))[0])
+
+
+async def _cancel(*tasks: asyncio.Task[int] | asyncio.Task[None] | None) -> None:
+    """Cancel them and wait until they have taken notice."""
+    given = [task for task in tasks if task is not None]
+    for task in given:
+        task.cancel()
+    waiting: Awaitable[object] = asyncio.gather(*given, return_exceptions=True)
+    await waiting

@@ -14,8 +14,7 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.cli.inputs import archive_size, check_target, open_archive, read_passphrase
-from qubes_restore_svc.cli.interruption import Interruption
-from qubes_restore_svc.cli.process import carry_out
+from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_report

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.cli import qvm_backup_restore
-from qubes_restore_svc.cli.stock import is_isolated
+from qubes_restore_svc.cli.qvm_backup_restore import is_isolated
 from qubes_restore_svc.errors import UsageError
 from tests.support.fixtures import REPOSITORY
 
 HANDING_OVER = """
 import sys
 from pathlib import Path
-from qubes_restore_svc.cli.stock import hand_over
+from qubes_restore_svc.cli.qvm_backup_restore import hand_over
 hand_over(sys.argv[2:], Path(sys.argv[1]))
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -165,5 +165,5 @@ def test_the_stock_command_is_not_slowed_down_by_our_imports() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=30, check=True
     )
     loaded = set(done.stdout.split())
-    assert "qubes_restore_svc.cli.stock" in loaded
+    assert "qubes_restore_svc.cli.qvm_backup_restore" in loaded
     assert not loaded & {"pydantic", "argparse", "asyncio", "qubesadmin", "tqdm"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.client import processes, transports
+from qubes_restore_svc.client import transports
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.transports import (
     ProgramTransport,
@@ -137,7 +137,7 @@ async def test_closing_lets_the_program_end_by_itself(tmp_path: Path) -> None:
 
 async def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transports, "_PROGRAM_PATIENCE_S", 0.01)
-    monkeypatch.setattr(processes, "_KILL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(transports, "_KILL_TIMEOUT_S", 0.2)
     for stubborn in ((), (("stubborn",),)):
         transport = fake_program(
             tmp_path, *stubborn, ("note", "started"), ("hear", "open"), said(plan()), ("stay",)
@@ -150,7 +150,7 @@ async def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytes
 async def test_a_program_that_hangs_up_and_stays_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "_END_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(transports, "_END_TIMEOUT_S", 0.1)
     monkeypatch.setattr(transports, "_PROGRAM_PATIENCE_S", 0.01)
     transport = fake_program(tmp_path, ("hear", "open"), said(plan()), ("close output",), ("stay",))
     assert "hung up in the middle of the call" in (await failure(transport)).reason

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.report_file import write_report
-from qubes_restore_svc.cli import interruption as interruption_module
-from qubes_restore_svc.cli.interruption import Interruption
-from qubes_restore_svc.cli.process import carry_out
+from qubes_restore_svc.cli import process as process_module
+from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.errors import Cancelled, ExitStatus, UsageError
 from qubes_restore_svc.wire.report import Report
@@ -275,7 +274,7 @@ def test_during_the_job_it_cancels_once_and_after_it_nothing_happens_until_resum
 def test_a_cancelled_job_that_still_clears_up_says_so_once(
     interruption: Interruption, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interruption_module, "ANSWER_S", 0.01)
+    monkeypatch.setattr(process_module, "ANSWER_S", 0.01)
     said: list[str] = []
     told = asyncio.Event()
 

@@ -150,7 +150,7 @@ _ROWS = (
     ("worker/__main__.py", "    _restrict_process()\n", "", "tests/worker/test_daemon.py"),
     ("worker/__main__.py", "        forbid_the_rest()\n", "", "tests/local tests/worker/test_daemon.py"),
     (
-        "cli/interruption.py",
+        "cli/process.py",
         "        self._act = lambda: None\n",
         "        pass\n",
         "tests/local/test_command.py -k signal",
