@@ -1,7 +1,7 @@
 """What every program of ours does first, before it is told a passphrase or opens a file.
 
-Strategy: what whoever starts us can have set (closed streams, ignored signals, limits) is put right, or made
-harmless, in one place. Standard library only, and little of it: the rest is not imported yet.
+Strategy: whoever starts a program can have closed its streams, ignored signals, or set limits. All of that is
+put right here, or made harmless. Standard library only, and little of it: the rest is not imported yet.
 """
 
 import contextlib

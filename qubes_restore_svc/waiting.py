@@ -1,9 +1,8 @@
 """Waiting for blocking work, and what a cancel does meanwhile.
 
-Strategy: work that changes something must not be left running: a cancel counts when it is through, and
-whoever can make it end sooner is told at once. Work that only looks has nothing to undo: a cancel counts at
-once, and the thread is left to itself. Every piece of work has a thread of its own, so that none waits for a
-free one.
+Strategy: a cancel waits for work that changes something, because nothing may go on unseen. Whoever can end
+such work sooner is told at once. Work that only reads has nothing to undo. A cancel does not wait for it, and
+its thread ends alone. Every piece of work has a thread of its own, so that none waits for a free one.
 """
 
 import _thread

@@ -86,7 +86,7 @@ def test_settings_arrive_with_the_qube(tmp_path: Path) -> None:
     assert "project-a" in settings["tags"]
 
 
-def test_settings_that_are_not_understood_cost_themselves_and_leave_the_firewall_shut(tmp_path: Path) -> None:
+def test_settings_that_are_not_understood_are_lost_and_the_firewall_stays_shut(tmp_path: Path) -> None:
     firewall = (
         '<firewall version="2"><rules><rule><properties>'
         '<property name="action">perhaps</property></properties></rule></rules></firewall>'

@@ -1,9 +1,9 @@
 """Which of a qube's settings may come back from a backup.
 
-Strategy: allow-lists of patterns over names, and for some settings over their values; what is on none stays
-behind and is told. A backup that was made to attack, or by somebody else, thereby cannot give a qube rights,
-devices, a kernel command line, or a place among the qubes that start with the system. What a setting can do
-is in `settings_table.py`; the lists are the person's.
+Strategy: allow-lists of patterns for names, and for some settings of values. A setting that is on no list
+stays behind, and the report names it. So a backup that was made to attack, or by somebody else, cannot give a
+qube rights, devices, a kernel command line, or a place among the qubes that start with the system.
+`settings_table.py` tells what each setting can do. The lists come from the person's configuration.
 """
 
 import re

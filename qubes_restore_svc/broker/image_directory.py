@@ -1,4 +1,4 @@
-"""Image files in a new directory, which is hidden while it is being written: then it is there, or gone.
+"""Image files in a new directory, which is hidden while it is written, and then appears whole or is removed.
 
 Strategy: all is written under the name `.NAME.partial` and forced to the disk; the last step, one rename,
 gives the directory its name. That name and those of a few files are all that is ever created, and so all that

@@ -18,7 +18,7 @@ Kind = Literal["property", "feature", "tag"]
 
 
 class Standing(enum.Enum):
-    """When a setting comes back; of the last four a list in the configuration cannot say anything."""
+    """When a setting comes back. On the last four, no list in the configuration decides."""
 
     RESTORED = "by default"
     LISTED = "if listed"  # by its name, or a pattern
@@ -66,7 +66,7 @@ class Rule:
 def rule_for(kind: Kind, name: str) -> Rule:
     """The rule of a setting; one that says `LISTED` for a name that no line knows.
 
-    A tag that is never restored is recognised in any case: none is harmless for its spelling.
+    A tag that is never restored is recognised in upper and in lower case.
     """
     rule = _LITERAL[kind].get(name)
     if rule is None and kind == "tag":
@@ -78,7 +78,8 @@ def rule_for(kind: Kind, name: str) -> Rule:
 
 def family_rule_for(kind: Kind, prefix: str) -> Rule:
     """The rule for whatever begins with `prefix`, where the tables have one for all of that."""
-    key = prefix.casefold() if kind == "tag" else prefix  # of tags, there are only such as never come back
+    # The tags with a prefix in the table never come back, whatever the case of their letters.
+    key = prefix.casefold() if kind == "tag" else prefix
     return next((rule for start, rule in _PREFIXES[kind] if key.startswith(start)), UNKNOWN)
 
 

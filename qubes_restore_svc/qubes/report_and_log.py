@@ -1,8 +1,9 @@
 """What is kept of every restore on this machine: its report, and a log of what was said.
 
-Strategy: a service to whoever looks for them later, so nothing here can fail the restore; what cannot be
-written is said once, to the `warn` of whoever asked. Both may tell names of qubes, and are for their owner
-and group only, whatever the umask: qrexec starts services of dom0 with 0077, and the group reads them too.
+Strategy: people look for these files later, so a fault here never fails the restore. What cannot be written
+is told once, through the `warn` of the caller. Both files may hold names of qubes: only their owner and group
+may read them, whatever the umask is. (qrexec starts services of dom0 with umask 0077, and the group reads the
+files, too.)
 """
 
 import os
@@ -39,7 +40,7 @@ def file_report(
 
 
 class LogFile:
-    """A file to which lines are appended, with the time; the first that cannot be written is the last."""
+    """Appends lines to a file, each with the time. After the first that fails it tries no more."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path

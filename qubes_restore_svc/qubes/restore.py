@@ -65,7 +65,8 @@ class Dom0Link(Link, Protocol):
 class Dom0Restore:
     """A restore with the parts of this system. `client` is the domain that asked for it.
 
-    `note` says a line in dom0, where `client` is another: what of a restore cannot be kept concerns dom0.
+    `note` says a line in dom0, if `client` is another domain. Report and log are kept in dom0, so it is told
+    there if they cannot be.
     """
 
     link: Dom0Link

@@ -109,7 +109,7 @@ def restore(tmp_path: Path) -> Callable[..., Run]:
     return restored
 
 
-def test_a_template_that_comes_later_begins_before_the_qube_and_is_committed_before_it(
+def test_a_template_that_comes_later_begins_and_is_committed_before_its_qube(
     restore: Callable[..., Run], tmp_path: Path
 ) -> None:
     done = restore(APP, TEMPLATE)
@@ -168,7 +168,7 @@ def test_a_qube_whose_template_fails_is_not_restored(
 
 @pytest.mark.parametrize("call", ["begin mine", "write mine/root 1", "commit mine"])
 @pytest.mark.parametrize("order", [(APP, TEMPLATE), (TEMPLATE, APP)], ids=["after", "before"])
-def test_a_qube_whose_template_fails_falls_back_on_the_default_where_that_was_asked_for(
+def test_a_qube_whose_template_fails_gets_the_default_where_that_was_asked_for(
     restore: Callable[..., Run], call: str, order: Sequence[BackupQube]
 ) -> None:
     done = restore(*order, trouble={call: fails}, default=True)
@@ -260,7 +260,7 @@ def test_a_chain_fails_from_its_end(restore: Callable[..., Run]) -> None:
     ]
 
 
-def test_a_qube_that_waits_for_its_template_when_the_worker_dies_is_rolled_back_before_it(
+def test_when_the_worker_dies_a_waiting_qube_is_rolled_back_before_its_template(
     restore: Callable[..., Run],
 ) -> None:
     done = restore(APP, TEMPLATE, dies_after="vm6")

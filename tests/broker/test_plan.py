@@ -64,7 +64,7 @@ def test_names_select_and_excludes_leave_out_in_the_order_of_the_backup() -> Non
 
 
 @pytest.mark.parametrize(("names", "exclude"), [(["x"], []), ([], ["x"]), (["a", "x"], []), (["A"], [])])
-def test_a_name_that_the_backup_does_not_hold_is_a_usage_error_that_lists_those_it_does(
+def test_a_name_that_the_backup_lacks_is_a_usage_error_that_lists_its_names(
     names: list[str], exclude: list[str]
 ) -> None:
     with pytest.raises(UsageError, match=r"no qube named '[xA]'") as caught:

@@ -96,7 +96,7 @@ def test_a_template_of_the_restore_comes_first_under_its_new_name() -> None:
         assert (defined(planned).template, planned.template_key) == ("tpl", None)
 
 
-def test_a_qube_of_the_restore_that_is_no_template_does_not_stand_in_for_one_that_is_here() -> None:
+def test_a_qube_of_the_restore_that_is_no_template_does_not_replace_one_here() -> None:
     planned = plan_of(qube("work"), qube("tpl", "StandaloneVM"), conflicts="rename")["work"]
     assert (defined(planned).template, planned.template_key) == ("tpl", None)
     planned = plan_of(qube("work", template="new"), qube("new", "StandaloneVM"))["work"]
@@ -104,7 +104,7 @@ def test_a_qube_of_the_restore_that_is_no_template_does_not_stand_in_for_one_tha
     assert planned.error.reason == "its template 'new' will be restored, but not as a template"
 
 
-def test_the_default_is_that_of_the_system_even_if_the_backup_has_one_of_the_same_name() -> None:
+def test_the_default_is_the_systems_even_if_the_backup_has_that_name_too() -> None:
     planned = plan_of(
         qube("work", template="gone"),
         qube("default-tpl", "TemplateVM"),
@@ -114,7 +114,7 @@ def test_the_default_is_that_of_the_system_even_if_the_backup_has_one_of_the_sam
     assert (defined(planned).template, planned.template_key) == ("default-tpl", None)
 
 
-def test_should_a_template_of_the_restore_fail_the_default_is_named_only_if_it_was_asked_for() -> None:
+def test_a_fallback_for_a_template_is_named_only_if_it_was_asked_for() -> None:
     backup = (
         qube("new", "TemplateVM"),
         qube("work", template="new"),

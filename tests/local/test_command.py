@@ -94,7 +94,7 @@ def test_nothing_on_a_terminal_is_coloured_or_moves_the_cursor(backup: Path, tmp
 
 
 @needs_bubblewrap
-def test_the_passphrase_is_asked_for_on_the_terminal_when_the_backup_comes_through_a_pipe(
+def test_the_terminal_is_asked_for_the_passphrase_of_a_backup_from_a_pipe(
     backup: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = command("list", "-")
@@ -175,7 +175,7 @@ def test_where_no_report_can_be_written(archive_fd: int, tmp_path: Path) -> None
             check_report_path(tmp_path / name, archive_fd)
 
 
-def test_a_report_goes_over_neither_the_passphrase_file_nor_the_directory_for_the_qubes(
+def test_a_report_replaces_neither_the_passphrase_file_nor_the_directory(
     archive_fd: int, tmp_path: Path
 ) -> None:
     secret, target = tmp_path / "passphrase", tmp_path / "qubes"

@@ -306,7 +306,7 @@ async def test_a_bubblewrap_that_is_killed_leaves_no_child_and_nobody_waits_for_
         (200, 0, 2, 200),
     ],
 )
-def test_a_worker_gets_what_is_free_but_no_more_than_is_of_use_and_leaves_others_some(
+def test_a_worker_gets_no_more_memory_than_is_of_use_and_leaves_others_some(
     free: int, elsewhere: int, processors: int, granted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))

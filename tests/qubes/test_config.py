@@ -124,7 +124,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "grants:", "grants: {}", "grants:\n  default:", "grants:\n  sys-gui:\n  other: {}"]
 )
-def test_a_caller_without_a_section_has_that_of_all_others_and_without_that_the_defaults(text: str) -> None:
+def test_a_caller_without_a_section_has_that_of_all_others_or_the_defaults(text: str) -> None:
     for caller in ("sys-gui", "default", "other", "nobody"):
         assert parse_config(text).grant(caller) == GrantConfig()
     with_default = parse_config("grants: {default: {max_vcpus: 9}, sys-gui: }")
@@ -425,7 +425,7 @@ def test_a_file_that_is_too_large_is_not_read(file: Path) -> None:
         load(file, "#" * (MAX_SIZE + 1))
 
 
-def test_a_file_that_everybody_may_write_is_refused_and_the_advice_says_how_to_mend_it(file: Path) -> None:
+def test_a_file_that_everybody_may_write_is_refused_with_the_way_to_mend_it(file: Path) -> None:
     load(file, "")
     file.chmod(0o646)
     with pytest.raises(BadConfiguration) as caught:
