@@ -27,8 +27,8 @@ from qubes_restore_svc.client.transports import (
     Transport,
 )
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, UsageError
-from qubes_restore_svc.qubes.storage import QubePath, QubeService
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened, strip_control
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport, remarks, warn

@@ -12,12 +12,11 @@ import contextlib
 import os
 import re
 import socket
-import unicodedata
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Self
 
-from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError
+from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.qubes.dom0_file import FileReader
 from qubes_restore_svc.qubes.qrexec import (
@@ -32,20 +31,16 @@ from qubes_restore_svc.qubes.qrexec import (
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG
 from qubes_restore_svc.waiting import ask, in_thread, to_the_end
+from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import ARCHIVE, QFILE_ARGUMENT
 
 REGISTER_SERVICE = "qubes.RegisterBackupLocation"
 #: Seconds that a running qube may take to answer with an id.
 REGISTER_TIMEOUT_S = 60.0
-#: Longest location, bytes; a path has 4096 at the most, and this is written without waiting for a reader.
-MAX_LOCATION = 16 << 10
 
 _MAX_ID = 64
 _ID = re.compile(rb"[A-Za-z0-9]{1,64}")
-_SERVICE = re.compile(r"[A-Za-z0-9_.-]+(\+[A-Za-z0-9_.+-]*)?")
-_MAX_SERVICE = 200
-_QUBE = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}")
 #: Seconds that the registration may take to end by itself when its input has ended.
 _CLOSE_PATIENCE_S = 2.0
 #: The same after a cancel, for which somebody waits.
@@ -64,55 +59,6 @@ class Dom0File:
 
     fd: int
     qube: ClassVar[None] = None
-
-
-@dataclass(frozen=True, slots=True)
-class QubePath:
-    """A file in a qube, or a command to be run there: if it names no file, the qube takes it for a command.
-
-    Raises UsageError for what cannot be either. Line ends in it are dropped, as the stock program does.
-    """
-
-    qube: str
-    text: str
-
-    def __post_init__(self) -> None:
-        _check_qube(self.qube)
-        text = self._one_line()
-        if not text.strip():
-            raise UsageError("the location of the backup is empty")
-        if any(unicodedata.category(char) == "Cc" for char in text):
-            raise UsageError("the location of the backup contains a control character")
-        try:
-            size = len(self.line)
-        except UnicodeEncodeError:
-            raise UsageError("the location of the backup is not a text that UTF-8 can carry") from None
-        if size > MAX_LOCATION:
-            raise UsageError(f"the location of the backup is longer than {MAX_LOCATION} bytes")
-
-    @property
-    def line(self) -> bytes:
-        """What is registered. What is not UTF-8 goes there byte for byte, as it came from the shell."""
-        return self._one_line().encode("utf-8", "surrogateescape") + b"\n"
-
-    def _one_line(self) -> str:
-        return self.text.replace("\r", "").replace("\n", "")
-
-
-@dataclass(frozen=True, slots=True)
-class QubeService:
-    """A service `NAME` or `NAME+ARG` of a qube that takes a line of paths and answers with a qfile stream."""
-
-    qube: str
-    service: str
-
-    def __post_init__(self) -> None:
-        _check_qube(self.qube)
-        if not _SERVICE.fullmatch(self.service) or len(self.service) > _MAX_SERVICE:
-            raise UsageError(
-                "the location of the backup is not the name of a qrexec service",
-                advice="Give NAME or NAME+ARGUMENT: letters, digits and -_.+; with --location-is-service.",
-            )
 
 
 Location = Dom0File | QubePath | QubeService
@@ -353,13 +299,6 @@ async def start_storage(system: QubesSystem, qube: str) -> None:
             f"the qube {qube}, which holds the backup, could not be started: {error.reason}",
             advice=f"Start it with qvm-start {qube}, and try again.",
         ) from error
-
-
-def _check_qube(qube: str) -> None:
-    if qube == "dom0":
-        raise UsageError("dom0 is not a qube that a backup is fetched from", advice="Leave out -d.")
-    if not _QUBE.fullmatch(qube):
-        raise UsageError("the name of the qube that holds the backup is not the name of a qube")
 
 
 def _pipe(ends: contextlib.ExitStack) -> tuple[int, int]:

@@ -33,10 +33,11 @@ from qubes_restore_svc.qubes.config import Config, load_config
 from qubes_restore_svc.qubes.grants import DOM0, Rights
 from qubes_restore_svc.qubes.locks import Activity
 from qubes_restore_svc.qubes.restore import PLACES, Dom0Restore, Places, Wishes, dom0_restore
-from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
+from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.service.conversation import Conversation, Final
 from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE
 from qubes_restore_svc.wire.service import HANDED_OVER
@@ -109,7 +110,8 @@ class Call:
 
         Raises HostFailed if they are neither pipes nor sockets.
         """
-        with Conversation(read_fd, write_fd, self._cancel_work) as self._conversation:
+        hurries = self._caller != DOM0  # a person in dom0 may take his time
+        with Conversation(read_fd, write_fd, self._cancel_work, hurries=hurries) as self._conversation:
             self._work = asyncio.ensure_future(self._answer(self._conversation))
             try:
                 final = await self._work

@@ -33,18 +33,20 @@ _VIOLATION_ADVICE = "The call was ended. Use a client of the same version as dom
 class Conversation(Observer):
     """One call over two descriptors, which stay the caller's. A context manager.
 
-    `when_ended` is called once, when the client wants no more.
+    `when_ended` is called once, when the client wants no more. `hurries`: has a plan to be answered in time?
     """
 
-    def __init__(self, read_fd: int, write_fd: int, when_ended: Callable[[], object]) -> None:
+    def __init__(
+        self, read_fd: int, write_fd: int, when_ended: Callable[[], object], *, hurries: bool = True
+    ) -> None:
         self.ended: RestoreError | None = None  #: why the client, or a signal, ended it
         self._when_ended = when_ended
+        self._hurries = hurries
         self._wire = c.service_end()
         self._channel = Channel(read_fd, write_fd, self)
         self._answer: asyncio.Future[c.OpenBackup | c.Choose | c.Confirm] | None = None
-        self._confirm_by: float | None = (
-            None  #: when the worker and the restore lock are let go, unless confirmed
-        )
+        #: When the worker and the restore lock are let go, unless a plan was confirmed.
+        self._confirm_by: float | None = None
 
     def __enter__(self) -> Self:
         """Begin to listen. Raises HostFailed if there is no such call."""
@@ -77,9 +79,8 @@ class Conversation(Observer):
         loop = asyncio.get_running_loop()
         if self._confirm_by is None:
             self._confirm_by = loop.time() + PLAN_TIMEOUT_S
-        answer = await self._answered(
-            max(0.0, self._confirm_by - loop.time()), "nobody confirmed a plan", PLAN_TIMEOUT_S
-        )
+        left_s = max(0.0, self._confirm_by - loop.time()) if self._hurries else None
+        answer = await self._answered(left_s, "nobody confirmed a plan", PLAN_TIMEOUT_S)
         assert not isinstance(answer, c.OpenBackup), "the table lets it come once"
         return answer
 
@@ -88,7 +89,7 @@ class Conversation(Observer):
         return await self._channel.finish(self._wire.send(final), LAST_WORD_TIMEOUT_S)
 
     async def _answered(
-        self, timeout_s: float, otherwise: str, told_s: float
+        self, timeout_s: float | None, otherwise: str, told_s: float
     ) -> c.OpenBackup | c.Choose | c.Confirm:
         assert self._answer is not None, "it was entered"
         try:

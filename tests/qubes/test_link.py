@@ -23,9 +23,10 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.qubes import storage as storage_module
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.locks import WORKER, GuardedLock
-from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
+from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 from qubes_restore_svc.qubes.worker_vm import worker_properties
+from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
 

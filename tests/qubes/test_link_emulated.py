@@ -13,9 +13,10 @@ from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, RestoreError, WorkerMissing
 from qubes_restore_svc.qubes import dom0_file
 from qubes_restore_svc.qubes.link import QrexecLink
-from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath, QubeService
+from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
+from qubes_restore_svc.wire.location import QubePath, QubeService
 from tests.emulation.emulated import EmulatedQubes
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.bad_medium import PAGE, Medium

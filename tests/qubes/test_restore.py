@@ -15,7 +15,8 @@ from qubes_restore_svc.qubes import restore as dom0
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes, dom0_restore
-from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath
+from qubes_restore_svc.qubes.storage import Dom0File, Location
+from qubes_restore_svc.wire.location import QubePath
 from tests.cli.plans import plan, source, taken
 from tests.emulation.qubesd import Qubesd
 

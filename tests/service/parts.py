@@ -22,7 +22,8 @@ from qubes_restore_svc.qubes.config import Config
 from qubes_restore_svc.qubes.grants import check_options
 from qubes_restore_svc.qubes.locks import RESTORE, WORKER, Activity, GuardedLock
 from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes
-from qubes_restore_svc.qubes.storage import Dom0File, Location, QubePath
+from qubes_restore_svc.qubes.storage import Dom0File, Location
+from qubes_restore_svc.wire.location import QubePath
 from tests.support.thread_link import ThreadLink
 
 #: All qubes that there are, and the only storage pool.

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from qubes_restore_svc.broker.client import SourceClock
-from qubes_restore_svc.qubes.storage import Dom0File, QubePath, QubeService
+from qubes_restore_svc.qubes.storage import Dom0File
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Log
 from qubes_restore_svc.wire.service import LIST, START, VERIFY
 

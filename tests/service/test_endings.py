@@ -116,6 +116,16 @@ async def test_a_plan_that_nobody_answers_ends_the_call(bed: Bed, monkeypatch: p
     assert bed.restored == []
 
 
+async def test_in_dom0_a_person_may_take_his_time(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "PLAN_TIMEOUT_S", 0)
+    async with bed.call(caller="dom0") as client:
+        client.say(open_message(bed.backup, location={"text": str(bed.backup)}))
+        await client.plan()
+        await asyncio.sleep(0.05)
+        client.say({"type": "confirm", "plan": 1})
+        assert (await client.report()).status == 0
+
+
 async def test_asking_for_plan_after_plan_does_not_hold_the_lock(
     bed: Bed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
