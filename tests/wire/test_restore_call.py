@@ -57,6 +57,7 @@ FULL: dict[str, Json] = {
     "plan": {
         "type": "plan", "number": 1, "mode": "restore", "backup_id": "20260101T010203-1234",
         "archive_size": 7, "qubes": [QUBE], "unlisted": [{"name": "bad\u00e9", "error": ERROR}],
+        "excess": ERROR,
     },
     "volume_started": {"type": "volume_started", "qube": "work", "volume": "private", "image_size": 5},
     "qube_finished": {"type": "qube_finished", "qube": RESULT},
