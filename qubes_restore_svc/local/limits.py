@@ -10,7 +10,6 @@ import asyncio
 import os
 import resource
 from asyncio.subprocess import DEVNULL
-from collections.abc import Iterable
 from pathlib import Path
 
 from qubes_restore_svc.errors import WorkerLost
@@ -40,26 +39,6 @@ _START_UNIT = (
 def memory_reserve() -> int:
     """Bytes that a worker may take besides its memory limit."""
     return _MEMORY_RESERVE + _MEMORY_A_PROCESSOR * len(os.sched_getaffinity(0))
-
-
-def every_process() -> Iterable[Path]:
-    """The directories of this machine's processes."""
-    return Path("/proc").glob("[0-9]*")
-
-
-def granted_to_workers() -> int:
-    """Bytes that the local workers of this machine were granted and have not taken yet."""
-    total = 0
-    for process in every_process():
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if b"--calls-fd" in words and b"--json-status-fd" not in words:  # that is bubblewrap
-                granted = int(words[words.index(b"--memory-limit") + 1])
-                resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-                total += max(0, granted - resident)
-        except (OSError, ValueError, IndexError):  # it has ended, or is none of ours
-            continue
-    return total
 
 
 def limit_resources(process_id: int, memory_limit: int, *, own_namespace: bool) -> None:

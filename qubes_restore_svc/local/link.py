@@ -7,40 +7,21 @@ when the broker is gone, however it went, the worker reads its end. The worker's
 is ready, before it has touched the archive; a sandbox that cannot be had is known by then.
 """
 
-import asyncio
-import contextlib
 import os
 import socket
 import stat
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from fcntl import F_GETFL, LOCK_EX, LOCK_NB, fcntl, flock
+from collections.abc import Callable, Sequence
+from fcntl import F_GETFL, fcntl
 from typing import Self
 
 from qubes_restore_svc.broker.link import PIPE
-from qubes_restore_svc.errors import BudgetTooSmall, SandboxUnavailable, UsageError, WorkerLost, exhausted
-from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost, exhausted
 from qubes_restore_svc.local.interpreter import worker_command
-from qubes_restore_svc.local.limits import granted_to_workers
+from qubes_restore_svc.local.memory import check_memory, worker_memory
 from qubes_restore_svc.local.sandbox import find_bubblewrap, sandbox_failed
 from qubes_restore_svc.local.worker_process import SandboxFailed, WorkerProcess
-from qubes_restore_svc.system_memory import LEAST_MEMORY, RAISE_LIMIT, MemoryRoom, memory_room
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor
-
-#: What a chunk of 100 MiB takes whose N is 2^21, with the worker itself, bytes.
-_FOR_A_FAST_COMPUTER = 320 << 20
-
-#: Memory for a worker that was granted no certain amount, bytes: more than this gains little
-#: (docs/performance.md), and what runs beside it needs memory as well.
-_ENOUGH, _ENOUGH_A_PROCESSOR = 4 << 30, 1 << 30
-#: The least that a worker gets where there is so much: that, and what a worker does not touch of a grant that
-#: nobody chose. As much is left for others that may come.
-_LEAST, _OTHERS = _FOR_A_FAST_COMPUTER + (176 << 20), 3
-
-#: Seconds that a start waits for another one, and between two attempts.
-_TURN_S, _PAUSE_S = 3.0, 0.02
 
 _OWN_GROUP = "the worker has a control group of its own, which limits its memory"
 _NO_GROUP = "the worker has no control group of its own: limits of its addresses bound its memory"
@@ -84,7 +65,7 @@ class LocalLink:
         worker must not have.
         """
         _check_archive(self._archive_fd)
-        _check_memory(memory_room(), self._memory_limit)
+        check_memory(self._memory_limit)
         bubblewrap = find_bubblewrap() if self._sandbox else None
         try:
             self._worker = await self._start(bubblewrap, disable_userns=True)
@@ -140,9 +121,7 @@ class LocalLink:
     async def _start(self, bubblewrap: str | None, *, disable_userns: bool) -> WorkerProcess:
         worker = WorkerProcess(bubblewrap, disable_userns=disable_userns)
         try:
-            async with _turn() if self._memory_limit is None else contextlib.nullcontext():
-                room = memory_room()
-                limit = self._memory_limit or _default_memory(room, granted_to_workers())
+            async with worker_memory(self._memory_limit) as (room, limit):
                 command = [*(self._command or worker_command()), "--memory-room", str(room)]
                 await worker.start(command, self._archive_fd, limit)
         except OSError as error:
@@ -156,50 +135,6 @@ class LocalLink:
         if self._worker is None:
             raise WorkerLost("the worker was not started")
         return self._worker
-
-
-def _default_memory(room: MemoryRoom, granted: int) -> int:
-    """What is free, but neither more nor less than is of use, and with something left for others who come."""
-    enough = max(_ENOUGH, _ENOUGH_A_PROCESSOR * len(os.sched_getaffinity(0)))
-    free = room.available - granted
-    share = max(free // 2, free - _OTHERS * _LEAST)
-    return min(room.available, max(_LEAST, min(enough, share)))
-
-
-@contextlib.asynccontextmanager
-async def _turn() -> AsyncIterator[None]:
-    """One start at a time, so that each sees what the others were granted. Whoever has waited goes on."""
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):
-            file = os.open(sys.executable, os.O_RDONLY | os.O_CLOEXEC)
-            held.callback(close_read, file)
-            deadline = time.monotonic() + _TURN_S
-            while not _locked(file) and time.monotonic() < deadline:
-                await asyncio.sleep(_PAUSE_S)
-        yield
-
-
-def _locked(file: int) -> bool:
-    try:
-        flock(file, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _check_memory(room: MemoryRoom, granted: int | None) -> None:
-    """Refuse what the kernel would end with a kill: it would not say why."""
-    if granted is None and room.available < LEAST_MEMORY:
-        raise BudgetTooSmall(
-            f"the worker takes {LEAST_MEMORY >> 20} MiB at least, and for the backup of a fast computer about"
-            f" {_FOR_A_FAST_COMPUTER >> 20} MiB; but {room.told}",
-            advice=RAISE_LIMIT if room.group else "End other programs.",
-        )
-    if granted is not None and room.group and granted > room.available:
-        raise BudgetTooSmall(
-            f"--memory {granted >> 20} is more than there is: {room.told}",
-            advice=f"{RAISE_LIMIT} Or give less.",
-        )
 
 
 def _check_archive(fd: int) -> None:

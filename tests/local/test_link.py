@@ -17,8 +17,7 @@ from typing import cast
 import pytest
 
 from qubes_restore_svc.errors import BudgetTooSmall, RestoreError, SandboxUnavailable, UsageError, WorkerLost
-from qubes_restore_svc.local import limits
-from qubes_restore_svc.local import link as local
+from qubes_restore_svc.local import memory
 from qubes_restore_svc.local import worker_process as process
 from qubes_restore_svc.local.link import LocalLink
 from qubes_restore_svc.system_memory import MemoryRoom
@@ -132,7 +131,7 @@ async def test_memory_that_is_not_there_is_told_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel would only kill the worker. And more can be granted only where there is some."""
-    monkeypatch.setattr(local, "memory_room", lambda: room)
+    monkeypatch.setattr(memory, "memory_room", lambda: room)
     link = LocalLink(archive_fd, sandbox=False, command=["/nonexistent"], memory_limit=granted)
     with pytest.raises(BudgetTooSmall if advice else WorkerLost, match=reason) as caught:
         await link.__aenter__()
@@ -310,7 +309,7 @@ def test_a_worker_gets_no_more_memory_than_is_of_use_and_leaves_others_some(
     free: int, elsewhere: int, processors: int, granted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
-    assert local._default_memory(MemoryRoom(free << 20), elsewhere << 20) == granted << 20
+    assert memory._default_memory(MemoryRoom(free << 20), elsewhere << 20) == granted << 20
 
 
 @needs_bubblewrap
@@ -318,8 +317,8 @@ async def test_workers_that_start_at_once_do_not_get_the_same_memory(
     archive_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = lambda: [Path(f"/proc/{process}") for process in descendants()]  # noqa: E731 - others come and go
-    monkeypatch.setattr(limits, "every_process", ours)
-    monkeypatch.setattr(local, "memory_room", lambda: MemoryRoom(4 << 30))
+    monkeypatch.setattr(memory, "every_process", ours)
+    monkeypatch.setattr(memory, "memory_room", lambda: MemoryRoom(4 << 30))
     async with contextlib.AsyncExitStack() as started:
         links = [LocalLink(archive_fd, command=INTERPRETER) for _ in range(3)]
         await asyncio.gather(*(started.enter_async_context(link) for link in links))
@@ -332,7 +331,7 @@ async def test_workers_that_start_at_once_do_not_get_the_same_memory(
 async def test_a_start_does_not_wait_for_ever_for_another(
     archive_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_TURN_S", 0.1)
+    monkeypatch.setattr(memory, "_TURN_S", 0.1)
     with open(sys.executable, "rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         async with LocalLink(archive_fd, sandbox=False, command=INTERPRETER):
