@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from qubes_restore_svc.wire.names import QUBE_NAME
+
 Kind = Literal["property", "feature", "tag"]
 
 
@@ -97,7 +99,7 @@ def _number(low: int, high: int, unit: str = "") -> Values:
 _BOOLEAN = _shape(r"(?i:true|false|yes|no|on|off|1|0)", "true or false")
 #: qubesd keeps a feature that is on as `1` and one that is off as the empty value.
 _FLAG = _shape(r"(?i:1?|0|true|false)", "1 or empty")
-_NAME = _shape(r"[A-Za-z][A-Za-z0-9_.-]{0,30}|", "a qube, or none")
+_NAME = _shape(f"{QUBE_NAME}|", "a qube, or none")
 _ADDRESS = _shape(r"[0-9]{1,3}(\.[0-9]{1,3}){3}", "an IPv4 address")
 _ENTRIES = _shape(r"[A-Za-z0-9_.+@: -]*", "names of menu entries, without /")
 

@@ -24,7 +24,8 @@ from typing import Protocol
 from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError, how_ended
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import to_the_end
-from qubes_restore_svc.wire.names import last_words, strip_control
+from qubes_restore_svc.wire.names import QUBE_NAME, last_words, strip_control
+from qubes_restore_svc.wire.service import CALL_FAILED, CALL_REFUSED, CONNECTION_BROKE, NO_SERVICE
 
 #: The qrexec client of every qube (qubes-core-qrexec).
 QREXEC_PROGRAM = "/usr/bin/qrexec-client-vm"
@@ -36,15 +37,12 @@ GRANTS = "/etc/qubes/policy.d/include/qubes-restore-svc"
 #: The service's own program, for dom0. -I: neither environment nor working directory decides what it is.
 SERVICE_PROGRAM = (sys.executable, "-I", "-m", "qubes_restore_svc.service.local")
 
-#: Exit codes of qrexec-client-vm (qrexec.h of qubes-core-qrexec; 255: process_io.c there).
-_PROBLEM, _REFUSED, _NOT_FOUND, _BROKEN = 125, 126, 127, 255
 
 #: Seconds that a qrexec call may take to end by itself; dom0 knows that it is closed, however it ends.
 _QREXEC_PATIENCE_S = 2.0
 #: Seconds that the service may take to undo what it has begun, in dom0, as its own process.
 _PROGRAM_PATIENCE_S = 60.0
 
-_QUBE = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}")
 _INTERRUPTED = "If a restore was under way, dom0 has undone the qube it was at; what was finished stays."
 
 #: Makes the error of a program's end from its exit code (negative: a signal) and its last words.
@@ -144,20 +142,20 @@ def system_transport() -> QrexecTransport | ProgramTransport:
 
 
 def _qrexec_fault(service: str, exit_code: int, words: str) -> RestoreError:
-    if exit_code == _REFUSED:
+    if exit_code == CALL_REFUSED:
         return NotGranted(
             f"dom0's policy does not let this qube call {service}, or somebody there said no",
             advice=f"To allow it, an administrator adds this line to {GRANTS} in dom0:"
             f" {service} * {_own_name()} @adminvm allow target=dom0",
         )
-    if exit_code == _NOT_FOUND:
+    if exit_code == NO_SERVICE:
         return HostFailed(
             f"dom0 has no service {service}",
             advice="Install the package qubes-restore-svc-dom0 in dom0.",
         )
-    if exit_code == _PROBLEM:
+    if exit_code == CALL_FAILED:
         return HostFailed(f"the call of {service} could not be made", advice=_advice_of(words))
-    if exit_code == _BROKEN:
+    if exit_code == CONNECTION_BROKE:
         return HostFailed("the connection to dom0 broke off", advice=_INTERRUPTED)
     return _ended("the call to dom0", exit_code, words)
 
@@ -179,7 +177,7 @@ def _advice_of(words: str) -> str:
 def _own_name() -> str:
     """The name of this qube, which is its host name; or what to write its name for."""
     name = socket.gethostname()
-    return name if _QUBE.fullmatch(name) else "THIS-QUBE"
+    return name if re.fullmatch(QUBE_NAME, name) else "THIS-QUBE"
 
 
 # --- The program that carries a call ---------------------------------------------------------------

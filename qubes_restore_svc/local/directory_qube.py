@@ -21,12 +21,11 @@ from qubes_restore_svc.broker.image_directory import (
 )
 from qubes_restore_svc.errors import HostFailed, QubeExists
 from qubes_restore_svc.wire.messages import QubeSettings
-from qubes_restore_svc.wire.names import VolumeName, strip_control
+from qubes_restore_svc.wire.names import QUBE_NAME, VolumeName, strip_control
 
 RECORD = "qube.json"
 RECORD_FORMAT = 1  #: rises when a reader of the record has to know
 
-_NAME = r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}"
 _FILES = frozenset({RECORD, *VOLUME_FILES.values()})
 
 
@@ -85,14 +84,14 @@ def check_name(qube_name: str) -> None:
     Names were checked long before they come here. The check stands here again because here it is that a
     `/` or a leading dot would do harm.
     """
-    if not re.fullmatch(_NAME, qube_name):
+    if not re.fullmatch(QUBE_NAME, qube_name):
         shown = strip_control(qube_name[:64])
         raise HostFailed("a directory for a qube of that name cannot be created", qube=shown)
 
 
 def clear_unfinished(directory: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """See `clear_partials`, for the qubes of restores to this directory that were killed."""
-    return clear_partials(directory, _NAME, _FILES)
+    return clear_partials(directory, QUBE_NAME, _FILES)
 
 
 def record(qube: NewQube, settings: QubeSettings, sizes: Mapping[VolumeName, int]) -> bytes:

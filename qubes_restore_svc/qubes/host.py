@@ -19,14 +19,14 @@ from qubes_restore_svc.qubes.locks import RESTORE, RESTORE_LOCK, STOCK_LOCK, Gua
 from qubes_restore_svc.qubes.qube import QubesQube
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import Leftovers, clear_unfinished_qubes, clear_untagged
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.names import QUBE_NAME, strip_control
 
 #: Directories of the policy: what holds until the next start of the system, what lasts, what R4.0 left.
 POLICY = (Path("/run/qubes/policy.d"), Path("/etc/qubes/policy.d"), Path("/etc/qubes-rpc/policy"))
 
 _MAX_LISTED = 5  #: files in a remark
 
-_QUBE_NAME = re.compile(r"(?:@dispvm:)?([A-Za-z][A-Za-z0-9_.-]{0,30})")
+_QUBE_NAME = re.compile(rf"(?:@dispvm:)?({QUBE_NAME})")
 _NO_QUBES = frozenset({"allow", "deny", "ask", "dom0"})
 
 

@@ -14,7 +14,7 @@ from typing import Self
 
 from qubes_restore_svc.errors import ArchiveUnreadable, UsageError, WorkerLost
 from qubes_restore_svc.qubes.locks import WORKER, WORKER_LOCK, Activity, GuardedLock
-from qubes_restore_svc.qubes.qrexec import BROKEN, QrexecCall, QrexecCalls, worker_called
+from qubes_restore_svc.qubes.qrexec import QrexecCall, QrexecCalls, worker_called
 from qubes_restore_svc.qubes.storage import Location, Source, source_of, start_storage
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.worker_vm import (
@@ -26,7 +26,7 @@ from qubes_restore_svc.qubes.worker_vm import (
 )
 from qubes_restore_svc.waiting import ask, when_cleared
 from qubes_restore_svc.wire.messages import Storage
-from qubes_restore_svc.wire.service import SESSION, ServiceCall, encode_descriptor
+from qubes_restore_svc.wire.service import CONNECTION_BROKE, SESSION, ServiceCall, encode_descriptor
 
 #: Seconds that a worker whose qube has started may take to answer: a Python's start on a busy machine.
 READY_TIMEOUT_S = 60.0
@@ -171,7 +171,7 @@ class QrexecLink:
         await self._session.wait()
         if not self._qube:
             return "the worker was ended"
-        if self._session.exit_code == BROKEN or not await ask(self._system.may_exist, qube):
+        if self._session.exit_code == CONNECTION_BROKE or not await ask(self._system.may_exist, qube):
             return "the worker's qube has shut down, perhaps for want of memory"
         return self._session.fault or "the worker ended the session"
 

@@ -21,17 +21,13 @@ from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, Worker
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.qubes.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.waiting import started, to_the_end
-
-#: The qube has no such service (qrexec.h of qubes-core-qrexec; a shell says the same of a program).
-NOT_FOUND = 127
-#: The connection broke before there was an exit code: the qube died, as a rule (process_io.c there).
-BROKEN = 255
+from qubes_restore_svc.wire.service import CALL_FAILED, CALL_REFUSED, CONNECTION_BROKE, NO_SERVICE
 
 _MEANINGS = {
-    125: "the call could not be made",
-    126: "the call was refused",
-    NOT_FOUND: "there is no such service",
-    BROKEN: "the connection broke off",
+    CALL_FAILED: "the call could not be made",
+    CALL_REFUSED: "the call was refused",
+    NO_SERVICE: "there is no such service",
+    CONNECTION_BROKE: "the connection broke off",
 }
 #: Seconds until a killed process must be gone.
 _KILL_TIMEOUT_S = 5.0

@@ -10,7 +10,6 @@ is granted by two things, and both are taken back on leaving, the tag first.
 import asyncio
 import contextlib
 import os
-import re
 import socket
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +19,6 @@ from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.qubes.dom0_file import FileReader
 from qubes_restore_svc.qubes.qrexec import (
-    NOT_FOUND,
     QrexecCall,
     QrexecCalls,
     read_answer,
@@ -33,14 +31,14 @@ from qubes_restore_svc.qubes.tags import STORAGE_TAG
 from qubes_restore_svc.waiting import ask, in_thread, to_the_end
 from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
-from qubes_restore_svc.wire.service import ARCHIVE, QFILE_ARGUMENT
+from qubes_restore_svc.wire.service import ARCHIVE, BROKEN_PIPE, NO_SERVICE, QFILE_ARGUMENT
 
 REGISTER_SERVICE = "qubes.RegisterBackupLocation"
 #: Seconds that a running qube may take to answer with an id.
 REGISTER_TIMEOUT_S = 60.0
 
-_MAX_ID = 64
-_ID = re.compile(rb"[A-Za-z0-9]{1,64}")
+#: Bytes of an id, and of the line feed after it.
+_MAX_ID_LINE = 64 + 1
 #: Seconds that the registration may take to end by itself when its input has ended.
 _CLOSE_PATIENCE_S = 2.0
 #: The same after a cancel, for which somebody waits.
@@ -49,8 +47,6 @@ _CANCEL_PATIENCE_S = 0.5
 _PASS_PATIENCE_S = 2.0
 #: Seconds until a process whose stream has ended has ended as well.
 _SHORTLY_S = 1.0
-#: What a program dies of whose reader stops early, as a shell tells it: 128 + SIGPIPE.
-_BROKEN_PIPE = 141
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +95,7 @@ class Source:
                 await asyncio.gather(*(call.wait() for call in self._bringing))
         for call in self._bringing:
             # Of a broken pipe: what comes after the last wanted file was not read.
-            if call.exit_code != _BROKEN_PIPE and call.fault:
+            if call.exit_code != BROKEN_PIPE and call.fault:
                 return ArchiveUnreadable(call.fault, advice=self._advice(call))
         return None
 
@@ -236,15 +232,15 @@ class PathSource(Source):
             connection.sendall(self._location.line)
         try:
             async with asyncio.timeout(REGISTER_TIMEOUT_S):
-                untrusted_line = await read_answer(connection, _MAX_ID + 1, b"\n")
+                untrusted_line = await read_answer(connection, _MAX_ID_LINE, b"\n")
         except TimeoutError:
             raise self._unreadable(f"no answer for {REGISTER_TIMEOUT_S:.0f} seconds") from None
         untrusted_id = untrusted_line.strip()
-        if untrusted_line.endswith(b"\n") and _ID.fullmatch(untrusted_id):
+        if untrusted_line.endswith(b"\n") and untrusted_id.isalnum():
             return untrusted_id.decode("ascii")
         if untrusted_line:
             raise self._unreadable("its answer is not an id")
-        if await call.wait(_CLOSE_PATIENCE_S) == NOT_FOUND:
+        if await call.wait(_CLOSE_PATIENCE_S) == NO_SERVICE:
             qube = self._location.qube
             raise self._unreadable(
                 f"it has no service {REGISTER_SERVICE}",

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import HostFailed, RestoreError, UsageError, WorkerLost, WorkerMissing
+from qubes_restore_svc.qubes.config import CONFIG_PATH
 from qubes_restore_svc.qubes.guard import connect_patiently
 from qubes_restore_svc.qubes.qrexec import (
-    NOT_FOUND,
     QrexecCalls,
     read_answer,
     tell_what_is_left,
@@ -31,7 +31,7 @@ from qubes_restore_svc.qubes.tags import (
     clear_worker,
 )
 from qubes_restore_svc.waiting import ask, in_thread, started, to_the_end
-from qubes_restore_svc.wire.service import READY, READY_ARGUMENT, SESSION
+from qubes_restore_svc.wire.service import NO_SERVICE, READY, READY_ARGUMENT, SESSION
 
 PACKAGE = "qubes-restore-svc-vm"
 
@@ -127,7 +127,7 @@ class WorkerVm:
         if "memory" in error.reason.lower():
             advice = (
                 f"It needs {self._memory} MiB. Shut some qubes down, or give it less with --memory MIB"
-                " (or in /etc/qubes-restore-svc/config.yaml)."
+                f" (or in {CONFIG_PATH})."
             )
         else:
             advice = f"See whether other disposables of it start: qvm-run --dispvm={self._template} true."
@@ -189,7 +189,7 @@ async def ask_ready(
         if untrusted_answer == READY:
             return
         code = await call.wait(_SHORTLY_S)
-    if code == NOT_FOUND:
+    if code == NO_SERVICE:
         raise await worker_missing(system, template)
     raise WorkerLost(
         "the worker did not say that it is ready" + (f": {call.fault}" if call.fault else ""),

@@ -5,13 +5,13 @@ import unicodedata
 from dataclasses import dataclass
 
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.wire.names import QUBE_NAME
 
 #: Longest location, bytes; a path has 4096 at the most, and this is written without waiting for a reader.
 MAX_LOCATION = 16 << 10
 
 _SERVICE = re.compile(r"[A-Za-z0-9_.-]+(\+[A-Za-z0-9_.+-]*)?")
 _MAX_SERVICE = 200
-_QUBE = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,5 +66,5 @@ class QubeService:
 def _check_qube(qube: str) -> None:
     if qube == "dom0":
         raise UsageError("dom0 is not a qube that a backup is fetched from", advice="Leave out -d.")
-    if not _QUBE.fullmatch(qube):
+    if not re.fullmatch(QUBE_NAME, qube):
         raise UsageError("the name of the qube that holds the backup is not the name of a qube")

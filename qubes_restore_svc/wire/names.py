@@ -61,11 +61,12 @@ def _seconds(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-#: Name of a qube, as qubesd enforces it (31 characters at most; dots since R4.3).
-QubeName = Annotated[str, _pattern(r"^[a-zA-Z][a-zA-Z0-9_.-]*$", 31), AfterValidator(_not_reserved)]
+#: A pattern for the name of a qube, as qubesd enforces it (31 characters at most; dots since R4.3).
+QUBE_NAME = r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}"
+QubeName = Annotated[str, _pattern(f"^{QUBE_NAME}$", 31), AfterValidator(_not_reserved)]
 _QUBE_NAME: TypeAdapter[str] = TypeAdapter(QubeName)
 #: A qube's netvm: a name, or "" for none.
-NetvmName = Annotated[str, _pattern(r"^([a-zA-Z][a-zA-Z0-9_.-]*)?$", 31), AfterValidator(_not_reserved)]
+NetvmName = Annotated[str, _pattern(f"^({QUBE_NAME})?$", 31), AfterValidator(_not_reserved)]
 #: What the archive calls a qube (`vm10`): the first half of the argument of `restore.Volume`.
 QubeKey = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 64)]
 #: The user whose home dom0's home is, as its directory in the archive is called.

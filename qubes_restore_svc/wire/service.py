@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from qubes_restore_svc.errors import ProtocolViolation
+from qubes_restore_svc.wire.names import QUBE_NAME
 
 SESSION = "restore.Session"
 VOLUME = "restore.Volume"
@@ -31,7 +32,15 @@ QFILE_ARGUMENT = "qfile"
 
 MAX_DESCRIPTOR = 256  #: bytes, with the final NUL
 
-_DESCRIPTOR = re.compile(rb"([A-Za-z0-9_.-]+)(?:\+([A-Za-z0-9_.+-]*))? ([A-Za-z][A-Za-z0-9_.-]{0,30})\0")
+#: Exit codes of qrexec itself (libqrexec/qrexec.h of qubes-core-qrexec): the call could not be made, the
+#: policy refused it, or there is no such service (a shell says the same of a program).
+CALL_FAILED, CALL_REFUSED, NO_SERVICE = 125, 126, 127
+#: The connection broke off before there was an exit code (process_io.c there): as a rule, the qube died.
+CONNECTION_BROKE = 255
+#: What a program dies of whose reader stops early, as a shell tells it: 128 + SIGPIPE.
+BROKEN_PIPE = 141
+
+_DESCRIPTOR = re.compile(rf"([A-Za-z0-9_.-]+)(?:\+([A-Za-z0-9_.+-]*))? ({QUBE_NAME})\0".encode())
 
 
 @dataclass(frozen=True, slots=True)

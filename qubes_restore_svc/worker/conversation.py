@@ -30,6 +30,7 @@ from qubes_restore_svc.errors import (
     RestoreError,
 )
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.wire.service import BROKEN_PIPE
 from qubes_restore_svc.worker.restore_by_id import END_TIMEOUT_S, End
 from qubes_restore_svc.worker.source import LateSource
 
@@ -48,8 +49,6 @@ _STOPS_AT_DAMAGE = (
 
 #: How tar2qfile ends where the archive does, or where it cannot be read.
 _CUT_OFF = 1
-#: What a program dies of whose reader stops early, as a shell tells it: 128 + SIGPIPE.
-_BROKEN_PIPE = 141
 
 
 def paths_of(qubes: Iterable[BackupQube]) -> tuple[str, ...]:
@@ -166,7 +165,7 @@ class Conversation:
             if self._paths == BEGINNING:
                 raise NotABackup("the storage qube found no part of a Qubes backup in it, or it is empty")
         # A command whose output was not read to its end dies of that, each in its own way.
-        elif end.code not in (0, None, _BROKEN_PIPE) and self._remark is not None:
+        elif end.code not in (0, None, BROKEN_PIPE) and self._remark is not None:
             self._doubt = end
             self._remark(
                 f"the service that read the backup in the storage qube {end}, after the last file that was"

@@ -16,6 +16,7 @@ from qubes_restore_svc.errors import ArchiveUnreadable, how_ended
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.names import last_words
+from qubes_restore_svc.wire.service import CALL_FAILED, CALL_REFUSED, CONNECTION_BROKE, NO_SERVICE
 
 PROGRAM = "qrexec-client-vm"
 SERVICE = "qubes.RestoreById"
@@ -25,9 +26,6 @@ END_TIMEOUT_S = 5.0
 #: Seconds that a killed process gets, and its last words to arrive.
 _KILL_TIMEOUT_S = 1.0
 _STDERR_KEPT = 4 << 10  #: bytes
-
-# Exit codes of qrexec itself (qubes-core-qrexec, libqrexec/qrexec.h); 255 is a connection that broke off.
-_PROBLEM, _REFUSED, _NOT_FOUND, _BROKEN_OFF = 125, 126, 127, 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ class RestoreById:
     def why_nothing_came(self, end: End) -> ArchiveUnreadable:
         """The error for a call that has brought not a single byte, or nothing of a backup."""
         qube = self._qube
-        if end.code == _REFUSED:
+        if end.code == CALL_REFUSED:
             return ArchiveUnreadable(
                 f"the worker was not allowed to fetch the backup from the qube {qube}",
                 advice=(
@@ -104,12 +102,12 @@ class RestoreById:
                     " /etc/qubes/policy.d for a rule that comes before those of qubes-restore-svc."
                 ),
             )
-        if end.code == _NOT_FOUND:
+        if end.code == NO_SERVICE:
             return ArchiveUnreadable(
                 f"the qube {qube} does not have the service {SERVICE}",
                 advice=f"Update qubes-core-agent in the template of {qube}, and restart {qube}.",
             )
-        if end.code is None or end.code < 0 or end.code in (_PROBLEM, _BROKEN_OFF):
+        if end.code is None or end.code < 0 or end.code in (CALL_FAILED, CONNECTION_BROKE):
             return ArchiveUnreadable(
                 f"the connection to the qube {qube} broke off: the call {end}",
                 advice=f"Check that {qube} is running, and try again.",
@@ -124,7 +122,7 @@ class RestoreById:
 
     def why_it_broke_off(self, end: End) -> ArchiveUnreadable | None:
         """The error for a stream that ended early, unless it is the archive that ends there."""
-        if end.code is None or end.code < 0 or end.code >= _PROBLEM:
+        if end.code is None or end.code < 0 or end.code >= CALL_FAILED:
             return ArchiveUnreadable(
                 f"the transfer from the qube {self._qube} broke off: the call {end}",
                 advice=f"Check that {self._qube} runs and that its disks still answer, and try again.",
