@@ -45,7 +45,7 @@ OURS: dict[str, set[str]] = {
     },
     # The dialog shows plans and figures as the commands do.
     "manager": {
-        "manager", "client", "broker.plan", "broker.call_messages", "cli.qvm_plan_table", "cli.tables",
+        "manager", "client", "cli.qvm_plan_table", "cli.tables",
         "cli.progress", "wire", "errors", "hardening", "__init__",
     },
 }  # fmt: skip

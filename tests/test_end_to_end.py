@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import ExitStatus
 from qubes_restore_svc.local.link import LocalLink
+from qubes_restore_svc.wire.restore_call import Choice
 
 from .support.backup_writer import BackupWriter, RawMember, Replacements, join_members
 from .support.compare import differences, sha256
@@ -109,7 +109,7 @@ def test_dom0s_home_is_extracted_only_when_it_is_named_and_stays_closed(tmp_path
     backup = written(BackupWriter([sample_qube("work", 1 << 16, 0.5)], dom0_home=True), tmp_path)
     assert restore(backup, tmp_path / "all").status == ExitStatus.COMPLETE
     assert not (tmp_path / "all/dom0").exists()
-    report = restore(backup, tmp_path / "named", choice=PlanOptions(names=["dom0"]))
+    report = restore(backup, tmp_path / "named", choice=Choice(names=("dom0",)))
     assert report.status == ExitStatus.COMPLETE
     home = tmp_path / "named/dom0/home.tar"
     (volume,) = report.qubes[[qube.name for qube in report.qubes].index("dom0")].volumes
@@ -130,14 +130,14 @@ def test_a_member_that_is_no_chunk_is_named_and_costs_nothing(behind: str, tmp_p
 
 def test_a_selected_qube_is_restored_and_the_others_are_not(tmp_path: Path) -> None:
     backup = written(sample_backup(), tmp_path)
-    report = restore(backup, tmp_path / "out", choice=PlanOptions(names=["vault"]))
+    report = restore(backup, tmp_path / "out", choice=Choice(names=("vault",)))
     assert report.status == ExitStatus.COMPLETE
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vault"]
 
 
 def test_a_second_restore_refuses_what_is_there_and_changes_nothing(tmp_path: Path) -> None:
     backup = written(sample_backup(), tmp_path)
-    restore(backup, tmp_path / "out", choice=PlanOptions(names=["vault"]))
+    restore(backup, tmp_path / "out", choice=Choice(names=("vault",)))
     before = sha256(tmp_path / "out/vault/private.img")
     (tmp_path / "out/vault/private.img").touch()
     report = restore(backup, tmp_path / "out")

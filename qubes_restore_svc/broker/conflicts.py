@@ -13,7 +13,7 @@ two digits, we cut one more.)
 from collections.abc import Iterable, Iterator
 
 from qubes_restore_svc.broker.host import HostView
-from qubes_restore_svc.wire.messages import ManifestQube
+from qubes_restore_svc.wire.messages import ListedQube
 from qubes_restore_svc.wire.names import is_qube_name
 
 MAX_NUMBERED = 99  #: the last number that is tried
@@ -33,7 +33,7 @@ class NamesInUse:
         self._on_host = view.names
         self._unavailable = {name.casefold() for name in (*view.names, *in_backup)} | _DOM0_NAMES
 
-    def has(self, qube: ManifestQube) -> bool:
+    def has(self, qube: ListedQube) -> bool:
         """Is there a qube of this name on the host, or could a person take it for dom0 there?"""
         looks_like_dom0 = qube.klass != "AdminVM" and qube.name.casefold() in _DOM0_NAMES
         return (self._is_system and looks_like_dom0) or qube.name in self._on_host

@@ -6,14 +6,15 @@ session. Whatever ends the job, a wrong passphrase or a cancel, becomes the repo
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 
+from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
 from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.link import Link
-from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
+from qubes_restore_svc.broker.plan import Planned, make_plan
 from qubes_restore_svc.broker.restore import RestoreRun
 from qubes_restore_svc.errors import (
     Cancelled,
@@ -25,12 +26,12 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.waiting import ask, in_thread, when_cleared
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.names import MAX_TEXT, shortened
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report, warn
+from qubes_restore_svc.wire.report import Observer, Report, warn
+from qubes_restore_svc.wire.restore_call import Choice, Plan
 
-#: Shows the plan to the person before anything is created. None: it is to be carried out. Options: it is not,
-#: another plan is to be made of these, and shown. Raises RestoreError to end the job.
-Confirm = Callable[[Plan], Awaitable[PlanOptions | None]]
+#: Shows the plan to the person before anything is created. None: it is to be carried out. A choice: it is
+#: not, another plan is to be made from that, and shown. Raises RestoreError to end the job.
+Confirm = Callable[[Plan], Awaitable[Choice | None]]
 
 
 async def read_manifest(
@@ -50,22 +51,23 @@ async def run_job(
     link: Link,
     host: Host | None,
     options: SessionOptions,
-    choice: PlanOptions,
+    choice: Choice,
     observer: Observer,
     *,
+    allow: AllowList | None = None,
     confirm: Confirm | None = None,
     stall_s: float = STALL_S,
 ) -> Report:
     """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
 
     `confirm` is awaited with the plan, and with every other one that it asks for; the worker waits meanwhile.
-    Which settings may come back (`allow`) stays as `choice` says. Without `confirm` nobody is asked.
+    Without `confirm` nobody is asked. `allow` says which settings may come back; None: none of them.
     `stall_s`: seconds of silence after which the worker, or a volume's stream, counts as stalled.
     """
     report = Report.begun("verify" if host is None else "restore")
     error: RestoreError | None = None
     try:
-        await _run(report, link, host, options, choice, observer, confirm, stall_s)
+        await _run(report, link, host, options, choice, allow, observer, confirm, stall_s)
     except RestoreError as caught:
         error = caught
     except asyncio.CancelledError:
@@ -83,7 +85,8 @@ async def _run(
     link: Link,
     host: Host | None,
     options: SessionOptions,
-    choice: PlanOptions,
+    choice: Choice,
+    allow: AllowList | None,
     observer: Observer,
     confirm: Confirm | None,
     stall_s: float,
@@ -95,12 +98,22 @@ async def _run(
         async with link, SessionClient(link, stall_s) as client:
             manifest = await _opened(client, options, observer, report)
             report.backup_id = manifest.backup_id
-            agreed = _Agreement(report, link, client, host, options, observer, stall_s)
-            plan, run = await agreed.reach(manifest, choice, confirm)
+            planned = await _agreed(report, manifest, host, choice, allow, observer, confirm)
+            plan = planned.plan
             if not plan.taken:
-                if not any(qube.decision is Decision.REFUSE for qube in plan.qubes) and not plan.unlisted:
+                if not any(qube.decision == "refuse" for qube in plan.qubes) and not plan.unlisted:
                     raise UsageError("no qube is selected", advice="")
                 return
+            run = RestoreRun(
+                link,
+                client,
+                planned,
+                host,
+                observer,
+                report,
+                ignore_size_limit=options.ignore_size_limit,
+                tail_timeout_s=stall_s,
+            )
             try:
                 await run.run()
             except asyncio.CancelledError:
@@ -128,56 +141,35 @@ async def _locked(host: Host) -> AsyncIterator[Sequence[str]]:
         await in_thread(held[0].__exit__, None, None, None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Agreement:
-    """The way from the manifest to a plan that is to be carried out, and to the run that does it."""
-
-    report: Report
-    link: Link
-    client: SessionClient
-    host: Host | None
-    options: SessionOptions
-    observer: Observer
-    stall_s: float
-
-    async def reach(
-        self, manifest: m.Manifest, choice: PlanOptions, confirm: Confirm | None
-    ) -> tuple[Plan, RestoreRun]:
-        """Plan until nothing else is wanted. The report tells of the last plan, whatever comes of it."""
-        while True:
-            view = None if self.host is None else await ask(self.host.view)
-            plan = make_plan(manifest, choice, view)
-            free = None if self.host is None else await ask(self.host.free_space)
-            _warn_of_space(plan, free, self.observer, self.report)
-            for remark in () if view is None else view.remarks:
-                _warn(remark, self.observer, self.report)
-            run = self._run_of(plan)
-            self.report.qubes = _in_order(plan, run.reports)
-            other = None if confirm is None else await _confirmed(plan, run, confirm)
-            if other is None:
-                return plan, run
-            choice = replace(other, allow=choice.allow)
-
-    def _run_of(self, plan: Plan) -> RestoreRun:
-        return RestoreRun(
-            self.link,
-            self.client,
-            plan,
-            self.host,
-            self.observer,
-            self.report,
-            ignore_size_limit=self.options.ignore_size_limit,
-            tail_timeout_s=self.stall_s,
-        )
-
-
-async def _confirmed(plan: Plan, run: RestoreRun, confirm: Confirm) -> PlanOptions | None:
-    try:
-        return await confirm(plan)
-    except RestoreError as error:
-        for report in run.reports:  # nothing is wrong with them; this is why they have not come
-            report.error = ErrorInfo.without_place(error)
-        raise
+async def _agreed(
+    report: Report,
+    manifest: m.Manifest,
+    host: Host | None,
+    choice: Choice,
+    allow: AllowList | None,
+    observer: Observer,
+    confirm: Confirm | None,
+) -> Planned:
+    """Plan until nothing else is wanted. The report tells of the last plan, whatever comes of it."""
+    for number in itertools.count(1):
+        view = None if host is None else await ask(host.view)
+        planned = make_plan(manifest, choice, view, allow=allow, number=number)
+        plan = planned.plan
+        _warn_of_space(plan, None if host is None else await ask(host.free_space), observer, report)
+        for remark in () if view is None else view.remarks:
+            _warn(remark, observer, report)
+        report.qubes = plan.reports()
+        try:
+            other = None if confirm is None else await confirm(plan)
+        except RestoreError as error:
+            for qube, its_report in zip(plan.qubes, report.qubes, strict=False):
+                if qube.decision == "take":  # nothing is wrong with it; this is why it has not come
+                    its_report.error = ErrorInfo.of(error).without_place()
+            raise
+        if other is None:
+            break
+        choice = other
+    return planned
 
 
 #: What a person must know of a backup that Qubes R2 to R3.2 wrote, before anything is restored from it.
@@ -204,39 +196,9 @@ async def _opened(
     raise ProtocolViolation("the session ended without a manifest")
 
 
-def _in_order(plan: Plan, taken: list[QubeReport]) -> tuple[QubeReport, ...]:
-    """One report a qube of the backup, in its order; those of the taken ones are filled in later."""
-    by_name = {report.name: report for report in taken}
-    reports = []
-    for qube in plan.qubes:
-        if qube.decision is Decision.TAKE:
-            reports.append(by_name[qube.name])
-            continue
-        error = None if qube.error is None else ErrorInfo.without_place(qube.error)
-        reports.append(
-            QubeReport(
-                name=qube.name,
-                klass=qube.source.klass,
-                outcome="left out" if qube.decision is Decision.LEAVE_OUT else "refused",
-                remark=shortened(qube.remark, MAX_TEXT),
-                error=error,
-            )
-        )
-    for unlisted in plan.unlisted:
-        reports.append(
-            QubeReport(
-                name=unlisted.name,
-                klass="?",
-                outcome="refused",
-                error=ErrorInfo.without_place(unlisted.error),
-            )
-        )
-    return tuple(reports)
-
-
 def _warn_of_space(plan: Plan, free: int | None, observer: Observer, report: Report) -> None:
     """Say so early when the qubes took more room than there is; their holes may still make them fit."""
-    needed = sum(qube.source.backup_size for qube in plan.taken)
+    needed = sum(qube.backup_size for qube in plan.taken)
     if free is None or needed <= free:
         return
     text = f"the qubes took {needed >> 20} MiB when they were backed up, and only {free >> 20} MiB are free"

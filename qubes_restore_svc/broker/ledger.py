@@ -50,7 +50,7 @@ _MAX_PHRASE = 500
 class Ledger:
     """The open claims of one session over the selected qubes."""
 
-    def __init__(self, qubes: Iterable[m.ManifestQube], *, ignore_size_limit: bool) -> None:
+    def __init__(self, qubes: Iterable[m.ListedQube], *, ignore_size_limit: bool) -> None:
         self._unpromised: set[tuple[str, VolumeName]] = set()
         self._limits: dict[tuple[str, VolumeName], int] = {}
         self._unannounced: set[tuple[str, VolumeName]] = set()

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qubes_restore_svc.broker.host import Definition, QubeTransaction
-from qubes_restore_svc.broker.plan import Plan, PlannedQube
+from qubes_restore_svc.broker.plan import Planned
+from qubes_restore_svc.broker.references import SetUp
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.names import MAX_TEXT, VolumeName, shortened
-from qubes_restore_svc.wire.report import QubeReport, VolumeReport, remarks
+from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
+from qubes_restore_svc.wire.restore_call import PlanQube
 
 #: Bytes of settings that may wait until templates and netvms are finished: 4096 qubes have 16 KiB each.
 MAX_WAITING_SETTINGS = 64 << 20
@@ -35,8 +37,10 @@ class Stage(enum.Enum):
 class QubeRun:
     """One qube of a run. `definition` is the planned one, with its references as they have turned out."""
 
-    planned: PlannedQube
+    planned: PlanQube
     report: QubeReport
+    source: m.ManifestQube
+    set_up: SetUp | None  #: None: it is only verified, or the host has no system
     definition: Definition | None
     stage: Stage = Stage.WAITING
     transaction: QubeTransaction | None = None
@@ -45,12 +49,27 @@ class QubeRun:
     @property
     def key(self) -> str:
         """What the archive calls it."""
-        return self.planned.source.key
+        return self.planned.key
 
     @property
     def name(self) -> str:
         """What it is called here."""
-        return self.planned.name
+        return self.planned.new_name
+
+    @property
+    def template_key(self) -> str | None:
+        """The key of its template, if that is a qube of the same restore."""
+        return None if self.set_up is None else self.set_up.template_key
+
+    @property
+    def netvm_key(self) -> str | None:
+        """The same of its netvm."""
+        return None if self.set_up is None else self.set_up.netvm_key
+
+    @property
+    def default_dispvm_key(self) -> str | None:
+        """The same of its default_dispvm."""
+        return None if self.set_up is None else self.set_up.default_dispvm_key
 
     @property
     def finished(self) -> bool:
@@ -74,7 +93,7 @@ class QubeRun:
     def blame(self, error: RestoreError) -> None:
         """Give this as the reason of its failure, unless there was one before: that led to this one."""
         if self.report.error is None:
-            self.report.error = ErrorInfo.without_place(error)
+            self.report.error = ErrorInfo.of(error).without_place()
 
     def volume(self, name: VolumeName) -> VolumeReport:
         """The report of one of its volumes; a new one if nothing promised it."""
@@ -86,12 +105,16 @@ class QubeRun:
 
 
 class QubeRuns:
-    """All qubes that `plan` takes."""
+    """All qubes that a plan takes; what becomes of them is put into their reports, in `report`."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._by_key = {
-            qube.source.key: QubeRun(qube, _empty_report(qube), qube.definition) for qube in plan.taken
-        }
+    def __init__(self, planned: Planned, report: Report) -> None:
+        self._by_key = {}
+        for qube, its_report in zip(planned.plan.qubes, report.qubes, strict=False):
+            if qube.decision == "take":
+                set_up = planned.set_ups.get(qube.key)
+                definition = None if set_up is None else set_up.definition
+                source = planned.sources[qube.key]
+                self._by_key[qube.key] = QubeRun(qube, its_report, source, set_up, definition)
 
     def __iter__(self) -> Iterator[QubeRun]:
         return iter(self._by_key.values())
@@ -115,12 +138,12 @@ class QubeRuns:
 
     def unfinished_template_of(self, qube: QubeRun) -> QubeRun | None:
         """The template of `qube`, if this run is still to bring it."""
-        template = self.get(qube.planned.template_key)
+        template = self.get(qube.template_key)
         return None if template is None or template.finished else template
 
     def dependents_of(self, template: QubeRun) -> list[QubeRun]:
         """The unfinished qubes that are to have `template` as theirs."""
-        return [qube for qube in self if qube.planned.template_key == template.key and not qube.finished]
+        return [qube for qube in self if qube.template_key == template.key and not qube.finished]
 
     def next_ready(self) -> QubeRun | None:
         """A settled qube of which all that it needs is finished."""
@@ -128,18 +151,18 @@ class QubeRuns:
 
     def is_ready(self, qube: QubeRun) -> bool:
         """Is it settled, and all that it needs finished?"""
-        needed = (self.get(qube.planned.template_key), self.get(qube.planned.netvm_key))
+        needed = (self.get(qube.template_key), self.get(qube.netvm_key))
         return qube.stage is Stage.SETTLED and all(other is None or other.finished for other in needed)
 
     def resolve_references(self, qube: QubeRun) -> Iterator[str]:
         """Adapt the definition of a qube that is ready to what has become of the others; yields warnings."""
         if qube.definition is None:
             return
-        netvm = self.get(qube.planned.netvm_key)
+        netvm = self.get(qube.netvm_key)
         if netvm is not None and not netvm.report.succeeded:
             qube.definition = replace(qube.definition, netvm="")
             yield f"it has no netvm now: {netvm.name} could not be restored"
-        dispvm = self.get(qube.planned.default_dispvm_key)
+        dispvm = self.get(qube.default_dispvm_key)
         if dispvm is not None and not dispvm.report.succeeded:
             qube.definition = replace(qube.definition, default_dispvm="")
             if dispvm.finished and dispvm is not qube:
@@ -147,23 +170,9 @@ class QubeRuns:
 
     def waiting_for_dispvm(self, dispvm: QubeRun) -> list[QubeRun]:
         """The restored qubes that are to have `dispvm`, finished just now, as their default_dispvm."""
-        return [
-            qube for qube in self if qube.planned.default_dispvm_key == dispvm.key and qube.report.succeeded
-        ]
+        return [qube for qube in self if qube.default_dispvm_key == dispvm.key and qube.report.succeeded]
 
 
 def without_dispvm(dispvm: QubeRun) -> str:
     """The warning for a qube whose default_dispvm has failed."""
     return f"it has no default disposable template now: {dispvm.name} could not be restored"
-
-
-def _empty_report(qube: PlannedQube) -> QubeReport:
-    return QubeReport(
-        name=qube.name,
-        name_in_backup=None if qube.name == qube.source.name else qube.source.name,
-        klass=qube.source.klass,
-        outcome="failed",
-        remark=shortened("; ".join(qube.notes), MAX_TEXT),
-        settings_left_out=remarks(qube.left_out),
-        volumes=tuple(VolumeReport(name=one.name, outcome="not reached") for one in qube.source.volumes),
-    )

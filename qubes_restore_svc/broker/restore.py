@@ -16,7 +16,7 @@ from qubes_restore_svc.broker.client import STALL_S, SessionClient
 from qubes_restore_svc.broker.host import Host, NewQube, QubeTransaction
 from qubes_restore_svc.broker.ledger import Ledger, believed_error
 from qubes_restore_svc.broker.link import Link
-from qubes_restore_svc.broker.plan import Plan
+from qubes_restore_svc.broker.plan import Planned
 from qubes_restore_svc.broker.qube_runs import (
     MAX_WAITING_SETTINGS,
     QubeRun,
@@ -39,7 +39,7 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VolumeName
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report, warn
+from qubes_restore_svc.wire.report import Observer, Report, warn
 
 _TOO_MUCH_WAITS = (
     "its settings would have to wait for its template or its netvm, which come later in the backup; and"
@@ -48,17 +48,18 @@ _TOO_MUCH_WAITS = (
 
 
 class RestoreRun:
-    """Restores the taken qubes of `plan` to `host`, or verifies them if `host` is None.
+    """Restores the qubes that were planned to `host`, or verifies them if `host` is None.
 
+    `report` has a report of each qube of the plan, and takes the warnings that belong to none of them.
     `tail_timeout_s`: seconds that the rest of a volume may take to arrive once the worker has called it
-    complete. `report` takes the warnings that belong to no qube.
+    complete.
     """
 
     def __init__(
         self,
         link: Link,
         client: SessionClient,
-        plan: Plan,
+        planned: Planned,
         host: Host | None,
         observer: Observer,
         report: Report,
@@ -70,18 +71,13 @@ class RestoreRun:
         self._report = report
         self._link = link
         self._client = client
-        self._plan = plan
+        self._backup_id = planned.plan.backup_id
         self._host = host
         self._observer = observer
-        self._ledger = Ledger((qube.source for qube in plan.taken), ignore_size_limit=ignore_size_limit)
-        self._qubes = QubeRuns(plan)
+        self._ledger = Ledger(planned.sources.values(), ignore_size_limit=ignore_size_limit)
+        self._qubes = QubeRuns(planned, report)
         self._begun: list[QubeRun] = []
         self._copy: VolumeCopy | None = None
-
-    @property
-    def reports(self) -> list[QubeReport]:
-        """What has become of the taken qubes so far."""
-        return [qube.report for qube in self._qubes]
 
     async def run(self) -> None:
         """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
@@ -199,8 +195,7 @@ class RestoreRun:
         if qube.transaction is not None:
             return qube.transaction
         await self._begin_template(qube, host)
-        source, backup_id = qube.planned.source, self._plan.backup_id
-        new = NewQube(qube.name, source, backup_id, qube.report.warnings, qube.definition)
+        new = NewQube(qube.name, qube.source, self._backup_id, qube.report.warnings, qube.definition)
 
         def begin() -> QubeTransaction:
             qube.transaction = host.begin(new)  # a cancel meanwhile finds it
@@ -233,7 +228,7 @@ class RestoreRun:
         """A restore gives the qube up; a verify goes on with its other volumes."""
         volume = qube.volume(name)
         if volume.error is None:  # the first one is the reason of the others
-            volume.outcome, volume.error = outcome, ErrorInfo.without_place(error)
+            volume.outcome, volume.error = outcome, ErrorInfo.of(error).without_place()
         if qube.finished:
             return
         if self._host is not None:
@@ -277,14 +272,14 @@ class RestoreRun:
                     f"It had been created by then and is still there{now}. Look at what it lacks, a firewall"
                     " above all, before you start it; or remove it."
                 )
-            qube.report.error = ErrorInfo.without_place(error.at(qube=qube.name))
+            qube.report.error = ErrorInfo.of(error.at(qube=qube.name)).without_place()
             self._conclude(qube, "failed" if self._host is None else "incomplete")
 
     async def _disconnect(self, qube: QubeRun, host: Host) -> bool:
         if qube.definition is None or qube.definition.netvm == "":
             return False
         try:
-            return await in_thread(host.disconnect, qube.name, self._plan.backup_id)
+            return await in_thread(host.disconnect, qube.name, self._backup_id)
         except RestoreError as error:
             self._warn(qube, f"its netvm could not be taken away: {error.reason}")
             return False
@@ -332,7 +327,7 @@ class RestoreRun:
     async def _give_up_template(self, template: QubeRun) -> None:
         """Before a template is removed: its dependents fall back on another one, or are given up as well."""
         for qube in self._qubes.dependents_of(template):
-            fallback = qube.planned.fallback_template
+            fallback = None if qube.set_up is None else qube.set_up.fallback_template
             if fallback is None or qube.definition is None:
                 await self._fail(qube, _without_template(template))
                 continue
@@ -377,7 +372,7 @@ class RestoreRun:
             await copy.end()
             qube, reason = self._qubes[copy.ready.key], copy.failure or error
             volume = qube.volume(copy.ready.volume)
-            volume.outcome, volume.error = "failed", ErrorInfo.without_place(reason)
+            volume.outcome, volume.error = "failed", ErrorInfo.of(reason).without_place()
             qube.blame(reason)
         for qube in reversed(self._begun):  # a template has begun before what depends on it
             await self._roll_back(qube)

@@ -8,19 +8,18 @@ ours.
 
 from collections.abc import Iterable, Sequence
 
-from qubes_restore_svc.broker.plan import Plan, PlannedQube, Problem
 from qubes_restore_svc.cli.tables import listed
 from qubes_restore_svc.cli.terminal import wrapped
-from qubes_restore_svc.wire.messages import ManifestQube
+from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem
 
 _HEADINGS = ("name", "type", "template", "netvm", "label")
 _TITLE = "The following qubes are in the backup:"
 
 #: What a row says of a qube that was not asked for. Of others, the plan says what is wrong.
-_REMARKS = {
-    Problem.EXCLUDED: "excluded from restore",
-    Problem.NOT_SELECTED: "not selected",
-    Problem.HOME_NOT_ASKED_FOR: "only with --dom0-home",
+_REMARKS: dict[Problem | None, str] = {
+    "excluded": "excluded from restore",
+    "not-selected": "not selected",
+    "home-not-asked-for": "only with --dom0-home",
 }
 
 _MOST_SETTINGS = 12  #: lines, unless all are asked for
@@ -28,7 +27,7 @@ _MOST_SETTINGS = 12  #: lines, unless all are asked for
 
 def plan_table(plan: Plan, width: int | None) -> str:
     """All qubes of the backup, with what will become of them where that is not simply a restore."""
-    rows = [_cells(planned.source) for planned in plan.qubes]
+    rows = [_cells(planned) for planned in plan.qubes]
     widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
     rule = "".join(f"{'':-^{width}}--+" for width in widths)
     lines = [_TITLE, "", rule, _line(_HEADINGS, widths), rule]
@@ -42,8 +41,8 @@ def settings_left_behind(plan: Plan, *, everything: bool) -> list[str]:
     """Which settings of the qubes that are taken do not come back: a line each, with the qubes."""
     qubes: dict[str, list[str]] = {}
     for planned in plan.taken:
-        for setting in planned.left_out:
-            qubes.setdefault(setting, []).append(planned.name)
+        for setting in planned.settings_left_out:
+            qubes.setdefault(setting, []).append(planned.new_name)
     if not qubes:
         return []
     lines = [f"  {setting}: {listed(names)}" for setting, names in qubes.items()]
@@ -55,15 +54,15 @@ def settings_left_behind(plan: Plan, *, everything: bool) -> list[str]:
 
 def names_with(problem: Problem, plan: Plan) -> list[str]:
     """The qubes that are not taken for this reason."""
-    return [planned.source.name for planned in plan.qubes if planned.problem is problem]
+    return [planned.name for planned in plan.qubes if planned.problem == problem]
 
 
 def takes_dom0_home(plan: Plan) -> bool:
     """Will dom0's home be restored?"""
-    return any(planned.source.klass == "AdminVM" for planned in plan.taken)
+    return any(planned.klass == "AdminVM" for planned in plan.taken)
 
 
-def _cells(qube: ManifestQube) -> tuple[str, ...]:
+def _cells(qube: PlanQube) -> tuple[str, ...]:
     netvm = "(default)" if qube.netvm is None else qube.netvm or "-"
     return (
         qube.name,
@@ -78,7 +77,7 @@ def _line(cells: Sequence[str], widths: Iterable[int]) -> str:
     return "".join(f" {cell:>{width}} |" for cell, width in zip(cells, widths, strict=True))
 
 
-def _remark(planned: PlannedQube) -> str:
+def _remark(planned: PlanQube) -> str:
     if planned.problem in _REMARKS:
         return _REMARKS[planned.problem]
     if planned.error is not None:

@@ -1,8 +1,8 @@
 """The restore as a qube has it done: a `Restorer` that calls dom0's restore service.
 
-Strategy: what dom0 says is turned into the broker's own values, and shown by whatever shows them in dom0. As
-there, whatever ends the restore becomes the report's error. Where dom0 sent no report, one is made of what it
-has said until then: the plan, and the qubes that were finished.
+Strategy: what dom0 says is shown by whatever shows it in dom0. As there, whatever ends the restore becomes
+the report's error. Where dom0 sent no report, one is made of what it has said until then: the plan, and the
+qubes that were finished.
 """
 
 import asyncio
@@ -13,10 +13,8 @@ from pathlib import Path
 
 from pydantic import SecretStr, ValidationError
 
-from qubes_restore_svc.broker.call_messages import choice_message, plan_of
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import Confirm
-from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.transports import (
@@ -30,8 +28,8 @@ from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, UsageE
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.names import MAX_TEXT, shortened, strip_control
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport, remarks, warn
+from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, warn
 from qubes_restore_svc.wire.service import HANDED_OVER
 
 
@@ -76,7 +74,6 @@ class RemoteRestorer:
         self._location = location
         self._wishes = wishes
         self._pool = pool
-        self._call: RestoreCall | None = None
 
     async def check(self) -> None:
         """Whether dom0 can be called at all. Raises HostFailed; all else is told when the call is made."""
@@ -88,16 +85,15 @@ class RemoteRestorer:
         """Does the service ask for it when it wants it? Otherwise it is one of the options."""
         return isinstance(self._transport, ProgramTransport)
 
-    def check_plan(self, plan: Plan) -> None:
+    def check_plan(self, plan: c.Plan) -> None:
         """Raises UsageError for a plan beyond the limits of dom0's administrator."""
-        assert self._call is not None, "there is a plan"
-        if self._call.plan.excess is not None:
-            raise self._call.plan.excess.to_error()
+        if plan.excess is not None:
+            raise plan.excess.to_error()
 
     async def run(
         self,
         options: SessionOptions,
-        choice: PlanOptions,
+        choice: c.Choice,
         observer: Observer,
         confirm: Confirm | None,
         *,
@@ -109,7 +105,7 @@ class RemoteRestorer:
         error: RestoreError | None = None
         try:
             request = self._request(options, choice, report)
-            self._call = call = RestoreCall(self._transport, request, watched)
+            call = RestoreCall(self._transport, request, watched)
             try:
                 async with call:
                     await _agree(call, confirm, report)
@@ -126,13 +122,13 @@ class RemoteRestorer:
         report.close(error)
         return report
 
-    def _request(self, options: SessionOptions, choice: PlanOptions, report: Report) -> c.OpenBackup:
+    def _request(self, options: SessionOptions, choice: c.Choice, report: Report) -> c.OpenBackup:
         try:
             return c.OpenBackup(
                 mode=report.mode,
                 location=self._location,
                 passphrase=SecretStr(options.passphrase),
-                choice=choice_message(choice),
+                choice=choice,
                 compression_filter=options.compression_filter,
                 ignore_size_limit=options.ignore_size_limit,
                 ignore_cost_limit=options.ignore_cost_limit,
@@ -171,53 +167,23 @@ class _Watched(Observer):
 async def _agree(call: RestoreCall, confirm: Confirm | None, report: Report) -> None:
     """Show every plan until nothing else is wanted; a plan that is refused, here, cancels the call."""
     while True:
-        plan = plan_of(call.plan)
-        report.backup_id = plan.backup_id
-        report.qubes = (
-            *map(_not_yet, plan.qubes),
-            *(
-                QubeReport(name=qube.name, klass="?", outcome="refused", error=_error(qube.error))
-                for qube in plan.unlisted
-            ),
-        )
+        plan = call.plan
+        report.backup_id, report.qubes = plan.backup_id, plan.reports()
         if confirm is None:
             return
         try:
             other = await confirm(plan)
         except RestoreError as error:
             for planned, qube in zip(plan.qubes, report.qubes, strict=False):
-                if planned.decision is Decision.TAKE:
-                    qube.error = _error(error)  # nothing is wrong with it; this is why it has not come
+                if planned.decision == "take":  # nothing is wrong with it; this is why it has not come
+                    qube.error = ErrorInfo.of(error).without_place()
             # So that the next restore need not wait until dom0 has put away what it had begun.
             await call.cancel()
             await call.wait_ended()
             raise
         if other is None:
             return
-        await call.choose(choice_message(other))
-
-
-def _not_yet(planned: PlannedQube) -> QubeReport:
-    """What is to be said of a qube of the plan if nothing more comes of it."""
-    if planned.decision is Decision.TAKE:
-        return QubeReport(
-            name=planned.name,
-            name_in_backup=planned.source.name if planned.name != planned.source.name else None,
-            klass=planned.source.klass,
-            outcome="failed",
-            remark=shortened("; ".join(planned.notes), MAX_TEXT),
-            settings_left_out=remarks(planned.left_out),
-            volumes=tuple(
-                VolumeReport(name=volume.name, outcome="not reached") for volume in planned.source.volumes
-            ),
-        )
-    return QubeReport(
-        name=planned.name,
-        klass=planned.source.klass,
-        outcome="left out" if planned.decision is Decision.LEAVE_OUT else "refused",
-        remark=planned.remark,
-        error=None if planned.error is None else _error(planned.error),
-    )
+        await call.choose(other)
 
 
 def _complete(report: Report, finished: Iterable[QubeReport], error: RestoreError | None) -> None:
@@ -226,10 +192,7 @@ def _complete(report: Report, finished: Iterable[QubeReport], error: RestoreErro
     report.qubes = tuple(known.get(qube.name, qube) for qube in report.qubes)
     for qube in report.qubes:
         if qube.outcome == "failed" and qube.error is None and error is not None:
-            qube.error = None if isinstance(error, Cancelled) else _error(error)
-
-
-_error = ErrorInfo.without_place
+            qube.error = None if isinstance(error, Cancelled) else ErrorInfo.of(error).without_place()
 
 
 # --- What dom0 is asked for ------------------------------------------------------------------------

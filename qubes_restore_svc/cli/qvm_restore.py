@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Never
 
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
 from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
@@ -25,6 +24,7 @@ from qubes_restore_svc.cli.results import keep_report, show_error, show_report
 from qubes_restore_svc.errors import ExitStatus, RestoreError, UsageError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.restore_call import Choice
 
 PROGRAM = "qvm-backup-restore"
 
@@ -47,10 +47,11 @@ def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) ->
                     "there is no terminal to ask on whether to proceed",
                     advice="Use --yes, or give the passphrase in a file (-p FILE).",
                 )
+            choice = _choice(arguments)
             prompt = _Prompt(arguments, interruption)
             restorer = assemble(arguments, archive_fd, prompt)
             total = None if archive_fd is None else archive_size(archive_fd)
-            report, review = _carried_out(arguments, restorer, prompt, total, interruption)
+            report, review = _carried_out(arguments, choice, restorer, prompt, total, interruption)
         except RestoreError as error:
             interruption.hold()
             report = Report.begun("verify" if arguments.verify_only else "restore", started)
@@ -87,6 +88,7 @@ class _Prompt:
 
 def _carried_out(
     arguments: RestoreArguments,
+    choice: Choice,
     restorer: RemoteRestorer,
     prompt: _Prompt,
     total: int | None,
@@ -100,7 +102,7 @@ def _carried_out(
     review = PlanReview(PROGRAM, arguments, display, restorer.check_plan)
     job = restorer.run(
         _session_options(arguments, passphrase),
-        _plan_options(arguments),
+        choice,
         display,
         review,
         verify_only=arguments.verify_only,
@@ -153,10 +155,10 @@ def _session_options(arguments: RestoreArguments, passphrase: str) -> SessionOpt
     )
 
 
-def _plan_options(arguments: RestoreArguments) -> PlanOptions:
-    return PlanOptions(
-        names=arguments.qubes,
-        exclude=arguments.exclude,
+def _choice(arguments: RestoreArguments) -> Choice:
+    return Choice.asked(
+        names=tuple(arguments.qubes),
+        exclude=tuple(arguments.exclude),
         conflicts=arguments.conflicts,
         missing=arguments.missing,
         dom0_home=arguments.dom0_home is True,

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qubes_restore_svc.broker.plan import Plan, Problem
 from qubes_restore_svc.cli.progress import Display
 from qubes_restore_svc.cli.question import ask
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
@@ -17,6 +16,7 @@ from qubes_restore_svc.cli.qvm_plan_table import names_with, plan_table, setting
 from qubes_restore_svc.cli.tables import listed
 from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
 from qubes_restore_svc.errors import Cancelled, RestoreError
+from qubes_restore_svc.wire.restore_call import Plan, Problem
 
 _QUESTION = "Do you want to proceed?"
 
@@ -43,26 +43,26 @@ _MISSING_REMEDY = (
 )
 _MISFITS = (
     _Misfit(
-        Problem.ALREADY_EXISTS,
+        "already-exists",
         "*** There are qubes of the same names here: {names} ***",
         "Remove or rename them first. Or use --skip-conflicting to restore only what is not here yet, or"
         " --rename-conflicting to restore those qubes under other names, with numbers at the end.",
         "Those in the backup will not be restored. Those here stay as they are.",
     ),
     _Misfit(
-        Problem.MISSING_TEMPLATE,
+        "missing-template",
         "*** There is no matching template for: {names} ***",
         _MISSING_REMEDY,
         "They will not be restored.",
     ),
     _Misfit(
-        Problem.MISSING_NETVM,
+        "missing-netvm",
         "*** There is no matching netvm for: {names} ***",
         _MISSING_REMEDY,
         "They will not be restored.",
     ),
     _Misfit(
-        Problem.USERNAME_MISMATCH,
+        "username-mismatch",
         "*** The user name in the backup is not the one here! This can break some settings. ***",
         "Leave dom0's home out, or use --ignore-username-mismatch to restore it all the same.",
         "",
@@ -132,9 +132,9 @@ class PlanReview:
 
     def _is_settled(self, problem: Problem) -> bool:
         """Has the person said what is to become of such qubes? If that does not help, they are left out."""
-        if problem is Problem.ALREADY_EXISTS:
+        if problem == "already-exists":
             return self._arguments.skip_conflicting
-        if problem is Problem.USERNAME_MISMATCH:
+        if problem == "username-mismatch":
             return False
         return self._arguments.missing != "refuse"
 
@@ -148,7 +148,7 @@ class PlanReview:
             say_wrapped(line)
         if takes_dom0_home(plan):
             say_wrapped(_DOM0_NOTE)
-        count = sum(planned.source.klass != "AdminVM" for planned in plan.taken)
+        count = sum(planned.klass != "AdminVM" for planned in plan.taken)
         if count:
             which = f"{count} of them" if count < len(plan.qubes) else "The above qubes"
             say_wrapped(f"{which} will be added to your system. No qube that is here is removed or changed.")
@@ -156,8 +156,8 @@ class PlanReview:
 
 def _refusal(plan: Plan, problem: Problem) -> RestoreError:
     """The error that ends the restore, of the kind that the qubes' own errors have."""
-    cause = next(planned.error for planned in plan.qubes if planned.problem is problem)
-    kind = RestoreError if cause is None else type(cause)
+    cause = next(planned.error for planned in plan.qubes if planned.problem == problem)
+    kind = RestoreError if cause is None else type(cause.to_error())
     return kind(
         "the backup does not fit this system as it is, so nothing was restored",
         advice="What does not fit, and which option settles it, is told above.",

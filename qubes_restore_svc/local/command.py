@@ -12,7 +12,6 @@ from typing import Never
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
-from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.cli.inputs import archive_size, check_target, open_archive, read_passphrase
 from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
@@ -28,6 +27,7 @@ from qubes_restore_svc.local.link import LocalLink
 from qubes_restore_svc.local.sandbox import find_bubblewrap
 from qubes_restore_svc.wire.messages import Manifest
 from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.restore_call import Choice
 
 _PROGRAM = "qubes-restore-svc"
 
@@ -61,6 +61,7 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
     try:
         if arguments.target is not None:
             check_target(arguments.target)
+        choice = Choice.asked(names=tuple(arguments.qubes), exclude=tuple(arguments.exclude))
         options = _prepare(arguments)
     except RestoreError as error:
         interruption.hold()
@@ -69,7 +70,6 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         keep_report(_PROGRAM, arguments.report, report)
         raise
     host = None if arguments.target is None else DirectoryHost(arguments.target)
-    choice = PlanOptions(arguments.qubes, arguments.exclude)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=archive_size(archive_fd))
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:

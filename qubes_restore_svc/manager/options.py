@@ -65,17 +65,14 @@ def choice_from(
         )
     # One answer for both; where they differ, a qube that lacks either is refused rather than changed.
     both = options.use_default_template and options.use_default_netvm
-    try:
-        return c.Choice(
-            names=tuple(names),
-            exclude=tuple(options.exclude),
-            conflicts="rename" if options.rename_conflicting else "refuse",
-            missing="default" if both else "refuse",
-            dom0_home=dom0_home,
-            ignore_username_mismatch=options.ignore_username_mismatch,
-        )
-    except ValidationError:
-        raise UsageError("a list of qubes that holds something else than names") from None
+    return c.Choice.asked(
+        names=tuple(names),
+        exclude=tuple(options.exclude),
+        conflicts="rename" if options.rename_conflicting else "refuse",
+        missing="default" if both else "refuse",
+        dom0_home=dom0_home,
+        ignore_username_mismatch=options.ignore_username_mismatch,
+    )
 
 
 def open_request(

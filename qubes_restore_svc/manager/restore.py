@@ -25,8 +25,6 @@ from typing import Literal, Protocol, Self
 
 from qubesadmin import exc
 
-from qubes_restore_svc.broker.call_messages import plan_of
-from qubes_restore_svc.broker.plan import Plan as ShownPlan
 from qubes_restore_svc.cli.qvm_plan_table import plan_table
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
 from qubes_restore_svc.manager import entries, wording
@@ -169,9 +167,8 @@ class BackupRestore:
         with _qubes_exceptions():
             entries.checked_names(restore_info)
             planned = tuple(entry.planned for entry in restore_info.values())
-            message = c.Plan(number=1, mode="restore", backup_id="0", qubes=planned)
-            shown: ShownPlan = plan_of(message)
-            lines = [plan_table(shown, _COLUMNS).replace(" <-- ", " ← ")]  # no "<": see `wording`
+            plan = c.Plan(number=1, mode="restore", backup_id="0", qubes=planned)
+            lines = [plan_table(plan, _COLUMNS).replace(" <-- ", " ← ")]  # no "<": see `wording`
             lines += [
                 "\n" + _below(f"{entry.vm.name}: {wording.problem_text(entry.planned)}")
                 for entry in restore_info.values()

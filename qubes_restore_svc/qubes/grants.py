@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Never
 
 from qubes_restore_svc.broker.allowlist import with_wildcards
-from qubes_restore_svc.broker.plan import Plan
 from qubes_restore_svc.errors import NotGranted, UsageError
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, LimitsConfig
 from qubes_restore_svc.wire.names import strip_control
-from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, Mode, OpenBackup, WorkerWishes
+from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, Mode, OpenBackup, Plan, WorkerWishes
 from qubes_restore_svc.wire.service import LIST, START, VERIFY
 
 DOM0 = "dom0"
@@ -84,7 +83,7 @@ class Rights:
 
     def check_plan(self, mode: Mode, plan: Plan) -> None:
         """The same for what has come of a choice, whatever it is called in the backup."""
-        if mode == "restore" and any(qube.source.klass == "AdminVM" for qube in plan.taken):
+        if mode == "restore" and any(qube.klass == "AdminVM" for qube in plan.taken):
             self._refuse_home()
 
     # --- One thing each --------------------------------------------------------------------------
@@ -164,7 +163,7 @@ _ADVICE = "Restore fewer qubes at a time, or change the section `limits` of the 
 
 def check_limits(limits: LimitsConfig, plan: Plan) -> None:
     """Raises UsageError if the taken qubes exceed the limits. dom0's home has no size, and does not count."""
-    taken = [planned.source for planned in plan.taken if planned.source.klass != "AdminVM"]
+    taken = [qube for qube in plan.taken if qube.klass != "AdminVM"]
     if limits.qubes is not None and len(taken) > limits.qubes:
         count = f"{len(taken)} qubes are to be restored"
         raise UsageError(f"{count}, and the configuration allows {limits.qubes}", advice=_ADVICE)

@@ -13,7 +13,6 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.job import Confirm, run_job
 from qubes_restore_svc.broker.link import Link
-from qubes_restore_svc.broker.plan import Plan, PlanOptions
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, load_config
 from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
 from qubes_restore_svc.qubes.grants import check_limits, check_options
@@ -25,6 +24,7 @@ from qubes_restore_svc.qubes.storage import Location
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.waiting import ask
 from qubes_restore_svc.wire.report import Observer, Report
+from qubes_restore_svc.wire.restore_call import Choice, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Dom0Restore:
     async def run(
         self,
         options: SessionOptions,
-        choice: PlanOptions,
+        choice: Choice,
         observer: Observer,
         confirm: Confirm | None,
         *,
@@ -120,8 +120,9 @@ class Dom0Restore:
             self.link,
             None if verify_only else self.host,
             self.timed(options),
-            replace(choice, allow=self.config.restore.policy()),
+            choice,
             watched,
+            allow=self.config.restore.policy(),
             confirm=confirm,
         )
         if self.config.report.directory is not None:

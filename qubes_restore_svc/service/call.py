@@ -17,10 +17,9 @@ from typing import Protocol
 
 from pydantic import SecretStr
 
-from qubes_restore_svc.broker.call_messages import plan_message
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest
-from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
+from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import (
     BadConfiguration,
     Cancelled,
@@ -170,20 +169,16 @@ class Call:
         archive_size: int | None,
     ) -> Final:
         verify_only = request.mode == "verify"
-        number = 0
 
-        async def confirm(plan: Plan) -> PlanOptions | None:
-            nonlocal number
-            number += 1
+        async def confirm(plan: c.Plan) -> c.Choice | None:
             rights.check_plan(request.mode, plan)
             excess = None if verify_only else _excess(restore, plan)
-            message = plan_message(plan, number, request.mode, archive_size)
-            if excess is not None:  # another choice may be within them
-                message = message.model_copy(update={"excess": ErrorInfo.of(excess)})
-            answer = await conversation.ask(message)
+            told = None if excess is None else ErrorInfo.of(excess)  # another choice may be within them
+            shown = plan.model_copy(update={"archive_size": archive_size, "excess": told})
+            answer = await conversation.ask(shown.fitting())
             if isinstance(answer, c.Choose):
                 rights.check_choice(request.mode, answer.choice)
-                return _plan_options(answer.choice)
+                return answer.choice
             if excess is not None:
                 raise excess
             self._running = True
@@ -191,7 +186,7 @@ class Call:
 
         report = await restore.run(
             _session_options(request),
-            _plan_options(request.choice),
+            request.choice,
             conversation,
             confirm,
             verify_only=verify_only,
@@ -267,11 +262,11 @@ async def _listed(
     restore: Dom0Restore, request: c.OpenBackup, conversation: Conversation, archive_size: int | None
 ) -> c.Plan:
     manifest = await read_manifest(restore.link, restore.timed(_session_options(request)), conversation)
-    plan = make_plan(manifest, _plan_options(request.choice), None)
-    return plan_message(plan, 1, "list", archive_size)
+    plan = make_plan(manifest, request.choice, None).plan
+    return plan.model_copy(update={"mode": "list", "archive_size": archive_size}).fitting()
 
 
-def _excess(restore: Dom0Restore, plan: Plan) -> RestoreError | None:
+def _excess(restore: Dom0Restore, plan: c.Plan) -> RestoreError | None:
     """How the plan is beyond the administrator's limits, if it is."""
     try:
         restore.check_plan(plan)
@@ -301,17 +296,6 @@ def _session_options(request: c.OpenBackup) -> SessionOptions:
         ignore_cost_limit=request.ignore_cost_limit,
         stall_timeout_s=request.stall_timeout,
         ahead=request.mode != "list" and not request.choice.names,
-    )
-
-
-def _plan_options(choice: c.Choice) -> PlanOptions:
-    return PlanOptions(
-        names=choice.names,
-        exclude=choice.exclude,
-        conflicts=choice.conflicts,
-        missing=choice.missing,
-        dom0_home=choice.dom0_home,
-        ignore_username_mismatch=choice.ignore_username_mismatch,
     )
 
 

@@ -77,8 +77,8 @@ class DeviceInfo(Model):
     options: Annotated[dict[FeatureName, SettingValue], Field(max_length=16)] = Field(default_factory=dict)
 
 
-class ManifestQube(Model):
-    """A qube that the backup holds, with all of its settings that qubes.xml knows."""
+class ListedQube(Model):
+    """A qube that the backup holds, as a person is shown it."""
 
     key: QubeKey
     name: QubeName
@@ -89,12 +89,6 @@ class ManifestQube(Model):
     home_user: HomeUser | None = None  #: dom0: whose home its home is
     backup_size: Size = 0  #: disk space it took when it was backed up, bytes
     volumes: Annotated[tuple[VolumeInfo, ...], Field(fail_fast=True, max_length=3)] = ()
-    properties: Annotated[dict[PropertyName, SettingValue], Field(max_length=512)] = Field(
-        default_factory=dict
-    )
-    features: Annotated[dict[FeatureName, SettingValue], Field(max_length=4096)] = Field(default_factory=dict)
-    tags: Annotated[tuple[TagName, ...], Field(fail_fast=True, max_length=1024)] = ()
-    devices: Annotated[tuple[DeviceInfo, ...], Field(fail_fast=True, max_length=256)] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,6 +102,17 @@ class ManifestQube(Model):
         if self.home_user is not None and self.klass != "AdminVM":
             raise ValueError("only dom0's home has a user")
         return self
+
+
+class ManifestQube(ListedQube):
+    """The same with all of its settings that qubes.xml knows."""
+
+    properties: Annotated[dict[PropertyName, SettingValue], Field(max_length=512)] = Field(
+        default_factory=dict
+    )
+    features: Annotated[dict[FeatureName, SettingValue], Field(max_length=4096)] = Field(default_factory=dict)
+    tags: Annotated[tuple[TagName, ...], Field(fail_fast=True, max_length=1024)] = ()
+    devices: Annotated[tuple[DeviceInfo, ...], Field(fail_fast=True, max_length=256)] = ()
 
 
 class RefusedQube(Model):

@@ -5,7 +5,7 @@ or another model. Unknown keys are refused, nothing is coerced, and a validation
 refused (it may be a passphrase, or meant for a terminal).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import (
@@ -101,10 +101,17 @@ class ErrorInfo(Model):
             advice=cut(error.advice),
         )
 
-    @classmethod
-    def without_place(cls, error: RestoreError) -> "ErrorInfo":
+    def without_place(self) -> "ErrorInfo":
         """The same, for a place that says itself which qube and volume it is about."""
-        return cls.of(error).model_copy(update={"qube": None, "volume": None})
+        return self.model_copy(update={"qube": None, "volume": None})
+
+    def within(self, length: int, *, advice: bool) -> "ErrorInfo":
+        """The same with texts of at most `length` characters, and without advice if there is to be none."""
+        texts = {
+            "reason": shortened(self.reason, length),
+            "advice": shortened(self.advice, length) if advice else "",
+        }
+        return self.model_copy(update=texts)
 
     def to_error(self) -> RestoreError:
         """The error again, in the class of its kind (`RestoreError` itself for a kind not known here)."""
@@ -145,8 +152,13 @@ def validated(kind: type[_M], untrusted_object: Mapping[str, object]) -> _M:
 
 def _known_fields() -> frozenset[str]:
     """What an error may repeat."""
-    models = (*Model.__subclasses__(), *Message.__subclasses__())
-    return frozenset(field for model in models for field in model.model_fields)
+    return frozenset(field for model in _models_below(Model) for field in model.model_fields)
+
+
+def _models_below(model: type[Model]) -> Iterator[type[Model]]:
+    for below in model.__subclasses__():
+        yield below
+        yield from _models_below(below)
 
 
 def check_size(kind: type[Message], size: int) -> None:

@@ -139,7 +139,7 @@ class Report(Message):
     def close(self, error: RestoreError | None = None, finished: datetime | None = None) -> None:
         """Set the end, the error that ended the run, and the exit status that follows from all of it."""
         self.finished = datetime.now(UTC) if finished is None else finished
-        self.error = None if error is None else ErrorInfo.without_place(error)
+        self.error = None if error is None else ErrorInfo.of(error).without_place()
         wanted = [qube for qube in self.qubes if qube.outcome != "left out"]
         if error is not None and error.exit_status is not ExitStatus.NOTHING:
             self.status = error.exit_status
@@ -230,8 +230,7 @@ _Sized = TypeVar("_Sized", QubeReport, Report)
 def _error_within(error: ErrorInfo | None, room: _Room, *, always: bool = False) -> ErrorInfo | None:
     if error is None or not (always or room.volume_errors):
         return None
-    advice = shortened(error.advice, room.text) if room.remarks else ""
-    return error.model_copy(update={"reason": shortened(error.reason, room.text), "advice": advice})
+    return error.within(room.text, advice=room.remarks > 0)
 
 
 def _remarks_within(lines: tuple[str, ...], room: _Room) -> tuple[str, ...]:

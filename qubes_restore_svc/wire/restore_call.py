@@ -19,11 +19,11 @@ of the two sides can cross on the way, so after a `cancel` the broker may still 
 import enum
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, SecretStr, field_serializer, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_serializer, model_validator
 
-from qubes_restore_svc.errors import ProtocolViolation
+from qubes_restore_svc.errors import ProtocolViolation, UsageError
 from qubes_restore_svc.wire.connection import Connection, Rules
-from qubes_restore_svc.wire.messages import Cancel, Log, Progress, RefusedQube, VolumeInfo
+from qubes_restore_svc.wire.messages import Cancel, ListedQube, Log, Progress, RefusedQube
 from qubes_restore_svc.wire.models import (
     EXACT,
     MAX_FRAME,
@@ -35,23 +35,21 @@ from qubes_restore_svc.wire.models import (
 )
 from qubes_restore_svc.wire.names import (
     MAX_QUBES,
+    MAX_TEXT,
     BackupId,
     Count,
     FilterName,
     FreeText,
-    HomeUser,
-    LabelName,
     LocationText,
     NetvmName,
     PoolName,
-    QubeKey,
     QubeName,
     Size,
     StallTimeout,
-    VmClass,
     VolumeName,
+    shortened,
 )
-from qubes_restore_svc.wire.report import QubeReport, Remarks, Report
+from qubes_restore_svc.wire.report import CUT, QubeReport, Remarks, Report, VolumeReport
 
 PROTOCOL_VERSION: Literal[1] = 1
 
@@ -90,6 +88,14 @@ class Choice(Model):
     missing: Literal["refuse", "skip", "default"] = "refuse"  #: a template or netvm that is nowhere
     dom0_home: bool = False  #: restore dom0's home, even if it is not named
     ignore_username_mismatch: bool = False  #: …, even if it is that of another user name
+
+    @classmethod
+    def asked(cls, **fields: object) -> "Choice":
+        """From what a person asked for. Raises UsageError for what no message can say."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError:
+            raise UsageError("a list of qubes that holds something else than names") from None
 
 
 class WorkerWishes(Model):
@@ -152,18 +158,9 @@ Problem = Literal[
 ]
 
 
-class PlanQube(Model):
+class PlanQube(ListedQube):
     """One qube of the backup, as it is there, and what will become of it here."""
 
-    key: QubeKey
-    name: QubeName
-    klass: VmClass
-    label: LabelName
-    template: QubeName | None = None  #: None: has none
-    netvm: NetvmName | None = None  #: None: the default; "": no netvm
-    home_user: HomeUser | None = None  #: dom0: whose home its home is
-    backup_size: Size = 0  #: disk space it took when it was backed up, bytes
-    volumes: Annotated[tuple[VolumeInfo, ...], Field(fail_fast=True, max_length=3)] = ()
     decision: Decision
     new_name: QubeName  #: the name that it will get
     new_template: QubeName | None = None  #: the template that it will get, if it is taken and has one
@@ -173,6 +170,42 @@ class PlanQube(Model):
     error: ErrorInfo | None = None  #: the same, if it was wanted: what is wrong, and what to do
     notes: Remarks = ()  #: what to know of it: renamed, another template
     settings_left_out: Remarks = ()  #: settings that do not come back
+
+    @classmethod
+    def taken(cls, listed: ListedQube) -> "PlanQube":
+        """To be taken as it is."""
+        fields = {name: getattr(listed, name) for name in ListedQube.model_fields}
+        return cls.model_validate(fields | {"decision": "take", "new_name": listed.name})
+
+    def report(self) -> QubeReport:
+        """What is to be said of it if nothing more comes of it."""
+        is_taken = self.decision == "take"
+        return QubeReport(
+            name=self.new_name,
+            name_in_backup=None if self.new_name == self.name else self.name,
+            klass=self.klass,
+            outcome="failed" if is_taken else "left out" if self.decision == "leave-out" else "refused",
+            remark=shortened("; ".join(self.notes), MAX_TEXT) if is_taken else self.remark,
+            error=None if self.error is None else self.error.without_place(),
+            settings_left_out=self.settings_left_out,
+            volumes=tuple(
+                VolumeReport(name=one.name, outcome="not reached") for one in self.volumes if is_taken
+            ),
+        )
+
+    def within(self, length: int, most: int) -> "PlanQube":
+        """The same with texts of `length` characters, `most` notes, and hardly a word on settings."""
+        update = {
+            "remark": shortened(self.remark, length),
+            "error": None if self.error is None else self.error.within(length, advice=most > 0),
+            "notes": tuple(shortened(note, length) for note in self.notes[:most]),
+            "settings_left_out": (CUT,) if most else (),
+        }
+        return self.model_copy(update=update)
+
+
+#: Characters of a text and notes on a qube in a plan that would be too large, from the most to the least.
+_PLAN_ROOMS = ((MAX_TEXT, 10), (300, 10), (100, 0), (20, 0))
 
 
 class Plan(Message):
@@ -192,6 +225,29 @@ class Plan(Message):
     def taken(self) -> tuple[PlanQube, ...]:
         """Those that will be restored or verified."""
         return tuple(qube for qube in self.qubes if qube.decision == "take")
+
+    def reports(self) -> tuple[QubeReport, ...]:
+        """What is to be said of each qube if nothing more comes of it, in the order of the plan."""
+        unlisted = (
+            QubeReport(name=one.name, klass="?", outcome="refused", error=one.error.without_place())
+            for one in self.unlisted
+        )
+        return (*(qube.report() for qube in self.qubes), *unlisted)
+
+    def fitting(self) -> "Plan":
+        """The fullest form of it that one message holds."""
+        form = self
+        rooms = iter(_PLAN_ROOMS)
+        while encoded_size(form) > MAX_FRAME and (room := next(rooms, None)) is not None:
+            unlisted = tuple(
+                RefusedQube(
+                    name=shortened(one.name, room[0]), error=one.error.within(room[0], advice=room[1] > 0)
+                )
+                for one in self.unlisted
+            )
+            qubes = tuple(qube.within(*room) for qube in self.qubes)
+            form = self.model_copy(update={"qubes": qubes, "unlisted": unlisted})
+        return form
 
 
 class VolumeStarted(Message):

@@ -19,11 +19,12 @@ from typing import TypeVar
 from unittest import mock
 
 from qubes_restore_svc.broker import client
+from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import Host
 from qubes_restore_svc.broker.job import run_job
-from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
+from qubes_restore_svc.wire.restore_call import Choice
 from tests.broker.fake_worker import BackupQube, FakeLink, Step
 from tests.broker.troubled_host import TroubledHost
 
@@ -87,7 +88,8 @@ def run(
     options: SessionOptions | None = None,
     names: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    choice: PlanOptions | None = None,
+    choice: Choice | None = None,
+    allow: AllowList | None = None,
     stall_s: float = 20.0,
     limit_s: float = 5.0,
     heartbeat_s: float | None = None,
@@ -116,8 +118,9 @@ def run(
             link,
             where,
             options or SessionOptions(PASSPHRASE),
-            choice or PlanOptions(names, exclude),
+            choice or Choice(names=tuple(names), exclude=tuple(exclude)),
             observer,
+            allow=allow,
             stall_s=stall_s,
         )
         begun = time.monotonic()

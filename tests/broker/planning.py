@@ -1,12 +1,16 @@
 """Manifests and systems to plan with, and a plan's lines in a form to compare."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from qubes_restore_svc.broker.allowlist import AllowedSettings
-from qubes_restore_svc.broker.host import HostQube, HostView, QubesView
-from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, make_plan
+from qubes_restore_svc.broker.allowlist import AllowedSettings, AllowList
+from qubes_restore_svc.broker.host import Definition, HostQube, HostView, QubesView
+from qubes_restore_svc.broker.plan import Planned, make_plan
+from qubes_restore_svc.broker.references import SetUp
+from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire.messages import ErrorInfo, Manifest, ManifestQube, RefusedQube
+from qubes_restore_svc.wire.restore_call import Choice, PlanQube
 
 NET = {"provides_network": "True"}
 DISP = {"template_for_dispvms": "True"}
@@ -74,18 +78,62 @@ def system(
     return HostView(frozenset(qubes), QubesView(qubes, default_template, default_dispvm, labels, dom0_user))
 
 
-def plan_of(*qubes: ManifestQube, view: HostView | None = None, **options: Any) -> Mapping[str, PlannedQube]:
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What a plan says of one qube, and how it is set up, which never leaves the broker."""
+
+    source: PlanQube
+    name: str
+    decision: str
+    problem: str | None
+    error: RestoreError | None
+    remark: str
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+    definition: Definition | None = None
+    template_key: str | None = None
+    netvm_key: str | None = None
+    default_dispvm_key: str | None = None
+    fallback_template: str | None = None
+
+
+def plan_of(
+    *qubes: ManifestQube, view: HostView | None = None, allow: AllowList | None = None, **choice: Any
+) -> Mapping[str, Decided]:
     """The plan for `view`, or the usual system, by the qubes' names in the backup."""
-    return by_name(
-        make_plan(manifest(*qubes), PlanOptions(**{"allow": AllowAll(), **options}), view or system())
+    allow = AllowAll() if allow is None else allow
+    wanted = Choice.asked(
+        **{key: tuple(one) if isinstance(one, list) else one for key, one in choice.items()}
     )
+    return by_name(make_plan(manifest(*qubes), wanted, view or system(), allow=allow))
 
 
-def by_name(plan: Plan) -> Mapping[str, PlannedQube]:
-    found = {planned.source.name: planned for planned in plan.qubes}
-    assert len(found) == len(plan.qubes)
+def decided(planned: Planned) -> list[Decided]:
+    return [_decided(qube, planned.set_ups.get(qube.key)) for qube in planned.plan.qubes]
+
+
+def by_name(planned: Planned) -> Mapping[str, Decided]:
+    found = {one.source.name: one for one in decided(planned)}
+    assert len(found) == len(planned.plan.qubes)
     return found
 
 
-def is_taken(planned: PlannedQube) -> bool:
-    return planned.decision is Decision.TAKE
+def _decided(qube: PlanQube, found: SetUp | None) -> Decided:
+    error = None if qube.error is None else qube.error.to_error()
+    said = (qube, qube.new_name, qube.decision, qube.problem, error, qube.remark, qube.notes)
+    if found is None:
+        return Decided(*said, qube.settings_left_out)
+    assert (qube.new_template, qube.new_netvm) == (found.definition.template, found.definition.netvm)
+    return Decided(
+        *said,
+        qube.settings_left_out,
+        found.definition,
+        found.template_key,
+        found.netvm_key,
+        found.default_dispvm_key,
+        found.fallback_template,
+    )
+
+
+def is_taken(planned: Decided) -> bool:
+    return planned.decision == "take"

@@ -10,9 +10,9 @@ import pytest
 from qubes_restore_svc.broker import restore as restore_module
 from qubes_restore_svc.broker.allowlist import AllowedSettings
 from qubes_restore_svc.broker.host import Definition, HostQube, HostView, NewQube, QubesView
-from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.restore_call import Choice
 from tests.broker.fake_worker import BACKUP_ID, BackupQube, Die, FakeLink, Image, Say, honest
 from tests.broker.jobs import Outcome, check_restored, run
 from tests.broker.troubled_host import Trouble, TroubledHost, TroubledQube
@@ -103,8 +103,9 @@ def restore(tmp_path: Path) -> Callable[..., Run]:
             error = {"kind": "bad-archive", "reason": "its firewall.xml stands behind the files of others"}
             back = Say({"type": "qube_incomplete", "key": taken_back, "error": error})
             script = script.before(script.find("finished"), back)
-        choice = PlanOptions(missing="default" if default else "refuse", allow=_AllowAll())
-        return Run(run(script, tmp_path / "restored", host=host, choice=choice), hosts[0])
+        choice = Choice(missing="default" if default else "refuse")
+        outcome = run(script, tmp_path / "restored", host=host, choice=choice, allow=_AllowAll())
+        return Run(outcome, hosts[0])
 
     return restored
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from qubes_restore_svc.broker import client, job
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.broker.job import read_manifest, run_job
-from qubes_restore_svc.broker.plan import Plan, PlanOptions, make_plan
+from qubes_restore_svc.broker.plan import Planned, make_plan
 from qubes_restore_svc.errors import (
     ArchiveUnreadable,
     RestoreError,
@@ -24,6 +25,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.restore_call import Choice, Plan
 from tests.broker.fake_worker import (
     BACKUP_ID,
     DOM0,
@@ -367,7 +369,7 @@ def test_a_worker_that_never_answers_is_ended(target: Path) -> None:
 async def test_nothing_begins_while_somebody_else_restores_there(target: Path) -> None:
     link = FakeLink(honest())
     with DirectoryHost(target).lock():
-        choice, options = PlanOptions(), SessionOptions(PASSPHRASE)
+        choice, options = Choice(), SessionOptions(PASSPHRASE)
         report = await run_job(link, DirectoryHost(target), options, choice, Recorder())
     assert report.status == 1
     assert report.error is not None
@@ -540,7 +542,7 @@ async def test_a_plan_that_is_refused_says_so_of_every_qube_that_it_took(tmp_pat
     link = FakeLink(honest((WORK, VAULT)))
     host = TroubledHost(tmp_path / "restored", {})
     options = SessionOptions(PASSPHRASE)
-    report = await run_job(link, host, options, PlanOptions(), Recorder(), confirm=refuse)
+    report = await run_job(link, host, options, Choice(), Recorder(), confirm=refuse)
     assert report.error is not None and report.error.reason == "not like this"
     reasons = {qube.name: qube.error and qube.error.reason for qube in report.qubes}
     assert reasons == {"work": "not like this", "vault": "not like this"}
@@ -550,20 +552,20 @@ async def test_a_plan_that_is_refused_says_so_of_every_qube_that_it_took(tmp_pat
 class Choosing:
     """Confirms the plan after asking for others."""
 
-    def __init__(self, *others: PlanOptions) -> None:
+    def __init__(self, *others: Choice) -> None:
         self.others = list(others)
         self.taken: list[list[str]] = []
 
-    async def __call__(self, plan: Plan) -> PlanOptions | None:
+    async def __call__(self, plan: Plan) -> Choice | None:
         self.taken.append([qube.name for qube in plan.taken])
         return self.others.pop(0) if self.others else None
 
 
 async def test_another_plan_is_made_for_whoever_wants_one(target: Path) -> None:
     link = FakeLink(honest((WORK, VAULT, EMPTY), taken=["vault"]))
-    choosing = Choosing(PlanOptions(names=["work"]), PlanOptions(exclude=["work", "empty"]))
+    choosing = Choosing(Choice(names=("work",)), Choice(exclude=("work", "empty")))
     host, options, observer = TroubledHost(target, {}), SessionOptions(PASSPHRASE), Recorder()
-    report = await run_job(link, host, options, PlanOptions(), observer, confirm=choosing)
+    report = await run_job(link, host, options, Choice(), observer, confirm=choosing)
     assert choosing.taken == [["work", "vault", "empty"], ["work"], ["vault"]]
     outcomes = {qube.name: qube.outcome for qube in report.qubes}
     assert outcomes == {"work": "left out", "vault": "restored", "empty": "left out"}
@@ -576,18 +578,19 @@ async def test_what_settings_may_come_back_is_not_chosen_anew(target: Path) -> N
     allowed = AllowAll()
     seen: list[object] = []
 
-    def planned(manifest: m.Manifest, options: PlanOptions, view: HostView | None) -> Plan:
-        seen.append(options.allow)
-        return make_plan(manifest, options, view)
+    def planned(manifest: m.Manifest, choice: Choice, view: HostView | None, **more: Any) -> Planned:
+        seen.append(more["allow"])
+        return make_plan(manifest, choice, view, **more)
 
     with mock.patch.object(job, "make_plan", planned):
         await run_job(
             link,
             TroubledHost(target, {}),
             SessionOptions(PASSPHRASE),
-            PlanOptions(allow=allowed),
+            Choice(),
             Recorder(),
-            confirm=Choosing(PlanOptions(names=["work"])),
+            allow=allowed,
+            confirm=Choosing(Choice(names=("work",))),
         )
     assert seen == [allowed, allowed]
 
@@ -595,17 +598,15 @@ async def test_what_settings_may_come_back_is_not_chosen_anew(target: Path) -> N
 async def test_too_little_room_is_told_once_for_all_plans(target: Path) -> None:
     link = FakeLink(honest((renamed(WORK, backup_size=1 << 60),)))
     options, observer = SessionOptions(PASSPHRASE), Recorder()
-    choosing = Choosing(PlanOptions(), PlanOptions())
-    report = await run_job(link, TroubledHost(target, {}), options, PlanOptions(), observer, confirm=choosing)
+    choosing = Choosing(Choice(), Choice())
+    report = await run_job(link, TroubledHost(target, {}), options, Choice(), observer, confirm=choosing)
     assert len(report.warnings) == len(observer.lines) == 1
 
 
 async def test_another_choice_that_cannot_be_ends_the_job(target: Path) -> None:
     link = FakeLink(honest((WORK,)))
-    choosing = Choosing(PlanOptions(names=["wrok"]))
+    choosing = Choosing(Choice(names=("wrok",)))
     options = SessionOptions(PASSPHRASE)
-    report = await run_job(
-        link, TroubledHost(target, {}), options, PlanOptions(), Recorder(), confirm=choosing
-    )
+    report = await run_job(link, TroubledHost(target, {}), options, Choice(), Recorder(), confirm=choosing)
     assert report.status == 2
     assert not target.exists()

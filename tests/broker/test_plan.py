@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from qubes_restore_svc.broker.host import HostView
-from qubes_restore_svc.broker.plan import Decision, Plan, PlanOptions, make_plan
+from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import BadMetadata, QubeExists, UsageError
 from qubes_restore_svc.wire.messages import ErrorInfo, Manifest, ManifestQube, RefusedQube, VolumeInfo
+from qubes_restore_svc.wire.restore_call import Choice, Plan
 
 
 def qube(name: str, klass: str = "AppVM") -> ManifestQube:
@@ -37,17 +38,17 @@ def plan_for(
 ) -> Plan:
     """The plan for a host that knows nothing but names, or (None) for no host."""
     view = None if existing is None else HostView(frozenset(existing))
-    return make_plan(manifest, PlanOptions(names, exclude), view)
+    return make_plan(manifest, Choice(names=tuple(names), exclude=tuple(exclude)), view).plan
 
 
 def taken(plan: Plan) -> list[str]:
-    return [planned.name for planned in plan.taken]
+    return [planned.new_name for planned in plan.taken]
 
 
 def test_everything_is_taken_unless_told_otherwise() -> None:
     plan = plan_for(backup("work", "vault"), existing=())
     assert taken(plan) == ["work", "vault"]
-    assert [planned.source.name for planned in plan.taken] == ["work", "vault"]
+    assert [planned.name for planned in plan.taken] == ["work", "vault"]
     assert plan.backup_id == "b"
 
 
@@ -55,12 +56,12 @@ def test_names_select_and_excludes_leave_out_in_the_order_of_the_backup() -> Non
     plan = plan_for(backup("a", "b", "c"), names=["c", "a", "b"], exclude=["b"], existing=())
     assert taken(plan) == ["a", "c"]
     assert [(planned.decision, planned.remark) for planned in plan.qubes] == [
-        (Decision.TAKE, ""),
-        (Decision.LEAVE_OUT, "excluded"),
-        (Decision.TAKE, ""),
+        ("take", ""),
+        ("leave-out", "excluded"),
+        ("take", ""),
     ]
     plan = plan_for(backup("a", "b"), names=["a"], existing=())
-    assert (plan.qubes[1].decision, plan.qubes[1].remark) == (Decision.LEAVE_OUT, "not selected")
+    assert (plan.qubes[1].decision, plan.qubes[1].remark) == ("leave-out", "not selected")
 
 
 @pytest.mark.parametrize(("names", "exclude"), [(["x"], []), ([], ["x"]), (["a", "x"], []), (["A"], [])])
@@ -79,7 +80,7 @@ def test_a_usage_error_does_not_list_thousands() -> None:
 
 
 def test_all_names_that_are_not_there_are_told_quoted() -> None:
-    with pytest.raises(UsageError, match=r"no qube named 'x', '\\x1b\[2J'") as caught:
+    with pytest.raises(UsageError, match="no qube named 'x', '\ufffd\\[2J'") as caught:
         plan_for(backup(), names=["x", "\x1b[2J"])
     assert caught.value.advice == "It holds: none at all."
 
@@ -88,14 +89,14 @@ def test_a_name_that_is_taken_is_refused_and_one_that_differs_in_case_is_not() -
     plan = plan_for(backup("work", "Work", "vault"), existing=["other", "work"])
     assert taken(plan) == ["Work", "vault"]
     refused = plan.qubes[0]
-    assert refused.decision is Decision.REFUSE
-    assert isinstance(refused.error, QubeExists)
+    assert refused.decision == "refuse"
+    assert refused.error is not None and refused.error.kind == QubeExists.kind
     assert refused.error.qube == "work"
 
 
 def test_a_taken_name_is_no_conflict_for_a_qube_that_is_left_out_or_only_verified() -> None:
     plan = plan_for(backup("work", "vault"), exclude=["work"], existing=["work"])
-    assert plan.qubes[0].decision is Decision.LEAVE_OUT
+    assert plan.qubes[0].decision == "leave-out"
     assert taken(plan_for(backup("work"), existing=None)) == ["work"]
 
 
@@ -117,4 +118,4 @@ def test_a_qube_that_could_not_be_listed_is_told_if_it_was_wanted() -> None:
     assert unlisted(names=["work"]) == []
     assert unlisted(names=["work", "gone"]) == ["gone"]
     plan = plan_for(backup(refused=["lost"]))
-    assert isinstance(plan.unlisted[0].error, BadMetadata)
+    assert plan.unlisted[0].error.kind == BadMetadata.kind

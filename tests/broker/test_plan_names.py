@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 
 from qubes_restore_svc.broker.host import HostQube, HostView
-from qubes_restore_svc.broker.plan import Decision, PlannedQube, PlanOptions, Problem, make_plan
+from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import QubeExists
-from tests.broker.planning import by_name, manifest, plan_of, qube, system
+from qubes_restore_svc.wire.restore_call import Choice
+from tests.broker.planning import Decided, by_name, manifest, plan_of, qube, system
 
 
 def there(*names: str) -> HostView:
     return system(*(HostQube(name, "AppVM") for name in names))
 
 
-def renamed(name: str, *existing: str, others: tuple[str, ...] = ()) -> PlannedQube:
+def renamed(name: str, *existing: str, others: tuple[str, ...] = ()) -> Decided:
     plan = plan_of(
         qube(name), *(qube(other) for other in others), view=there(name, *existing), conflicts="rename"
     )
@@ -23,7 +24,7 @@ def renamed(name: str, *existing: str, others: tuple[str, ...] = ()) -> PlannedQ
 
 def test_a_taken_name_is_refused_with_what_can_be_done() -> None:
     refused = plan_of(qube("work"), view=there("work"))["work"]
-    assert (refused.decision, refused.problem) == (Decision.REFUSE, Problem.ALREADY_EXISTS)
+    assert (refused.decision, refused.problem) == ("refuse", "already-exists")
     assert refused.remark == "exists already"
     assert isinstance(refused.error, QubeExists)
     assert refused.error.qube == "work"
@@ -34,13 +35,13 @@ def test_a_taken_name_is_refused_with_what_can_be_done() -> None:
 
 def test_a_taken_name_is_skipped_on_request() -> None:
     skipped = plan_of(qube("work"), view=there("work"), conflicts="skip")["work"]
-    assert (skipped.decision, skipped.problem) == (Decision.LEAVE_OUT, Problem.ALREADY_EXISTS)
+    assert (skipped.decision, skipped.problem) == ("leave-out", "already-exists")
     assert (skipped.remark, skipped.error) == ("exists already", None)
 
 
 def test_a_taken_name_is_numbered_on_request() -> None:
     planned = renamed("work")
-    assert (planned.decision, planned.name) == (Decision.TAKE, "work-1")
+    assert (planned.decision, planned.name) == ("take", "work-1")
     assert planned.notes == ("will be renamed to 'work-1'",)
     assert planned.source.name == "work"
 
@@ -63,7 +64,7 @@ def test_a_name_of_an_unselected_or_unlisted_qube_is_not_given_either() -> None:
     plan = plan_of(qube("work"), qube("work-1"), view=there("work"), conflicts="rename", names=["work"])
     assert plan["work"].name == "work-2"
     listed = manifest(qube("work"), refused=["work-1"])
-    plan = by_name(make_plan(listed, PlanOptions(conflicts="rename"), there("work")))
+    plan = by_name(make_plan(listed, Choice(conflicts="rename"), there("work")))
     assert plan["work"].name == "work-2"
 
 
@@ -91,7 +92,7 @@ def test_the_last_number_is_99() -> None:
     taken = [f"work-{number}" for number in range(1, 100)]
     assert renamed("work", *taken[:-1]).name == "work-99"
     refused = renamed("work", *taken)
-    assert (refused.decision, refused.problem) == (Decision.REFUSE, Problem.ALREADY_EXISTS)
+    assert (refused.decision, refused.problem) == ("refuse", "already-exists")
     assert refused.error is not None
     assert (
         refused.error.reason
@@ -116,13 +117,13 @@ def test_a_free_name_that_the_policy_gives_rights_is_told() -> None:
 
 @pytest.mark.parametrize("view", [there("work"), HostView(frozenset({"work"}))])
 def test_names_are_compared_exactly(view: HostView) -> None:
-    assert plan_of(qube("Work"), view=view)["Work"].decision is Decision.TAKE
-    assert plan_of(qube("work"), view=view)["work"].decision is Decision.REFUSE
+    assert plan_of(qube("Work"), view=view)["Work"].decision == "take"
+    assert plan_of(qube("work"), view=view)["work"].decision == "refuse"
 
 
 @pytest.mark.parametrize("name", ["Dom0", "DOM0", "domain-0"])
 def test_no_qube_can_be_taken_for_dom0(name: str) -> None:
-    assert plan_of(qube(name))[name].problem is Problem.ALREADY_EXISTS
+    assert plan_of(qube(name))[name].problem == "already-exists"
     assert plan_of(qube(name), conflicts="rename")[name].name == f"{name}-1"
     directory = HostView(frozenset({"dom0"}))  # where it is nothing but a file's name
     assert plan_of(qube(name), view=directory)[name].name == name
@@ -137,6 +138,6 @@ def test_a_renamed_qube_that_is_then_refused_keeps_its_name_in_the_report() -> N
 
 
 def test_when_only_verifying_no_name_is_taken() -> None:
-    plan = by_name(make_plan(manifest(qube("work", template="gone")), PlanOptions(), None))
-    assert plan["work"].decision is Decision.TAKE
+    plan = by_name(make_plan(manifest(qube("work", template="gone")), Choice(), None))
+    assert plan["work"].decision == "take"
     assert plan["work"].definition is None

@@ -1,17 +1,21 @@
 """What holds for the plan of any backup, on any host, with any choice."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qubes_restore_svc.broker.host import HostQube, HostView, QubesView
-from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, PlanOptions, Problem, make_plan
+from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.broker.references import netvms_to_give_up
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
-from tests.broker.planning import AllowAll, manifest, qube
+from qubes_restore_svc.wire.models import encode_message
+from qubes_restore_svc.wire.restore_call import Choice, PlanQube
+from tests.broker.planning import AllowAll, Decided, decided, is_taken, manifest, qube
+from tests.support.wire import from_dom0, parsed
 
 #: Few, so that they meet; some are cut when they are numbered, and some then end in what no name may.
 NAMES = ["a", "b", "c", "d", "A", "a-1", "b-1", "x" * 29, "x" * 30, "x" * 31, "y" * 26 + "-dmzz", "Dom0"]
@@ -75,25 +79,27 @@ def systems(draw: st.DrawFn) -> HostView:
 
 
 @st.composite
-def choices(draw: st.DrawFn, backup: Manifest) -> PlanOptions:
+def choices(draw: st.DrawFn, backup: Manifest) -> Choice:
     names = [one.name for one in backup.qubes]
     some = st.lists(st.sampled_from(names), max_size=4) if names else st.just([])
-    return PlanOptions(
-        names=draw(some),
-        exclude=draw(some),
+    return Choice(
+        names=tuple(draw(some)),
+        exclude=tuple(draw(some)),
         conflicts=draw(st.sampled_from(["refuse", "skip", "rename"])),
         missing=draw(st.sampled_from(["refuse", "skip", "default"])),
         dom0_home=draw(st.booleans()),
         ignore_username_mismatch=draw(st.booleans()),
-        allow=AllowAll(*draw(st.sets(st.sampled_from(["provides_network", "template_for_dispvms"])))),
     )
 
 
-CASES = backups().flatmap(lambda backup: st.tuples(st.just(backup), choices(backup), systems()))
+FORBIDDEN = st.sets(st.sampled_from(["provides_network", "template_for_dispvms"]))
+ALLOWED = FORBIDDEN.map(lambda names: AllowAll(*names))
+Case = tuple[Manifest, Choice, AllowAll, HostView]
+CASES = backups().flatmap(lambda backup: st.tuples(st.just(backup), choices(backup), ALLOWED, systems()))
 MANY = settings(max_examples=150, deadline=None)
 
 
-def fits(one: HostQube | PlannedQube, role: str) -> bool:
+def fits(one: HostQube | Decided, role: str) -> bool:
     """Can a qube of the host, or a taken one, serve?"""
     if isinstance(one, HostQube):
         return {
@@ -114,15 +120,15 @@ def fits(one: HostQube | PlannedQube, role: str) -> bool:
 
 @MANY
 @given(CASES)
-def test_every_qube_of_the_backup_is_decided_on_once(case: tuple[Manifest, PlanOptions, HostView]) -> None:
-    backup, options, view = case
-    plan = make_plan(backup, options, view)
-    assert [planned.source for planned in plan.qubes] == list(backup.qubes)
-    for planned in plan.qubes:
-        assert (planned.decision is Decision.TAKE) == (planned.problem is None)
-        assert (planned.decision is Decision.REFUSE) == (planned.error is not None)
+def test_every_qube_of_the_backup_is_decided_on_once(case: Case) -> None:
+    backup, options, allow, view = case
+    plan = decided(make_plan(backup, options, view, allow=allow))
+    assert [PlanQube.taken(planned.source) for planned in plan] == [*map(PlanQube.taken, backup.qubes)]
+    for planned in plan:
+        assert (planned.decision == "take") == (planned.problem is None)
+        assert (planned.decision == "refuse") == (planned.error is not None)
         assert (planned.remark == "") == (planned.problem is None)
-        if planned.decision is Decision.TAKE:
+        if planned.decision == "take":
             assert planned.source.name not in options.exclude
             is_home = planned.source.klass == "AdminVM"
             if options.names or is_home:
@@ -138,12 +144,20 @@ def test_every_qube_of_the_backup_is_decided_on_once(case: tuple[Manifest, PlanO
 
 @MANY
 @given(CASES)
-def test_every_taken_name_is_a_free_one(case: tuple[Manifest, PlanOptions, HostView]) -> None:
-    backup, options, view = case
-    plan = make_plan(backup, options, view)
-    names = [planned.name for planned in plan.taken]
+def test_every_plan_is_one_that_a_client_takes(case: Case) -> None:
+    backup, options, allow, view = case
+    plan = make_plan(backup, options, view, allow=allow).plan
+    assert parsed(from_dom0(), encode_message(plan)) == plan
+
+
+@MANY
+@given(CASES)
+def test_every_taken_name_is_a_free_one(case: Case) -> None:
+    backup, options, allow, view = case
+    plan = decided(make_plan(backup, options, view, allow=allow))
+    names = [planned.name for planned in plan if is_taken(planned)]
     assert len(set(names)) == len(names)
-    for planned in plan.taken:
+    for planned in filter(is_taken, plan):
         if planned.source.klass == "AdminVM":
             assert planned.name == "dom0"
             continue
@@ -159,11 +173,11 @@ def test_every_taken_name_is_a_free_one(case: tuple[Manifest, PlanOptions, HostV
 
 @MANY
 @given(CASES)
-def test_every_reference_leads_to_what_can_serve(case: tuple[Manifest, PlanOptions, HostView]) -> None:
-    backup, options, view = case
-    plan = make_plan(backup, options, view)
+def test_every_reference_leads_to_what_can_serve(case: Case) -> None:
+    backup, options, allow, view = case
+    plan = decided(make_plan(backup, options, view, allow=allow))
     assert view.qubes_system is not None
-    taken = {planned.source.key: planned for planned in plan.taken}
+    taken = {planned.source.key: planned for planned in plan if is_taken(planned)}
 
     def check(name: str, key: str | None, role: str) -> None:
         assert view.qubes_system is not None
@@ -198,18 +212,19 @@ def test_every_reference_leads_to_what_can_serve(case: tuple[Manifest, PlanOptio
         assert all(device.backend in view.qubes_system.qubes for device in planned.definition.devices)
 
 
-def waits(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
-    templates = {one.source.key: one.template_key for one in plan.taken if one.template_key}
-    netvms = {one.source.key: one.netvm_key for one in plan.taken if one.netvm_key}
+def waits(plan: Sequence[Decided]) -> tuple[dict[str, str], dict[str, str]]:
+    templates = {one.source.key: one.template_key for one in plan if is_taken(one) and one.template_key}
+    netvms = {one.source.key: one.netvm_key for one in plan if is_taken(one) and one.netvm_key}
     return templates, netvms
 
 
 @MANY
 @given(CASES)
-def test_nobody_waits_for_itself(case: tuple[Manifest, PlanOptions, HostView]) -> None:
-    plan = make_plan(*case)
+def test_nobody_waits_for_itself(case: Case) -> None:
+    backup, options, allow, view = case
+    plan = decided(make_plan(backup, options, view, allow=allow))
     templates, netvms = waits(plan)
-    left = {one.source.key for one in plan.taken}
+    left = {one.source.key for one in plan if is_taken(one)}
     while ready := {
         key for key in left if not {found.get(key) for found in (templates, netvms)} & left
     }:  # as the restore does: finish whatever waits for nothing that is unfinished
@@ -220,34 +235,34 @@ def test_nobody_waits_for_itself(case: tuple[Manifest, PlanOptions, HostView]) -
 
 @MANY
 @given(CASES)
-def test_what_is_missing_is_missing_whatever_the_order(case: tuple[Manifest, PlanOptions, HostView]) -> None:
-    backup, options, view = case
-    plan = make_plan(backup, options, view)
+def test_what_is_missing_is_missing_whatever_the_order(case: Case) -> None:
+    backup, options, allow, view = case
+    plan = decided(make_plan(backup, options, view, allow=allow))
     assert view.qubes_system is not None
-    taken = {planned.source.name: planned for planned in plan.taken}
-    for planned in plan.qubes:
+    taken = {planned.source.name: planned for planned in plan if is_taken(planned)}
+    for planned in plan:
         source = planned.source
         role = "dispvm" if source.klass == "DispVM" else "template"
-        if planned.problem is Problem.MISSING_TEMPLATE:
+        if planned.problem == "missing-template":
             name = source.template
-        elif planned.problem is Problem.MISSING_NETVM:
+        elif planned.problem == "missing-netvm":
             name, role = source.netvm, "netvm"
         else:
             continue
-        assert (planned.decision is Decision.LEAVE_OUT) == (options.missing == "skip")
+        assert (planned.decision == "leave-out") == (options.missing == "skip")
         assert not (role == "netvm" and options.missing == "default")
         if name is None:
             continue
         assert name not in taken or not fits(taken[name], role)
         assert name not in view.qubes_system.qubes or not fits(view.qubes_system.qubes[name], role)
-    turned = make_plan(backup.model_copy(update={"qubes": backup.qubes[::-1]}), options, view)
-    assert outcome(turned) == outcome(plan)
+    turned = make_plan(backup.model_copy(update={"qubes": backup.qubes[::-1]}), options, view, allow=allow)
+    assert outcome(decided(turned)) == outcome(plan)
 
 
-def outcome(plan: Plan) -> dict[str, Any]:
+def outcome(plan: Sequence[Decided]) -> dict[str, Any]:
     return {
         one.source.key: (one.decision, one.problem, reason(one.error), one.template_key, one.netvm_key)
-        for one in plan.qubes
+        for one in plan
     }
 
 
@@ -257,9 +272,9 @@ def reason(error: RestoreError | None) -> str | None:
 
 @MANY
 @given(CASES)
-def test_verifying_depends_on_nothing_but_the_choice(case: tuple[Manifest, PlanOptions, HostView]) -> None:
-    backup, options, _ = case
-    plan = make_plan(backup, options, None)
-    for planned in plan.qubes:
-        assert planned.problem in (None, Problem.EXCLUDED, Problem.NOT_SELECTED)
+def test_verifying_depends_on_nothing_but_the_choice(case: Case) -> None:
+    backup, options, *_ = case
+    plan = decided(make_plan(backup, options, None))
+    for planned in plan:
+        assert planned.problem in (None, "excluded", "not-selected")
         assert (planned.name, planned.notes, planned.definition) == (planned.source.name, (), None)

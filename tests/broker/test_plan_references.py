@@ -4,13 +4,12 @@ import pytest
 
 from qubes_restore_svc.broker.allowlist import SettingsPolicy
 from qubes_restore_svc.broker.host import Definition, HostQube
-from qubes_restore_svc.broker.plan import Decision, PlannedQube, Problem
 from qubes_restore_svc.errors import MissingDependency
-from tests.broker.planning import DISP, NET, AllowAll, is_taken, plan_of, qube, system
+from tests.broker.planning import DISP, NET, AllowAll, Decided, is_taken, plan_of, qube, system
 
 
-def defined(planned: PlannedQube) -> Definition:
-    assert planned.decision is Decision.TAKE
+def defined(planned: Decided) -> Definition:
+    assert planned.decision == "take"
     assert planned.definition is not None
     return planned.definition
 
@@ -35,13 +34,13 @@ def test_classes_without_a_template_get_none_whatever_the_backup_says(klass: str
 def test_what_is_no_template_here_is_missing(name: str, default: str | None) -> None:
     view = system(default_template=default)
     refused = plan_of(qube("work", template=name), view=view)["work"]
-    assert (refused.decision, refused.problem) == (Decision.REFUSE, Problem.MISSING_TEMPLATE)
+    assert (refused.decision, refused.problem) == ("refuse", "missing-template")
     assert isinstance(refused.error, MissingDependency)
     assert (refused.error.qube, refused.remark) == ("work", "no template")
     assert f"its template '{name}' is " in refused.error.reason
     assert "--ignore-missing" in refused.error.advice
     skipped = plan_of(qube("work", template=name), view=view, missing="skip")["work"]
-    assert (skipped.decision, skipped.problem) == (Decision.LEAVE_OUT, Problem.MISSING_TEMPLATE)
+    assert (skipped.decision, skipped.problem) == ("leave-out", "missing-template")
     assert (skipped.error, skipped.notes) == (None, (refused.error.reason,))
 
 
@@ -60,7 +59,7 @@ def test_a_missing_template_is_replaced_by_the_default_on_request() -> None:
 def test_without_a_default_that_will_do_it_stays_missing(klass: str, default: str | None) -> None:
     view = system(default_template=default, default_dispvm=default)
     planned = plan_of(qube("work", klass, template="gone"), view=view, missing="default")["work"]
-    assert (planned.decision, planned.problem) == (Decision.REFUSE, Problem.MISSING_TEMPLATE)
+    assert (planned.decision, planned.problem) == ("refuse", "missing-template")
     assert planned.error is not None
     assert planned.error.reason.endswith("and there is no default here")
     assert "--ignore-missing" not in planned.error.advice
@@ -76,8 +75,8 @@ def test_a_qube_that_names_no_template_is_based_on_the_default(missing: str) -> 
     assert defined(planned).template == "default-dvm"
     without = system(default_template=None)
     planned = plan_of(qube("work", template=None), view=without, missing=missing)["work"]
-    assert planned.decision is (Decision.LEAVE_OUT if missing == "skip" else Decision.REFUSE)
-    assert planned.problem is Problem.MISSING_TEMPLATE
+    assert planned.decision == ("leave-out" if missing == "skip" else "refuse")
+    assert planned.problem == "missing-template"
 
 
 def test_a_template_of_the_restore_comes_first_under_its_new_name() -> None:
@@ -151,7 +150,7 @@ def test_a_disposable_needs_one_here_too() -> None:
     assert is_taken(plan_of(qube("box", "DispVM", template="default-dvm"))["box"])
     for name in ("tpl", "plain", "dom0", "gone"):
         planned = plan_of(qube("box", "DispVM", template=name))["box"]
-        assert planned.problem is Problem.MISSING_TEMPLATE
+        assert planned.problem == "missing-template"
 
 
 # --- Chains ----------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def test_what_depends_on_a_qube_that_is_not_restored_is_not_either(missing: str,
     plan = plan_of(*(reversed(backup) if backwards else backup), missing=missing)
     assert [name for name, planned in plan.items() if is_taken(planned)] == ["other"]
     problems = [plan[name].problem for name in ("dvm", "net", "work", "far")]
-    assert problems == [Problem.MISSING_TEMPLATE] * 2 + [Problem.MISSING_NETVM] * 2
+    assert problems == ["missing-template"] * 2 + ["missing-netvm"] * 2
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -243,11 +242,11 @@ def test_a_netvm_is_found_in_the_restore_and_else_here() -> None:
 def test_a_qube_that_provides_no_network_is_no_netvm(properties: dict[str, str]) -> None:
     backup = (qube("work", netvm="net"), qube("net", properties=properties))
     planned = plan_of(*backup)["work"]
-    assert (planned.decision, planned.problem) == (Decision.REFUSE, Problem.MISSING_NETVM)
+    assert (planned.decision, planned.problem) == ("refuse", "missing-netvm")
     assert isinstance(planned.error, MissingDependency)
     assert planned.error.reason == "its netvm 'net' will be restored, but not as a netvm"
     planned = plan_of(*backup, missing="skip")["work"]
-    assert (planned.decision, planned.problem) == (Decision.LEAVE_OUT, Problem.MISSING_NETVM)
+    assert (planned.decision, planned.problem) == ("leave-out", "missing-netvm")
     planned = plan_of(*backup, missing="default")["work"]
     assert (defined(planned).netvm, planned.netvm_key) == (None, None)
     assert planned.notes == (
@@ -450,8 +449,8 @@ def test_nobody_depends_on_a_service_that_may_not_come_back() -> None:
     )
     assert all(is_taken(planned) for planned in plan_of(*backup).values())
     plan = plan_of(*backup, allow=AllowAll("provides_network", "template_for_dispvms"))
-    assert plan["client"].problem is Problem.MISSING_NETVM
-    assert plan["box"].problem is Problem.MISSING_TEMPLATE
+    assert plan["client"].problem == "missing-netvm"
+    assert plan["box"].problem == "missing-template"
     assert plan["user"].default_dispvm_key is None
     assert plan["net"].left_out == ("property provides_network",)
     assert defined(plan["net"]).properties == {}

@@ -1,7 +1,8 @@
 """What of a qube's settings gets into its definition."""
 
 from qubes_restore_svc.broker.host import Definition, HostView
-from qubes_restore_svc.broker.plan import PlanOptions, make_plan
+from qubes_restore_svc.broker.plan import make_plan
+from qubes_restore_svc.wire.restore_call import Choice
 from tests.broker.planning import NET, AllowAll, by_name, manifest, plan_of, qube, system
 
 PCI = {"bus": "pci", "backend": "dom0", "port": "00_14.0", "required": True}
@@ -31,7 +32,7 @@ def test_what_the_allow_list_lets_through_is_defined_and_the_rest_told() -> None
 
 def test_nothing_comes_back_without_an_allow_list() -> None:
     source = qube("work", properties={"memory": "400"}, features={"f": "1"}, tags=("t",), devices=(PCI,))
-    plan = by_name(make_plan(manifest(source), PlanOptions(), system()))
+    plan = by_name(make_plan(manifest(source), Choice(), system()))
     assert plan["work"].definition == Definition(label="red", template="tpl", netvm="")
 
 

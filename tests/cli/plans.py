@@ -1,9 +1,10 @@
 """Plans for the tests of what is shown of them: one of everything that can be said about a qube."""
 
-from qubes_restore_svc.broker.plan import Decision, Plan, PlannedQube, Problem, UnlistedQube
-from qubes_restore_svc.errors import BadMetadata, MissingDependency, QubeExists
-from qubes_restore_svc.wire.messages import ManifestQube, VolumeInfo
+from qubes_restore_svc.errors import BadMetadata, MissingDependency, QubeExists, RestoreError
+from qubes_restore_svc.wire.messages import ManifestQube, RefusedQube, VolumeInfo
+from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass
+from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem
 
 
 def source(
@@ -26,34 +27,41 @@ def source(
     )
 
 
-def taken(qube: ManifestQube, name: str = "", notes: tuple[str, ...] = (), *left_out: str) -> PlannedQube:
+def taken(qube: ManifestQube, name: str = "", notes: tuple[str, ...] = (), *left_out: str) -> PlanQube:
     """It will be restored."""
-    return PlannedQube(qube, name or qube.name, Decision.TAKE, notes=notes, left_out=left_out)
+    said = {"new_name": name or qube.name, "notes": notes, "settings_left_out": left_out}
+    return PlanQube.taken(qube).model_copy(update=said)
 
 
-def not_wanted(qube: ManifestQube, problem: Problem) -> PlannedQube:
+def not_wanted(qube: ManifestQube, problem: Problem) -> PlanQube:
     """The person did not ask for it."""
-    return PlannedQube(qube, qube.name, Decision.LEAVE_OUT, problem.value, problem=problem)
+    return PlanQube.taken(qube).model_copy(update={"decision": "leave-out", "problem": problem})
 
 
-def conflicting(name: str) -> PlannedQube:
+def refused(qube: ManifestQube, problem: Problem, error: RestoreError) -> PlanQube:
+    """It cannot be restored."""
+    said = {"decision": "refuse", "problem": problem, "error": ErrorInfo.of(error)}
+    return PlanQube.taken(qube).model_copy(update=said)
+
+
+def conflicting(name: str) -> PlanQube:
     """Its name is taken."""
-    qube, error = source(name), QubeExists("a qube of this name is there already", qube=name)
-    return PlannedQube(qube, name, Decision.REFUSE, "exists already", error, Problem.ALREADY_EXISTS)
-
-
-def lacking(name: str, problem: Problem, reason: str) -> PlannedQube:
-    """It has no template, or no netvm; or it is another user's home."""
-    qube = source(name) if name != "dom0" else source("dom0", "AdminVM", None, label="black")
-    return PlannedQube(
-        qube, name, Decision.REFUSE, problem.value, MissingDependency(reason, qube=name), problem
+    return refused(
+        source(name), "already-exists", QubeExists("a qube of this name is there already", qube=name)
     )
 
 
-def plan(*qubes: PlannedQube, unlisted: tuple[str, ...] = ()) -> Plan:
+def lacking(name: str, problem: Problem, reason: str) -> PlanQube:
+    """It has no template, or no netvm; or it is another user's home."""
+    qube = source(name) if name != "dom0" else source("dom0", "AdminVM", None, label="black")
+    return refused(qube, problem, MissingDependency(reason, qube=name))
+
+
+def plan(*qubes: PlanQube, unlisted: tuple[str, ...] = ()) -> Plan:
     """All of them, and some that cannot be listed."""
-    lost = (UnlistedQube(name, BadMetadata("its label is malformed", advice="")) for name in unlisted)
-    return Plan("backup-1", qubes, tuple(lost))
+    error = ErrorInfo.of(BadMetadata("its label is malformed", advice=""))
+    lost = tuple(RefusedQube(name=name, error=error) for name in unlisted)
+    return Plan(number=1, mode="restore", backup_id="backup-1", qubes=qubes, unlisted=lost)
 
 
 ONE_OF_EACH = plan(
@@ -61,10 +69,10 @@ ONE_OF_EACH = plan(
     taken(source("vault", netvm="", label="black"), "vault-1", ("will be renamed to 'vault-1'",)),
     taken(source("old", template="fedora-38"), notes=("template change to 'fedora-41'", "and more")),
     taken(source("debian-12", "TemplateVM", None, label="black")),
-    not_wanted(source("mail"), Problem.EXCLUDED),
-    not_wanted(source("chat"), Problem.NOT_SELECTED),
+    not_wanted(source("mail"), "excluded"),
+    not_wanted(source("chat"), "not-selected"),
     conflicting("sys-usb"),
-    lacking("lab", Problem.MISSING_TEMPLATE, "its template 'arch' is nowhere to be found"),
-    not_wanted(source("dom0", "AdminVM", None, label="black"), Problem.HOME_NOT_ASKED_FOR),
+    lacking("lab", "missing-template", "its template 'arch' is nowhere to be found"),
+    not_wanted(source("dom0", "AdminVM", None, label="black"), "home-not-asked-for"),
     unlisted=("broken",),
 )

@@ -2,7 +2,6 @@
 
 import pytest
 
-from qubes_restore_svc.broker.plan import Problem
 from qubes_restore_svc.cli.qvm_plan_table import (
     names_with,
     plan_table,
@@ -70,7 +69,7 @@ def test_a_setting_that_stays_behind_is_told_once_with_its_qubes() -> None:
     found = plan(
         taken(source("work"), "", (), "property kernelopts", "tag secret"),
         taken(source("vault"), "vault-1", (), "property kernelopts"),
-        not_wanted(source("mail"), Problem.EXCLUDED),
+        not_wanted(source("mail"), "excluded"),
     )
     assert settings_left_behind(found, everything=False) == [
         "These settings stay behind, because the configuration does not allow them:",
@@ -89,10 +88,10 @@ def test_many_settings_are_told_only_on_request() -> None:
 
 
 def test_who_has_which_problem() -> None:
-    found = plan(conflicting("a"), lacking("b", Problem.MISSING_NETVM, "x"), conflicting("c"))
-    assert names_with(Problem.ALREADY_EXISTS, found) == ["a", "c"]
-    assert names_with(Problem.MISSING_NETVM, found) == ["b"]
-    assert names_with(Problem.MISSING_TEMPLATE, found) == []
+    found = plan(conflicting("a"), lacking("b", "missing-netvm", "x"), conflicting("c"))
+    assert names_with("already-exists", found) == ["a", "c"]
+    assert names_with("missing-netvm", found) == ["b"]
+    assert names_with("missing-template", found) == []
 
 
 def test_dom0s_home_is_taken_or_not() -> None:

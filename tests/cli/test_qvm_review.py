@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from qubes_restore_svc.broker.plan import Plan, Problem
 from qubes_restore_svc.cli import qvm_review
 from qubes_restore_svc.cli.progress import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.errors import Cancelled, MissingDependency, QubeExists, RestoreError, UsageError
+from qubes_restore_svc.wire.restore_call import Plan
 
 from .plans import conflicting, lacking, not_wanted, plan, source, taken
 
@@ -120,7 +120,7 @@ def test_a_verify_says_that_nothing_is_changed(
 def test_where_nothing_is_left_nobody_is_asked(
     saying_no: Reviewing, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert saying_no(plan(not_wanted(source("work"), Problem.EXCLUDED))).accepted
+    assert saying_no(plan(not_wanted(source("work"), "excluded"))).accepted
     assert saying_no.questions == []
     assert "will be added" not in capsys.readouterr().err
 
@@ -132,7 +132,7 @@ def test_what_will_be_is_told_with_what_stays_behind_and_where_the_home_goes(
         plan(
             taken(source("work"), "", (), "property kernelopts"),
             taken(source("dom0", "AdminVM", None)),
-            not_wanted(source("mail"), Problem.EXCLUDED),
+            not_wanted(source("mail"), "excluded"),
         )
     )
     said = capsys.readouterr().err
@@ -142,9 +142,9 @@ def test_what_will_be_is_told_with_what_stays_behind_and_where_the_home_goes(
 
 
 CONFLICT = plan(taken(source("work")), conflicting("vault"), conflicting("mail"))
-NO_TEMPLATE = plan(taken(source("work")), lacking("lab", Problem.MISSING_TEMPLATE, MISSING))
-NO_NETVM = plan(taken(source("work")), lacking("lab", Problem.MISSING_NETVM, MISSING))
-NO_USER = plan(taken(source("work")), lacking("dom0", Problem.USERNAME_MISMATCH, "it is another user's"))
+NO_TEMPLATE = plan(taken(source("work")), lacking("lab", "missing-template", MISSING))
+NO_NETVM = plan(taken(source("work")), lacking("lab", "missing-netvm", MISSING))
+NO_USER = plan(taken(source("work")), lacking("dom0", "username-mismatch", "it is another user's"))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_what_does_not_fit_ends_the_whole_restore_and_says_which_option_settles_
 def test_all_that_does_not_fit_is_told_at_once(
     reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = plan(conflicting("vault"), lacking("lab", Problem.MISSING_TEMPLATE, MISSING))
+    found = plan(conflicting("vault"), lacking("lab", "missing-template", MISSING))
     with pytest.raises(QubeExists):
         reviewing(found)
     said = capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_with_its_option_the_others_are_restored(
 def test_dom0s_home_is_no_qube_that_is_added(
     reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reviewing(plan(taken(source("dom0", "AdminVM", None)), not_wanted(source("work"), Problem.NOT_SELECTED)))
+    reviewing(plan(taken(source("dom0", "AdminVM", None)), not_wanted(source("work"), "not-selected")))
     said = capsys.readouterr().err
     assert "NOTE: dom0's home" in said and "will be added" not in said
     assert reviewing.questions == [QUESTION]
@@ -221,7 +221,7 @@ def test_where_everything_is_skipped_it_is_said_why(
 ) -> None:
     with pytest.raises(RestoreError, match="nothing is left"):
         reviewing(
-            plan(conflicting("work"), not_wanted(source("mail"), Problem.EXCLUDED)),
+            plan(conflicting("work"), not_wanted(source("mail"), "excluded")),
             f"--skip-conflicting {way}",
         )
     assert "There are qubes of the same names here: work" in capsys.readouterr().err

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.plan import Plan, PlanOptions
 from qubes_restore_svc.cli import qvm_parts
 from qubes_restore_svc.cli.progress import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
@@ -16,6 +15,7 @@ from qubes_restore_svc.errors import Cancelled, HostFailed, NotGranted, QubeExis
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log
 from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.restore_call import Choice, Plan
 from tests.client.fakes import (
     OTHER,
     PASSPHRASE,
@@ -46,9 +46,7 @@ class Seeing(QuietDisplay):
 class Restoring:
     """A restore that a script answers; `plans` are those that were shown."""
 
-    def __init__(
-        self, script: Script, *answers: PlanOptions | Exception | None, line: str = "-d nas b"
-    ) -> None:
+    def __init__(self, script: Script, *answers: Choice | Exception | None, line: str = "-d nas b") -> None:
         self.transport = FakeTransport(script, HostFailed("the connection to dom0 broke off", advice="Look."))
         self.display = Seeing()
         self.plans: list[Plan] = []
@@ -60,7 +58,7 @@ class Restoring:
         await restorer.check()
         report = await restorer.run(
             SessionOptions(passphrase=PASSPHRASE, compression_filter="zstd"),
-            PlanOptions(names=("work",), exclude=("vault",), conflicts="rename"),
+            Choice(names=("work",), exclude=("vault",), conflicts="rename"),
             self.display,
             self._confirm,
             verify_only=self._arguments.verify_only,
@@ -68,7 +66,7 @@ class Restoring:
         await self.transport.check()  # also what the script expected
         return report
 
-    async def _confirm(self, found: Plan) -> PlanOptions | None:
+    async def _confirm(self, found: Plan) -> Choice | None:
         self.plans.append(found)
         answer = self._answers.pop(0)
         if isinstance(answer, Exception):
@@ -150,7 +148,7 @@ def test_another_choice_brings_another_plan() -> None:
         await peer.hear(c.Confirm)
         await peer.say(report())
 
-    restoring = Restoring(dom0, PlanOptions(names=("vault",)), None)
+    restoring = Restoring(dom0, Choice(names=("vault",)), None)
     assert asyncio.run(restoring.run()).status == 0
     assert [len(found.qubes) for found in restoring.plans] == [3, 2]
 
@@ -243,7 +241,7 @@ def test_what_fits_into_no_message_is_told_without_its_value(bad: dict[str, str]
             FakeTransport(planned), c.BackupLocation(text="/b"), c.WorkerWishes(), bad.get("pool")
         )
         options = SessionOptions(passphrase=PASSPHRASE, compression_filter=bad.get("compression"))
-        return await restorer.run(options, PlanOptions(), Seeing(), None, verify_only=False)
+        return await restorer.run(options, Choice(), Seeing(), None, verify_only=False)
 
     found = asyncio.run(run())
     assert found.error is not None and found.status == 2

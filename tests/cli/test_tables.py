@@ -88,7 +88,7 @@ def volume(
     name: VolumeName = "private", error: RestoreError | None = None, outcome: str = "ok"
 ) -> VolumeReport:
     if error is not None:
-        return VolumeReport(name=name, outcome="failed", error=ErrorInfo.without_place(error))
+        return VolumeReport(name=name, outcome="failed", error=ErrorInfo.of(error).without_place())
     if outcome == "not reached":
         return VolumeReport(name=name, outcome="not reached")
     return VolumeReport(name=name, outcome="ok", size=8 << 20, data_bytes=5, sha256=SUM)
@@ -108,7 +108,7 @@ def qube(
 ) -> QubeReport:
     made = QubeReport(name=name, klass="AppVM", outcome="failed", volumes=volumes, remark=remark)
     made.outcome = outcome  # type: ignore[assignment]  # one word of a literal
-    made.error = None if error is None else ErrorInfo.without_place(error)
+    made.error = None if error is None else ErrorInfo.of(error).without_place()
     return made
 
 

@@ -222,10 +222,13 @@ def _meaning(name: str, comments: dict[str, str]) -> str:
 
 
 def _meanings(model: type[Model]) -> dict[str, str]:
-    """What the comments say of the fields of a model."""
-    module = inspect.getmodule(model)
-    assert module in (c, messages, models, report)
-    return _meanings_of(module, model.__name__)
+    """What the comments say of the fields of a model, and of those that it inherits."""
+    found: dict[str, str] = {}
+    for one in reversed([one for one in model.__mro__ if one.__module__.startswith(names.__package__ or "")]):
+        module = inspect.getmodule(one)
+        assert module in (c, messages, models, report)
+        found |= _meanings_of(module, one.__name__)
+    return found
 
 
 def _meanings_of(module: ModuleType, scope: str | None = None) -> dict[str, str]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.plan import PlanOptions, make_plan
+from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import NotGranted
 from qubes_restore_svc.qubes.config import parse_config
 from qubes_restore_svc.qubes.grants import MODES, Rights
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.restore_call import Choice
 from qubes_restore_svc.wire.service import LIST, START, VERIFY
 from tests.broker.planning import manifest, qube
 
@@ -127,12 +128,12 @@ def test_dom0s_home_is_for_dom0(choice: dict[str, object]) -> None:
 
 
 def test_a_plan_with_dom0s_home_is_not_carried_out_however_it_came_about() -> None:
-    plan = make_plan(manifest(qube("dom0", "AdminVM"), qube("work")), PlanOptions(), None)
+    plan = make_plan(manifest(qube("dom0", "AdminVM"), qube("work")), Choice(), None).plan
     with pytest.raises(NotGranted, match="dom0's home"):
         rights().check_plan("restore", plan)
     rights().check_plan("verify", plan)
     rights(caller="dom0").check_plan("restore", plan)
-    rights().check_plan("restore", make_plan(manifest(qube("work")), PlanOptions(), None))
+    rights().check_plan("restore", make_plan(manifest(qube("work")), Choice(), None).plan)
 
 
 @pytest.mark.parametrize("limits", ["volume_size: 5", "total_size: 5"])

@@ -2,12 +2,12 @@
 
 import pytest
 
-from qubes_restore_svc.broker.plan import Plan, Problem
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.qubes.config import LimitsConfig
 from qubes_restore_svc.qubes.grants import check_limits, check_options
 from qubes_restore_svc.wire.messages import ManifestQube, VolumeInfo
 from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.restore_call import Plan
 from tests.cli.plans import not_wanted, plan, source, taken
 
 GIB = 1 << 30
@@ -20,7 +20,7 @@ def sized(name: str, *sizes: int | None) -> ManifestQube:
 
 
 def of(*qubes: ManifestQube) -> Plan:
-    return plan(*map(taken, qubes), not_wanted(sized("big", 99 * GIB), Problem.EXCLUDED))
+    return plan(*map(taken, qubes), not_wanted(sized("big", 99 * GIB), "excluded"))
 
 
 @pytest.mark.parametrize(

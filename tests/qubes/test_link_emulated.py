@@ -9,7 +9,6 @@ import pytest
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import run_job
-from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, RestoreError, WorkerMissing
 from qubes_restore_svc.qubes import dom0_file
 from qubes_restore_svc.qubes.link import QrexecLink
@@ -17,6 +16,7 @@ from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 from qubes_restore_svc.wire.location import QubePath, QubeService
+from qubes_restore_svc.wire.restore_call import Choice
 from tests.emulation.emulated import EmulatedQubes
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.bad_medium import PAGE, Medium
@@ -89,7 +89,7 @@ async def test_a_backup_verifies_from_every_kind_of_location_and_nothing_is_left
     location = _location(kind, qubes, backup)
     before = qubes.snapshot()
     link = _link(system, location, tmp_path)
-    report = await run_job(link, None, _options(), PlanOptions(), Recorder())
+    report = await run_job(link, None, _options(), Choice(), Recorder())
     assert report.error is None
     assert {volume.outcome for qube in report.qubes for volume in qube.volumes} == {"ok"}
     assert qubes.settled(before) == before
@@ -107,7 +107,7 @@ async def test_a_page_of_dom0s_file_that_cannot_be_read_costs_the_qube_that_it_h
     monkeypatch.setattr(dom0_file, "_end_of", lambda fd: medium.end)
     before = qubes.snapshot()
     link = _link(system, Dom0File(medium.fd), tmp_path)
-    report = await run_job(link, None, _options(), PlanOptions(), Recorder())
+    report = await run_job(link, None, _options(), Choice(), Recorder())
     gap = f"the file could not be read at byte {medium.start + bad * PAGE} (Input/output error)"
     assert [text for text in report.warnings if text.startswith(gap)]
     failed = {qube.name: qube.error.reason for qube in report.qubes if qube.error}
@@ -241,6 +241,6 @@ async def test_a_storage_service_that_does_not_exist_is_told(
     qubes: EmulatedQubes, system: QubesSystem, tmp_path: Path
 ) -> None:
     link = _link(system, QubeService(STORAGE, "my.Backup"), tmp_path)
-    report = await run_job(link, None, _options(), PlanOptions(), Recorder())
+    report = await run_job(link, None, _options(), Choice(), Recorder())
     assert report.error is not None
     assert "my.Backup in sys-usb ended with exit code 127 (there is no such service)" in report.error.reason

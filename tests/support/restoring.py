@@ -9,9 +9,9 @@ from pathlib import Path
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.broker.link import Link
-from qubes_restore_svc.broker.plan import PlanOptions
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
+from qubes_restore_svc.wire.restore_call import Choice
 
 from .backup_writer import PASSPHRASE
 from .thread_link import ThreadLink
@@ -41,7 +41,7 @@ def restore(
     target: Path | None,
     *,
     passphrase: str = PASSPHRASE,
-    choice: PlanOptions | None = None,
+    choice: Choice | None = None,
     make_link: Callable[[int], Link] = ThreadLink,
     memory: int | None = None,
     observer: Recorder | None = None,
@@ -56,7 +56,7 @@ def restore(
                 make_link(fd),
                 None if target is None else DirectoryHost(target),
                 options,
-                choice or PlanOptions(),
+                choice or Choice(),
                 observer or Recorder(),
             )
         )

@@ -84,7 +84,7 @@ def _call_it_failed(report: Report, target: Path) -> None:
 
 
 def _blame_the_host(report: Report, target: Path) -> None:
-    report.error = ErrorInfo.without_place(HostFailed("it broke"))
+    report.error = ErrorInfo.of(HostFailed("it broke")).without_place()
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_the_status_says_what_became_of_what_was_wanted(
 
 def test_an_error_in_a_report_leaves_its_place_to_what_it_stands_in() -> None:
     error = WorkerLost("it ended", qube="work", volume="root", chunk=4)
-    told = ErrorInfo.without_place(error)
+    told = ErrorInfo.of(error).without_place()
     assert (told.kind, told.reason, told.advice) == ("worker-lost", "it ended", WorkerLost.default_advice)
     assert (told.qube, told.volume, told.chunk) == (None, None, 4)
 

@@ -25,9 +25,9 @@ CHOICE: Json = {
     "ignore_username_mismatch": True,
 }  # fmt: skip
 QUBE: Json = {
-    "key": "vm10", "name": "work", "klass": "AppVM", "label": "red", "template": "debian-12",
+    "key": "dom0-home", "name": "dom0", "klass": "AdminVM", "label": "red", "template": "debian-12",
     "netvm": "sys-firewall", "home_user": "user", "backup_size": 10,
-    "volumes": [{"name": "private", "size": 5}], "decision": "refuse", "new_name": "work1",
+    "volumes": [{"name": "home", "size": 5}], "decision": "refuse", "new_name": "work1",
     "new_template": "debian-13", "new_netvm": "", "problem": "already-exists", "remark": "m",
     "error": ERROR, "notes": ["n"], "settings_left_out": ["s"],
 }  # fmt: skip
