@@ -15,8 +15,13 @@ with loading("qubes-restore-worker"):
     from qubes_restore_svc.errors import UsageError
     from qubes_restore_svc.kdf.engine import KdfEngine, best_engine
     from qubes_restore_svc.system_memory import LEAST_MEMORY, MemoryRoom, memory_room
-    from qubes_restore_svc.worker.calls import Accept, ListeningCalls, PassedCalls, inherited_listener
-    from qubes_restore_svc.worker.daemon import Daemon
+    from qubes_restore_svc.worker.daemon import (
+        Accept,
+        Daemon,
+        ListeningCalls,
+        PassedCalls,
+        inherited_listener,
+    )
     from qubes_restore_svc.worker.system_calls import forbid_the_rest
     from qubes_restore_svc.worker.threads import as_restore_error
 

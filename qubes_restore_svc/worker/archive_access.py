@@ -23,9 +23,8 @@ from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import QFILE_ARGUMENT
-from qubes_restore_svc.worker.conversation import BEGINNING, CalledPeer, Conversation, Peer
-from qubes_restore_svc.worker.restore_by_id import RestoreById
 from qubes_restore_svc.worker.source import ArchiveSource
+from qubes_restore_svc.worker.storage import BEGINNING, CalledPeer, Peer, RestoreById, StoragePass
 
 _PASSES = 2
 
@@ -118,13 +117,13 @@ class ArchiveAccess:
                 return _WholeArchive(self._passed)
             if self._called is not None:
                 return _WholeArchive(self._called.fileno(), self._called)
-        return Conversation(self._connect, BEGINNING)
+        return StoragePass(self._connect, BEGINNING)
 
     def second_pass(
         self, paths: Iterable[str], *, position: int, remark: Callable[[str], None]
     ) -> ArchivePass:
-        """The pass over the members at `paths`; it begins when it is first read. See Conversation."""
-        return Conversation(self._connect, paths, position=position, remark=remark)
+        """The pass over the members at `paths`; it begins when it is first read. See StoragePass."""
+        return StoragePass(self._connect, paths, position=position, remark=remark)
 
     def _connect(self) -> Peer:
         """The other side of the next conversation; waits for a call, if it comes by one."""

@@ -33,8 +33,8 @@ from qubes_restore_svc.errors import (
     SkippedOnRequest,
 )
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
-from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.memory import Budget
 from qubes_restore_svc.worker.source import MemberStream
 
 #: Gets a line for the person.

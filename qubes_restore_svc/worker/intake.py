@@ -29,7 +29,7 @@ from qubes_restore_svc.errors import (
     RestoreError,
 )
 from qubes_restore_svc.worker.chunk import Chunk, ChunkStore, Proofs
-from qubes_restore_svc.worker.events import (
+from qubes_restore_svc.worker.files import (
     ArchiveEnd,
     Damaged,
     EventQueue,

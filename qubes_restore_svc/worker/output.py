@@ -1,9 +1,9 @@
 """Where a volume's extents go: into a hash, and to the broker if it fetches them.
 
-Strategy: one object takes (offset, data) in rising order and sees to the holes itself: the hash is over
-the whole image, so a hole is hashed as zeros; the stream to the broker leaves it out. Both can be ended from
-outside, a hole of a tebibyte as well as a broker that has stopped reading. Hashing costs about as much as
-unpacking, and has a thread of its own.
+Strategy: one volume is on offer at a time, and one call takes it. One object takes (offset, data) in rising
+order and sees to the holes itself: the hash is over the whole image, so a hole is hashed as zeros; the stream
+to the broker leaves it out. Both can be ended from outside, a hole of a tebibyte as well as a broker that has
+stopped reading. Hashing costs about as much as unpacking, and has a thread of its own.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Self
 
 from qubes_restore_svc.errors import SkippedOnRequest, exhausted
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.wire import service
 from qubes_restore_svc.wire.volume import MAX_RECORD, encode_end, encode_header, encode_record
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -143,3 +145,30 @@ class VolumeStream:
         except OSError as error:
             found = exhausted(error, "in the worker")
             raise found or SkippedOnRequest("the receiver stopped taking it") from error
+
+
+class VolumeOffers:
+    """The offer, shared between the pipeline's thread and the event loop."""
+
+    def __init__(self) -> None:
+        self._argument = ""
+        self._offer: Future[socket.socket] | None = None
+
+    def offer(self, key: str, volume: str) -> "Future[socket.socket]":
+        """Put a volume on offer, in place of the one before.
+
+        The future brings the connection of the call that takes it. Whoever cancels it withdraws the offer.
+        """
+        offer: Future[socket.socket] = Future()
+        self._argument, self._offer = service.volume_argument(key, volume), offer
+        return offer
+
+    def take(self, argument: str, connection: socket.socket) -> bool:
+        """Hand `connection` to the offer that `argument` names; False if there is no such offer."""
+        offer = self._offer
+        if offer is None or offer.done() or argument != self._argument:
+            return False
+        if not offer.set_running_or_notify_cancel():
+            return False
+        offer.set_result(connection)
+        return True

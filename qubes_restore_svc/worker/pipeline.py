@@ -30,10 +30,9 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
-from qubes_restore_svc.worker.events import ArchiveEnd, Damaged, EventQueue, Passed
+from qubes_restore_svc.worker.files import ArchiveEnd, Damaged, EventQueue, Passed, PlaintextFiles
 from qubes_restore_svc.worker.opening import OpenBackup
 from qubes_restore_svc.worker.output import ImageHash, VolumeStream
-from qubes_restore_svc.worker.plaintext import PlaintextFiles
 from qubes_restore_svc.worker.selection import DIRECTORY, SelectedQube, Selection, Stage, WantedFile
 from qubes_restore_svc.worker.threads import Stop, as_restore_error
 

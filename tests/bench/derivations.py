@@ -3,7 +3,7 @@
 Strategy: an engine is driven through its lanes as the worker drives it, in this thread, whose CPU time is
 the cost. `DerivationCosts` measures what it is asked for and remembers it; what does not fit into memory
 is reckoned from half of its size, and marked. `share_out` says what the worker's budget makes of a
-memory limit: the same rule as in `worker/shares.py`, for a restore under way.
+memory limit: the same rule as in `worker/memory.py`, for a restore under way.
 """
 
 import time

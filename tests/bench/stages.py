@@ -25,7 +25,7 @@ from qubes_restore_svc.broker.image_directory import ImageFile
 from qubes_restore_svc.broker.receiver import receive_volume
 from qubes_restore_svc.kdf.engine import KdfParameters, best_engine
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD, encode_end, encode_header, encode_record
-from qubes_restore_svc.worker.budget import OWN_MEMORY
+from qubes_restore_svc.worker.memory import OWN_MEMORY
 from qubes_restore_svc.worker.output import VolumeStream
 
 from .anatomy import Anatomy, Container, archive_source, derive_keys, dissect

@@ -12,9 +12,8 @@ from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.service import READY
-from qubes_restore_svc.worker.budget import OWN_MEMORY
-from qubes_restore_svc.worker.calls import PassedCalls
-from qubes_restore_svc.worker.daemon import Daemon
+from qubes_restore_svc.worker.daemon import Daemon, PassedCalls
+from qubes_restore_svc.worker.memory import OWN_MEMORY
 from tests.support.wire import framed, from_worker, heard
 
 from ..support.backup_writer import PASSPHRASE

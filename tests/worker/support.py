@@ -19,10 +19,10 @@ from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, End, Extent, Header, VolumeDecoder
-from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.chunk import ChunkStore
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.memory import Budget
 from qubes_restore_svc.worker.opening import OpenBackup, open_backup
 from qubes_restore_svc.worker.pipeline import Pipeline
 from qubes_restore_svc.worker.selection import Selection, Wanted

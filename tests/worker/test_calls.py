@@ -16,8 +16,8 @@ import pytest
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.service import READY
-from qubes_restore_svc.worker import calls
-from qubes_restore_svc.worker.calls import ListeningCalls, inherited_listener
+from qubes_restore_svc.worker import daemon
+from qubes_restore_svc.worker.daemon import ListeningCalls, inherited_listener
 
 from ..support.backup_writer import PASSPHRASE
 from ..support.damage import sample_backup
@@ -45,7 +45,7 @@ def passed(descriptor: int, **changes: str | None) -> socket.socket:
     environment = {"HOME": "/x"} | {name: value for name, value in told.items() if value is not None}
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calls, "_FIRST_PASSED", descriptor)
+            patch.setattr(daemon, "_FIRST_PASSED", descriptor)
             return inherited_listener(environment)
     finally:
         assert environment == {"HOME": "/x"}  # nobody who is started from here hears of it
@@ -121,7 +121,7 @@ async def test_every_connection_is_a_call(tmp_path: Path) -> None:
 
 
 async def test_want_of_descriptors_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(daemon, "_PAUSE_S", 0.001)
     with listening(tmp_path) as listener, socket.socket(socket.AF_UNIX) as caller:
         caller.connect(listener.getsockname())
         troubled = _Troubled(listener, [errno.EMFILE, errno.ECONNABORTED, errno.ENOMEM])

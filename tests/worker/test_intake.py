@@ -23,9 +23,8 @@ from qubes_restore_svc.errors import (
     Cancelled,
     SkippedOnRequest,
 )
-from qubes_restore_svc.worker.budget import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.chunk import Chunk, ChunkStore, ContainerProof, ContainerProofs
-from qubes_restore_svc.worker.events import (
+from qubes_restore_svc.worker.files import (
     ArchiveEnd,
     Damaged,
     Event,
@@ -35,6 +34,7 @@ from qubes_restore_svc.worker.events import (
 )
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.memory import MAX_LOCATED, Budget
 from qubes_restore_svc.worker.selection import might_be_wanted
 from qubes_restore_svc.worker.source import ArchiveSource, MemberStream
 from qubes_restore_svc.worker.threads import Stop

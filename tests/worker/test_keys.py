@@ -9,8 +9,8 @@ import pytest
 
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest, OpensslEngine
-from qubes_restore_svc.worker.budget import Budget
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.memory import Budget
 from qubes_restore_svc.worker.threads import Stop
 
 from .lanes import LanesEngine

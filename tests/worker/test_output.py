@@ -1,4 +1,4 @@
-"""Where extents go: the hash sees the whole image, the stream only what is not a hole."""
+"""Where extents go: the hash of the whole image with its holes, the stream to the broker, and its offer."""
 
 import errno
 import hashlib
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qubes_restore_svc.archive.types import Buffer
 from qubes_restore_svc.errors import Cancelled, ResourcesExhausted, SkippedOnRequest
 from qubes_restore_svc.wire.volume import MAX_RECORD
-from qubes_restore_svc.worker.output import ImageHash, VolumeStream
+from qubes_restore_svc.worker.output import ImageHash, VolumeOffers, VolumeStream
 
 from .support import MIB, in_thread, join, receive
 
@@ -181,3 +181,41 @@ def test_want_of_memory_in_a_send_is_not_the_broker_that_has_hung_up() -> None:
     stream = VolumeStream(Exhausted(), 10)  # type: ignore[arg-type] # as much of one as it takes
     with pytest.raises(ResourcesExhausted, match="there is no memory left in the worker"):
         stream.begin()
+
+
+@pytest.fixture
+def connection() -> socket.socket:
+    return socket.socketpair()[0]
+
+
+def test_the_call_that_names_the_volume_on_offer_gets_it(connection: socket.socket) -> None:
+    offers = VolumeOffers()
+    taker = offers.offer("vm1", "private")
+    assert offers.take("vm1.private", connection)
+    assert taker.result(0) is connection
+
+
+def test_a_volume_is_given_out_once(connection: socket.socket) -> None:
+    offers = VolumeOffers()
+    offers.offer("vm1", "private")
+    offers.take("vm1.private", connection)
+    assert not offers.take("vm1.private", connection)
+
+
+@pytest.mark.parametrize("argument", ["", "vm1", "vm1.root", "vm2.private", "vm1.private ", "."])
+def test_a_call_that_names_anything_else_is_refused(argument: str, connection: socket.socket) -> None:
+    offers = VolumeOffers()
+    assert not offers.take(argument, connection)
+    taker = offers.offer("vm1", "private")
+    assert not offers.take(argument, connection)
+    assert not taker.done()
+
+
+def test_an_offer_that_is_cancelled_is_taken_by_nobody(connection: socket.socket) -> None:
+    offers = VolumeOffers()
+    taker = offers.offer("vm1", "root")
+    taker.cancel()
+    assert not offers.take("vm1.root", connection)
+    following = offers.offer("vm1", "private")
+    assert offers.take("vm1.private", connection)
+    assert following.result(0) is connection

@@ -24,7 +24,7 @@ from qubes_restore_svc.archive.inner_tar import Image, read_image
 from qubes_restore_svc.kdf.engine import KdfRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VmClass
-from qubes_restore_svc.worker import budget, pipeline
+from qubes_restore_svc.worker import memory, pipeline
 
 from ..support.backup_writer import (
     BackupWriter,
@@ -442,7 +442,7 @@ def test_restore_leaves_out_the_other_volumes_of_a_qube_that_failed() -> None:
 def test_the_rest_of_a_file_that_failed_is_not_derived(
     mode: Literal["verify", "restore"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "MAX_LOCATED", 4)
+    monkeypatch.setattr(memory, "MAX_LOCATED", 4)
     count = len([member for member in two_volumes().members() if "root.img" in member.name])
     with file_with(broken_root()) as descriptor:
         run = Pass(descriptor, jobs=1)

@@ -15,8 +15,8 @@ from pydantic import SecretStr
 from qubes_restore_svc.kdf.engine import KdfRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.worker import session, work
-from qubes_restore_svc.worker.budget import MAX_LOCATED
-from qubes_restore_svc.worker.outbox import Outbox
+from qubes_restore_svc.worker.memory import MAX_LOCATED
+from qubes_restore_svc.worker.session import Outbox
 from tests.support.wire import frame
 
 from ..support.backup_writer import (

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.worker import conversation, restore_by_id
+from qubes_restore_svc.worker import storage as storage_module
 
 from ..support.backup_writer import PASSPHRASE
 from . import stock_storage
@@ -129,8 +129,7 @@ async def test_a_command_that_fails_behind_its_last_file_costs_no_volume_but_is_
 async def test_a_process_that_does_not_end_with_its_stream_is_ended(
     behaviour: str, fetched: tuple[Way, FakeStorage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversation, "END_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(restore_by_id, "END_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(storage_module, "END_TIMEOUT_S", 0.2)
     way, storage = fetched
     storage.behave(behaviour)
     outcome = await run(way)

@@ -9,8 +9,7 @@ from qubes_restore_svc.archive.container import HEAD_SIZE
 from qubes_restore_svc.errors import AuthenticationFailed, Cancelled
 from qubes_restore_svc.worker import opening
 from qubes_restore_svc.worker.chunk import Chunk
-from qubes_restore_svc.worker.events import ArchiveEnd
-from qubes_restore_svc.worker.plaintext import PlaintextFiles
+from qubes_restore_svc.worker.files import ArchiveEnd, PlaintextFiles
 from qubes_restore_svc.worker.selection import Selection
 
 from ..support.backup_writer import BackupWriter, RawMember, join_members, sample_qube

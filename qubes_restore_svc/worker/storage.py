@@ -2,7 +2,9 @@
 
 Strategy: the conversation begins when the first byte is wanted. A reader of the qfile knows when its stream
 is over: then the answer is sent and the other side gets a moment to hang up; where the stream stops before,
-the reader asks why. Nothing that the storage VM says is believed: what a chunk is worth, its MAC decides.
+the reader asks why. Nothing that the storage VM says is believed: what a chunk is worth, its MAC decides. The
+other side is a call that dom0 has made, or a process of ours (`qrexec-client-vm QUBE qubes.RestoreById+ID`),
+which is ended and reaped at the latest when the session is over.
 
 The paths are prefixes (tar2qfile of qubes-core-agent-linux). The sender stops at the first member that none
 of them fits, once each has fitted at least once. Nothing is lost by that: the members of a directory lie
@@ -11,9 +13,13 @@ A member counts for the first path that fits, so a path that is the beginning of
 """
 
 import contextlib
+import os
 import re
 import socket
+import subprocess
+import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from qubes_restore_svc.archive.header import HEADER_HMAC_MEMBER, HEADER_MEMBER
@@ -28,10 +34,18 @@ from qubes_restore_svc.errors import (
     BadMetadata,
     NotABackup,
     RestoreError,
+    how_ended,
 )
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.wire.service import BROKEN_PIPE
-from qubes_restore_svc.worker.restore_by_id import END_TIMEOUT_S, End
+from qubes_restore_svc.wire.messages import Storage
+from qubes_restore_svc.wire.names import last_words
+from qubes_restore_svc.wire.service import (
+    BROKEN_PIPE,
+    CALL_FAILED,
+    CALL_REFUSED,
+    CONNECTION_BROKE,
+    NO_SERVICE,
+)
 from qubes_restore_svc.worker.source import LateSource
 
 #: The beginning of a backup: its header, the copy of that, and qubes.xml however many chunks it has. The old
@@ -58,6 +72,29 @@ def paths_of(qubes: Iterable[BackupQube]) -> tuple[str, ...]:
     )
 
 
+PROGRAM = "qrexec-client-vm"
+SERVICE = "qubes.RestoreById"
+
+#: Seconds that the process gets to end by itself after its stream has ended.
+END_TIMEOUT_S = 5.0
+#: Seconds that a killed process gets, and its last words to arrive.
+_KILL_TIMEOUT_S = 1.0
+_STDERR_KEPT = 4 << 10  #: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a call has ended: the exit code of the service (None: not known), and its last line."""
+
+    code: int | None
+    untrusted_last_line: bytes = b""
+
+    def __str__(self) -> str:
+        code = "was ended" if self.code is None else how_ended(self.code)
+        words = last_words(self.untrusted_last_line)
+        return f"{code} ({words})" if words else code
+
+
 class Peer(Protocol):
     """Who is on the other side: a call of dom0's, or a process of ours. Owns `connection`."""
 
@@ -81,7 +118,7 @@ class Peer(Protocol):
         ...
 
 
-class Conversation:
+class StoragePass:
     """A pass over the archive as a storage service gives it: `source` and `reader` are for an intake.
 
     `connect` brings the other side (it may block, and raise); `position` is where counting begins, bytes.
@@ -105,7 +142,7 @@ class Conversation:
         self._peer: Peer | None = None
         self._doubt: End | None = None
         self.source = LateSource(self._begin, position)
-        self.reader = _ConversationReader(self)
+        self.reader = _StorageReader(self)
 
     def close(self) -> None:
         """Hang up, whether the stream has ended or not; safe to repeat."""
@@ -206,12 +243,12 @@ class CalledPeer:
         close_read(self.connection)
 
 
-class _ConversationReader(QfileReader):
-    """Tells its conversation when the stream is over, and asks it why it has stopped."""
+class _StorageReader(QfileReader):
+    """Tells its pass when the stream is over, and asks it why it has stopped."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, storage: StoragePass) -> None:
         super().__init__()
-        self._conversation = conversation
+        self._storage = storage
         self._members = 0
         self._received = 0
 
@@ -220,14 +257,14 @@ class _ConversationReader(QfileReader):
         self._received += len(untrusted_data)
         self._members += member is not None
         if not self.wanted:
-            self._conversation.finish(self.answer(), self._members)
+            self._storage.finish(self.answer(), self._members)
         return member
 
     def eof(self, untrusted_rest: Buffer = b"") -> None:
         try:
             super().eof(untrusted_rest)
         except RestoreError as error:
-            raise self._conversation.why(error, self._received + len(untrusted_rest)) from None
+            raise self._storage.why(error, self._received + len(untrusted_rest)) from None
 
 
 def request_line(paths: Iterable[str]) -> bytes:
@@ -242,3 +279,103 @@ def request_line(paths: Iterable[str]) -> bytes:
     if not untrusted_paths:
         raise BadMetadata("no place in the backup is to be asked for")
     return " ".join(untrusted_paths).encode("ascii") + b"\n"
+
+
+class RestoreById:
+    """One call of the service. `connection` is our end of its stream; owned here, as is the process."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Start the process. Raises ArchiveUnreadable if that cannot be."""
+        self._qube = storage.qube
+        self.connection, theirs = socket.socketpair()
+        reader, writer = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                # A name and an id of letters and digits (see wire.names): neither can be taken for an option.
+                [PROGRAM, storage.qube, f"{SERVICE}+{storage.location_id}"],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=writer,
+                start_new_session=True,
+            )
+        except OSError as error:
+            close_read(self.connection)
+            close_read(reader)
+            raise ArchiveUnreadable(
+                f"{PROGRAM} could not be started: {error.strerror}",
+                advice="The worker's VM must be a Qubes VM with the package qubes-core-qrexec.",
+            ) from error
+        finally:
+            close_read(theirs)
+            close_read(writer)
+        self._untrusted_words = b""
+        self._listener = threading.Thread(
+            target=self._listen, args=(reader,), name="storage-stderr", daemon=True
+        )
+        self._listener.start()
+
+    def kill(self) -> None:
+        """End the process at once and reap it; from any thread, safe to repeat."""
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_TIMEOUT_S)
+
+    def end(self) -> End:
+        """Wait for the end that must come now, help it along if it does not, and say what it was."""
+        code: int | None = None
+        try:
+            code = self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._listener.join(_KILL_TIMEOUT_S)
+        lines = [line for line in self._untrusted_words.splitlines() if line.strip()]
+        return End(code, lines[-1].strip() if lines else b"")
+
+    def why_nothing_came(self, end: End) -> ArchiveUnreadable:
+        """The error for a call that has brought not a single byte, or nothing of a backup."""
+        qube = self._qube
+        if end.code == CALL_REFUSED:
+            return ArchiveUnreadable(
+                f"the worker was not allowed to fetch the backup from the qube {qube}",
+                advice=(
+                    f"Look in dom0's journal for the call of {SERVICE} that was denied, and in"
+                    " /etc/qubes/policy.d for a rule that comes before those of qubes-restore-svc."
+                ),
+            )
+        if end.code == NO_SERVICE:
+            return ArchiveUnreadable(
+                f"the qube {qube} does not have the service {SERVICE}",
+                advice=f"Update qubes-core-agent in the template of {qube}, and restart {qube}.",
+            )
+        if end.code is None or end.code < 0 or end.code in (CALL_FAILED, CONNECTION_BROKE):
+            return ArchiveUnreadable(
+                f"the connection to the qube {qube} broke off: the call {end}",
+                advice=f"Check that {qube} is running, and try again.",
+            )
+        return ArchiveUnreadable(
+            f"the qube {qube} did not deliver the backup: its service {end}",
+            advice=(
+                f"Check in {qube} that the file is still there and can be read; if it comes from a command,"
+                " try the command there."
+            ),
+        )
+
+    def why_it_broke_off(self, end: End) -> ArchiveUnreadable | None:
+        """The error for a stream that ended early, unless it is the archive that ends there."""
+        if end.code is None or end.code < 0 or end.code >= CALL_FAILED:
+            return ArchiveUnreadable(
+                f"the transfer from the qube {self._qube} broke off: the call {end}",
+                advice=f"Check that {self._qube} runs and that its disks still answer, and try again.",
+            )
+        return None
+
+    def close(self) -> None:
+        """Everything goes: process, connection, listener. Safe to repeat."""
+        self.kill()
+        close_read(self.connection)
+        self._listener.join(_KILL_TIMEOUT_S)
+
+    def _listen(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as stderr:
+            while words := stderr.read(_STDERR_KEPT):
+                self._untrusted_words = (self._untrusted_words + words)[-_STDERR_KEPT:]
