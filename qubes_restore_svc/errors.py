@@ -449,3 +449,16 @@ def unforeseen(error: BaseException, where: str = "on this machine") -> RestoreE
         f"something failed that must not fail ({type(error).__name__}{place})",
         advice="This is a mistake of the program; please report it.",
     )
+
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB")
+
+
+def human_size(size: int) -> str:
+    """`size` bytes in the largest binary unit that leaves at least one: 1536 is `1.5 KiB`. At most three
+    digits and a half, except past the last unit."""
+    unit = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    if unit == 0:
+        return f"{size} bytes"
+    value = f"{size / (1 << 10 * unit):,.1f}".removesuffix(".0")
+    return f"{value} {_UNITS[unit]}"

@@ -7,6 +7,7 @@ says and nothing else; the trusted side can neither reach the parsers nor bring 
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ OURS: dict[str, set[str]] = {
     "hardening": {"errors"},
     "owners": set(),
     "wire": {"wire", "errors"},
-    "kdf": {"kdf", "errors", "archive.types"},
+    "kdf": {"kdf", "errors"},
     "archive": {"archive", "kdf", "wire", "errors"},
     "worker": {"worker", "archive", "kdf", "wire", "errors", "system_memory", "hardening"},
     "broker": {"broker", "wire", "errors", "owners", "waiting", "hardening"},
@@ -221,6 +222,43 @@ def problems(module: Module, modules: dict[str, Module]) -> Iterator[str]:
 
 def test_the_package_keeps_its_boundaries() -> None:
     assert violations(ROOT) == []
+
+
+def import_table(modules: dict[str, Module]) -> dict[str, tuple[str, str]]:
+    """The last two cells of each part's row in docs/architecture.md, as they should be."""
+    rows = {}
+    for part in {module.part for module in modules.values()} - {"__init__", "__main__"}:
+        members = [module for module in modules.values() if module.part == part]
+        ours = {name.split(".")[0] for module in members for name in own_imports(module, modules)}
+        named = {name.split(".")[0] for module in members for name in module.imports}
+        libraries = named - sys.stdlib_module_names - {PACKAGE}
+        rows[part] = (_listed(ours - {part, "__init__"}), _listed(libraries))
+    return rows
+
+
+def documented_imports() -> list[tuple[str, str, str]]:
+    """The rows of that table: a part, and those two cells."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    return re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "-"
+
+
+def test_the_table_of_imports_in_the_documentation_is_true() -> None:
+    found = {part: (ours, libraries) for part, ours, libraries in documented_imports()}
+    assert found == import_table(read_modules(ROOT))
+
+
+def test_arrows_point_only_downwards() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    above: set[str] = set()
+    for part, ours in re.findall(
+        r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \| ([^|]+) \| [^|]+ \|$", text, re.MULTILINE
+    ):
+        assert set(ours.split(", ")) - {"-"} <= above, part
+        above.add(part)
 
 
 def test_the_check_sees_the_whole_package() -> None:

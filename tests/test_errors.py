@@ -168,3 +168,20 @@ def test_errors_need_the_standard_library_only() -> None:
 )
 def test_the_end_of_a_program_is_told_with_the_name_of_its_signal(status: int, said: str) -> None:
     assert how_ended(status) == said
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (512 << 20, "512 MiB"),
+        (2 << 30, "2 GiB"),
+        (1 << 40, "1 TiB"),
+        (1 << 100, "1,048,576 YiB"),
+    ],
+)
+def test_a_size_is_given_in_its_largest_unit(size: int, expected: str) -> None:
+    assert errors.human_size(size) == expected

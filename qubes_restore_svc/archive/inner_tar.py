@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from qubes_restore_svc.archive import tar_header
 from qubes_restore_svc.archive.sparse import OldGnuReader, PaxReader
 from qubes_restore_svc.archive.tar_header import BLOCK, BadTarHeader, TarHeader
-from qubes_restore_svc.archive.types import human_size, shown
-from qubes_restore_svc.errors import REST_IS_MISSING, BadImage, BadMetadata, BadSparseMap, ImageTooLarge
+from qubes_restore_svc.archive.types import shown
+from qubes_restore_svc.errors import (
+    REST_IS_MISSING,
+    BadImage,
+    BadMetadata,
+    BadSparseMap,
+    ImageTooLarge,
+    human_size,
+)
 
 #: Largest image, in bytes, whatever limit the caller gives: 16 TiB, which no qube comes near, and which is
 #: the largest file of an ext4 file system that images might be restored to.

@@ -31,8 +31,8 @@ from qubes_restore_svc.archive.tar_header import (
     parse_pax_records,
     parse_tar_header,
 )
-from qubes_restore_svc.archive.types import Buffer, human_size, shown
-from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, NotABackup
+from qubes_restore_svc.archive.types import Buffer, shown
+from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, NotABackup, human_size
 
 _REGULAR_TYPES = (b"0", b"\0")
 _PAX_TYPE = b"x"

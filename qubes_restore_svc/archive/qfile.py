@@ -21,8 +21,8 @@ from qubes_restore_svc.archive.members import (
     Member,
     check_member_name,
 )
-from qubes_restore_svc.archive.types import Buffer, human_size, shown
-from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput
+from qubes_restore_svc.archive.types import Buffer, shown
+from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, human_size
 
 HEADER = struct.Struct("<IIQ16x")
 

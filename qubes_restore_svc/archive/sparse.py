@@ -18,8 +18,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from qubes_restore_svc.archive.tar_header import BLOCK, BadTarHeader, TarHeader, parse_number
-from qubes_restore_svc.archive.types import Buffer, human_size
-from qubes_restore_svc.errors import BadSparseMap
+from qubes_restore_svc.archive.types import Buffer
+from qubes_restore_svc.errors import BadSparseMap, human_size
 
 #: Most entries that a map may have. A qube with 16 million small files comes near it; the map then takes
 #: 64 MiB, and 128 MiB at worst.

@@ -12,8 +12,6 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 #: How much of a foreign text a message repeats, in bytes.
 SHOWN_LIMIT = 80
 
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB")
-
 
 def shown(untrusted_text: Buffer | str) -> str:
     """The text in single quotes, fit for a message: other than printable ASCII escaped, the end cut off."""
@@ -23,16 +21,6 @@ def shown(untrusted_text: Buffer | str) -> str:
         untrusted_bytes = bytes(untrusted_text[: SHOWN_LIMIT + 1])
     text = "".join(_shown_byte(byte) for byte in untrusted_bytes[:SHOWN_LIMIT])
     return f"'{text}…'" if len(untrusted_bytes) > SHOWN_LIMIT else f"'{text}'"
-
-
-def human_size(size: int) -> str:
-    """`size` bytes in the largest binary unit that leaves at least one: 1536 is `1.5 KiB`. At most three
-    digits and a half, except past the last unit."""
-    unit = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
-    if unit == 0:
-        return f"{size} bytes"
-    value = f"{size / (1 << 10 * unit):,.1f}".removesuffix(".0")
-    return f"{value} {_UNITS[unit]}"
 
 
 def _shown_byte(byte: int) -> str:

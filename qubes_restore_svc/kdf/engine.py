@@ -16,8 +16,7 @@ from typing import Protocol, Self
 from cryptography.hazmat.backends.openssl import backend
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from qubes_restore_svc.archive.types import human_size
-from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost
+from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost, human_size
 
 #: Bytes that every derivation yields: 32 for AES-256, then 32 for HMAC-SHA-256.
 KEYS_SIZE = 64

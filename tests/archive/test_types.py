@@ -1,10 +1,10 @@
-"""Foreign text and sizes in messages."""
+"""Foreign text in messages."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_restore_svc.archive.types import SHOWN_LIMIT, human_size, shown
+from qubes_restore_svc.archive.types import SHOWN_LIMIT, shown
 
 
 @pytest.mark.parametrize(
@@ -30,20 +30,3 @@ def test_no_foreign_text_reaches_a_terminal_as_it_is(text: str | bytes) -> None:
     assert result.isascii()
     assert result.isprintable()
     assert len(result) <= 4 * SHOWN_LIMIT + 2
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1 KiB"),
-        (1536, "1.5 KiB"),
-        (512 << 20, "512 MiB"),
-        (2 << 30, "2 GiB"),
-        (1 << 40, "1 TiB"),
-        (1 << 100, "1,048,576 YiB"),
-    ],
-)
-def test_a_size_is_given_in_its_largest_unit(size: int, expected: str) -> None:
-    assert human_size(size) == expected

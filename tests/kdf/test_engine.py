@@ -10,8 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import qubes_restore_svc.archive
-from qubes_restore_svc.archive.types import human_size
-from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost
+from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost, human_size
 from qubes_restore_svc.kdf.engine import (
     KEYS_SIZE,
     MAX_BLOCKS,
@@ -220,7 +219,6 @@ print(peak() - before, cost.memory)
 _NO_MEMORY = """
 import resource
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest, OpensslEngine
-from qubes_restore_svc.archive.types import human_size
 from qubes_restore_svc.errors import BudgetTooSmall
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 try:
@@ -244,11 +242,11 @@ def test_memory_that_cannot_be_had_is_an_error_that_names_it() -> None:
     assert run(_NO_MEMORY) == "the 1 GiB of memory that a key derivation needs could not be had\n"
 
 
-@pytest.mark.parametrize("missing", ["_romix", "native_kdf"])
+@pytest.mark.parametrize("missing", ["_romix", "native"])
 def test_where_the_extension_cannot_be_loaded_openssl_derives(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_romix", "native_kdf", "native_arenas"):
+    for name in ("_romix", "native", "arenas"):
         monkeypatch.delitem(sys.modules, f"qubes_restore_svc.archive.{name}", raising=False)
         monkeypatch.delattr(qubes_restore_svc.archive, name, raising=False)
     monkeypatch.setitem(sys.modules, f"qubes_restore_svc.archive.{missing}", None)
