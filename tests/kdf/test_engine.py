@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import qubes_restore_svc.archive
+import qubes_restore_svc.kdf
 from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost, human_size
 from qubes_restore_svc.kdf.engine import (
     KEYS_SIZE,
@@ -247,9 +247,9 @@ def test_where_the_extension_cannot_be_loaded_openssl_derives(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_romix", "native", "arenas"):
-        monkeypatch.delitem(sys.modules, f"qubes_restore_svc.archive.{name}", raising=False)
-        monkeypatch.delattr(qubes_restore_svc.archive, name, raising=False)
-    monkeypatch.setitem(sys.modules, f"qubes_restore_svc.archive.{missing}", None)
+        monkeypatch.delitem(sys.modules, f"qubes_restore_svc.kdf.{name}", raising=False)
+        monkeypatch.delattr(qubes_restore_svc.kdf, name, raising=False)
+    monkeypatch.setitem(sys.modules, f"qubes_restore_svc.kdf.{missing}", None)
     assert isinstance(best_engine(), OpensslEngine)
 
 
