@@ -3,8 +3,8 @@
 Strategy: the import reads a pipe in a thread of its own; the writer fills the holes with zeros on the way, so
 that no more than the pipe and one record are ever in memory. The proof that a volume is complete is the
 success of the import, and nothing else. The image's last byte is held back until `finish`, so that an import
-which is abandoned always ends short and leaves the volume as it was. The writer never waits for good: a full
-pipe is waited for together with a wake-up, and not for ever.
+which is abandoned always ends short and leaves the volume as it was. Whoever waits for the import looks again
+and again whether the volume has been abandoned meanwhile, and does not wait for ever.
 """
 
 import errno
@@ -12,6 +12,7 @@ import fcntl
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO
@@ -29,6 +30,9 @@ PIPE_SIZE = 1 << 20
 
 #: Bytes that are written at the most before qubesd is asked again for the free space of the pool.
 ROOM_STEP = 256 << 20
+
+#: Seconds until whoever waits sees that the volume was abandoned.
+_LOOK_S = 0.1
 
 _ZEROS = memoryview(bytes(PIPE_SIZE))
 
@@ -54,11 +58,8 @@ class VolumeImport:
         self._thread: threading.Thread | None = None
         self._closed = False  #: no more data is taken
         self._size: int | None = None
-        self._abandoned = threading.Event()
-        self._waking = threading.Lock()
-        self._wake: int | None = None  #: an eventfd beside the pipe, readable once the volume is abandoned
-        self._imported = threading.Condition()
-        self._ended = False
+        self._abandoned = False
+        self._ended = threading.Event()  #: the import has, with `failure` or without
         self._failure: RestoreError | None = None
         if not 0 <= image_size <= MAX_NUMBER:
             raise self._error(f"{image_size} bytes is not the size of an image")
@@ -106,25 +107,19 @@ class VolumeImport:
                 self._close()
         self._wait_imported()
         with self._mutex:
-            if self._abandoned.is_set():
+            if self._abandoned:
                 raise self._error("the volume was abandoned")
             self._size = size
 
     def abandon(self) -> None:
         """Take no more data and let the import end short. Does not wait for it. Harmless after `finish`."""
-        self._abandoned.set()
-        with self._waking:
-            if self._wake is not None:
-                os.eventfd_write(self._wake, 1)
-        with self._imported:
-            self._imported.notify_all()
-        with self._mutex:  # at most one look at the pipe away
+        self._abandoned = True
+        with self._mutex:  # whoever has it sees that soon
             self._close()
 
     def wait_ended(self, timeout_s: float) -> bool:
         """Wait until the import has ended, in whichever way; False if it has not after `timeout_s`."""
-        with self._imported:
-            return self._imported.wait_for(lambda: self._ended or self._thread is None, timeout_s)
+        return self._thread is None or self._ended.wait(timeout_s)
 
     # --- The writer's side -----------------------------------------------------------------------
 
@@ -144,7 +139,7 @@ class VolumeImport:
     def _send(self, data: memoryview) -> None:
         pipe = self._start()
         while data:
-            if self._abandoned.is_set():
+            if self._abandoned:
                 raise self._error("the volume was abandoned")
             try:
                 count = os.write(pipe, data)
@@ -162,18 +157,20 @@ class VolumeImport:
     def _wait_writable(self, pipe: int) -> None:
         poll = select.poll()
         poll.register(pipe, select.POLLOUT)
-        if self._wake is not None:
-            poll.register(self._wake, select.POLLIN)
-        if not poll.poll(STALL_TIMEOUT_S * 1000):
-            raise self._error(f"the import took no data for {STALL_TIMEOUT_S:.0f} seconds")
+        self._wait(lambda look_s: bool(poll.poll(look_s * 1000)), "the import took no data for")
 
     def _wait_imported(self) -> None:
         """Return when the import has succeeded, or is no longer waited for; raise what it failed with."""
-        with self._imported:
-            if not self._imported.wait_for(lambda: self._ended or self._abandoned.is_set(), STALL_TIMEOUT_S):
-                raise self._error(f"the import did not end within {STALL_TIMEOUT_S:.0f} seconds")
-            if self._failure is not None:
-                raise self._failure
+        self._wait(self._ended.wait, "the import did not end within")
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait(self, is_over: Callable[[float], bool], complaint: str) -> None:
+        """Return when it `is_over`, which waits for the seconds that it gets, or when this is abandoned."""
+        deadline = time.monotonic() + STALL_TIMEOUT_S
+        while not self._abandoned and not is_over(_LOOK_S):
+            if time.monotonic() > deadline:
+                raise self._error(f"{complaint} {STALL_TIMEOUT_S:.0f} seconds")
 
     def _close(self) -> None:
         """Take no more data, and let the import see the end of it. Under the mutex."""
@@ -182,10 +179,6 @@ class VolumeImport:
         self._closed = True
         if self._pipe is not None:
             os.close(self._pipe)
-        with self._waking:
-            wake, self._wake = self._wake, None
-            if wake is not None:
-                close_read(wake)
 
     # --- The import's side -----------------------------------------------------------------------
 
@@ -194,7 +187,6 @@ class VolumeImport:
         if self._pipe is not None:
             return self._pipe
         try:
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             reader, writer = os.pipe()
         except OSError as error:
             raise self._error(f"starting the import failed: {error.strerror}") from error
@@ -215,18 +207,14 @@ class VolumeImport:
         return writer
 
     def _import(self, reader: int) -> None:
-        failure: RestoreError | None = None
         try:
             with open(reader, "rb", buffering=0) as stream:
                 self._run_import(stream, self._image_size)
         except RestoreError as error:
-            failure = error
+            self._failure = error
         except BaseException as error:  # noqa: BLE001 - the writer raises it; here nobody would see it
-            failure = self._error(f"importing the volume failed: {said_by(error)}")
-        with self._imported:
-            self._ended = True
-            self._failure = failure
-            self._imported.notify_all()
+            self._failure = self._error(f"importing the volume failed: {said_by(error)}")
+        self._ended.set()
 
     def _error(self, reason: str) -> HostFailed:
         return HostFailed(reason, qube=self._qube, volume=self._volume)

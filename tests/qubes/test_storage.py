@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, WorkerLost
+from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed
 from qubes_restore_svc.qubes import storage as storage_module
 from qubes_restore_svc.qubes.qrexec import QrexecCalls
 from qubes_restore_svc.qubes.storage import (
@@ -208,11 +208,6 @@ async def test_a_tag_that_stays_is_named_and_the_registration_is_closed_all_the_
         async with PathSource(system, calls, PATH):
             system.faults["discard_tag"] = HostFailed("qubesd is gone")
     assert (system.directory / "registrations").read_text() == "closed\n"
-    system.faults.clear()
-    with pytest.raises(WorkerLost, match=f"^the reason. {WorkerLost.default_advice} {what}"):
-        async with PathSource(system, calls, PATH):
-            system.faults["discard_tag"] = HostFailed("qubesd is gone")
-            raise WorkerLost("the reason")
 
 
 async def test_a_qube_that_does_not_run_is_said(system: FakeQubes, calls: QrexecCalls) -> None:
