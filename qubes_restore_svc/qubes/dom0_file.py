@@ -10,10 +10,10 @@ on behind it. A program is started for every step, so steps grow with the gap, a
 import asyncio
 import contextlib
 import os
-from typing import Self
 
 from qubes_restore_svc.errors import HostFailed, exhausted
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.qubes.qrexec import Undoable
 from qubes_restore_svc.waiting import to_the_end
 
 _CAT = "/bin/cat"
@@ -32,8 +32,8 @@ _MAX_GAP = 16 << 20
 _MAX_STEPS = 10_000
 
 
-class FileReader:
-    """Reads descriptor `fd` from where it stands. An async context manager; leaving it ends the reading."""
+class FileReader(Undoable):
+    """Reads descriptor `fd` from where it stands; leaving this ends the reading."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -44,14 +44,13 @@ class FileReader:
         self._steps = 0
         self._gaps: list[tuple[int, int]] = []  # where each begins and ends, bytes
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
+    async def take_down(self, error: BaseException | None) -> list[str]:
+        """End the reading."""
         self._left = True
         self._kill()
         if self._work is not None:
-            await to_the_end(self._work)
+            await self._work
+        return []
 
     async def open(self) -> int:
         """Begin; the descriptor to read from, which is the caller's. Raises HostFailed."""

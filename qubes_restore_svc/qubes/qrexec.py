@@ -37,6 +37,78 @@ _KILL_TIMEOUT_S = 5.0
 UNDO_TIMEOUT_S = 90.0
 
 
+# --- Undoing -------------------------------------------------------------------------------------
+
+
+class Undoable:
+    """What is set up in steps, and taken down whatever ends it: an async context manager."""
+
+    async def set_up(self) -> None:
+        """What entering does. If it fails, `take_down` is called as well."""
+
+    async def take_down(self, error: BaseException | None) -> list[str]:
+        """What leaving does, because of `error` perhaps; clauses on what could not be undone."""
+        return []
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.set_up()
+        except BaseException as error:
+            await self._leave(error)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._leave(exc)
+
+    async def _leave(self, error: BaseException | None) -> None:
+        tell_what_is_left(await to_the_end(self.take_down(error)), error)
+
+
+async def undo(step: Callable[[], None], what_is_left: str) -> list[str]:
+    """Run the blocking `step` in a thread; if it fails or takes too long, a clause that says what is left."""
+    task = started(step)
+    done, _ = await asyncio.wait([task], timeout=UNDO_TIMEOUT_S)
+    if not done:
+        task.add_done_callback(_look_at)
+        return [f"{what_is_left} (no answer for {UNDO_TIMEOUT_S:.0f} seconds)"]
+    error = task.exception()
+    if error is None:
+        return []
+    return [f"{what_is_left} ({error.reason if isinstance(error, RestoreError) else error})"]
+
+
+def tell_what_is_left(left: list[str], error: BaseException | None) -> None:
+    """Say what the clauses in `left` name, beside `error`, which ended the work; nothing if there are none.
+
+    Raises HostFailed if there is no error, and Cancelled for a cancel, which can say nothing itself.
+    """
+    if not left:
+        return
+    sentence = f"Left behind, to be removed by hand: {'; '.join(left)}."
+    if isinstance(error, RestoreError):
+        error.advice = f"{error.advice} {sentence}".strip()
+    elif error is None:
+        raise HostFailed("not everything could be cleared up", advice=sentence)
+    elif isinstance(error, asyncio.CancelledError):
+        raise Cancelled("it was cancelled", advice=sentence) from error
+    else:
+        error.add_note(sentence)
+
+
+def _look_at(task: "asyncio.Future[None]") -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+# --- Calls ---------------------------------------------------------------------------------------
+
+
 class QrexecCall:
     """A call under way, or one that has ended; `name` is `restore.Volume+vm10.private in disp1234`."""
 
@@ -101,29 +173,20 @@ class QrexecCall:
             self._pidfd = None
 
 
-class QrexecCalls:
-    """All calls of one restore. An async context manager; leaving it ends those that still last."""
+class QrexecCalls(Undoable):
+    """All calls of one restore; leaving this ends those that still last."""
 
     def __init__(self, system: QubesSystem) -> None:
         self._system = system
         self._calls: set[QrexecCall] = set()
         self._closed = False
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def take_down(self, error: BaseException | None) -> list[str]:
+        """End those that still last."""
         self._closed = True
         calls = sorted(self._calls, key=lambda call: call.name)
-        ended = await to_the_end(asyncio.gather(*(call.end() for call in calls)))
-        tell_what_is_left(
-            [f"the process of {call.name}" for call, gone in zip(calls, ended, strict=True) if not gone], exc
-        )
+        ended = await asyncio.gather(*(call.end() for call in calls))
+        return [f"the process of {call.name}" for call, gone in zip(calls, ended, strict=True) if not gone]
 
     async def open(self, qube: str, service: str, *, stdin: int, stdout: int) -> QrexecCall:
         """Call `service` (`NAME+ARG`); the descriptors can be closed afterwards. Raises HostFailed."""
@@ -191,42 +254,3 @@ def _reap(process: ServiceProcess) -> None:
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     process.poll()
-
-
-# --- Undoing -------------------------------------------------------------------------------------
-
-
-async def undo(step: Callable[[], None], what_is_left: str) -> list[str]:
-    """Run the blocking `step` in a thread; if it fails or takes too long, a clause that says what is left."""
-    task = started(step)
-    done, _ = await asyncio.wait([task], timeout=UNDO_TIMEOUT_S)
-    if not done:
-        task.add_done_callback(_look_at)
-        return [f"{what_is_left} (no answer for {UNDO_TIMEOUT_S:.0f} seconds)"]
-    error = task.exception()
-    if error is None:
-        return []
-    return [f"{what_is_left} ({error.reason if isinstance(error, RestoreError) else error})"]
-
-
-def tell_what_is_left(left: list[str], error: BaseException | None) -> None:
-    """Say what the clauses in `left` name, beside `error`, which ended the work; nothing if there are none.
-
-    Raises HostFailed if there is no error, and Cancelled for a cancel, which can say nothing itself.
-    """
-    if not left:
-        return
-    sentence = f"Left behind, to be removed by hand: {'; '.join(left)}."
-    if isinstance(error, RestoreError):
-        error.advice = f"{error.advice} {sentence}".strip()
-    elif error is None:
-        raise HostFailed("not everything could be cleared up", advice=sentence)
-    elif isinstance(error, asyncio.CancelledError):
-        raise Cancelled("it was cancelled", advice=sentence) from error
-    else:
-        error.add_note(sentence)
-
-
-def _look_at(task: "asyncio.Future[None]") -> None:
-    if not task.cancelled():
-        task.exception()

@@ -12,8 +12,7 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass
-from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed
 from qubes_restore_svc.hardening import close_read
@@ -21,14 +20,14 @@ from qubes_restore_svc.qubes.dom0_file import FileReader
 from qubes_restore_svc.qubes.qrexec import (
     QrexecCall,
     QrexecCalls,
+    Undoable,
     read_answer,
-    tell_what_is_left,
     undo,
     worker_called,
 )
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG
-from qubes_restore_svc.waiting import ask, in_thread, to_the_end
+from qubes_restore_svc.waiting import ask, in_thread
 from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import ARCHIVE, BROKEN_PIPE, NO_SERVICE, QFILE_ARGUMENT
@@ -60,25 +59,14 @@ class Dom0File:
 Location = Dom0File | QubePath | QubeService
 
 
-class Source:
-    """How the archive comes to the worker. An async context manager; leaving it takes back what was given."""
+class Source(Undoable):
+    """How the archive comes to the worker; leaving this takes back what was given."""
 
     storage: Storage | None = None  #: where the worker has to fetch the archive itself; None if it gets it
 
     def __init__(self, calls: QrexecCalls) -> None:
         self._calls = calls
         self._bringing: list[QrexecCall] = []  #: the calls that bring it: storage's first, if that is one
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Nothing was given, but calls, which have an owner."""
 
     @property
     def gaps(self) -> str | None:
@@ -119,13 +107,9 @@ class FileSource(Source):
         """A clause, if places of the file could not be read so far."""
         return self._reader.gaps
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._reader.__aexit__(exc_type, exc, traceback)
+    async def take_down(self, error: BaseException | None) -> list[str]:
+        """End the reading."""
+        return await self._reader.take_down(error)
 
     async def provide(self, worker: str) -> None:
         """Begin to read it into a call of the worker; nothing the second time."""
@@ -199,25 +183,31 @@ class PathSource(Source):
             advice=f"Check that the qube {qube} still runs and that its disks answer, and try again.",
         )
 
-    async def __aenter__(self) -> Self:
+    async def set_up(self) -> None:
         """Register the location and let the worker fetch it. Raises ArchiveUnreadable or HostFailed."""
-        try:
-            location_id = await self._register()
-            self._tagged = True
-            await in_thread(self._system.add_tag, self._location.qube, STORAGE_TAG)
-        except BaseException as error:
-            await to_the_end(self._revoke(error))
-            raise
+        location_id = await self._register()
+        self._tagged = True
+        await in_thread(self._system.add_tag, self._location.qube, STORAGE_TAG)
         self.storage = Storage(qube=self._location.qube, location_id=location_id)
-        return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await to_the_end(self._revoke(exc))
+    async def take_down(self, error: BaseException | None) -> list[str]:
+        """Take the tag away, and with it the access, and then the registration."""
+        left = []
+        if self._tagged:
+            qube = self._location.qube
+            left += await undo(
+                lambda: self._system.discard_tag(qube, STORAGE_TAG),
+                f"the tag {STORAGE_TAG} of the qube {qube}",
+            )
+            self._tagged = False
+        if self._connection is not None:
+            close_read(self._connection)
+            self._connection = None
+        cancelled = isinstance(error, asyncio.CancelledError)
+        patience_s = _CANCEL_PATIENCE_S if cancelled else _CLOSE_PATIENCE_S
+        if self._registration is not None and not await self._registration.end(patience_s):
+            left.append(f"the process of {self._registration.name}")
+        return left
 
     async def _register(self) -> str:
         """Tell the qube where its backup is; the id that it answers with."""
@@ -254,24 +244,6 @@ class PathSource(Source):
             f"the qube {qube} did not register the location of the backup: {why}",
             advice=advice or f"Restart {qube}, check that the backup can be read there, and try again.",
         )
-
-    async def _revoke(self, error: BaseException | None) -> None:
-        left = []
-        if self._tagged:
-            qube = self._location.qube
-            left += await undo(
-                lambda: self._system.discard_tag(qube, STORAGE_TAG),
-                f"the tag {STORAGE_TAG} of the qube {qube}",
-            )
-            self._tagged = False
-        if self._connection is not None:
-            close_read(self._connection)
-            self._connection = None
-        cancelled = isinstance(error, asyncio.CancelledError)
-        patience_s = _CANCEL_PATIENCE_S if cancelled else _CLOSE_PATIENCE_S
-        if self._registration is not None and not await self._registration.end(patience_s):
-            left.append(f"the process of {self._registration.name}")
-        tell_what_is_left(left, error)
 
 
 def source_of(system: QubesSystem, calls: QrexecCalls, location: Location) -> Source:

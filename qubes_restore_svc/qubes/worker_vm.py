@@ -9,16 +9,14 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Iterable, Mapping
-from types import TracebackType
-from typing import Self
 
 from qubes_restore_svc.errors import HostFailed, RestoreError, UsageError, WorkerLost, WorkerMissing
 from qubes_restore_svc.qubes.config import CONFIG_PATH
 from qubes_restore_svc.qubes.guard import connect_patiently
 from qubes_restore_svc.qubes.qrexec import (
     QrexecCalls,
+    Undoable,
     read_answer,
-    tell_what_is_left,
     undo,
     worker_called,
 )
@@ -51,7 +49,7 @@ def worker_properties(memory: int, vcpus: int) -> Mapping[str, str]:
     }
 
 
-class WorkerVm:
+class WorkerVm(Undoable):
     """The qube, started when this is entered and gone when it is left; `memory` in MiB."""
 
     def __init__(self, system: QubesSystem, template: str, memory: int, vcpus: int) -> None:
@@ -61,23 +59,22 @@ class WorkerVm:
         self._vcpus = vcpus
         self.name = ""  #: the qube's name, empty as long as there is none
 
-    async def __aenter__(self) -> Self:
+    async def set_up(self) -> None:
         """Create and start it. Raises HostFailed."""
-        try:
-            await to_the_end(self._create())
-            await self._start()
-        except BaseException as error:
-            await to_the_end(self._remove(error))
-            raise
-        return self
+        await to_the_end(self._create())
+        await self._start()
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await to_the_end(self._remove(exc))
+    async def take_down(self, error: BaseException | None) -> list[str]:
+        """Take its tag, then the qube itself away."""
+        name, self.name = self.name, ""
+        # A start that failed has removed it already.
+        if name == "" or not await in_thread(self._system.may_exist, name):
+            return []
+        left = await undo(
+            lambda: self._system.discard_tag(name, WORKER_TAG), f"the tag {WORKER_TAG} of the qube {name}"
+        )
+        left += await undo(lambda: self._system.destroy(name), f"the qube {name}")
+        return left if await in_thread(self._system.may_exist, name) else []
 
     async def _create(self) -> None:
         name = await started(self._free_name)
@@ -132,19 +129,6 @@ class WorkerVm:
         else:
             advice = f"See whether other disposables of it start: qvm-run --dispvm={self._template} true."
         return HostFailed(f"the worker's qube could not be {done}: {error.reason}", advice=advice)
-
-    async def _remove(self, error: BaseException | None) -> None:
-        name, self.name = self.name, ""
-        left = []
-        # A start that failed has removed it already.
-        if name != "" and await in_thread(self._system.may_exist, name):
-            left += await undo(
-                lambda: self._system.discard_tag(name, WORKER_TAG), f"the tag {WORKER_TAG} of the qube {name}"
-            )
-            left += await undo(lambda: self._system.destroy(name), f"the qube {name}")
-            if not await in_thread(self._system.may_exist, name):
-                left = []
-        tell_what_is_left(left, error)
 
 
 async def choose_template(system: QubesSystem, template: str | None) -> str:
