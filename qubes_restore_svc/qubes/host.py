@@ -80,16 +80,10 @@ class QubesHost:
         try:
             with self._system.watched_by(lock):
                 yield (*found.cleared, *found.kept)
-        except RestoreError as error:
-            if left := self._end_qubes(lock, found.kept):
-                error.advice = f"{error.advice} Left behind: {'; '.join(left)}.".strip()
-            raise
         except BaseException as error:
-            if left := self._end_qubes(lock, found.kept):
-                raise _left_behind(left) from error
+            _tell_what_is_left(self._end_qubes(lock, found.kept), error)
             raise
-        if left := self._end_qubes(lock, found.kept):
-            raise _left_behind(left)
+        _tell_what_is_left(self._end_qubes(lock, found.kept), None)
 
     def view(self) -> HostView:
         """The system as it is now. Raises HostFailed."""
@@ -245,8 +239,13 @@ def _policy_remarks(unread: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _left_behind(left: Iterable[str]) -> HostFailed:
-    return HostFailed(
+def _tell_what_is_left(left: Sequence[str], error: BaseException | None) -> None:
+    if not left:
+        return
+    if isinstance(error, RestoreError):
+        error.advice = f"{error.advice} Left behind: {'; '.join(left)}.".strip()
+        return
+    raise HostFailed(
         f"not everything could be removed again: {'; '.join(left)}",
         advice="What is left cannot be started; remove it with `qvm-remove`.",
-    )
+    ) from error

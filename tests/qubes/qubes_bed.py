@@ -3,6 +3,9 @@
 import dataclasses
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +19,8 @@ from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.worker_vm import worker_properties
 from qubes_restore_svc.wire.messages import ManifestQube, QubeSettings, VolumeInfo
 from tests.emulation.qubesd import Qubesd
+
+REPOSITORY = Path(__file__).parents[2]
 
 TEMPLATE, NETVM, DISPOSABLES = "fedora-42", "sys-firewall", "default-dvm"
 
@@ -70,6 +75,38 @@ def new_disposable(system: QubesSystem, name: str, *tags: str) -> None:
     system.create(
         name, "DispVM", "red", template=DISPOSABLES, tags=tags, properties=worker_properties(400, 1)
     )
+
+
+#: Before a script of `stopped_program`: where it calls `stop` with the step that was asked for, it waits.
+STOPPING = """
+import sys
+from pathlib import Path
+from tests.qubes import qubes_bed as bed
+place, step = Path(sys.argv[1]), sys.argv[2]
+
+def stop(here):
+    if here == step:
+        print("here", flush=True)
+        sys.stdin.read()
+"""
+
+
+@contextmanager
+def stopped_program(script: str, place: Path, step: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A program on the emulated system that has stopped at this step; it and its session are killed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPING + script, str(place), step],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/emulation/standin"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        yield process
+        # With what it has started; its guard has a session of its own.
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def state_of(directory: Path, qubesd: Qubesd) -> Mapping[str, object]:

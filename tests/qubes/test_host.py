@@ -5,8 +5,6 @@ import grp
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,11 +26,11 @@ from tests.qubes.qubes_bed import (
     new_qube,
     settings,
     state_of,
+    stopped_program,
 )
 
 from ..support.descriptors import open_descriptors
 
-REPOSITORY = Path(__file__).parents[2]
 SOON_S = 60.0
 
 
@@ -251,18 +249,7 @@ def test_what_cannot_be_removed_does_not_hide_why_the_restore_ended(host: QubesH
 # --- A restore that is killed --------------------------------------------------------------------
 
 KILLED = """
-import sys, threading
-from pathlib import Path
-from tests.qubes import qubes_bed as bed
-from qubes_restore_svc.qubes.host import QubesHost
-directory, step = Path(sys.argv[1]), sys.argv[2]
-
-def stop(here):
-    if here == step:
-        print("here", flush=True)
-        sys.stdin.read()
-
-host = bed.new_host(directory)
+host = bed.new_host(place)
 system = host._system
 with host.lock():
     stop("locked")
@@ -285,34 +272,20 @@ def test_a_restore_that_is_killed_leaves_nothing(
     host: QubesHost, qubesd: Qubesd, tmp_path: Path, step: str
 ) -> None:
     before = state_of(tmp_path, qubesd)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), step]
-    path = f"{REPOSITORY}:{REPOSITORY}/tests/emulation/standin"
-    with subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"here\n"
+    with stopped_program(KILLED, tmp_path, step) as process:
         with pytest.raises(RestoreInProgress), host.lock():
             pass
-        # The whole session, with what the restore has started; the guard has one of its own.
         os.killpg(process.pid, signal.SIGINT if step == "locked" else signal.SIGKILL)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        # A second run works as soon as the guard has cleared up.
-        while True:
-            try:
-                with host.lock() as remarks:
-                    assert remarks == ()
-                    host.begin(new_qube()).rollback()
-                break
-            except RestoreInProgress as error:
-                assert error.ends_soon
-            time.sleep(0.01)
+    # A second run works as soon as the guard has cleared up.
+    while True:
+        try:
+            with host.lock() as remarks:
+                assert remarks == ()
+                host.begin(new_qube()).rollback()
+            break
+        except RestoreInProgress as error:
+            assert error.ends_soon
+        time.sleep(0.01)
     assert state_of(tmp_path, qubesd) == before
 
 

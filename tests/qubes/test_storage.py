@@ -89,58 +89,38 @@ async def test_an_id_is_letters_and_digits(system: FakeQubes, calls: QrexecCalls
         assert access.storage.location_id == answer.split("\\n")[0].strip()
 
 
-@pytest.mark.parametrize(
-    "answer",
-    ["\\n", "../../x\\n", "a b\\n", "abc", "x" * 65 + "\\n", "x" * 100000, "\\303\\244\\n", "a\\0b\\n"],
-)
-async def test_anything_else_is_no_id(system: FakeQubes, calls: QrexecCalls, answer: str) -> None:
-    _answer(system, f"read -r x; printf '{answer}'; exec >&-; exit 0")
-    traces = Traces(system)
-    with pytest.raises(ArchiveUnreadable, match=r"sys-usb did not register .*its answer is not an id"):
-        await PathSource(system, calls, PATH).__aenter__()
-    assert traces.left() == []
+def _answering(answer: str) -> str:
+    return f"read -r x; printf '{answer}'; exec >&-; exit 0"
 
 
-async def test_a_storage_that_writes_without_end_is_ended(
-    system: FakeQubes, calls: QrexecCalls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_module, "_CLOSE_PATIENCE_S", 0.05)
-    _answer(system, "trap '' PIPE; while :; do echo /; done")
-    traces = Traces(system)
-    with pytest.raises(ArchiveUnreadable, match="not an id"):
-        await PathSource(system, calls, PATH).__aenter__()
-    assert traces.left() == []
-
-
-async def test_an_agent_without_the_service_is_named_as_too_old(
-    system: FakeQubes, calls: QrexecCalls
-) -> None:
-    del system.there[STORAGE].services[REGISTER_SERVICE]
-    traces = Traces(system)
-    with pytest.raises(ArchiveUnreadable, match=r"qubes\.RegisterBackupLocation\. .*qubes-core-agent"):
-        await PathSource(system, calls, PATH).__aenter__()
-    assert traces.left() == []
+NO_ID = ["\\n", "../../x\\n", "a b\\n", "abc", "x" * 65 + "\\n", "x" * 100000, "\\303\\244\\n", "a\\0b\\n"]
 
 
 @pytest.mark.parametrize(
-    ("script", "why"),
-    [("exit 1", "ended with exit code 1"), ("exit 126", "refused"), ("exit 0", "no answer")],
+    ("script", "why", "timeouts"),
+    [
+        *((_answering(answer), r"did not register .*its answer is not an id", {}) for answer in NO_ID),
+        ("trap '' PIPE; while :; do echo /; done", "not an id", {"_CLOSE_PATIENCE_S": 0.05}),
+        ("exit 127", r"qubes\.RegisterBackupLocation\. .*qubes-core-agent", {}),
+        ("exit 1", "ended with exit code 1", {}),
+        ("exit 126", "refused", {}),
+        ("exit 0", "no answer", {}),
+        ("exec cat > /dev/null", "no answer for 0 seconds", {"REGISTER_TIMEOUT_S": 0.05}),
+    ],
 )
-async def test_a_registration_that_ends_without_an_answer_says_how(
-    system: FakeQubes, calls: QrexecCalls, script: str, why: str
+async def test_a_storage_that_does_not_register_the_location_is_told_and_left(
+    system: FakeQubes,
+    calls: QrexecCalls,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    why: str,
+    timeouts: dict[str, float],
 ) -> None:
+    for name, seconds in timeouts.items():
+        monkeypatch.setattr(storage_module, name, seconds)
     _answer(system, script)
-    with pytest.raises(ArchiveUnreadable, match=why):
-        await PathSource(system, calls, PATH).__aenter__()
-
-
-async def test_a_storage_that_does_not_answer_is_given_up(
-    system: FakeQubes, calls: QrexecCalls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_module, "REGISTER_TIMEOUT_S", 0.05)
-    _answer(system, "exec cat > /dev/null")
     traces = Traces(system)
-    with pytest.raises(ArchiveUnreadable, match="no answer for 0 seconds"):
+    with pytest.raises(ArchiveUnreadable, match=why):
         await PathSource(system, calls, PATH).__aenter__()
     assert traces.left() == []
 

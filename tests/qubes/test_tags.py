@@ -27,9 +27,8 @@ from qubes_restore_svc.qubes.worker_vm import clear_up_after_kill
 from qubes_restore_svc.waiting import when_cleared
 from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd
-from tests.qubes.qubes_bed import NETVM, TEMPLATE, new_disposable, state_of
+from tests.qubes.qubes_bed import NETVM, TEMPLATE, new_disposable, state_of, stopped_program
 
-REPOSITORY = Path(__file__).parents[2]
 SOON_S = 60.0
 
 
@@ -186,21 +185,12 @@ def test_imports_that_still_run_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
 # --- A worker whose restore, verification or listing is killed -----------------------------------
 
 KILLED = """
-import sys
-from pathlib import Path
-from tests.qubes import qubes_bed as bed
 from qubes_restore_svc.qubes.locks import WORKER, GuardedLock
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.worker_vm import clear_up_after_kill
-path, step = Path(sys.argv[1]), sys.argv[2]
-
-def stop(here):
-    if here == step:
-        print("here", flush=True)
-        sys.stdin.read()
 
 system = QubesSystem.connect()
-with GuardedLock(WORKER, path, clear_up_after_kill, "dom0", "verifying") as lock, system.watched_by(lock):
+with GuardedLock(WORKER, place, clear_up_after_kill, "dom0", "verifying") as lock, system.watched_by(lock):
     stop("locked")
     if step == "other":
         system.add_tag = lambda *arguments: stop("other")
@@ -215,19 +205,6 @@ with GuardedLock(WORKER, path, clear_up_after_kill, "dom0", "verifying") as lock
 """
 
 
-def kill_at(step: str, path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path), step],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/emulation/standin"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"here\n"
-        process.kill()
-
-
 def wait_for_guard(path: Path) -> None:
     """As whoever waits for the lock."""
     lock = GuardedLock(WORKER, path, lambda names: None)
@@ -240,14 +217,16 @@ def test_a_worker_whose_owner_is_killed_is_removed_with_its_access(
     qubesd: Qubesd, tmp_path: Path, step: str
 ) -> None:
     before = state_of(tmp_path, qubesd)
-    kill_at(step, tmp_path / "worker.lock")
+    with stopped_program(KILLED, tmp_path / "worker.lock", step):
+        pass
     # Whoever waits for the lock finds nothing left of it.
     wait_for_guard(tmp_path / "worker.lock")
     assert state_of(tmp_path, qubesd) == before
 
 
 def test_what_is_no_worker_is_the_business_of_another_guard(qubesd: Qubesd, tmp_path: Path) -> None:
-    kill_at("other", tmp_path / "worker.lock")
+    with stopped_program(KILLED, tmp_path / "worker.lock", "other"):
+        pass
     wait_for_guard(tmp_path / "worker.lock")
     assert "work" in qubesd.names()
 
