@@ -9,15 +9,13 @@ import fcntl
 import gc
 import os
 import signal
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from qubes_restore_svc.broker.filesystem import reporting
-from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.system import QubesSystem, insist
 
 #: What a terminal, a logout or a shutdown sends to a restore is not meant for its guard.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGPIPE)
@@ -26,7 +24,6 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal
 CONNECT_TIMEOUT_S = 60.0
 
 _STARTING = "starting the process that clears up if this one is killed"
-_CONNECT_PAUSE_S = 0.5
 
 
 class Guard:
@@ -94,14 +91,7 @@ def unlock(file: int, path: Path) -> None:
 
 def connect_patiently() -> QubesSystem:
     """The connection of a guard, which has nobody to tell that there is none yet. Raises RestoreError."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
-        try:
-            return QubesSystem.connect()
-        except RestoreError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_CONNECT_PAUSE_S)
+    return insist(QubesSystem.connect, CONNECT_TIMEOUT_S)
 
 
 # --- The child -----------------------------------------------------------------------------------

@@ -37,15 +37,15 @@ _MODE = 0o660
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class LockKind:
     """What is told to whoever finds a lock held: by somebody unknown, or by a guard that clears up."""
 
     running: str
     clearing: str
 
 
-RESTORE = Kind("another restore is running", "what a restore left that was killed is still being cleared up")
-WORKER = Kind(
+RESTORE = LockKind("another restore is running", "what a restore left that was killed is still being cleared up")
+WORKER = LockKind(
     "another restore or verification has a worker running",
     "the worker of a restore that was killed is still being removed",
 )
@@ -60,7 +60,7 @@ class GuardedLock:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: LockKind,
         path: Path,
         clear_up: Callable[[Iterable[str]], None],
         client: str = "dom0",

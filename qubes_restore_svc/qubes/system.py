@@ -283,20 +283,19 @@ class QubesSystem:
 
         Harmless when it is gone already. Raises HostFailed if it is not gone after `DESTROY_TIMEOUT_S`.
         """
-        deadline = time.monotonic() + DESTROY_TIMEOUT_S
-        failure = HostFailed("it was killed, and is still there", qube=name)
-        while True:
-            try:
-                if not self.exists(name):
-                    return
-                self._kill_or_remove(name)
-                if not self.exists(name):
-                    return
-            except HostFailed as error:  # it is starting, halting, or being removed by somebody else
-                failure = error
-            if time.monotonic() > deadline:
-                raise failure
-            time.sleep(_PAUSE_S)
+
+        def attempt() -> None:  # it may be starting, halting, or being removed by somebody else
+            if not self.exists(name):
+                return
+            if self.is_running(name):
+                with asking("killing the qube", qube=name):
+                    self._qube(name).kill()
+            else:
+                self.remove(name)
+            if self.exists(name):
+                raise HostFailed("it was killed, and is still there", qube=name)
+
+        insist(attempt, DESTROY_TIMEOUT_S)
 
     # --- Setting ---------------------------------------------------------------------------------
 
@@ -494,13 +493,6 @@ class QubesSystem:
         for watcher in self._watchers:
             watcher.created(name)
 
-    def _kill_or_remove(self, name: str) -> None:
-        if self.is_running(name):
-            with asking("killing the qube", qube=name):
-                self._qube(name).kill()
-        else:
-            self.remove(name)
-
 
 def _property(holder: Any, key: str, default: _Value) -> _Value:
     """A property, in the type of `default`, which is what stands for none."""
@@ -514,6 +506,18 @@ def _taken(name: str) -> QubeExists:
         qube=name,
         advice="Rename or remove it, or restore under another name.",
     )
+
+
+def insist(action: Callable[[], _Answer], timeout_s: float) -> _Answer:
+    """Do it again and again until it succeeds; raises what it has failed with after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return action()
+        except RestoreError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from functools import partial
 
 from qubes_restore_svc.broker.host import RESTORED_TAG, restored_tag
 from qubes_restore_svc.errors import HostFailed
-from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem
+from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem, insist
 
 #: Qubes' own: a qube that carries it cannot be started.
 IN_PROGRESS_TAG = "backup-restore-in-progress"
@@ -140,7 +140,7 @@ def clear_untagged(system: QubesSystem, names: Iterable[str]) -> Leftovers:
             time.sleep(_PAUSE_S)
         if system.exists(name):
             found.attempt(
-                partial(_remove_patiently, system, name),
+                partial(insist, partial(system.remove, name), APPEAR_TIMEOUT_S),  # qubesd may be busy with it
                 f"{name}, which an interrupted restore had just created, was removed",
                 f"{name}, which an interrupted restore had just created, could not be removed",
             )
@@ -177,19 +177,6 @@ def _removed(system: QubesSystem, name: str, found: Leftovers) -> bool:
     else:
         found.cleared.append(f"{name} was removed: a restore that was interrupted had left it, incomplete")
     return True
-
-
-def _remove_patiently(system: QubesSystem, name: str) -> None:
-    """Remove a qube that qubesd may still be busy with."""
-    deadline = time.monotonic() + APPEAR_TIMEOUT_S
-    while True:
-        try:
-            system.remove(name)
-            return
-        except HostFailed:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_PAUSE_S)
 
 
 def _import_runs() -> bool:

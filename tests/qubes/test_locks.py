@@ -22,7 +22,7 @@ from qubes_restore_svc.qubes.locks import (
     Activity,
     GuardedLock,
     Holder,
-    Kind,
+    LockKind,
     read_holder,
     stock_lock,
     try_lock,
@@ -72,9 +72,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=[RESTORE, WORKER], ids=["restore", "worker"])
-def kind(request: pytest.FixtureRequest) -> Kind:
+def kind(request: pytest.FixtureRequest) -> LockKind:
     given = request.param
-    assert isinstance(given, Kind)
+    assert isinstance(given, LockKind)
     return given
 
 
@@ -84,7 +84,7 @@ def lock(path: Path, noting: Noting) -> GuardedLock:
 
 
 def another(
-    path: Path, kind: Kind = RESTORE, client: str = "other", activity: Activity = "restoring"
+    path: Path, kind: LockKind = RESTORE, client: str = "other", activity: Activity = "restoring"
 ) -> GuardedLock:
     return GuardedLock(kind, path, lambda names: None, client, activity)
 
@@ -126,7 +126,7 @@ def take_when_cleared(lock: GuardedLock) -> None:
 # --- Held by one ---------------------------------------------------------------------------------
 
 
-def test_the_lock_is_held_once_and_nothing_is_left_of_it(path: Path, kind: Kind) -> None:
+def test_the_lock_is_held_once_and_nothing_is_left_of_it(path: Path, kind: LockKind) -> None:
     before = open_descriptors()
     for _ in range(2):
         with pytest.raises(KeyError), another(path, kind) as lock:
@@ -139,7 +139,7 @@ def test_the_lock_is_held_once_and_nothing_is_left_of_it(path: Path, kind: Kind)
 
 
 @pytest.mark.parametrize("activity", get_args(Activity))
-def test_whoever_comes_is_told_who_has_it_and_what_for(path: Path, kind: Kind, activity: Activity) -> None:
+def test_whoever_comes_is_told_who_has_it_and_what_for(path: Path, kind: LockKind, activity: Activity) -> None:
     told = rf"^sys-gui has been {activity} since \d\d:\d\d on "
     with (
         another(path, kind, "sys-gui", activity),
@@ -149,7 +149,7 @@ def test_whoever_comes_is_told_who_has_it_and_what_for(path: Path, kind: Kind, a
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x1b[2J 1 2 3\n", b"9" * 5000, b"1 2 3 a b c\n"])
-def test_what_stands_in_a_lock_file_is_not_believed(path: Path, kind: Kind, content: bytes) -> None:
+def test_what_stands_in_a_lock_file_is_not_believed(path: Path, kind: LockKind, content: bytes) -> None:
     with another(path, kind):
         path.write_bytes(content)
         with pytest.raises(RestoreInProgress) as caught:
@@ -257,7 +257,7 @@ def test_whoever_comes_while_a_guard_clears_up_is_told_that_it_ends_soon(
     os.waitpid(child, 0)
 
 
-def test_nobody_waits_for_a_guard_that_hangs(path: Path, kind: Kind) -> None:
+def test_nobody_waits_for_a_guard_that_hangs(path: Path, kind: LockKind) -> None:
     child = hold_in_child(another(path, kind))
     guard = int(Path(f"/proc/{child}/task/{child}/children").read_text())
     os.kill(guard, signal.SIGSTOP)
