@@ -44,7 +44,9 @@ class LockKind:
     clearing: str
 
 
-RESTORE = LockKind("another restore is running", "what a restore left that was killed is still being cleared up")
+RESTORE = LockKind(
+    "another restore is running", "what a restore left that was killed is still being cleared up"
+)
 WORKER = LockKind(
     "another restore or verification has a worker running",
     "the worker of a restore that was killed is still being removed",

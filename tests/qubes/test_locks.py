@@ -139,7 +139,9 @@ def test_the_lock_is_held_once_and_nothing_is_left_of_it(path: Path, kind: LockK
 
 
 @pytest.mark.parametrize("activity", get_args(Activity))
-def test_whoever_comes_is_told_who_has_it_and_what_for(path: Path, kind: LockKind, activity: Activity) -> None:
+def test_whoever_comes_is_told_who_has_it_and_what_for(
+    path: Path, kind: LockKind, activity: Activity
+) -> None:
     told = rf"^sys-gui has been {activity} since \d\d:\d\d on "
     with (
         another(path, kind, "sys-gui", activity),
