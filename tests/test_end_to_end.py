@@ -9,6 +9,7 @@ import pytest
 
 from qubes_restore_svc.errors import ExitStatus
 from qubes_restore_svc.local.link import LocalLink
+from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.restore_call import Choice
 
 from .support.backup_writer import BackupWriter, RawMember, Replacements, join_members
@@ -19,7 +20,7 @@ from .support.plans import sample_qube
 from .support.qubes_xml_writer import qubes_xml
 from .support.restoring import Recorder, kinds, restore
 
-RECORDED = ["bzip2", "gzip", "none", "pigz", "real-cost", "sparse-map", "xz", "zstd"]
+RECORDED = ["bzip2", "gzip", "none", "pigz", "sparse-map", "xz", "zstd"]
 RECORDED_3 = ["format3", "format3-sha1-plain"]
 FILTERS = ["gzip", "pigz", "bzip2", "pbzip2", "xz", "lzma", "zstd", "zstdmt", "none"]
 
@@ -40,21 +41,8 @@ def listing(directory: Path) -> list[str]:
 # --- What must come out -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RECORDED + RECORDED_3)
-def test_a_recorded_backup_is_restored_bit_by_bit_through_the_sandbox(name: str, tmp_path: Path) -> None:
-    backup = shared_fixture(f"{name}.qbackup")
-    # 2 GiB derivations are among the recorded ones.
-    report = restore(backup, tmp_path / "out", make_link=LocalLink, memory=3 << 30)
-    assert report.status == ExitStatus.COMPLETE, report
-    assert not differences(backup.with_name(backup.name + ".json"), tmp_path / "out")
-    if name in RECORDED:
-        assert report.backup_id == expectation(backup).backup_id
-
-
-@pytest.mark.parametrize("name", RECORDED + RECORDED_3)
-def test_a_recorded_backup_verifies_with_the_recorded_hashes(name: str) -> None:
-    backup = shared_fixture(f"{name}.qbackup")
-    report = restore(backup, None, memory=3 << 30)
+def check_hashes(report: Report, backup: Path) -> None:
+    """The report has the recorded size and hash of every volume, and no other volume."""
     found = {
         f"{qube.name}/{volume.name}": (volume.size, volume.sha256)
         for qube in report.qubes
@@ -62,8 +50,25 @@ def test_a_recorded_backup_verifies_with_the_recorded_hashes(name: str) -> None:
         if volume.name != "home"
     }
     expected = expectation(backup).volumes
-    assert report.status == ExitStatus.COMPLETE
+    assert report.status == ExitStatus.COMPLETE, report
     assert found == {place: (volume.size, volume.sha256) for place, volume in expected.items()}
+
+
+@pytest.mark.parametrize("name", ["real-cost", *RECORDED, *RECORDED_3])
+def test_a_recorded_backup_is_restored_bit_by_bit_through_the_sandbox(name: str, tmp_path: Path) -> None:
+    backup = shared_fixture(f"{name}.qbackup")
+    # The derivations of `real-cost` take 2 GiB and a second each.
+    report = restore(backup, tmp_path / "out", make_link=LocalLink, memory=3 << 30)
+    check_hashes(report, backup)
+    assert not differences(backup.with_name(backup.name + ".json"), tmp_path / "out")
+    if name not in RECORDED_3:
+        assert report.backup_id == expectation(backup).backup_id
+
+
+@pytest.mark.parametrize("name", RECORDED + RECORDED_3)
+def test_a_recorded_backup_verifies_with_the_recorded_hashes(name: str) -> None:
+    backup = shared_fixture(f"{name}.qbackup")
+    check_hashes(restore(backup, None), backup)
 
 
 @pytest.mark.parametrize("sparse", ["gnu", "pax", "none"])
