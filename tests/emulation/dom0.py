@@ -4,18 +4,21 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from tests.emulation.emulated import EmulatedQubes
+from tests.emulation.snapshot import Snapshot
 
 LocationKind = Literal["dom0", "path", "command", "service"]
 LOCATIONS: tuple[LocationKind, ...] = ("dom0", "path", "command", "service")
 STORAGE = "sys-usb"
 TEMPLATE = "fedora-41-xfce"
-#: What stays of a restore although nothing of it is left: reports, and the empty files that are locked.
-KEPT = ("dom0/*",)
+#: Seconds in which whatever must happen happens, however slow the machine is.
+PATIENCE_S = 15.0
 
 
 class Dom0:
@@ -80,8 +83,33 @@ class Dom0:
         report = json.loads((self.folder / "report.json").read_text())
         return {qube["name"]: qube["outcome"] for qube in report["qubes"] if qube["outcome"] != "left out"}
 
+    def locks(self) -> list[str]:
+        """The files of the locks that somebody has."""
+        words = Path("/proc/locks").read_text().split()
+        held = {word.rpartition(":")[2] for word in words if word.count(":") == 2}  # MAJOR:MINOR:INODE
+        found = []
+        for path in sorted(self.folder.glob("*.lock")):
+            with suppress(FileNotFoundError):
+                if str(path.stat().st_ino) in held:
+                    found.append(path.name)
+        return found
+
+    def check_as_before(self, before: Snapshot, ignored_files: Collection[str] = ()) -> None:
+        """Nothing may be left that a second run could meet: the state becomes the one of then, and all locks
+        are free."""
+        assert self.qubes.settled(before, ignored_files) == before
+        wait_until(lambda: not self.locks(), "free locks")
+
     def sha256(self, volume: str) -> tuple[int, str]:
         """Size and SHA-256 of the volume `QUBE/NAME`."""
         path = self.qubes.qubesd.volume_path(*volume.split("/"))
         with path.open("rb") as file:
             return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def wait_until(happened: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) -> None:
+    """Wait for what must happen."""
+    deadline = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)

@@ -14,8 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.service import LIST, START, VERIFY
-from tests.emulation.dom0 import Dom0
+from tests.emulation.dom0 import Dom0, wait_until
 from tests.emulation.domain import REPOSITORY
 from tests.emulation.emulated import EmulatedQubes
 from tests.emulation.snapshot import Snapshot
@@ -39,8 +38,6 @@ __all__ = ["GUI", "LIST", "PASSPHRASE", "START", "VERIFY", "open_message"]
 GUI = "sys-gui"
 STORAGE = "sys-usb"
 TEMPLATE = "debian-12-xfce"
-#: Seconds in which whatever must happen happens, however slow the machine is.
-PATIENCE_S = 15.0
 LONG_S = 60.0
 MEMORY = 1500  #: MiB of the worker
 _OWN_FILES = (f"{GUI}/home/held/*", f"{GUI}/tmp/passphrase")
@@ -206,17 +203,6 @@ class RemoteBench:
         for name in names:
             del app.domains[name]
 
-    def locks(self) -> list[str]:
-        """The files of the locks that somebody has."""
-        words = Path("/proc/locks").read_text().split()
-        held = {word.rpartition(":")[2] for word in words if word.count(":") == 2}  # MAJOR:MINOR:INODE
-        found = []
-        for path in sorted(self.folder.glob("*.lock")):
-            with suppress(FileNotFoundError):
-                if str(path.stat().st_ino) in held:
-                    found.append(path.name)
-        return found
-
     def service_runs(self) -> bool:
         """Does a service of dom0 run, or its guard?"""
         wanted = str(self.folder).encode()
@@ -238,8 +224,7 @@ class RemoteBench:
     def check_as_before(self, before: Snapshot) -> None:
         """Nothing may be left: the state becomes the one of then, and all locks are free."""
         self.wait_service_ended()
-        assert self.qubes.settled(before, _OWN_FILES) == before
-        wait_until(lambda: not self.locks(), "free locks")
+        self.dom0.check_as_before(before, _OWN_FILES)
 
     def check_nothing_leaked(self) -> None:
         """No service may have failed unforeseen, nor said or kept a passphrase."""
@@ -432,14 +417,6 @@ class RawCall:
                 return b""
             data += piece
         return data
-
-
-def wait_until(happened: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) -> None:
-    """Wait for what must happen."""
-    deadline = time.monotonic() + limit_s
-    while not happened():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
 
 
 def _read_some(stream: IO[bytes] | None, size: int, heard: object) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.terminal import on_terminal
+from tests.emulation.dom0 import wait_until
 from tests.emulation.remote_bench import (
     GUI,
     LONG_S,
@@ -26,7 +27,6 @@ from tests.emulation.remote_bench import (
     RemoteBench,
     open_remote,
     two_qubes,
-    wait_until,
 )
 from tests.emulation.snapshot import Snapshot
 from tests.support.backup_writer import BackupWriter, ImagePlan, QubePlan, join_members

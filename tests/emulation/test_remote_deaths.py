@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.qubes.locks import read_holder
+from tests.emulation.dom0 import wait_until
 from tests.emulation.remote_bench import (
     GUI,
     IMAGE,
@@ -27,7 +28,6 @@ from tests.emulation.remote_bench import (
     open_message,
     open_remote,
     two_qubes,
-    wait_until,
 )
 
 BOTH = {"first", "second"}
@@ -165,7 +165,7 @@ def check_nothing_is_left(
     """dom0 clears up by itself; what was restored by then, and only that, is there, complete."""
     bench.wait_service_ended()
     assert bench.new_qubes(before) == state.restored
-    assert bench.locks() == []
+    assert bench.dom0.locks() == []
     backup.release()
     for name in state.restored:
         assert bench.dom0.sha256(f"{name}/private") == (IMAGE.size, IMAGE.sha256())

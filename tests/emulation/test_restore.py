@@ -1,6 +1,7 @@
 """Whole restores on an emulated Qubes, with the real command, policy, worker and storage services."""
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from tests.emulation.dom0 import LOCATIONS, STORAGE, Dom0, LocationKind
 from tests.support.backup_writer import PASSPHRASE, BackupWriter, ImagePlan, QubePlan
 from tests.support.fixtures import expectation, shared_fixture
 
-FIXTURES = ("bzip2", "gzip", "none", "pigz", "sparse-map", "xz", "zstd", "format3")
-#: Every recorded backup from every kind of location; the one whose keys take seconds each, from one.
-RECORDED = [(name, kind) for name in FIXTURES for kind in LOCATIONS] + [("real-cost", LOCATIONS[1])]
+#: What a place does to the stream does not depend on what is in it; but format 3 is read twice.
+RECORDED: list[tuple[str, LocationKind]] = [
+    *zip(("bzip2", "gzip", "none", "pigz", "sparse-map", "xz", "zstd"), cycle(LOCATIONS)),
+    *(("format3", kind) for kind in LOCATIONS),
+]
 IMAGE = ImagePlan(3 << 20, ((4096, b"data" * 5000), ((2 << 20) + 512, b"more" * 100)))
 #: What the qubes of the recorded backups were based on is not on the emulated system.
 ANYWAY = "--ignore-missing"
@@ -78,7 +81,7 @@ def test_verifying_creates_nothing_and_leaves_nothing(dom0: Dom0, tmp_path: Path
     before = dom0.qubes.snapshot()
     done = dom0.restore([*words, "--verify-only"], PASSPHRASE)
     assert "1 of 1 qube verified." in done.stderr
-    assert dom0.qubes.settled(before) == before
+    dom0.check_as_before(before)
 
 
 def test_a_qube_comes_back_with_its_settings_and_without_what_is_not_allowed(
