@@ -1,40 +1,47 @@
 """`qvm-backup-restore --mgmt-vm`: restore or verify a backup on a Qubes system.
 
-Strategy: as the other command: whatever can be refused is refused before the passphrase is typed; then one
-asyncio task that a signal cancels, in which the plan is shown and the question asked; then the report, the
-table, the exit status. Who carries it out comes from `qvm_parts`; a test can give it somebody else.
+Strategy: whatever can be refused is refused before the passphrase is typed. Then one asyncio task, which a
+signal cancels, calls dom0's service; in it the plan is shown and the question asked. Then come the report,
+the table, the exit status. Whatever ends the restore becomes the report's error. Where the service sent no
+report, one is made of what it has said until then: the plan, and the qubes that were finished.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from typing import Never
 
-from qubes_restore_svc.broker.client import SessionOptions
+from pydantic import SecretStr
+
 from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
 from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.progress import make_display, with_clock
-from qubes_restore_svc.cli.question import can_ask
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_parts import Assemble, is_file_here, on_qubes
-from qubes_restore_svc.cli.qvm_remote import RemoteRestorer
-from qubes_restore_svc.cli.qvm_review import PlanReview
+from qubes_restore_svc.cli.qvm_request import check_way, is_file_here, restore_request, way_to_dom0
+from qubes_restore_svc.cli.qvm_review import PlanReview, can_ask
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.cli.results import keep_report, show_error, show_report
-from qubes_restore_svc.errors import ExitStatus, RestoreError, UsageError
+from qubes_restore_svc.client.aio import RestoreCall
+from qubes_restore_svc.client.transports import Handed, ProgramTransport, Transport
+from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, UsageError
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.wire.report import Report
-from qubes_restore_svc.wire.restore_call import Choice
+from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, warn
 
 PROGRAM = "qvm-backup-restore"
 
+#: Makes the way to dom0 from what a service that is started there is handed over.
+Way = Callable[[Handed], Transport]
 
-def main(words: Sequence[str], assemble: Assemble = on_qubes) -> Never:
+
+def main(words: Sequence[str], way: Way = way_to_dom0) -> Never:
     """The entry point of the command, with its arguments; exits."""
-    carry_out(PROGRAM, lambda interruption: run(words, interruption, assemble))
+    carry_out(PROGRAM, lambda interruption: run(words, interruption, way))
 
 
-def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) -> int:
+def run(words: Sequence[str], interruption: Interruption, way: Way) -> int:
     """Carry out the command and return its exit status. Raises RestoreError."""
     arguments = parse_restore_arguments(words)
     started = datetime.now(UTC)
@@ -47,11 +54,12 @@ def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) ->
                     "there is no terminal to ask on whether to proceed",
                     advice="Use --yes, or give the passphrase in a file (-p FILE).",
                 )
-            choice = _choice(arguments)
             prompt = _Prompt(arguments, interruption)
-            restorer = assemble(arguments, archive_fd, prompt)
+            transport = way(Handed(archive_fd, prompt))
+            check_way(transport)
+            request = restore_request(arguments, archive_fd, transport)
             total = None if archive_fd is None else archive_size(archive_fd)
-            report, review = _carried_out(arguments, choice, restorer, prompt, total, interruption)
+            report, review = _carried_out(arguments, transport, request, prompt, total, interruption)
         except RestoreError as error:
             interruption.hold()
             report = Report.begun("verify" if arguments.verify_only else "restore", started)
@@ -59,6 +67,19 @@ def run(words: Sequence[str], interruption: Interruption, assemble: Assemble) ->
             keep_report(PROGRAM, arguments.report, report)
             raise
     return _told(arguments, report, review, interruption)
+
+
+@contextmanager
+def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
+    """The descriptor of a backup that is a file here; None for one in another domain."""
+    if not is_file_here(arguments):
+        yield None
+        return
+    archive_fd = open_archive(arguments.location)
+    try:
+        yield archive_fd
+    finally:
+        close_read(archive_fd)
 
 
 class _Prompt:
@@ -88,30 +109,24 @@ class _Prompt:
 
 def _carried_out(
     arguments: RestoreArguments,
-    choice: Choice,
-    restorer: RemoteRestorer,
+    transport: Transport,
+    request: c.OpenBackup,
     prompt: _Prompt,
     total: int | None,
     interruption: Interruption,
 ) -> tuple[Report, PlanReview]:
     """Have it done, and come back with what came of it. Raises RestoreError if it did not begin."""
-    interruption.run(restorer.check())
-    interruption.resume()
-    passphrase = "" if restorer.asks_for_passphrase else prompt()
+    is_asked_for = isinstance(transport, ProgramTransport)  # otherwise the passphrase is in the request
+    if not is_asked_for:
+        request = request.model_copy(update={"passphrase": SecretStr(prompt())})
     display = make_display(verbose=arguments.loudness > 0, quiet=arguments.loudness < 0, total=total)
-    review = PlanReview(PROGRAM, arguments, display, restorer.check_plan)
-    job = restorer.run(
-        _session_options(arguments, passphrase),
-        choice,
-        display,
-        review,
-        verify_only=arguments.verify_only,
-    )
+    review = PlanReview(PROGRAM, arguments, display)
     with closing(display), ExitStack() as before_the_passphrase:
-        if restorer.asks_for_passphrase:
+        if is_asked_for:
             before_the_passphrase.enter_context(display.paused())
             prompt.answered = before_the_passphrase.close
-        report = interruption.run(with_clock(display, job), display.ending)
+        job = with_clock(display, called(transport, request, display, review))
+        report = interruption.run(job, display.ending)
     if prompt.fault is not None:
         raise prompt.fault
     return report, review
@@ -131,36 +146,82 @@ def _told(arguments: RestoreArguments, report: Report, review: PlanReview, inter
     return ExitStatus.PARTLY if untold else report.status
 
 
-@contextmanager
-def _archive(arguments: RestoreArguments) -> Iterator[int | None]:
-    """The descriptor of a backup that is a file here; None for one in another domain."""
-    if not is_file_here(arguments):
-        yield None
-        return
-    archive_fd = open_archive(arguments.location)
+# --- The call ------------------------------------------------------------------------------------
+
+
+async def called(
+    transport: Transport,
+    request: c.OpenBackup,
+    observer: Observer,
+    review: Callable[[c.Plan], Awaitable[None]],
+) -> Report:
+    """Have dom0 do what is asked for, once `review` has let the plan pass; it raises RestoreError otherwise.
+
+    Comes back with a report also if the task is cancelled.
+    """
+    assert request.mode != "list"
+    report = Report.begun(request.mode)
+    heard = _Heard(observer, report)
+    error: RestoreError | None = None
     try:
-        yield archive_fd
-    finally:
-        close_read(archive_fd)
+        call = RestoreCall(transport, request, heard)
+        try:
+            async with call:
+                await _reviewed(call, review, report)
+                return await call.confirm()
+        except asyncio.CancelledError:
+            if call.report is None:
+                raise
+            return call.report
+    except RestoreError as caught:
+        error = caught
+    except asyncio.CancelledError:
+        error = Cancelled("it was cancelled", advice="")
+    assert error is not None, "it has come back otherwise"
+    known = {qube.name: qube for qube in heard.finished}
+    report.qubes = tuple(known.get(qube.name, qube) for qube in report.qubes)
+    for qube in report.qubes:  # of those that were under way, what ended the call
+        if qube.outcome == "failed" and qube.error is None and not isinstance(error, Cancelled):
+            qube.error = ErrorInfo.of(error).without_place()
+    report.close(error)
+    return report
 
 
-def _session_options(arguments: RestoreArguments, passphrase: str) -> SessionOptions:
-    return SessionOptions(
-        passphrase=passphrase,
-        compression_filter=arguments.compression_filter,
-        ignore_size_limit=arguments.ignore_size_limit,
-        ignore_cost_limit=arguments.ignore_cost_limit,
-        stall_timeout_s=arguments.stall_timeout,
-        ahead=not arguments.qubes,
-    )
+class _Heard(Observer):
+    """Passes on to the display what dom0 says, and keeps what a report needs if none comes."""
+
+    def __init__(self, observer: Observer, report: Report) -> None:
+        self.finished: list[QubeReport] = []
+        self._report = report
+        self._observer = observer
+
+    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+        self._observer.progress(archive_bytes, image_bytes)
+
+    def log(self, level: str, text: str) -> None:
+        if level == "warning":
+            warn(self._report, text)
+        self._observer.log(level, text)
+
+    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
+        self._observer.volume_started(qube, volume, image_size)
+
+    def qube_finished(self, report: QubeReport) -> None:
+        self.finished.append(report)
+        self._observer.qube_finished(report)
 
 
-def _choice(arguments: RestoreArguments) -> Choice:
-    return Choice.asked(
-        names=tuple(arguments.qubes),
-        exclude=tuple(arguments.exclude),
-        conflicts=arguments.conflicts,
-        missing=arguments.missing,
-        dom0_home=arguments.dom0_home is True,
-        ignore_username_mismatch=arguments.ignore_username_mismatch,
-    )
+async def _reviewed(call: RestoreCall, review: Callable[[c.Plan], Awaitable[None]], report: Report) -> None:
+    """Show the plan; one that does not pass cancels the call."""
+    plan = call.plan
+    report.backup_id, report.qubes = plan.backup_id, plan.reports()
+    try:
+        await review(plan)
+    except RestoreError as error:
+        for planned, qube in zip(plan.qubes, report.qubes, strict=False):
+            if planned.decision == "take":  # nothing is wrong with it; this is why it has not come
+                qube.error = ErrorInfo.of(error).without_place()
+        # So that the next restore need not wait until dom0 has put away what it had begun.
+        await call.cancel()
+        await call.wait_ended()
+        raise

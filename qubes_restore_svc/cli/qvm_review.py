@@ -3,22 +3,29 @@
 Strategy: the table is the result so far, on standard output; what is to be said about it, and the question,
 go to standard error. As in the stock command, a restore that does not fit this system, and for which no
 option says how it is to be made to fit, is refused as a whole; but all that does not fit is told at once.
+
+The question does not hold up the event loop: the terminal collects the line by itself, and the loop is told
+when it is there. So a cancel ends the waiting at once, and no thread is left that waits for a key. What was
+typed before the question was there is no answer to it.
 """
 
+import asyncio
+import contextlib
+import os
 import sys
-from collections.abc import Callable
+import termios
 from dataclasses import dataclass
 
 from qubes_restore_svc.cli.progress import Display
-from qubes_restore_svc.cli.question import ask
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
 from qubes_restore_svc.cli.qvm_plan_table import names_with, plan_table, settings_left_behind, takes_dom0_home
 from qubes_restore_svc.cli.tables import listed
-from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
+from qubes_restore_svc.cli.terminal import QuietStream, print_result, say, say_wrapped, width_of
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire.restore_call import Plan, Problem
 
 _QUESTION = "Do you want to proceed?"
+_LONGEST_ANSWER = 1024
 
 _DOM0_NOTE = (
     "NOTE: dom0's home comes as one archive file, in a new directory 'home-restore-<current time>' in the"
@@ -71,24 +78,14 @@ _MISFITS = (
 
 
 class PlanReview:
-    """Shows the plan and asks; to be awaited with it (a broker's `Confirm`).
+    """Shows the plan and asks; to be awaited with it. `seen`: there is a plan; `accepted`: it may be done."""
 
-    `check` may refuse the plan. `seen`: the plan has been made; `accepted`: the restore may begin.
-    """
-
-    def __init__(
-        self,
-        program: str,
-        arguments: RestoreArguments,
-        display: Display,
-        check: Callable[[Plan], None] = lambda plan: None,
-    ) -> None:
+    def __init__(self, program: str, arguments: RestoreArguments, display: Display) -> None:
         self.seen = False
         self.accepted = False
         self._program = program
         self._arguments = arguments
         self._display = display
-        self._check = check
 
     async def __call__(self, plan: Plan) -> None:
         """Raises Cancelled for a no, and another RestoreError for a plan that does not fit."""
@@ -98,8 +95,8 @@ class PlanReview:
             if talks:
                 self._show(plan)
             self._refuse_misfits(plan, quiet=not talks)
-            if not self._arguments.verify_only:
-                self._check(plan)
+            if plan.excess is not None and not self._arguments.verify_only:
+                raise plan.excess.to_error()
             if talks:
                 self._say_what_follows(plan)
             if plan.taken and self._arguments.must_ask and not await ask(_QUESTION):
@@ -162,3 +159,42 @@ def _refusal(plan: Plan, problem: Problem) -> RestoreError:
         "the backup does not fit this system as it is, so nothing was restored",
         advice="What does not fit, and which option settles it, is told above.",
     )
+
+
+# --- The question --------------------------------------------------------------------------------
+
+
+def can_ask() -> bool:
+    """Is somebody there to answer?"""
+    return os.isatty(0)
+
+
+async def ask(question: str) -> bool:
+    """Ask on the terminal, which standard input is; True only for a whole line that says yes."""
+    with contextlib.suppress(termios.error):
+        termios.tcflush(0, termios.TCIFLUSH)
+    stream = QuietStream()
+    stream.write(f"{question} [y/N] ")
+    stream.flush()
+    line = b""
+    try:
+        line = await _line()
+    finally:
+        if not line.endswith(b"\n"):  # nobody has ended the line on the screen
+            say("")
+    return line.lower().strip() in (b"y", b"yes") and line.endswith(b"\n")
+
+
+async def _line() -> bytes:
+    """What the terminal has, once it has something: a line, or nothing at the end of input."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(0, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(0)
+    try:
+        return os.read(0, _LONGEST_ANSWER)
+    except OSError:  # the terminal is gone
+        return b""

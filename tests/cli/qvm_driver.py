@@ -8,9 +8,9 @@ qube is a file here.
 import sys
 from functools import partial
 
-from qubes_restore_svc.cli.qvm_remote import restorer_in_dom0
 from qubes_restore_svc.cli.qvm_restore import main
+from qubes_restore_svc.client.transports import ProgramTransport
 
 if __name__ == "__main__":
     service = [sys.executable, "-m", "tests.service.driver", sys.argv[1], "threads", "local"]
-    main(sys.argv[2:], partial(restorer_in_dom0, command=service))
+    main(sys.argv[2:], partial(ProgramTransport, service))

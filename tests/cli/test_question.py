@@ -13,12 +13,12 @@ from tests.support.fixtures import REPOSITORY
 
 ASKING = """
 import asyncio
-from qubes_restore_svc.cli.question import ask, can_ask
+from qubes_restore_svc.cli.qvm_review import ask, can_ask
 print(can_ask(), asyncio.run(ask("Sure?")))
 """
 CANCELLING = """
 import asyncio
-from qubes_restore_svc.cli.question import ask
+from qubes_restore_svc.cli.qvm_review import ask
 
 async def cancelled():
     task = asyncio.create_task(ask("Sure?"))
@@ -92,7 +92,7 @@ def test_a_cancel_needs_no_key(terminal: Terminal) -> None:
 
 def test_a_pipe_is_nobody() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from qubes_restore_svc.cli.question import can_ask; print(can_ask())"],
+        [sys.executable, "-c", "from qubes_restore_svc.cli.qvm_review import can_ask; print(can_ask())"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

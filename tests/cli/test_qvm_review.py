@@ -11,6 +11,7 @@ from qubes_restore_svc.cli.progress import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.errors import Cancelled, MissingDependency, QubeExists, RestoreError, UsageError
+from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.restore_call import Plan
 
 from .plans import conflicting, lacking, not_wanted, plan, source, taken
@@ -245,21 +246,14 @@ def test_an_option_for_something_else_settles_nothing(
 
 
 def test_a_plan_past_the_limits_is_refused_before_anybody_is_asked_and_may_be_verified(
-    monkeypatch: pytest.MonkeyPatch,
+    reviewing: Reviewing,
 ) -> None:
-    def refuse(_: Plan) -> None:
-        raise UsageError("too many")
-
-    def review(options: str) -> PlanReview:
-        arguments = parse_restore_arguments(["--mgmt-vm", "backup", *options.split()])
-        return PlanReview("program", arguments, Display(), refuse)
-
-    saying_yes = Reviewing(monkeypatch)
+    past = FITTING.model_copy(update={"excess": ErrorInfo.of(UsageError("too many"))})
     for options in ("", "-q --yes"):
         with pytest.raises(UsageError, match="too many"):
-            asyncio.run(review(options)(FITTING))
-    asyncio.run(review("--verify-only")(FITTING))
-    assert saying_yes.questions == []
+            reviewing(past, options)
+    reviewing(past, "--verify-only")
+    assert reviewing.questions == []
 
 
 def test_nobody_agrees_to_what_he_has_not_seen(

@@ -7,9 +7,9 @@ for the places of configuration, locks and dom0's home.
 import sys
 from functools import partial
 
-from qubes_restore_svc.cli.qvm_remote import restorer_in_dom0
 from qubes_restore_svc.cli.qvm_restore import main
+from qubes_restore_svc.client.transports import ProgramTransport
 
 if __name__ == "__main__":
     service = [sys.executable, "-m", "tests.emulation.service_driver", sys.argv[1], "local"]
-    main(sys.argv[2:], partial(restorer_in_dom0, command=service))
+    main(sys.argv[2:], partial(ProgramTransport, service))

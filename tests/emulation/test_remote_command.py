@@ -108,7 +108,7 @@ def test_a_qube_whose_firewall_comes_late_stays_and_is_called_incomplete(
     assert said(here) == said(there)
     assert here.returncode == 3 and "1 of 2 qubes restored" in here.stderr
     assert "first: incomplete: its firewall.xml stands behind" in here.stderr
-    assert "is still there. Look at what it lacks, a firewall above all" in here.stderr
+    assert "a netvm now. Look at what it lacks, a firewall above all" in here.stderr
     rows = [line.split() for line in here.stdout.splitlines() if line.startswith("first ")]
     assert rows[-1] == ["first", "-", "-", "incomplete"]
     assert "rolled back" not in here.stdout

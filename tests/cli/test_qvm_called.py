@@ -4,18 +4,18 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
-from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.cli import qvm_parts
+from qubes_restore_svc.cli import qvm_request
 from qubes_restore_svc.cli.progress import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_remote import RemoteRestorer, remote_restorer, restorer_in_dom0
-from qubes_restore_svc.client.transports import ProgramTransport, QrexecTransport, Transport
+from qubes_restore_svc.cli.qvm_request import check_way, restore_request, way_to_dom0
+from qubes_restore_svc.cli.qvm_restore import called
+from qubes_restore_svc.client.transports import Handed, ProgramTransport, QrexecTransport, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, NotGranted, QubeExists, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log
 from qubes_restore_svc.wire.report import QubeReport, Report
-from qubes_restore_svc.wire.restore_call import Choice, Plan
 from tests.client.fakes import (
     OTHER,
     PASSPHRASE,
@@ -44,34 +44,25 @@ class Seeing(QuietDisplay):
 
 
 class Restoring:
-    """A restore that a script answers; `plans` are those that were shown."""
+    """A restore that a script answers."""
 
-    def __init__(self, script: Script, *answers: Choice | Exception | None, line: str = "-d nas b") -> None:
+    def __init__(self, script: Script, refusal: Exception | None = None, line: str = "-d nas b") -> None:
         self.transport = FakeTransport(script, HostFailed("the connection to dom0 broke off", advice="Look."))
         self.display = Seeing()
-        self.plans: list[Plan] = []
-        self._answers = list(answers or [None])
+        self._refusal = refusal
         self._arguments = arguments(line)
 
     async def run(self, archive_fd: int | None = None) -> Report:
-        restorer = remote_restorer(self._arguments, archive_fd, self.transport)
-        await restorer.check()
-        report = await restorer.run(
-            SessionOptions(passphrase=PASSPHRASE, compression_filter="zstd"),
-            Choice(names=("work",), exclude=("vault",), conflicts="rename"),
-            self.display,
-            self._confirm,
-            verify_only=self._arguments.verify_only,
-        )
+        check_way(self.transport)
+        request = restore_request(self._arguments, archive_fd, self.transport)
+        request = request.model_copy(update={"passphrase": SecretStr(PASSPHRASE)})
+        report = await called(self.transport, request, self.display, self._review)
         await self.transport.check()  # also what the script expected
         return report
 
-    async def _confirm(self, found: Plan) -> Choice | None:
-        self.plans.append(found)
-        answer = self._answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    async def _review(self, plan: c.Plan) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
 
 def arguments(line: str) -> RestoreArguments:
@@ -101,6 +92,7 @@ def test_everything_that_was_asked_for_reaches_dom0() -> None:
         await peer.say(refused(NotGranted("no", advice="ask")))
 
     line = "-d sys-usb --pool p --mgmt-template dvm --memory 9 --vcpus 3 /media/bc"
+    line += " -Z zstd -x vault --rename-conflicting work"
     restoring = Restoring(dom0, line=line)
     found = asyncio.run(restoring.run())
     assert found.error is not None
@@ -137,20 +129,6 @@ def test_a_file_here_is_named_by_its_whole_path_and_for_no_qube(tmp_path: Path) 
     (tmp_path / "link").symlink_to(backup)
     with backup.open("rb") as file:
         asyncio.run(Restoring(dom0, line=f"{tmp_path}/link").run(file.fileno()))
-
-
-def test_another_choice_brings_another_plan() -> None:
-    async def dom0(peer: Peer) -> None:
-        await planned(peer)
-        chosen = await peer.hear(c.Choose)
-        assert isinstance(chosen, c.Choose) and chosen.choice.names == ("vault",)
-        await peer.say(plan(2))
-        await peer.hear(c.Confirm)
-        await peer.say(report())
-
-    restoring = Restoring(dom0, Choice(names=("vault",)), None)
-    assert asyncio.run(restoring.run()).status == 0
-    assert [len(found.qubes) for found in restoring.plans] == [3, 2]
 
 
 def test_a_plan_that_is_refused_here_cancels_the_call_and_is_told_of_every_qube() -> None:
@@ -232,20 +210,18 @@ def test_cancelled_while_it_opens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
-    [({"pool": "a b"}, "pool"), ({"compression": "GZIP!"}, "compression_filter")],
+    ("line", "reason"),
+    [
+        ("--mgmt-template a~b b", "the qube that reads the backup cannot be as it was asked for (template: "),
+        ("--pool a~b b", "what was asked for cannot be told to dom0 (pool: "),
+        ("a~b\udcff", "the location of the backup cannot be told to dom0 (text: "),
+        ("b a~b\udcff", "a list of qubes that holds something else than names"),
+    ],
 )
-def test_what_fits_into_no_message_is_told_without_its_value(bad: dict[str, str], reason: str) -> None:
-    async def run() -> Report:
-        restorer = RemoteRestorer(
-            FakeTransport(planned), c.BackupLocation(text="/b"), c.WorkerWishes(), bad.get("pool")
-        )
-        options = SessionOptions(passphrase=PASSPHRASE, compression_filter=bad.get("compression"))
-        return await restorer.run(options, Choice(), Seeing(), None, verify_only=False)
-
-    found = asyncio.run(run())
-    assert found.error is not None and found.status == 2
-    assert reason in found.error.reason and not any(value in found.error.reason for value in bad.values())
+def test_what_fits_into_no_message_is_told_without_its_value(line: str, reason: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        restore_request(arguments(f"-d nas {line}"), None, FakeTransport(planned))
+    assert reason in caught.value.reason and "a~b" not in caught.value.reason
 
 
 # --- Which way -----------------------------------------------------------------------------------
@@ -254,14 +230,14 @@ def test_what_fits_into_no_message_is_told_without_its_value(bad: dict[str, str]
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     found = (tmp_path / "qubesd.sock", tmp_path / "qrexec-client-vm")
-    monkeypatch.setattr(qvm_parts, "QUBESD_SOCKET", found[0])
-    monkeypatch.setattr(qvm_parts, "QREXEC_CLIENT", found[1])
+    monkeypatch.setattr(qvm_request, "QUBESD_SOCKET", found[0])
+    monkeypatch.setattr(qvm_request, "QREXEC_CLIENT", found[1])
     return found
 
 
 def test_a_qube_calls_dom0_and_dom0_starts_its_service(places: tuple[Path, Path]) -> None:
     def way() -> Transport:
-        return qvm_parts.on_qubes(arguments("-d sys-usb b"), None, lambda: PASSPHRASE)._transport
+        return way_to_dom0(Handed())
 
     qubesd, qrexec = places
     assert isinstance(way(), ProgramTransport)  # neither: the service says that this is no Qubes system
@@ -271,32 +247,29 @@ def test_a_qube_calls_dom0_and_dom0_starts_its_service(places: tuple[Path, Path]
     assert isinstance(way(), ProgramTransport)
 
 
-def test_in_dom0_the_backup_and_the_passphrase_are_in_no_message() -> None:
-    restorer = restorer_in_dom0(arguments("b"), 5, lambda: PASSPHRASE)
-    assert restorer._location == c.BackupLocation(qube="dom0", text="-")
-    assert restorer.asks_for_passphrase
-    assert restorer_in_dom0(arguments("-d nas b"), None, str)._location == c.BackupLocation(
-        qube="nas", text="b"
-    )
+@pytest.mark.parametrize(
+    ("line", "location"),
+    [
+        ("b", c.BackupLocation(qube="dom0", text="-")),
+        ("-d dom0 b", c.BackupLocation(qube="dom0", text="-")),
+        ("-d nas b", c.BackupLocation(qube="nas", text="b")),
+    ],
+)
+def test_in_dom0_a_file_is_handed_over_and_not_named(line: str, location: c.BackupLocation) -> None:
+    assert restore_request(arguments(line), 5, ProgramTransport()).location == location
 
 
 def test_a_file_of_dom0_is_one_here_only_in_dom0(places: tuple[Path, Path]) -> None:
     qubesd, qrexec = places
     there, here = arguments("-d dom0 b"), arguments("b")
-    assert qvm_parts.is_file_here(there) and qvm_parts.is_file_here(here)
+    assert qvm_request.is_file_here(there) and qvm_request.is_file_here(here)
     qrexec.touch()
-    assert not qvm_parts.is_file_here(there) and qvm_parts.is_file_here(here)
+    assert not qvm_request.is_file_here(there) and qvm_request.is_file_here(here)
     qubesd.touch()
-    assert qvm_parts.is_file_here(there)
-    assert not qvm_parts.is_file_here(arguments("-d sys-usb b"))
+    assert qvm_request.is_file_here(there)
+    assert not qvm_request.is_file_here(arguments("-d sys-usb b"))
 
 
 def test_without_the_program_it_is_said_before_the_passphrase(tmp_path: Path) -> None:
-    restorer = remote_restorer(arguments("-d nas b"), None, QrexecTransport(program=str(tmp_path / "no")))
     with pytest.raises(HostFailed, match=r"there is no .*/no"):
-        asyncio.run(restorer.check())
-
-
-def test_a_wish_that_cannot_be_is_refused_before_the_passphrase() -> None:
-    with pytest.raises(UsageError, match=r"cannot be as it was asked for \(template"):
-        remote_restorer(arguments("-d nas --mgmt-template a~b b"), None)
+        check_way(QrexecTransport(program=str(tmp_path / "no")))
