@@ -31,18 +31,19 @@ OURS: dict[str, set[str]] = {
     "waiting": {"errors"},
     "hardening": {"errors"},
     "owners": set(),
+    "report_file": {"wire", "owners"},
     "wire": {"wire", "errors"},
     "kdf": {"kdf", "errors"},
     "archive": {"archive", "kdf", "wire", "errors"},
     "worker": {"worker", "archive", "kdf", "wire", "errors", "system_memory", "hardening"},
     "broker": {"broker", "wire", "errors", "owners", "waiting", "hardening"},
-    "qubes": {"qubes", "broker", "wire", "errors", "owners", "waiting", "hardening"},
+    "qubes": {"qubes", "broker", "wire", "errors", "owners", "waiting", "hardening", "report_file"},
     "service": {"service", "qubes", "broker", "wire", "errors", "hardening"},
     "client": {"client", "wire", "errors", "waiting", "hardening"},
-    "cli": {"cli", "qubes", "client", "broker", "wire", "errors", "waiting", "hardening"},
+    "cli": {"cli", "client", "wire", "errors", "hardening", "report_file", "__init__"},
     "local": {
         "local", "cli", "broker", "wire", "errors", "owners", "waiting", "hardening", "system_memory",
-        "__init__",
+        "report_file", "__init__",
     },
     # The dialog shows plans and figures as the commands do.
     "manager": {
@@ -59,6 +60,7 @@ LIBRARIES: dict[str, set[str]] = {
     "worker": {"pydantic"},
     "broker": {"pydantic"},
     "qubes": {"qubesadmin", "pydantic", "yaml"},
+    "report_file": {"pydantic"},
     "service": {"pydantic"},
     "cli": {"tqdm", "pydantic"},
     "manager": {"PyQt6", "pydantic", "qubesadmin", "qubesmanager"},
@@ -278,6 +280,7 @@ def test_the_check_sees_the_whole_package() -> None:
             "errors",
             "hardening",
             "owners",
+            "report_file",
             "system_memory",
             "waiting",
         }

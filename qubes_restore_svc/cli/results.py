@@ -7,10 +7,10 @@ agree. The table is the result, on standard output; all other words go to standa
 import sys
 from pathlib import Path
 
-from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli.tables import failures, left_out, report_table
 from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
 from qubes_restore_svc.errors import ExitStatus
+from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.wire.report import Report
 
 

@@ -36,6 +36,7 @@ GRANTS = "/etc/qubes/policy.d/include/qubes-restore-svc"
 
 #: The service's own program, for dom0. -I: neither environment nor working directory decides what it is.
 SERVICE_PROGRAM = (sys.executable, "-I", "-m", "qubes_restore_svc.service.local")
+_SERVICE_FILE = Path(__file__).parents[1] / "service" / "local.py"
 
 
 #: Seconds that a qrexec call may take to end by itself; dom0 knows that it is closed, however it ends.
@@ -130,6 +131,12 @@ class ProgramTransport:
 
     async def connect(self, service: str) -> Connection:
         """Raises HostFailed if the program cannot be started."""
+        if self._command == SERVICE_PROGRAM and not _SERVICE_FILE.exists():
+            raise HostFailed(
+                "dom0's restore service is not installed here",
+                advice="In dom0, install the package qubes-restore-svc-dom0. On a machine without Qubes,"
+                " `qubes-restore-svc` opens the backup.",
+            )
         command = [*self._command, service]
         return await connect_to_program(command, _program_fault, _PROGRAM_PATIENCE_S, self._handed)
 

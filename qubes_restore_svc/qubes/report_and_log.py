@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from qubes_restore_svc.broker.report_file import write_report
+from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 
 _MODE = 0o640

@@ -36,6 +36,8 @@ def play(folder: Path, verb: str, rest: list[Any]) -> None:
             pass
     elif verb == "words":
         (folder / rest[0]).write_text(json.dumps(sys.argv[2:]))
+    elif verb == "take passphrase":
+        take_passphrase(folder / rest[0])
     elif verb == "note":
         (folder / rest[0]).write_text(str(os.getpid()))
     elif verb == "stderr":
@@ -70,6 +72,18 @@ def flood(descriptor: int, size: int) -> None:
     """Write that many bytes, whoever reads."""
     while size:
         size -= os.write(descriptor, b"x" * min(size, 1 << 16))
+
+
+def take_passphrase(note: Path) -> None:
+    """Ask for the passphrase; note it, and which descriptors are open besides the standard ones."""
+    handed = {name: int(number) for name, _, number in (word.partition("=") for word in sys.argv[3:])}
+    there = [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+    there = [fd for fd in there if os.path.exists(f"/proc/self/fd/{fd}")]
+    os.write(handed["passphrase"], b"?")
+    said = b""
+    while piece := os.read(handed["passphrase"], 1 << 16):
+        said += piece
+    note.write_text(json.dumps([said.decode(), sorted(there), handed]))
 
 
 def leave_a_copy(note: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qubes_restore_svc.client.transports import ProgramTransport
+from qubes_restore_svc.client.transports import NOTHING_HANDED, Handed, ProgramTransport
 from qubes_restore_svc.wire.models import Message
 
 FAKE = Path(__file__).with_name("fake_dom0.py")
@@ -27,9 +27,9 @@ def fake_command(folder: Path, steps: Sequence[Step]) -> list[str]:
     return [sys.executable, "-I", "-S", str(FAKE), str(script)]
 
 
-def fake_program(folder: Path, *steps: Step) -> ProgramTransport:
+def fake_program(folder: Path, *steps: Step, handed: Handed = NOTHING_HANDED) -> ProgramTransport:
     """A transport to it."""
-    return ProgramTransport(fake_command(folder, steps))
+    return ProgramTransport(fake_command(folder, steps), handed)
 
 
 def fake_qrexec(folder: Path, *steps: Step) -> str:

@@ -14,12 +14,13 @@ import pytest
 from qubes_restore_svc.client import transports
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.transports import (
+    Handed,
     ProgramTransport,
     QrexecTransport,
     Transport,
     system_transport,
 )
-from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError
+from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError, UsageError
 from qubes_restore_svc.wire import restore_call as c
 
 from .fakes import PATIENCE_S, plan, report, request
@@ -57,6 +58,46 @@ async def test_a_restore_through_a_program(tmp_path: Path) -> None:
         assert await call.confirm() == report()
     assert json.loads((tmp_path / "words").read_text()) == ["restore.Start"]
     assert is_gone(tmp_path / "started")
+
+
+async def test_a_program_gets_what_is_handed_over_and_no_other_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "backup").write_text("backup")
+    with (tmp_path / "backup").open("rb") as backup, open(os.devnull) as other:
+        os.set_inheritable(other.fileno(), True)
+        transport = fake_program(
+            tmp_path,
+            ("hear", "open"),
+            ("take passphrase", "taken"),
+            said(plan()),
+            ("hear", "confirm"),
+            said(report()),
+            handed=Handed(backup.fileno(), lambda: "büro" * 9000),
+        )
+        async with RestoreCall(transport, request()) as call:
+            assert await call.confirm() == report()
+        passphrase, there, handed = json.loads((tmp_path / "taken").read_text())
+        assert passphrase == "büro" * 9000
+        assert there == sorted(handed.values())
+        assert handed["archive"] == backup.fileno() and handed.keys() == {"archive", "passphrase"}
+
+
+async def test_a_program_that_wants_no_passphrase_is_given_none(tmp_path: Path) -> None:
+    def ask() -> str:
+        raise AssertionError
+
+    steps = (("hear", "open"), said(plan(mode="verify")), ("hear end",))
+    async with RestoreCall(fake_program(tmp_path, *steps, handed=Handed(None, ask)), request("verify")):
+        pass
+
+
+async def test_where_there_is_no_passphrase_the_program_is_told(tmp_path: Path) -> None:
+    def ask() -> str:
+        raise UsageError("the passphrase is empty")
+
+    steps = (("hear", "open"), ("take passphrase", "taken"), ("exit", 3))
+    error = await failure(fake_program(tmp_path, *steps, handed=Handed(None, ask)))
+    assert "ended with exit code 3" in error.reason
+    assert json.loads((tmp_path / "taken").read_text())[0] == ""
 
 
 async def test_qrexec_is_called_as_it_wants_to_be(tmp_path: Path) -> None:
@@ -221,6 +262,14 @@ def test_in_dom0_the_service_is_a_program_and_elsewhere_a_call(
     assert isinstance(way, QrexecTransport) and way.program == "/usr/bin/qrexec-client-vm"
     (tmp_path / "qubesd.sock").touch()
     assert isinstance(system_transport(), ProgramTransport)
+
+
+async def test_where_dom0s_service_is_not_installed_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transports, "_SERVICE_FILE", tmp_path / "nothing")
+    with pytest.raises(HostFailed, match="is not installed here"):
+        await ProgramTransport().connect("restore.List")
 
 
 async def test_the_program_of_dom0_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

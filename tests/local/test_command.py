@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.cli import process as process_module
 from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.reports import check_report_path
 from qubes_restore_svc.errors import Cancelled, ExitStatus, UsageError
+from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.wire.report import Report
 from tests.cli.terminal import on_terminal, rendered
 from tests.support.backup_writer import PASSPHRASE

@@ -76,11 +76,11 @@ def code(*folders: str) -> set[str]:
 #: ... and the code.
 MODULES = {
     "common": code("", "client", "wire") | {"py.typed"},
-    "tools": code("broker", "cli", "qubes"),
+    "tools": code("cli"),
     "manager": code("manager"),
-    "dom0": code("service"),
+    "dom0": code("broker", "qubes", "service"),
     "vm": code("archive", "kdf", "worker"),
-    "": code("", *(FOLDERS - {"manager", "service"})) | {"__main__.py", "py.typed"},
+    "": code("", *(FOLDERS - {"manager", "qubes", "service"})) | {"__main__.py", "py.typed"},
 }
 #: Those that are installed in dom0; a GUI domain has no "dom0".
 FOR_DOM0 = ("common", "tools", "manager", "dom0")
@@ -227,14 +227,13 @@ def test_what_reads_backups_needs_the_libraries_that_the_code_imports(packages: 
 
 
 def test_dom0_needs_the_libraries_that_the_code_imports(rpms: Packages) -> None:
-    assert "qubes-core-admin-client" in names_in(rpms["dom0"].requires)
+    assert names_in(rpms["dom0"].requires) >= {"qubes-core-admin-client", "python3-pyyaml"}
 
 
 def test_the_common_parts_need_the_libraries_that_the_code_imports(rpms: Packages, debs: Packages) -> None:
     assert "python3-pydantic >= 2.8" in rpms["common"].requires
     assert "python3-pydantic (>= 2.8)" in debs["common"].requires
-    assert names_in(rpms["tools"].requires) >= {"python3-pyyaml", "python3-tqdm"}
-    assert names_in(debs["tools"].requires) >= {"python3-yaml", "python3-tqdm"}
+    assert "python3-tqdm" in names_in(rpms["tools"].requires) & names_in(debs["tools"].requires)
 
 
 def test_nothing_but_the_dialog_needs_a_graphical_library(packages: Packages) -> None:

@@ -7,7 +7,6 @@ from typing import Literal
 import pytest
 from pydantic import ValidationError
 
-from qubes_restore_svc.broker.report_file import write_report
 from qubes_restore_svc.errors import (
     Cancelled,
     NoSpace,
@@ -16,6 +15,7 @@ from qubes_restore_svc.errors import (
     UsageError,
     WorkerLost,
 )
+from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
