@@ -36,7 +36,7 @@ OURS: dict[str, set[str]] = {
     "kdf": {"kdf", "errors"},
     "archive": {"archive", "kdf", "wire", "errors"},
     "worker": {"worker", "archive", "kdf", "wire", "errors", "system_memory", "hardening"},
-    "broker": {"broker", "wire", "errors", "owners", "waiting", "hardening"},
+    "broker": {"broker", "wire", "errors", "waiting", "hardening"},
     "qubes": {"qubes", "broker", "wire", "errors", "owners", "waiting", "hardening", "report_file"},
     "service": {"service", "qubes", "broker", "wire", "errors", "hardening"},
     "client": {"client", "wire", "errors", "waiting", "hardening"},
