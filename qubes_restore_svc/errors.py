@@ -56,6 +56,8 @@ class RestoreError(Exception):
     kind: ClassVar[str] = "error"
     exit_status: ClassVar[ExitStatus] = ExitStatus.NOTHING
     default_advice: ClassVar[str] = ""
+    #: May a worker say it? Not what only the broker's side can know: that would be its word for ours.
+    for_a_worker_to_say: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -272,6 +274,7 @@ class ProtocolViolation(RestoreError):
     """The other side sent something that the protocol does not allow, here or now."""
 
     kind = "protocol-violation"
+    for_a_worker_to_say = False
     default_advice = "The worker was ended; it may have been taken over by the archive. Do not trust it."
 
 
@@ -279,6 +282,7 @@ class WorkerLost(RestoreError):
     """The worker, or the connection to it, went away."""
 
     kind = "worker-lost"
+    for_a_worker_to_say = False
     default_advice = (
         "Try again; if it happens again, end other programs, raise the limit of its memory, or report it."
     )
@@ -288,6 +292,7 @@ class WorkerStalled(RestoreError):
     """The worker said nothing for too long."""
 
     kind = "worker-stalled"
+    for_a_worker_to_say = False
     default_advice = "Check that the medium still answers, and try again."
 
 
@@ -302,12 +307,14 @@ class SandboxUnavailable(RestoreError):
     """The worker cannot be isolated on this machine."""
 
     kind = "sandbox-unavailable"
+    for_a_worker_to_say = False
 
 
 class WorkerMissing(RestoreError):
     """The disposable template has no worker in it, or there is no such template."""
 
     kind = "worker-missing"
+    for_a_worker_to_say = False
 
 
 class ResourcesExhausted(RestoreError):
@@ -324,6 +331,7 @@ class QubeExists(RestoreError):
     """A qube of that name is there already; it is never overwritten."""
 
     kind = "qube-exists"
+    for_a_worker_to_say = False
     default_advice = "Move it away, or restore to another directory."
 
 
@@ -331,6 +339,7 @@ class MissingDependency(RestoreError):
     """A template or netvm that a qube needs is neither on the host nor restored with it."""
 
     kind = "missing-dependency"
+    for_a_worker_to_say = False
     default_advice = (
         "Restore or install it first, or use --ignore-missing to take the system's default instead, or"
         " --skip-broken to leave such qubes out."
@@ -341,6 +350,7 @@ class HostFailed(RestoreError):
     """Creating a qube or writing its volume failed on the host."""
 
     kind = "host-failed"
+    for_a_worker_to_say = False
     default_advice = "Settle the cause and restore this qube again."
 
 
@@ -355,6 +365,7 @@ class RestoreInProgress(RestoreError):
     """Another restore holds the lock."""
 
     kind = "restore-in-progress"
+    for_a_worker_to_say = False
     default_advice = "Wait until it has finished."
     #: There is only a guard that clears up after a restore that was killed: it is worth waiting for.
     ends_soon = False
@@ -367,12 +378,14 @@ class NotGranted(RestoreError):
     """The caller has not been given the right to do this, by dom0's policy or by its configuration."""
 
     kind = "not-granted"
+    for_a_worker_to_say = False
 
 
 class UsageError(RestoreError):
     """The command cannot be carried out as it was given."""
 
     kind = "usage"
+    for_a_worker_to_say = False
     exit_status = ExitStatus.USAGE
 
 
@@ -387,6 +400,7 @@ class Cancelled(RestoreError):
     """The person, or a signal, stopped the restore."""
 
     kind = "cancelled"
+    for_a_worker_to_say = False
     exit_status = ExitStatus.CANCELLED
 
 

@@ -181,7 +181,7 @@ class SessionClient:
 
     def cancel(self) -> None:
         """Tell the worker to stop, as far as it still listens; waits for nothing."""
-        if self._connection.may_send(m.Cancel):
+        if self._connection.may_come(m.Cancel):
             self._writer.write(self._connection.send(m.Cancel()))
 
     def fail(self, error: Exception) -> None:

@@ -9,39 +9,10 @@ make one larger than announced, have two qubes in the making at once, or finish 
 
 from collections.abc import Iterable
 
-from qubes_restore_svc.errors import (
-    Cancelled,
-    HostFailed,
-    MissingDependency,
-    ProtocolViolation,
-    QubeExists,
-    RestoreError,
-    RestoreInProgress,
-    SandboxUnavailable,
-    UsageError,
-    WorkerLost,
-    WorkerMissing,
-    WorkerStalled,
-)
+from qubes_restore_svc.errors import ProtocolViolation, RestoreError
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName, shortened
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE
-
-#: What only this side can know; exit statuses and advice follow from it.
-_NOT_THE_WORKERS_TO_SAY = (
-    Cancelled,
-    HostFailed,
-    MissingDependency,
-    ProtocolViolation,
-    QubeExists,
-    RestoreInProgress,
-    SandboxUnavailable,
-    UsageError,
-    WorkerLost,
-    WorkerMissing,
-    WorkerStalled,
-)
-
 
 #: Characters of a text of the worker's; its own longest have 400 at the most.
 _MAX_PHRASE = 500
@@ -134,7 +105,7 @@ class Ledger:
 def believed_error(untrusted_error: m.ErrorInfo) -> RestoreError:
     """The error that the worker tells of; a plain one if its kind is not for a worker to say."""
     error = untrusted_error.to_error()
-    kind = RestoreError if isinstance(error, _NOT_THE_WORKERS_TO_SAY) else type(error)
+    kind = type(error) if error.for_a_worker_to_say else RestoreError
     return kind(
         one_phrase(error.reason),
         qube=None if error.qube is None else one_phrase(error.qube),

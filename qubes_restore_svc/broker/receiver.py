@@ -16,7 +16,7 @@ from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import in_thread, started, to_the_end
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.volume import MAX_RECORD, End, Extent, Header, VolumeDecoder
+from qubes_restore_svc.wire.volume import MAX_RECORD, VolumeDecoder
 
 
 class Writer(Protocol):
@@ -132,22 +132,16 @@ def receive_volume(connection: socket.socket, writer: Writer, image_size: int) -
     """
     decoder = VolumeDecoder(image_size)
     buffer = memoryview(bytearray(MAX_RECORD))
-    while True:
-        wanted = decoder.wanted
-        _receive_exactly(connection, buffer[:wanted])
-        event = decoder.feed(buffer[:wanted])
-        if isinstance(event, Extent):
-            data = buffer[: event.length]
+    while decoder.wanted:
+        header = buffer[: decoder.wanted]
+        _receive_exactly(connection, header)
+        if (extent := decoder.feed(header)) is not None:
+            data = buffer[: extent.length]
             _receive_exactly(connection, data)
-            writer.write(event.offset, data)
-        elif isinstance(event, Header) and event.image_size != image_size:
-            raise ProtocolViolation(
-                f"a volume of {event.image_size} bytes that was announced with {image_size}"
-            )
-        elif isinstance(event, End):
-            if _receive(connection, buffer):
-                raise ProtocolViolation("a volume stream that goes on after its end")
-            return event.data_bytes
+            writer.write(extent.offset, data)
+    if _receive(connection, buffer):
+        raise ProtocolViolation("a volume stream that goes on after its end")
+    return decoder.data_bytes
 
 
 def _receive_exactly(connection: socket.socket, target: memoryview) -> None:

@@ -125,7 +125,7 @@ class RestoreCall:
     def request_cancel(self) -> None:
         """The same, for who is in the event loop's thread and cannot await."""
         self._cancel_wanted = True
-        if self._is_over or not self._wire.may_send(Cancel):
+        if self._is_over or not self._wire.may_come(Cancel):
             return
         running = self._wire.state is c.CallPhase.RUNNING
         timeout_s = CANCEL_TIMEOUT_S if running else EARLY_CANCEL_TIMEOUT_S
@@ -212,7 +212,7 @@ class RestoreCall:
         self._connection.writer.write(self._frame(message))
 
     def _frame(self, message: c.ClientMessage) -> bytes:
-        in_time = self._wire.may_send(type(message))
+        in_time = self._wire.may_come(type(message))
         try:
             return self._wire.send(message)
         except ProtocolViolation as error:

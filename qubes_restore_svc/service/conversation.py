@@ -102,7 +102,7 @@ class Conversation(Observer):
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:
         """How far it is, if the client still listens."""
-        if self._wire.may_send(Progress):
+        if self._wire.may_come(Progress):
             message = Progress(archive_bytes=archive_bytes, image_bytes=image_bytes)
             self._channel.send_progress(self._wire.send(message))
 
@@ -121,7 +121,7 @@ class Conversation(Observer):
         self._tell(c.QubeFinished.of(report))
 
     def _tell(self, message: Message) -> None:
-        if self._wire.may_send(type(message)):
+        if self._wire.may_come(type(message)):
             self._channel.send(self._wire.send(message), spare=True)
 
     # --- What comes in: a Listener ---------------------------------------------------------------------

@@ -30,71 +30,36 @@ _State = TypeVar("_State", bound=enum.Enum)
 _Received = TypeVar("_Received", bound=Message)
 
 
-class Rules(Generic[_State]):
-    """What may be said when, as one end sees it: `table` leads from a state and a message to the next state.
+class Connection(Generic[_State, _Received]):
+    """One end, which receives messages of `kinds`. `state` is what all that was said has led to.
 
-    Both ends tell it every message that they send or receive. Messages of the two can cross on the way, so
-    what one end says never leads to a state in which something is forbidden that may be on its way already.
-    A state from which nothing leads is the end.
+    `table` leads from a state and a message to the next state. Messages of the two ends can cross on the way.
+    So what one end says never leads to a state that forbids what may be on its way already. A state from
+    which nothing leads is the end; what comes then is not looked at.
     """
 
     def __init__(
-        self, name: str, table: Mapping[tuple[_State, type[Message]], _State], first: _State
+        self,
+        name: str,
+        table: Mapping[tuple[_State, type[Message]], _State],
+        first: _State,
+        kinds: Iterable[type[_Received]],
     ) -> None:
         self.state = first
         self._name = name
         self._table = table
-
-    @property
-    def over(self) -> bool:
-        """Has the last word been said?"""
-        return all(state is not self.state for state, _ in self._table)
-
-    def allow(self, kind: type[Message]) -> bool:
-        """May such a message be said now?"""
-        return (self.state, kind) in self._table
-
-    def check(self, kind: type[Message]) -> _State:
-        """The state that such a message leads to; raises ProtocolViolation if it may not be said now."""
-        following = self._table.get((self.state, kind))
-        if following is None:
-            raise ProtocolViolation(f"'{kind.word()}' while the {self._name} is {self.state.value}")
-        return following
-
-    def advance(self, message: Message) -> None:
-        """Take note of `message`, sent or received; raises ProtocolViolation if it may not be said now."""
-        self.state = self._after(message, self.check(type(message)))
-
-    def _after(self, message: Message, following: _State) -> _State:
-        """The state after `message`; the table says `following`.
-
-        Raises ProtocolViolation for what no table can tell: it contradicts what was said before.
-        """
-        return following
-
-
-class Connection(Generic[_State, _Received]):
-    """One end, which receives messages of `kinds`. What comes after the last word is not looked at."""
-
-    def __init__(self, rules: Rules[_State], kinds: Iterable[type[_Received]]) -> None:
-        self._rules = rules
         self._kinds = {kind.word(): kind for kind in kinds}
         self._buffer = bytearray()
 
-    @property
-    def state(self) -> _State:
-        """Where the rules are."""
-        return self._rules.state
-
-    def may_send(self, kind: type[Message]) -> bool:
-        """May such a message be sent now?"""
-        return self._rules.allow(kind)
+    def may_come(self, kind: type[Message]) -> bool:
+        """May such a message be sent, or received, now?"""
+        return (self.state, kind) in self._table
 
     def send(self, message: Message) -> bytes:
         """The frame of `message`; raises ProtocolViolation if it may not be sent now, or is too large."""
-        self._rules.check(type(message))
+        self._check(type(message))
         payload = encode_message(message)
-        self._rules.advance(message)
+        self.advance(message)
         return _LENGTH.pack(len(payload)) + payload
 
     def receive(self, untrusted_data: bytes) -> None:
@@ -103,7 +68,7 @@ class Connection(Generic[_State, _Received]):
 
     def next_message(self) -> _Received | None:
         """The next message, or None until more has come. Raises ProtocolViolation."""
-        if self._rules.over:
+        if all(state is not self.state for state, _ in self._table):
             self._buffer.clear()
         if len(self._buffer) < _LENGTH.size:
             return None
@@ -115,15 +80,31 @@ class Connection(Generic[_State, _Received]):
         if len(self._buffer) < end:
             return None
         message = self._message(bytes(self._buffer[_LENGTH.size : end]))
-        self._rules.advance(message)
+        self.advance(message)
         del self._buffer[:end]
         return message
 
     @property
     def frame_limit(self) -> int:
         """Size of the largest frame that may come now, bytes."""
-        sizes = (kind.max_size for kind in self._kinds.values() if self._rules.allow(kind))
+        sizes = (kind.max_size for kind in self._kinds.values() if self.may_come(kind))
         return max(sizes, default=Message.max_size)
+
+    def advance(self, message: Message) -> None:
+        """Take note of `message`, sent or received; raises ProtocolViolation if it may not come now."""
+        self._check(type(message))
+        self.state = self._after(message, self._table[self.state, type(message)])
+
+    def _after(self, message: Message, following: _State) -> _State:
+        """The state after `message`; the table says `following`.
+
+        Raises ProtocolViolation for what no table can tell: it contradicts what was said before.
+        """
+        return following
+
+    def _check(self, kind: type[Message]) -> None:
+        if not self.may_come(kind):
+            raise ProtocolViolation(f"'{kind.word()}' while the {self._name} is {self.state.value}")
 
     def _message(self, untrusted_payload: bytes) -> _Received:
         untrusted_object = parse_object(untrusted_payload)
@@ -131,7 +112,7 @@ class Connection(Generic[_State, _Received]):
         kind = self._kinds.get(untrusted_word) if isinstance(untrusted_word, str) else None
         if kind is None:
             raise ProtocolViolation("a message that does not validate (it is of an unknown type)")
-        self._rules.check(kind)
+        self._check(kind)
         check_size(kind, len(untrusted_payload))
         return validated(kind, untrusted_object)
 

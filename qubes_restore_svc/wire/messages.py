@@ -16,13 +16,13 @@ the worker says, then the table of what may come when:
 """
 
 import enum
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, SecretStr, field_serializer, model_validator
 
 from qubes_restore_svc.errors import ProtocolViolation
-from qubes_restore_svc.wire.connection import Connection, Rules
-from qubes_restore_svc.wire.models import EXACT, MAX_FRAME, Model, Passphrase
+from qubes_restore_svc.wire.connection import Connection
+from qubes_restore_svc.wire.models import MAX_FRAME, Model, Passphrase, ProtocolVersion
 from qubes_restore_svc.wire.models import ErrorInfo as ErrorInfo
 from qubes_restore_svc.wire.models import Message as Message
 from qubes_restore_svc.wire.models import encode_message as encode_message
@@ -53,7 +53,7 @@ from qubes_restore_svc.wire.names import (
     VolumeName,
 )
 
-PROTOCOL_VERSION: Literal[1] = 1
+_Received = TypeVar("_Received", bound=Message)
 
 
 # --- Parts ---------------------------------------------------------------------------------------
@@ -95,10 +95,8 @@ class ListedQube(Model):
         names = [volume.name for volume in self.volumes]
         if len(set(names)) != len(names):
             raise ValueError("a volume stands twice")
-        if (self.klass == "AdminVM") != (self.name == "dom0"):
-            raise ValueError("only dom0 is an AdminVM")
-        if ("home" in names) != (self.klass == "AdminVM"):
-            raise ValueError("only dom0 has a home")
+        if not (self.klass == "AdminVM") == (self.name == "dom0") == ("home" in names):
+            raise ValueError("only dom0 is an AdminVM, and only dom0 has a home")
         if self.home_user is not None and self.klass != "AdminVM":
             raise ValueError("only dom0's home has a user")
         return self
@@ -154,7 +152,7 @@ class Open(Message):
     """Read the header and qubes.xml, and answer with the manifest."""
 
     type: Literal["open"] = "open"
-    protocol: Annotated[Literal[1], EXACT] = PROTOCOL_VERSION
+    protocol: ProtocolVersion = 1
     passphrase: Passphrase
     memory: Size | None = None  #: budget in bytes; None: what the worker's machine has
     jobs: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None  #: derivations at once
@@ -199,7 +197,7 @@ class Manifest(Message):
 
     type: Literal["manifest"] = "manifest"
     backup_id: BackupId
-    format: Annotated[Literal[3, 4], EXACT]
+    format: Annotated[int, Field(strict=True, ge=3, le=4)]
     compression_filter: FilterName
     qubes: Annotated[tuple[ManifestQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
     refused: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
@@ -207,12 +205,9 @@ class Manifest(Message):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for what, values in (
-            ("key", [qube.key for qube in self.qubes]),
-            ("name", [qube.name for qube in self.qubes]),
-        ):
-            if len(set(values)) != len(values):
-                raise ValueError(f"a {what} stands twice")
+        keys, names = {qube.key for qube in self.qubes}, {qube.name for qube in self.qubes}
+        if not len(keys) == len(names) == len(self.qubes):
+            raise ValueError("a key or a name stands twice")
         if len(self.qubes) + len(self.refused) > MAX_QUBES:
             raise ValueError(f"more than {MAX_QUBES} qubes")
         return self
@@ -241,10 +236,8 @@ class VolumeDone(Message):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.outcome == "ok") != (self.sha256 is not None):
-            raise ValueError("a SHA-256 belongs to a volume that is ok, and to no other")
-        if (self.outcome == "ok") != (self.error is None):
-            raise ValueError("an error belongs to a volume that is not ok, and to no other")
+        if not (self.outcome == "ok") == (self.sha256 is not None) == (self.error is None):
+            raise ValueError("a volume that is ok has a SHA-256, any other an error, and none has both")
         if self.data_bytes > self.image_size:
             raise ValueError("more data than the image has room for")
         return self
@@ -343,11 +336,11 @@ for _state in (State.STREAMING, State.VOLUME):
     TRANSITIONS[_state, SkipQube] = _state
 
 
-class SessionRules(Rules[State]):
-    """The rules of a session. A volume is done as the one that was announced, and ok only if it was."""
+class _Session(Connection[State, _Received]):
+    """A volume is done as the one that was announced, and ok only if it was."""
 
-    def __init__(self) -> None:
-        super().__init__("session", TRANSITIONS, State.IDLE)
+    def __init__(self, kinds: tuple[type[_Received], ...]) -> None:
+        super().__init__("session", TRANSITIONS, State.IDLE, kinds)
         self._announced: tuple[str, str] | None = None
 
     def _after(self, message: Message, following: State) -> State:
@@ -364,9 +357,9 @@ class SessionRules(Rules[State]):
 
 def broker_end() -> Connection[State, WorkerMessage]:
     """The broker's end of a session."""
-    return Connection(SessionRules(), get_args(WorkerMessage))
+    return _Session(get_args(WorkerMessage))
 
 
 def worker_end() -> Connection[State, BrokerMessage]:
     """The worker's end of a session."""
-    return Connection(SessionRules(), get_args(BrokerMessage))
+    return _Session(get_args(BrokerMessage))

@@ -5,13 +5,12 @@ or another model. Unknown keys are refused, nothing is coerced, and a validation
 refused (it may be a passphrase, or meant for a terminal).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -30,6 +29,9 @@ from qubes_restore_svc.wire.names import (
     strip_control,
 )
 
+#: The names of all fields: what an error may repeat.
+_FIELDS: set[str] = set()
+
 
 class Model(BaseModel):
     """What all models share: strict, frozen, closed, and silent about the values they refuse."""
@@ -37,6 +39,10 @@ class Model(BaseModel):
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        _FIELDS.update(cls.model_fields)
 
 
 MAX_FRAME = 4 << 20  #: the largest message of all, bytes
@@ -53,14 +59,8 @@ class Message(Model):
         return str(cls.model_fields["type"].default)
 
 
-def _only_int(untrusted_value: object) -> object:
-    if type(untrusted_value) is not int:
-        raise ValueError("not an integer")
-    return untrusted_value
-
-
-#: For a `Literal` of a number, which pydantic, strict or not, lets `true` and `1.0` match.
-EXACT = BeforeValidator(_only_int)
+#: The version of both protocols. No `Literal`: pydantic, strict or not, lets `true` match one of a number.
+ProtocolVersion = Annotated[int, Field(strict=True, ge=1, le=1)]
 
 
 def _encodable(passphrase: SecretStr) -> SecretStr:
@@ -142,23 +142,12 @@ def validated(kind: type[_M], untrusted_object: Mapping[str, object]) -> _M:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         # A location can hold a key that the other side made up, which is as untrusted as any value.
         where = ".".join(
-            str(part) if isinstance(part, int) or part in _known_fields() else "?" for part in first["loc"]
+            str(part) if isinstance(part, int) or part in _FIELDS else "?" for part in first["loc"]
         )
         what = strip_control(first["msg"][:200])
         raise ProtocolViolation(
             f"a message that does not validate ({kind.word()}{where and '.'}{where}: {what})"
         ) from None
-
-
-def _known_fields() -> frozenset[str]:
-    """What an error may repeat."""
-    return frozenset(field for model in _models_below(Model) for field in model.model_fields)
-
-
-def _models_below(model: type[Model]) -> Iterator[type[Model]]:
-    for below in model.__subclasses__():
-        yield below
-        yield from _models_below(below)
 
 
 def check_size(kind: type[Message], size: int) -> None:

@@ -61,8 +61,9 @@ def _seconds(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-#: A pattern for the name of a qube, as qubesd enforces it (31 characters at most; dots since R4.3).
+#: The pattern of a qube's name.
 QUBE_NAME = r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}"
+#: Name of a qube, as qubesd enforces it (31 characters at most; dots since R4.3).
 QubeName = Annotated[str, _pattern(f"^{QUBE_NAME}$", 31), AfterValidator(_not_reserved)]
 _QUBE_NAME: TypeAdapter[str] = TypeAdapter(QubeName)
 #: A qube's netvm: a name, or "" for none.

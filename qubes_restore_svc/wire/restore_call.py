@@ -17,20 +17,20 @@ of the two sides can cross on the way, so after a `cancel` the broker may still 
 """
 
 import enum
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_serializer, model_validator
 
 from qubes_restore_svc.errors import ProtocolViolation, UsageError
-from qubes_restore_svc.wire.connection import Connection, Rules
+from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.messages import Cancel, ListedQube, Log, Progress, RefusedQube
 from qubes_restore_svc.wire.models import (
-    EXACT,
     MAX_FRAME,
     ErrorInfo,
     Message,
     Model,
     Passphrase,
+    ProtocolVersion,
     encoded_size,
 )
 from qubes_restore_svc.wire.names import (
@@ -51,7 +51,7 @@ from qubes_restore_svc.wire.names import (
 )
 from qubes_restore_svc.wire.report import CUT, QubeReport, Remarks, Report, VolumeReport
 
-PROTOCOL_VERSION: Literal[1] = 1
+_Received = TypeVar("_Received", bound=Message)
 
 #: What a call is for. Each of the three services does what its name says, and less.
 Mode = Literal["list", "verify", "restore"]
@@ -110,7 +110,7 @@ class OpenBackup(Message):
     """Open a backup, and answer with a plan."""
 
     type: Literal["open"] = "open"
-    protocol: Annotated[Literal[1], EXACT] = PROTOCOL_VERSION
+    protocol: ProtocolVersion = 1
     mode: Mode  #: `restore.Start` takes all three, `restore.Verify` not `restore`, `restore.List` only `list`
     location: BackupLocation
     passphrase: Passphrase
@@ -317,11 +317,11 @@ for _phase in (CallPhase.RUNNING, CallPhase.ENDING):
 TRANSITIONS[CallPhase.ENDING, Plan] = CallPhase.ENDING
 
 
-class CallRules(Rules[CallPhase]):
-    """The rules of a call. Plans are numbered, the last one is confirmed, and all have the mode of `open`."""
+class _Call(Connection[CallPhase, _Received]):
+    """Plans are numbered, the last one is confirmed, and all have the mode of `open`."""
 
-    def __init__(self) -> None:
-        super().__init__("call", TRANSITIONS, CallPhase.IDLE)
+    def __init__(self, kinds: tuple[type[_Received], ...]) -> None:
+        super().__init__("call", TRANSITIONS, CallPhase.IDLE, kinds)
         self._mode: Mode | None = None
         self._last_plan: int | None = None
 
@@ -344,9 +344,9 @@ class CallRules(Rules[CallPhase]):
 
 def client_end() -> Connection[CallPhase, BrokerAnswer]:
     """The client's end of a call."""
-    return Connection(CallRules(), get_args(BrokerAnswer))
+    return _Call(get_args(BrokerAnswer))
 
 
 def service_end() -> Connection[CallPhase, ClientMessage]:
     """The end of dom0's service."""
-    return Connection(CallRules(), get_args(ClientMessage))
+    return _Call(get_args(ClientMessage))

@@ -1,8 +1,8 @@
 """The stream of `restore.Volume`: one volume as a header, extents in rising order, and an end.
 
-Strategy: the decoder is given exactly the `wanted` bytes of the next header and answers with an event. The
-data of an extent never passes through it: after an `Extent` the caller takes `length` bytes from
-the stream itself, straight to where they belong. All integers are big-endian.
+Strategy: the decoder is given exactly the `wanted` bytes of the next header and says whether
+data follows. The data never passes through it: after an `Extent` the caller takes `length` bytes from the
+stream itself, straight to where they belong. All integers are big-endian.
 
     header  8 bytes "QRSVOLUM", u32 version (1), u64 image size
     record  u64 offset, u32 length (1 to 1 MiB), then `length` bytes of data
@@ -43,13 +43,6 @@ def encode_end(data_bytes: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """The stream begins. `image_size` in bytes."""
-
-    image_size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Extent:
     """`length` bytes of data follow in the stream; they belong at `offset`."""
 
@@ -57,43 +50,36 @@ class Extent:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """The volume is complete. `data_bytes` is the sum of all extents' lengths."""
-
-    data_bytes: int
-
-
 class VolumeDecoder:
-    """Headers in, events out. `wanted` is the size of the next header in bytes; 0 after the end."""
+    """Headers of an image of `image_size` bytes in, extents out.
 
-    def __init__(self, max_image_size: int = MAX_IMAGE_SIZE) -> None:
+    `wanted` is the size of the next header in bytes; 0 when the volume is complete. `data_bytes` is the sum
+    of all extents' lengths.
+    """
+
+    def __init__(self, image_size: int) -> None:
         self.wanted = _HEADER.size
-        self._max_image_size = max_image_size
-        self._image_size = 0
+        self._image_size = image_size
         self._position = 0
-        self._data_bytes = 0
+        self.data_bytes = 0
 
-    def feed(self, untrusted_header: bytes | memoryview) -> Header | Extent | End | None:
-        """The event that `wanted` bytes make, or None when more are needed; raises ProtocolViolation."""
+    def feed(self, untrusted_header: bytes | memoryview) -> Extent | None:
+        """The extent whose data follows these `wanted` bytes, if any does; raises ProtocolViolation."""
         if not self.wanted or len(untrusted_header) != self.wanted:
             raise ProtocolViolation("a volume stream that ends early, or goes on after its end")
-        if self.wanted == _HEADER.size:
-            return self._header(*_HEADER.unpack(untrusted_header))
         if self.wanted == _RECORD.size:
             return self._record(*_RECORD.unpack(untrusted_header))
-        return self._end(*_TOTAL.unpack(untrusted_header))
-
-    def _header(self, untrusted_magic: bytes, untrusted_version: int, untrusted_size: int) -> Header:
-        if untrusted_magic != MAGIC or untrusted_version != VERSION:
-            raise ProtocolViolation("a volume stream that does not begin like one")
-        if untrusted_size > self._max_image_size:
-            raise ProtocolViolation(
-                f"a volume of {untrusted_size} bytes, where {self._max_image_size} are allowed"
-            )
-        self._image_size = untrusted_size
-        self.wanted = _RECORD.size
-        return Header(untrusted_size)
+        if self.wanted == _HEADER.size:
+            if untrusted_header != encode_header(self._image_size):
+                raise ProtocolViolation(
+                    f"a volume stream that does not begin like one of {self._image_size} bytes"
+                )
+            self.wanted = _RECORD.size
+        else:
+            if untrusted_header != _TOTAL.pack(self.data_bytes):
+                raise ProtocolViolation(f"a volume whose end is not that of {self.data_bytes} data bytes")
+            self.wanted = 0
+        return None
 
     def _record(self, untrusted_offset: int, untrusted_length: int) -> Extent | None:
         if (untrusted_offset, untrusted_length) == (_END_OFFSET, 0):
@@ -106,13 +92,5 @@ class VolumeDecoder:
         if untrusted_offset + untrusted_length > self._image_size:
             raise ProtocolViolation("a volume record that reaches past the end of the image")
         self._position = untrusted_offset + untrusted_length
-        self._data_bytes += untrusted_length
+        self.data_bytes += untrusted_length
         return Extent(untrusted_offset, untrusted_length)
-
-    def _end(self, untrusted_data_bytes: int) -> End:
-        if untrusted_data_bytes != self._data_bytes:
-            raise ProtocolViolation(
-                f"a volume of {self._data_bytes} data bytes that claims {untrusted_data_bytes} at its end"
-            )
-        self.wanted = 0
-        return End(self._data_bytes)

@@ -51,9 +51,9 @@ END = encode_end(0)
 STREAMS: dict[str, tuple[bytes, str]] = {
     "another magic": (b"QRSVOLUN" + HONEST[8:], "does not begin like one"),
     "another version": (struct.pack("!8sIQ", b"QRSVOLUM", 2, SIZE) + END, "does not begin like one"),
-    "a larger image": (encode_header(SIZE + 1) + END, "a volume of 50001 bytes"),
-    "an image of 2^64-1 bytes": (encode_header((1 << 64) - 1) + END, "a volume of 18446744073709551615"),
-    "a smaller image": (encode_header(SIZE - 1) + END, "announced with 50000"),
+    "a larger image": (encode_header(SIZE + 1) + END, "does not begin like one of 50000 bytes"),
+    "an image of 2^64-1 bytes": (encode_header((1 << 64) - 1) + END, "does not begin like one"),
+    "a smaller image": (encode_header(SIZE - 1) + END, "does not begin like one of 50000 bytes"),
     "records that overlap": (HEADER + record(0, 100) + record(99, 1) + encode_end(101), "goes back"),
     "records that go back": (HEADER + record(4096, 100) + record(0, 1) + encode_end(101), "goes back"),
     "a record twice": (HEADER + record(0, 100) * 2 + encode_end(200), "goes back"),
@@ -63,8 +63,14 @@ STREAMS: dict[str, tuple[bytes, str]] = {
     "a record of no bytes": (HEADER + record(0, 0) + encode_end(0), "a volume record of 0 bytes"),
     "a record of 1 MiB and 1": (HEADER + record(0, MAX_RECORD + 1, b""), "a volume record of 1048577 bytes"),
     "a record of 4 GiB": (HEADER + record(0, 0xFFFFFFFF, b""), "a volume record of 4294967295 bytes"),
-    "an end that counts too few": (HEADER + record(0, 100) + encode_end(99), "claims 99 at its end"),
-    "an end that counts too many": (HEADER + record(0, 100) + encode_end(101), "claims 101 at its end"),
+    "an end that counts too few": (
+        HEADER + record(0, 100) + encode_end(99),
+        "not that of 100 data bytes",
+    ),
+    "an end that counts too many": (
+        HEADER + record(0, 100) + encode_end(101),
+        "not that of 100 data bytes",
+    ),
     "a byte after the end": (HONEST + b"\0", "goes on after its end"),
     "a second volume after the end": (HONEST * 2, "goes on after its end"),
     "nothing": (b"", "said to be complete and is not"),
@@ -74,7 +80,7 @@ STREAMS: dict[str, tuple[bytes, str]] = {
     "no end": (HONEST[: -len(END)], "said to be complete and is not"),
     "half an end": (HONEST[:-1], "said to be complete and is not"),
     "only an end": (HEADER + END, "not what was announced and sent"),
-    "another volume": (VAULT.volumes["private"].stream, "announced with 50000"),
+    "another volume": (VAULT.volumes["private"].stream, "does not begin like one of 50000 bytes"),
 }
 
 

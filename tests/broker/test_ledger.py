@@ -206,7 +206,7 @@ def test_nothing_is_finished_while_something_is_open() -> None:
 FOREIGN = {
     "usage", "cancelled", "protocol-violation", "worker-lost", "worker-stalled", "sandbox-unavailable",
     "qube-exists", "host-failed", "no-space", "restore-in-progress", "worker-missing", "bad-configuration",
-    "missing-dependency",
+    "missing-dependency", "not-granted",
 }  # fmt: skip
 
 

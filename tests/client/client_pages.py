@@ -142,7 +142,9 @@ def _with_limits(base: object, limits: Iterable[object]) -> str:
             least = limit.ge
         elif isinstance(limit, Le):
             most = limit.le
-    return text if most is None else f"{text}, {least} to {most}"
+    if most is None:
+        return text
+    return f"`{most}`" if str(least) == str(most) else f"{text}, {least} to {most}"
 
 
 def _default(field: FieldInfo) -> str:

@@ -263,7 +263,7 @@ def _conversation(end: Callable[[], Connection[_State, _M]], *ours: Message) -> 
             for piece in pieces:
                 connection.receive(piece)
                 while True:
-                    while to_say and connection.may_send(type(to_say[0])):
+                    while to_say and connection.may_come(type(to_say[0])):
                         connection.send(to_say.pop(0))
                     message = connection.next_message()
                     if message is None:
@@ -294,7 +294,7 @@ def _round_trip(end: Callable[[], End[_M]]) -> Parser:
 
 
 def _volume(data: bytes) -> None:
-    decoder, position, end = VolumeDecoder(1 << 40), 0, 0
+    decoder, position, end = VolumeDecoder(4096), 0, 0
     while wanted := decoder.wanted:
         event = decoder.feed(data[position : position + wanted])
         position += wanted

@@ -6,7 +6,7 @@ from typing import TypeAlias, TypeVar, get_args
 
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.connection import Connection, Rules
+from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.models import Message, encode_message
 
 _M = TypeVar("_M", bound=Message)
@@ -22,28 +22,24 @@ class Time(enum.Enum):
 End: TypeAlias = Connection[Time, _M]
 
 
-def _rules(kinds: tuple[type[Message], ...]) -> Rules[Time]:
-    return Rules("test", {(Time.ANY, kind): Time.ANY for kind in kinds}, Time.ANY)
+def _end(kinds: tuple[type[_M], ...]) -> End[_M]:
+    return Connection("test", {(Time.ANY, kind): Time.ANY for kind in kinds}, Time.ANY, kinds)
 
 
 def from_worker() -> End[m.WorkerMessage]:
-    kinds = get_args(m.WorkerMessage)
-    return Connection(_rules(kinds), kinds)
+    return _end(get_args(m.WorkerMessage))
 
 
 def from_broker() -> End[m.BrokerMessage]:
-    kinds = get_args(m.BrokerMessage)
-    return Connection(_rules(kinds), kinds)
+    return _end(get_args(m.BrokerMessage))
 
 
 def from_client() -> End[c.ClientMessage]:
-    kinds = get_args(c.ClientMessage)
-    return Connection(_rules(kinds), kinds)
+    return _end(get_args(c.ClientMessage))
 
 
 def from_dom0() -> End[c.BrokerAnswer]:
-    kinds = get_args(c.BrokerAnswer)
-    return Connection(_rules(kinds), kinds)
+    return _end(get_args(c.BrokerAnswer))
 
 
 def heard(end: Connection[_State, _M], data: bytes) -> list[_M]:

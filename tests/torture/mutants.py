@@ -162,11 +162,11 @@ _ROWS = (
         "if length > 1 << 40:",
         "tests/wire/test_connection.py",
     ),
-    ("wire/connection.py", " if self._rules.allow(kind))", ")", "tests/wire/test_connection.py"),
-    ("wire/connection.py", "        self._rules.check(kind)\n", "", "tests/wire/test_connection.py"),
+    ("wire/connection.py", " if self.may_come(kind))", ")", "tests/wire/test_connection.py"),
+    ("wire/connection.py", "        self._check(kind)\n", "", "tests/wire/test_connection.py"),
     (
         "wire/connection.py",
-        "        self._rules.advance(message)\n        del",
+        "        self.advance(message)\n        del",
         "        del",
         "tests/wire/test_connection.py",
     ),
@@ -209,13 +209,13 @@ _ROWS = (
     ),
     (
         "wire/volume.py",
-        "if untrusted_data_bytes != self._data_bytes:",
+        "if untrusted_header != _TOTAL.pack(self.data_bytes):",
         "if False:",
         "tests/wire/test_volume.py",
     ),
     (
         "wire/volume.py",
-        "if untrusted_size > self._max_image_size:",
+        "if untrusted_header != encode_header(self._image_size):",
         "if False:",
         "tests/wire/test_volume.py",
     ),
@@ -264,7 +264,7 @@ _ROWS = (
     ),
     (
         "broker/ledger.py",
-        "kind = RestoreError if isinstance(error, _NOT_THE_WORKERS_TO_SAY) else type(error)",
+        "kind = type(error) if error.for_a_worker_to_say else RestoreError",
         "kind = type(error)",
         "tests/broker/test_ledger.py tests/broker/test_hostile_worker.py",
     ),
@@ -276,8 +276,8 @@ _ROWS = (
     ),
     (
         "broker/receiver.py",
-        "            if _receive(connection, buffer):",
-        "            if False:",
+        "    if _receive(connection, buffer):",
+        "    if False:",
         "tests/broker/test_receiver.py",
     ),
     (

@@ -10,6 +10,7 @@ import pytest
 
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
@@ -266,8 +267,8 @@ PATHS: dict[str, list[str]] = {
 }
 
 
-def call_in(phase: str) -> c.CallRules:
-    call = c.CallRules()
+def call_in(phase: str) -> Connection[c.CallPhase, c.BrokerAnswer]:
+    call = c.client_end()
     for kind in PATHS[phase]:
         call.advance(message(kind))
     assert call.state.value == phase
@@ -315,7 +316,7 @@ def test_a_plan_has_a_new_number_and_the_mode_that_was_asked_for() -> None:
 
 
 def test_a_call_that_only_lists_is_over_with_its_plan() -> None:
-    call = c.CallRules()
+    call = c.client_end()
     call.advance(parse(changed(FULL["open"], ("mode",), "list"), "open"))
     call.advance(plan(1, "list"))
     assert call.state is c.CallPhase.CLOSED

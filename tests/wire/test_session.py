@@ -1,7 +1,7 @@
 """Who may say what, and when: the table of the session, written out a second time."""
 
 import itertools
-from typing import get_args
+from typing import TypeVar, get_args
 
 import pytest
 from pydantic import SecretStr
@@ -9,8 +9,10 @@ from pydantic import SecretStr
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.connection import Connection
-from qubes_restore_svc.wire.messages import TRANSITIONS, SessionRules, State
+from qubes_restore_svc.wire.messages import TRANSITIONS, State
 from qubes_restore_svc.wire.names import Outcome, VolumeName
+
+_Received = TypeVar("_Received", bound=m.Message)
 
 ERROR = m.ErrorInfo(kind="bad-image", reason="broken")
 MESSAGES: dict[str, m.Message] = {
@@ -67,12 +69,15 @@ PATHS: dict[str, list[str]] = {
 }
 
 
-def session_in(state: str) -> SessionRules:
-    session = SessionRules()
+def led_to(state: str, end: Connection[State, _Received]) -> Connection[State, _Received]:
     for word in PATHS[state]:
-        session.advance(MESSAGES[word])
-    assert session.state.value == state
-    return session
+        end.advance(MESSAGES[word])
+    assert end.state.value == state
+    return end
+
+
+def session_in(state: str) -> Connection[State, m.WorkerMessage]:
+    return led_to(state, m.broker_end())
 
 
 def test_the_tests_know_every_state_and_every_message() -> None:
@@ -159,19 +164,15 @@ def test_the_next_volume_can_be_announced_when_one_is_done() -> None:
     ],
 )
 def test_each_state_has_its_largest_frame(state: str, from_worker: int, from_broker: int) -> None:
-    rules = session_in(state)
-    assert Connection(rules, get_args(m.WorkerMessage)).frame_limit == from_worker
-    assert Connection(rules, get_args(m.BrokerMessage)).frame_limit == from_broker
+    assert led_to(state, m.broker_end()).frame_limit == from_worker
+    assert led_to(state, m.worker_end()).frame_limit == from_broker
 
 
 @pytest.mark.parametrize(("state", "word"), [(state, word) for state, row in TABLE.items() for word in row])
 def test_a_message_that_may_come_now_may_be_as_large_as_its_kind_allows(state: str, word: str) -> None:
-    kinds = next(
-        kinds
-        for kinds in map(get_args, (m.WorkerMessage, m.BrokerMessage))
-        if isinstance(MESSAGES[word], kinds)
-    )
-    assert MESSAGES[word].max_size <= Connection(session_in(state), kinds).frame_limit
+    from_worker = isinstance(MESSAGES[word], get_args(m.WorkerMessage))
+    limit = (led_to(state, m.broker_end()) if from_worker else led_to(state, m.worker_end())).frame_limit
+    assert MESSAGES[word].max_size <= limit
 
 
 def test_messages_that_cross_on_the_way_are_no_violation() -> None:

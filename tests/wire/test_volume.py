@@ -12,39 +12,40 @@ from qubes_restore_svc.wire.volume import (
     MAX_IMAGE_SIZE,
     MAX_RECORD,
     VERSION,
-    End,
     Extent,
-    Header,
     VolumeDecoder,
     encode_end,
     encode_header,
     encode_record,
 )
 
-Event = Header | Extent | End
 U64 = (1 << 64) - 1
 
 
-def decode(stream: bytes, max_image_size: int = MAX_IMAGE_SIZE) -> tuple[list[Event], bytes]:
-    """All events of a stream whose extents' data is left out, and what follows the end."""
-    decoder = VolumeDecoder(max_image_size)
-    events: list[Event] = []
+def decode(stream: bytes, image_size: int | None = None) -> tuple[list[Extent], bytes]:
+    """All extents of a stream whose data is left out, and what follows the end.
+
+    Without an `image_size` it is announced with that of its header.
+    """
+    decoder = VolumeDecoder(int.from_bytes(stream[12:20], "big") if image_size is None else image_size)
+    extents = []
     while decoder.wanted:
         head, stream = stream[: decoder.wanted], stream[decoder.wanted :]
-        event = decoder.feed(head)
-        if event is not None:
-            events.append(event)
-    return events, stream
+        extent = decoder.feed(head)
+        if extent is not None:
+            extents.append(extent)
+    assert decoder.data_bytes == sum(extent.length for extent in extents)
+    return extents, stream
 
 
-def model(stream: bytes, limit: int) -> list[Event] | None:
+def model(stream: bytes, announced: int) -> list[Extent] | None:
     """What `stream`, without its data, means by the format's description; None when it is not valid."""
     if len(stream) < 20 or stream[:12] != b"QRSVOLUM\0\0\0\1":
         return None
     size = int.from_bytes(stream[12:20], "big")
-    if size > limit:
+    if size != announced:
         return None
-    events: list[Event] = [Header(size)]
+    events: list[Extent] = []
     covered = 0
     at = 20
     while at + 12 <= len(stream):
@@ -55,10 +56,10 @@ def model(stream: bytes, limit: int) -> list[Event] | None:
         at += 12
         if offset == U64 and length == 0:
             total = stream[at : at + 8]
-            sent = sum(event.length for event in events if isinstance(event, Extent))
+            sent = sum(event.length for event in events)
             if len(total) < 8 or int.from_bytes(total, "big") != sent:
                 return None
-            return [*events, End(sent)]
+            return events
         if not 1 <= length <= 1048576 or offset < covered or offset + length > size:
             return None
         covered = offset + length
@@ -93,12 +94,7 @@ def test_the_bytes_are_those_of_the_format() -> None:
 @given(volumes())
 def test_what_was_encoded_is_decoded(volume: tuple[int, list[tuple[int, int]]]) -> None:
     size, extents = volume
-    expected = [
-        Header(size),
-        *(Extent(*extent) for extent in extents),
-        End(sum(length for _, length in extents)),
-    ]
-    assert decode(encoded(size, extents)) == (expected, b"")
+    assert decode(encoded(size, extents)) == ([Extent(*extent) for extent in extents], b"")
 
 
 @given(
@@ -106,17 +102,18 @@ def test_what_was_encoded_is_decoded(volume: tuple[int, list[tuple[int, int]]]) 
     st.lists(
         st.tuples(st.integers(0, 120), st.integers(0, 16), st.binary(max_size=16)), min_size=1, max_size=3
     ),
-    st.integers(0, 1 << 44),
+    st.one_of(st.none(), st.integers(0, 1 << 44)),
 )
 def test_a_mutated_stream_means_what_the_format_says_or_is_refused(
-    volume: tuple[int, list[tuple[int, int]]], edits: list[tuple[int, int, bytes]], limit: int
+    volume: tuple[int, list[tuple[int, int]]], edits: list[tuple[int, int, bytes]], announced: int | None
 ) -> None:
     stream = encoded(*volume)
     for at, removed, inserted in edits:
         stream = stream[:at] + inserted + stream[at + removed :]
-    expected = model(stream, limit)
+    size = volume[0] if announced is None else announced
+    expected = model(stream, size)
     try:
-        events, _ = decode(stream, limit)
+        events, _ = decode(stream, size)
     except ProtocolViolation:
         assert expected is None
     else:
@@ -135,7 +132,7 @@ def test_any_records_mean_what_the_format_says_or_are_refused(records: list[tupl
     total = sum(length for _, length in records)
     stream = encode_header(MAX_RECORD + 11) + b"".join(struct.pack("!QI", *record) for record in records)
     for end in (encode_end(total), encode_end(total + 1)):
-        expected = model(stream + end, MAX_IMAGE_SIZE)
+        expected = model(stream + end, MAX_RECORD + 11)
         try:
             events, _ = decode(stream + end)
         except ProtocolViolation:
@@ -145,17 +142,15 @@ def test_any_records_mean_what_the_format_says_or_are_refused(records: list[tupl
 
 
 def test_an_image_without_data_is_a_volume() -> None:
-    assert decode(encode_header(0) + encode_end(0)) == ([Header(0), End(0)], b"")
-    assert decode(encode_header(1 << 44) + encode_end(0)) == ([Header(1 << 44), End(0)], b"")
+    assert decode(encode_header(0) + encode_end(0)) == ([], b"")
+    assert decode(encode_header(1 << 44) + encode_end(0)) == ([], b"")
 
 
 def test_extents_may_touch_and_may_end_with_the_image() -> None:
     events, _ = decode(encoded(MAX_RECORD + 1, [(0, MAX_RECORD), (MAX_RECORD, 1)]))
     assert events == [
-        Header(MAX_RECORD + 1),
         Extent(0, MAX_RECORD),
         Extent(MAX_RECORD, 1),
-        End(MAX_RECORD + 1),
     ]
 
 
@@ -172,22 +167,20 @@ def test_extents_may_touch_and_may_end_with_the_image() -> None:
 )
 def test_another_magic_or_version_is_refused(head: bytes) -> None:
     with pytest.raises(ProtocolViolation, match="does not begin like one"):
-        VolumeDecoder().feed(head)
+        VolumeDecoder(0).feed(head)
 
 
 @pytest.mark.parametrize(
-    ("size", "limit"), [(11, 10), ((1 << 44) + 1, MAX_IMAGE_SIZE), (U64, MAX_IMAGE_SIZE)]
+    ("size", "announced"), [(11, 10), (9, 10), ((1 << 44) + 1, MAX_IMAGE_SIZE), (U64, MAX_IMAGE_SIZE)]
 )
-def test_an_image_past_the_limit_is_refused(size: int, limit: int) -> None:
-    assert VolumeDecoder(limit).feed(encode_header(limit)) == Header(limit)
-    with pytest.raises(ProtocolViolation, match=f"a volume of {size} bytes, where {limit} are allowed"):
-        VolumeDecoder(limit).feed(encode_header(size))
+def test_an_image_of_another_size_than_was_announced_is_refused(size: int, announced: int) -> None:
+    assert VolumeDecoder(announced).feed(encode_header(announced)) is None
+    with pytest.raises(ProtocolViolation, match=f"does not begin like one of {announced} bytes"):
+        VolumeDecoder(announced).feed(encode_header(size))
 
 
-def test_without_a_limit_of_its_own_a_decoder_takes_16_tib() -> None:
+def test_no_image_is_larger_than_16_tib() -> None:
     assert MAX_IMAGE_SIZE == 16 << 40
-    with pytest.raises(ProtocolViolation):
-        VolumeDecoder().feed(encode_header(MAX_IMAGE_SIZE + 1))
 
 
 @pytest.mark.parametrize(
@@ -207,8 +200,8 @@ def test_without_a_limit_of_its_own_a_decoder_takes_16_tib() -> None:
         ([(U64 - MAX_RECORD + 1, MAX_RECORD)], "reaches past"),
     ],
 )
-def test_report_and_log_that_make_no_image_are_refused(records: list[tuple[int, int]], why: str) -> None:
-    decoder = VolumeDecoder()
+def test_records_that_make_no_image_are_refused(records: list[tuple[int, int]], why: str) -> None:
+    decoder = VolumeDecoder(1 << 30)
     decoder.feed(encode_header(1 << 30))
     for record in records[:-1]:
         decoder.feed(encode_record(*record))
@@ -219,9 +212,9 @@ def test_report_and_log_that_make_no_image_are_refused(records: list[tuple[int, 
 @pytest.mark.parametrize("claimed", [0, 4, 6, U64])
 def test_an_end_that_counts_wrongly_is_refused(claimed: int) -> None:
     stream = encode_header(100) + encode_record(0, 2) + encode_record(50, 3)
-    with pytest.raises(ProtocolViolation, match=f"5 data bytes that claims {claimed}"):
+    with pytest.raises(ProtocolViolation, match="is not that of 5 data bytes"):
         decode(stream + encode_end(claimed))
-    assert decode(stream + encode_end(5))[0][-1] == End(5)
+    assert decode(stream + encode_end(5)) == ([Extent(0, 2), Extent(50, 3)], b"")
 
 
 @pytest.mark.parametrize("cut", range(1, 53))
@@ -234,17 +227,17 @@ def test_a_stream_that_ends_early_never_comes_to_its_end(cut: int) -> None:
 
 @pytest.mark.parametrize("more", [b"", b"x", encode_end(0)[-8:], encode_record(0, 1), encode_header(1)])
 def test_nothing_is_taken_after_the_end(more: bytes) -> None:
-    decoder = VolumeDecoder()
+    decoder = VolumeDecoder(100)
     decoder.feed(encode_header(100))
     assert decoder.feed(encode_end(0)[:12]) is None
-    assert decoder.feed(encode_end(0)[12:]) == End(0)
+    assert decoder.feed(encode_end(0)[12:]) is None
     assert decoder.wanted == 0
     with pytest.raises(ProtocolViolation, match="goes on after its end"):
         decoder.feed(more)
 
 
 def test_the_decoder_says_how_much_it_needs_next() -> None:
-    decoder = VolumeDecoder()
+    decoder = VolumeDecoder(9)
     wanted = [decoder.wanted]
     for part in (encode_header(9), encode_record(0, 9), encode_end(9)[:12], encode_end(9)[12:]):
         decoder.feed(memoryview(part))

@@ -18,7 +18,7 @@ from typing import Literal
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, End, Extent, Header, VolumeDecoder
+from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, VolumeDecoder, encode_header
 from qubes_restore_svc.worker.chunk import ChunkStore
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
@@ -292,23 +292,26 @@ class Receiver:
 
 def receive(connection: socket.socket) -> str | None:
     """Read a volume's stream to its end: the SHA-256 of the image, None if the stream broke off."""
-    decoder = VolumeDecoder(MAX_IMAGE_SIZE)
-    digest, position, size = hashlib.sha256(), 0, 0
+    beginning = _exactly(connection, len(encode_header(0)))
+    if not beginning:
+        return None
+    size = int.from_bytes(beginning[-8:], "big")
+    decoder = VolumeDecoder(size)
+    decoder.feed(beginning)
+    digest, position = hashlib.sha256(), 0
     while decoder.wanted:
-        event = decoder.feed(header) if len(header := _exactly(connection, decoder.wanted)) else None
+        header = _exactly(connection, decoder.wanted)
         if not header:
             return None
-        if isinstance(event, Header):
-            size = event.image_size
-        elif isinstance(event, Extent):
-            _hash_zeros(digest.update, event.offset - position)
-            data = _exactly(connection, event.length)
-            if len(data) < event.length:
+        if (extent := decoder.feed(header)) is not None:
+            _hash_zeros(digest.update, extent.offset - position)
+            data = _exactly(connection, extent.length)
+            if len(data) < extent.length:
                 return None
             digest.update(data)
-            position = event.offset + event.length
-        elif isinstance(event, End) and size < MAX_IMAGE_SIZE:
-            _hash_zeros(digest.update, size - position)
+            position = extent.offset + extent.length
+    if size < MAX_IMAGE_SIZE:
+        _hash_zeros(digest.update, size - position)
     return digest.hexdigest()
 
 

@@ -79,12 +79,12 @@ LATE = [damage for damage in DAMAGES.values() if damage.scope == "qube"]
 
 def check_order(run: Pass) -> None:
     """Every message may come where it came, and the last one says that it was the last."""
-    rules = m.SessionRules()
-    rules.advance(m.Open(passphrase=SecretStr("x")))
-    rules.advance(m.Manifest(backup_id="b", format=4, compression_filter="gzip", qubes=()))
-    rules.advance(m.Start(mode="verify", keys=("vm10",)))
+    end = m.broker_end()
+    end.advance(m.Open(passphrase=SecretStr("x")))
+    end.advance(m.Manifest(backup_id="b", format=4, compression_filter="gzip", qubes=()))
+    end.advance(m.Start(mode="verify", keys=("vm10",)))
     for message in run.messages:
-        rules.advance(message)
+        end.advance(message)
     assert isinstance(run.messages[-1], m.Finished)
 
 
