@@ -10,43 +10,20 @@ The event loop puts calls in; the thread that opens the backup waits for them, a
 the second pass. `close` wakes everyone who waits or reads, and leaves no process.
 """
 
-import contextlib
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
-from qubes_restore_svc.archive.members import MemberReader
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
-from qubes_restore_svc.errors import Cancelled, ProtocolViolation, RestoreError
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.service import QFILE_ARGUMENT
-from qubes_restore_svc.worker.source import ArchiveSource
-from qubes_restore_svc.worker.storage import BEGINNING, CalledPeer, Peer, RestoreById, StoragePass
+from qubes_restore_svc.worker.source import ArchivePass, ArchiveSource
+from qubes_restore_svc.worker.storage import BEGINNING, Peer, RestoreById, StoragePass, show_end
 
 _PASSES = 2
-
-
-class ArchivePass(Protocol):
-    """What an intake reads from. `whole`: all of the archive, so that there is no second pass."""
-
-    whole: bool
-
-    @property
-    def source(self) -> ArchiveSource: ...
-
-    @property
-    def reader(self) -> MemberReader: ...
-
-    def doubt(self, error: RestoreError) -> RestoreError:
-        """`error`, which says that something is missing; or why, if whoever brings the archive has failed."""
-        ...
-
-    def close(self) -> None:
-        """Nobody reads from it any more; safe to repeat."""
-        ...
 
 
 class ArchiveAccess:
@@ -95,13 +72,10 @@ class ArchiveAccess:
             self._waiting.clear()
             self._changed.notify_all()
             peer = self._peer
-        if isinstance(peer, RestoreById):
-            peer.kill()
-        for reading in (self._called, None if peer is None else peer.connection):
-            if reading is not None:
-                # Not closed: another thread may be reading, and the number would go to someone else.
-                with contextlib.suppress(OSError):
-                    reading.shutdown(socket.SHUT_RDWR)
+        if self._called is not None:
+            show_end(self._called)
+        if peer is not None:
+            peer.stop()
 
     # --- In the threads of the session -------------------------------------------------------------
 
@@ -114,9 +88,10 @@ class ArchiveAccess:
             self._changed.wait_for(lambda: self._closed or self._passed is not None or self._is_called())
             self._stop_if_closed()
             if self._passed is not None:
-                return _WholeArchive(self._passed)
+                return ArchivePass(ArchiveSource(self._passed), OuterTarReader())
             if self._called is not None:
-                return _WholeArchive(self._called.fileno(), self._called)
+                called = ArchiveSource(self._called.fileno())
+                return ArchivePass(called, OuterTarReader(), self._called)
         return StoragePass(self._connect, BEGINNING)
 
     def second_pass(
@@ -134,7 +109,7 @@ class ArchiveAccess:
             if self._storage is not None:
                 self._peer = RestoreById(self._storage)
             else:
-                self._peer = CalledPeer(self._waiting.popleft())
+                self._peer = Peer(self._waiting.popleft())
             return self._peer
 
     def _is_called(self) -> bool:
@@ -150,23 +125,3 @@ class ArchiveAccess:
     def _stop_if_closed(self) -> None:
         if self._closed:
             raise Cancelled("the session ended")
-
-
-class _WholeArchive:
-    """The backup as it is, read from `fd` in one pass. Owns `connection`, if `fd` is that of one."""
-
-    whole = True
-
-    def __init__(self, fd: int, connection: socket.socket | None = None) -> None:
-        self.source = ArchiveSource(fd)
-        self.reader = OuterTarReader()
-        self._connection = connection
-
-    def doubt(self, error: RestoreError) -> RestoreError:
-        """What brings it does not tell the worker how it has ended."""
-        return error
-
-    def close(self) -> None:
-        """Let go of the connection; a descriptor stays its owner's."""
-        if self._connection is not None:
-            close_read(self._connection)

@@ -9,16 +9,17 @@ Where the archive can seek, a chunk stays in it until it is opened, so that the 
 derivations. Elsewhere it is held while it comes in. What it takes is counted by the budget in either case.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from qubes_restore_svc.archive.chunks import ChunkName, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.container import (
     HEAD_SIZE,
     OVERHEAD,
     ContainerHead,
+    VerifiedContainer,
     keys_match,
     parse_head,
     verify,
@@ -30,7 +31,6 @@ from qubes_restore_svc.errors import (
     BadContainer,
     FaultyMachine,
     RestoreError,
-    SkippedOnRequest,
 )
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
 from qubes_restore_svc.worker.keys import KeyScheduler
@@ -41,54 +41,8 @@ from qubes_restore_svc.worker.source import MemberStream
 Remark = Callable[[str], None]
 
 
-class Verified(Protocol):
-    """A chunk whose MAC has been checked."""
-
-    def plaintext(self) -> Iterator[bytes]:
-        """Its content, piece by piece."""
-        ...
-
-
-class Proof(Protocol):
-    """What shows that one chunk is authentic. It is made of the chunk's head, before there is room for it."""
-
-    @property
-    def parameters(self) -> KdfParameters | None:
-        """Those of its key derivation, None if there is none."""
-        ...
-
-    def begin(self, wanted: Callable[[], bool], *, urgent: bool) -> None:
-        """There is room: derive the key, if it is still `wanted` when its turn comes."""
-        ...
-
-    def complete(self, members: MemberStream) -> None:
-        """The chunk's content has passed: take what stands behind it. Raises BadContainer."""
-        ...
-
-    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> Verified:
-        """Check the MAC over the content, which is asked for when the key is there."""
-        ...
-
-    def withdraw(self) -> None:
-        """It is needed no more; safe to repeat."""
-        ...
-
-
-class Proofs(Protocol):
-    """How the chunks of one backup are proven, and named."""
-
-    @property
-    def head_size(self) -> int:
-        """Bytes at the beginning of a chunk without which there is no proof."""
-        ...
-
-    def parse_name(self, untrusted_name: str) -> ChunkName | None:
-        """The name of a member, taken apart; None for a proof beside its chunk. Raises BadArchive."""
-        ...
-
-    def prove(self, name: ChunkName, size: int, untrusted_head: bytearray) -> Proof:
-        """The proof of a chunk of `size` bytes. Raises BadContainer, ExcessiveCost."""
-        ...
+#: A chunk whose MAC has been checked: `plaintext` gives its content, piece by piece.
+Verified = VerifiedContainer | VerifiedPiece
 
 
 @dataclass(eq=False, slots=True)
@@ -98,7 +52,7 @@ class Chunk:
     name: ChunkName
     size: int
     end: int
-    proof: Proof
+    proof: "Proof"
     held: bytearray | None  #: its content, None where that is still in the archive only
     _store: "ChunkStore" = field(repr=False)
     _released: bool = False
@@ -140,15 +94,15 @@ class ChunkStore:
         self,
         name: ChunkName,
         size: int,
-        proofs: Proofs,
+        proofs: "Proofs",
         *,
-        wanted: Callable[[], bool] = lambda: True,
+        check: Callable[[], None] = lambda: None,
         urgent: bool = False,
         before_waiting: Callable[[], None] | None = None,
     ) -> Chunk:
         """Take the current member's content, `size` bytes, as a chunk whose key is being derived.
 
-        Waits for room in the budget; for `before_waiting` see `Budget.admit`, for `wanted` and `urgent`
+        Waits for room in the budget; for `before_waiting` see `Budget.admit`, for `check` and `urgent`
         `KeyScheduler.submit`. Raises BadContainer, ExcessiveCost, BudgetTooSmall, ArchiveTruncated.
         """
         members = self.members
@@ -160,7 +114,7 @@ class ChunkStore:
         self._budget.admit(size, proof.parameters, buffered=not located, before_waiting=before_waiting)
         held = None
         try:
-            proof.begin(wanted, urgent=urgent)
+            proof.begin(check, urgent=urgent)
             if located:
                 members.skip_content(size - head_size)
                 members.source.will_need(start, size)
@@ -199,7 +153,7 @@ class ContainerProofs:
     """Those of a backup of format 4. `passphrase_of` makes the scrypt passphrase of a chunk from its member
     name without `.enc`. `label` names the chunk to people, unless its number does."""
 
-    head_size = HEAD_SIZE
+    head_size = HEAD_SIZE  #: bytes at the beginning of a chunk without which there is no proof
 
     def __init__(
         self, scheduler: KeyScheduler, passphrase_of: Callable[[str], bytes], *, label: str = ""
@@ -209,9 +163,11 @@ class ContainerProofs:
         self._label = label
 
     def parse_name(self, untrusted_name: str) -> ChunkName:
+        """The name of a member, taken apart; None for a proof beside its chunk. Raises BadArchive."""
         return parse_chunk_name(untrusted_name)
 
     def prove(self, name: ChunkName, size: int, untrusted_head: bytearray) -> "ContainerProof":
+        """The proof of a chunk of `size` bytes. Raises BadContainer, ExcessiveCost."""
         if size < OVERHEAD:
             raise BadContainer(f"it has {size} bytes, fewer than an empty container", chunk=name.number)
         costs = self._scheduler.costs
@@ -235,18 +191,20 @@ class ContainerProof:
 
     @property
     def parameters(self) -> KdfParameters:
+        """Those of its key derivation; None for a proof that has none."""
         return self._head.parameters
 
-    def begin(self, wanted: Callable[[], bool], *, urgent: bool) -> None:
-        def check() -> None:
-            if not wanted():
-                raise SkippedOnRequest("it is not wanted any more")
+    def begin(self, check: Callable[[], None], *, urgent: bool) -> None:
+        """There is room: derive the key, unless `check` raises when its turn comes."""
+
+        def check_all() -> None:
+            check()
             self._costs.check(self.parameters)
 
-        self._key = self._scheduler.submit(self._request, urgent=urgent, check=check)
+        self._key = self._scheduler.submit(self._request, urgent=urgent, check=check_all)
 
     def complete(self, members: MemberStream) -> None:
-        """Nothing stands behind it."""
+        """The chunk's content has passed; nothing stands behind it."""
 
     def failed(self) -> bool:
         """Wait for the key: could it not be derived?"""
@@ -257,6 +215,7 @@ class ContainerProof:
         return keys_match(self._head, self._key.result())
 
     def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> Verified:
+        """Check the MAC over the content, which is asked for when the key is there."""
         key = self.fitting_key(remark)
         if key is None:
             raise AuthenticationFailed("it does not belong to this backup, or not to this place in it")
@@ -290,6 +249,7 @@ class ContainerProof:
         return None
 
     def withdraw(self) -> None:
+        """It is needed no more; safe to repeat."""
         self._key.cancel()
 
 
@@ -322,10 +282,11 @@ class MacLineProof:
         self._proofs = proofs
         self.mac = PieceMac("", b"")
 
-    def begin(self, wanted: Callable[[], bool], *, urgent: bool) -> None:
+    def begin(self, check: Callable[[], None], *, urgent: bool) -> None:
         """No key is derived."""
 
     def complete(self, members: MemberStream) -> None:
+        """The chunk's content has passed: take what stands behind it. Raises BadContainer."""
         member = members.next_member()
         if member is not None and member.name == f"{self._name.member}.hmac" and member.size <= MAX_MAC_LINE:
             self.mac = parse_mac(members.read_content(member.size), self._proofs.digest)
@@ -339,3 +300,9 @@ class MacLineProof:
 
     def withdraw(self) -> None:
         """Nothing runs for it."""
+
+
+#: What shows that one chunk is authentic. It is made of the chunk's head, before there is room for it.
+Proof = ContainerProof | MacLineProof
+#: How the chunks of one backup are proven, and named.
+Proofs = ContainerProofs | MacLineProofs

@@ -14,7 +14,6 @@ Nothing in here looks into a chunk further than its container's head: the MAC ha
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence
@@ -39,6 +38,7 @@ from qubes_restore_svc.worker.files import (
     event_queue,
 )
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.selection import Wanted
 from qubes_restore_svc.worker.threads import as_restore_error
 
 #: Most members between the chunks of one file that are told of.
@@ -52,7 +52,7 @@ class Intake:
     """What is left of the members of `store`, as `events` about files of which some are `wanted`. It asks for
     every chunk: the rest of a file that no longer is wanted, is skipped."""
 
-    def __init__(self, store: ChunkStore, scheduler: KeyScheduler, wanted: Callable[[str], bool]) -> None:
+    def __init__(self, store: ChunkStore, scheduler: KeyScheduler, wanted: Wanted) -> None:
         self.events: EventQueue = event_queue()
         self._store = store
         self._members = store.members
@@ -153,7 +153,7 @@ class Intake:
 
     def _pass_on(self, name: ChunkName, size: int, proofs: Proofs) -> None:
         # In a frame of its own, which holds the chunk no longer than it takes.
-        self.events.put(self._store.take(name, size, proofs, wanted=lambda: self._wanted(name.file)))
+        self.events.put(self._store.take(name, size, proofs, check=lambda: self._wanted.check(name.file)))
 
     def _begin_file(self, file: str) -> None:
         if self._file is None:

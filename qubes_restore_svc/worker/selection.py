@@ -37,6 +37,8 @@ _MAX_NAMED = 8
 
 #: Most places of damage whose headers are looked at more closely.
 _MAX_DAMAGES = 100
+_NOT_WANTED = "it is not wanted any more"
+
 _KNOWN_FILES = (*IMAGES, *SETTINGS, "empty", DIRECTORY)
 
 
@@ -55,6 +57,11 @@ class Wanted:
 
     def __call__(self, file: str) -> bool:
         return might_be_wanted(file) if self._selection is None else self._selection.wanted(file)
+
+    def check(self, file: str) -> None:
+        """Raise SkippedOnRequest if it is not."""
+        if not self(file):
+            raise SkippedOnRequest(_NOT_WANTED)
 
 
 def might_be_wanted(file: str) -> bool:
@@ -130,7 +137,7 @@ class SelectedQube:
     def check(self) -> None:
         """Raise SkippedOnRequest if it was given up."""
         if self.stage is Stage.GIVEN_UP:
-            raise SkippedOnRequest("it is not wanted any more")
+            raise SkippedOnRequest(_NOT_WANTED)
 
     def close(self) -> None:
         """Nothing more may come. Its settings are dropped: they have been sent."""
@@ -287,7 +294,7 @@ class Selection:
         """The broker wants nothing more of this qube. May be called from another thread."""
         qube = self._qubes.get(key)
         if qube is not None:
-            qube.give_up(SkippedOnRequest("it is not wanted any more"))
+            qube.give_up(SkippedOnRequest(_NOT_WANTED))
 
     def owner(self, file: str) -> SelectedQube | None:
         """The selected qube to which a file belongs, whatever kind of file it is."""

@@ -10,11 +10,13 @@ as zeros: what that costs is decided by checksums and MACs, and `gap` tells the 
 import contextlib
 import errno
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 
 from qubes_restore_svc.archive.members import Damage, Member, MemberReader
-from qubes_restore_svc.errors import ArchiveTruncated, ArchiveUnreadable
+from qubes_restore_svc.errors import ArchiveTruncated, ArchiveUnreadable, RestoreError
+from qubes_restore_svc.hardening import close_read
 
 _BUFFER_SIZE = 16 << 10
 _SKIP_SIZE = 1 << 20
@@ -344,3 +346,26 @@ class MemberStream:
         if self._next is None:
             self.skip_content(self._reader.content_left)
             self.content_end = self.source.position
+
+
+class ArchivePass:
+    """The backup, read as it is in one pass. Owns `connection`, if `source` reads from one."""
+
+    #: Is it all of the archive, so that there is no second pass?
+    whole = True
+
+    def __init__(
+        self, source: ArchiveSource, reader: MemberReader, connection: socket.socket | None = None
+    ) -> None:
+        self.source = source
+        self.reader = reader
+        self._connection = connection
+
+    def doubt(self, error: RestoreError) -> RestoreError:
+        """`error`, which says that something is missing; or why, if whoever brings the archive has failed."""
+        return error
+
+    def close(self) -> None:
+        """Nobody reads from it any more; safe to repeat. A mere descriptor stays its owner's."""
+        if self._connection is not None:
+            close_read(self._connection)

@@ -20,7 +20,6 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from qubes_restore_svc.archive.header import HEADER_HMAC_MEMBER, HEADER_MEMBER
 from qubes_restore_svc.archive.members import Member
@@ -46,7 +45,7 @@ from qubes_restore_svc.wire.service import (
     CONNECTION_BROKE,
     NO_SERVICE,
 )
-from qubes_restore_svc.worker.source import LateSource
+from qubes_restore_svc.worker.source import ArchivePass, LateSource
 
 #: The beginning of a backup: its header, the copy of that, and qubes.xml however many chunks it has. The old
 #: formats, which are refused by name, begin with `qubes.xml…` as well.
@@ -95,31 +94,46 @@ class End:
         return f"{code} ({words})" if words else code
 
 
-class Peer(Protocol):
-    """Who is on the other side: a call of dom0's, or a process of ours. Owns `connection`."""
+def show_end(connection: socket.socket) -> None:
+    """Let whoever reads from it see the end; from any thread, safe to repeat."""
+    # Not closed: another thread may be reading, and the number would go to someone else.
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
-    @property
-    def connection(self) -> socket.socket: ...
+
+class Peer:
+    """The other side of a `restore.Archive+qfile` that dom0 made for us, to a service that it chose. Owns
+    `connection`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
 
     def end(self) -> End:
-        """How the other side has ended, or must end now."""
-        ...
+        """How the other side has ended, or must end now. qrexec does not tell."""
+        return End(None)
 
     def why_nothing_came(self, end: End) -> ArchiveUnreadable:
         """The error for a stream without a byte, or without a member though its sender failed."""
-        ...
+        return ArchiveUnreadable(
+            "the storage service ended without having sent anything",
+            advice="Check the name of the service, and look for its error in the journal of its qube.",
+        )
 
     def why_it_broke_off(self, end: End) -> ArchiveUnreadable | None:
         """The error for a stream that ended early; None if it is the archive that ends there."""
-        ...
+        return None
+
+    def stop(self) -> None:
+        """Let whoever reads from it see the end; from any thread, safe to repeat."""
+        show_end(self.connection)
 
     def close(self) -> None:
         """Let go of everything; safe to repeat."""
-        ...
+        close_read(self.connection)
 
 
-class StoragePass:
-    """A pass over the archive as a storage service gives it: `source` and `reader` are for an intake.
+class StoragePass(ArchivePass):
+    """A pass over the archive as a storage service gives it.
 
     `connect` brings the other side (it may block, and raise); `position` is where counting begins, bytes.
     `remark` gets a sentence for the person, from the thread that reads. Close it when nobody reads any more.
@@ -141,11 +155,11 @@ class StoragePass:
         self._remark = remark
         self._peer: Peer | None = None
         self._doubt: End | None = None
-        self.source = LateSource(self._begin, position)
-        self.reader = _StorageReader(self)
+        self._late = LateSource(self._begin, position)
+        super().__init__(self._late, _StorageReader(self))
 
     def close(self) -> None:
-        """Hang up, whether the stream has ended or not; safe to repeat."""
+        """Hang up, whether the stream has ended or not."""
         if self._peer is not None:
             self._peer.close()
 
@@ -165,7 +179,7 @@ class StoragePass:
             connection.sendall(answer)
             connection.shutdown(socket.SHUT_WR)
         connection.settimeout(END_TIMEOUT_S)
-        untrusted_surplus = self.source.surplus
+        untrusted_surplus = self._late.surplus
         with contextlib.suppress(OSError):  # nothing more has to come, not even the end
             untrusted_surplus = untrusted_surplus or len(connection.recv(1))
         if untrusted_surplus:
@@ -220,29 +234,6 @@ def _failed_service(reason: str, end: End) -> ArchiveUnreadable:
     )
 
 
-class CalledPeer:
-    """The other side of a `restore.Archive+qfile` that dom0 made for us, to a service that it chose."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-
-    def end(self) -> End:
-        """qrexec does not tell."""
-        return End(None)
-
-    def why_nothing_came(self, end: End) -> ArchiveUnreadable:
-        return ArchiveUnreadable(
-            "the storage service ended without having sent anything",
-            advice="Check the name of the service, and look for its error in the journal of its qube.",
-        )
-
-    def why_it_broke_off(self, end: End) -> ArchiveUnreadable | None:
-        return None
-
-    def close(self) -> None:
-        close_read(self.connection)
-
-
 class _StorageReader(QfileReader):
     """Tells its pass when the stream is over, and asks it why it has stopped."""
 
@@ -281,13 +272,14 @@ def request_line(paths: Iterable[str]) -> bytes:
     return " ".join(untrusted_paths).encode("ascii") + b"\n"
 
 
-class RestoreById:
+class RestoreById(Peer):
     """One call of the service. `connection` is our end of its stream; owned here, as is the process."""
 
     def __init__(self, storage: Storage) -> None:
         """Start the process. Raises ArchiveUnreadable if that cannot be."""
         self._qube = storage.qube
-        self.connection, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
         reader, writer = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -314,8 +306,12 @@ class RestoreById:
         )
         self._listener.start()
 
-    def kill(self) -> None:
-        """End the process at once and reap it; from any thread, safe to repeat."""
+    def stop(self) -> None:
+        """End the process at once and reap it, too."""
+        self._kill()
+        super().stop()
+
+    def _kill(self) -> None:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_KILL_TIMEOUT_S)
@@ -326,7 +322,7 @@ class RestoreById:
         try:
             code = self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self._kill()
         self._listener.join(_KILL_TIMEOUT_S)
         lines = [line for line in self._untrusted_words.splitlines() if line.strip()]
         return End(code, lines[-1].strip() if lines else b"")
@@ -370,9 +366,9 @@ class RestoreById:
         return None
 
     def close(self) -> None:
-        """Everything goes: process, connection, listener. Safe to repeat."""
-        self.kill()
-        close_read(self.connection)
+        """Everything goes: process, connection, listener."""
+        self._kill()
+        super().close()
         self._listener.join(_KILL_TIMEOUT_S)
 
     def _listen(self, reader: int) -> None:

@@ -16,7 +16,7 @@ from qubes_restore_svc.archive.qubes_xml import BackupContent
 from qubes_restore_svc.errors import Cancelled, ProtocolViolation
 from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.worker.archive_access import ArchiveAccess, ArchivePass
+from qubes_restore_svc.worker.archive_access import ArchiveAccess
 from qubes_restore_svc.worker.chunk import ChunkStore
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
@@ -24,7 +24,7 @@ from qubes_restore_svc.worker.memory import Budget
 from qubes_restore_svc.worker.opening import OpenBackup, open_backup
 from qubes_restore_svc.worker.pipeline import Announce, Emit, Pipeline
 from qubes_restore_svc.worker.selection import Selection, Wanted
-from qubes_restore_svc.worker.source import ArchiveSource, MemberStream
+from qubes_restore_svc.worker.source import ArchivePass, ArchiveSource, MemberStream
 from qubes_restore_svc.worker.storage import paths_of
 from qubes_restore_svc.worker.threads import Stop, as_restore_error
 

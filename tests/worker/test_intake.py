@@ -35,7 +35,7 @@ from qubes_restore_svc.worker.files import (
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.memory import MAX_LOCATED, Budget
-from qubes_restore_svc.worker.selection import might_be_wanted
+from qubes_restore_svc.worker.selection import Wanted, might_be_wanted
 from qubes_restore_svc.worker.source import ArchiveSource, MemberStream
 from qubes_restore_svc.worker.threads import Stop
 
@@ -76,7 +76,7 @@ class Bench:
         )
         self.store = ChunkStore(self.members, self.budget)
         self.wanted: Callable[[str], bool] = lambda _: True
-        self.intake = Intake(self.store, self.scheduler, lambda file: self.wanted(file))
+        self.intake = Intake(self.store, self.scheduler, AsTheTestSays(self))
         self.events = self.intake.events
         self.thread: threading.Thread | None = None
 
@@ -104,6 +104,15 @@ class Bench:
         self.scheduler.close()
         wait_until(lambda: self.budget.used == 0, "the release of all memory")
         return events
+
+
+class AsTheTestSays(Wanted):
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self._bench = bench
+
+    def __call__(self, file: str) -> bool:
+        return self._bench.wanted(file)
 
 
 def failed(chunk: Chunk) -> bool:
