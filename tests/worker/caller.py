@@ -74,7 +74,7 @@ class Caller:
 
         def ended() -> bool:
             return not any(
-                thread.name in ("open", "intake", "pipeline", "drain") or thread.name.startswith("kdf-")
+                thread.name in ("work", "intake", "hash") or thread.name.startswith("kdf-")
                 for thread in set(threading.enumerate()) - self._threads_before
             )
 

@@ -96,6 +96,8 @@ def test_a_wrong_passphrase_is_known_from_two_keys_side_by_side_and_none_twice(a
         run.stop.say()
         gate.set()
         run.scheduler.close()
+        run.intake.abandon()
+        assert run.budget.used == 0
     assert ahead or set(engine.members) == OPENING
     assert second.requests == []
 

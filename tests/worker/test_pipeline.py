@@ -951,6 +951,22 @@ def test_a_cancel_at_any_stage_ends_the_pass_quickly_and_frees_everything(stage:
         gate.set()
 
 
+def test_a_cancel_just_before_a_volume_is_offered_ends_the_pass_all_the_same() -> None:
+    never: Future[socket.socket] = Future()
+
+    def announce(ready: m.VolumeReady) -> "Future[socket.socket]":
+        run.stop.say()
+        return never
+
+    with file_with(large_first().to_bytes()) as descriptor:
+        run = Pass(descriptor)
+        receiver = Receiver(run.messages.append)
+        receiver.announce = announce  # type: ignore[method-assign] # a cancel at that moment
+        run.start(mode="restore", receiver=receiver)
+        run.finish()
+    assert never.cancelled() and not run.messages
+
+
 def test_a_cancel_while_the_archive_is_silent_is_seen_when_it_speaks_again() -> None:
     archive = large_first().to_bytes()
     reader, writer = os.pipe()
