@@ -489,6 +489,15 @@ async def test_a_storage_service_that_fails_is_told(
         assert (await _fault(link)) == fault
 
 
+async def test_a_storage_service_whose_reader_stops_early_has_not_failed(system: FakeQubes) -> None:
+    system.there[STORAGE].services["my.Backup"] = "exit 141"
+    system.worker["restore.Archive+qfile"] = "exit 0"
+    async with _link(system, SERVICE) as link:
+        await link.provide_archive()
+        await _until(lambda: not system.running_processes())
+        assert await link.archive_fault() is None
+
+
 async def test_a_worker_that_takes_no_archive_is_told(system: FakeQubes, archive: Dom0File) -> None:
     del system.worker["restore.Archive"]
     async with _link(system, archive) as link:
