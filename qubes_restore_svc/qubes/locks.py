@@ -9,19 +9,22 @@ who holds the lock, since when and what for. It may be old or half written: what
 import fcntl
 import os
 import pwd
-import re
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
 
+from pydantic import ValidationError
+
 from qubes_restore_svc.broker.filesystem import reporting
-from qubes_restore_svc.errors import HostFailed, RestoreInProgress
+from qubes_restore_svc.errors import HostFailed, ProtocolViolation, RestoreInProgress
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.qubes.guard import Guard, unlock
+from qubes_restore_svc.wire.connection import parse_object
+from qubes_restore_svc.wire.models import Model
+from qubes_restore_svc.wire.names import Count, FreeText, Size, Timestamp
 
 #: Of whoever restores. /run/qubes can be written to by the group `qubes`, and a reboot empties it.
 RESTORE_LOCK = Path("/run/qubes/qubes-restore-svc.lock")
@@ -189,25 +192,18 @@ def stock_lock(path: Path = STOCK_LOCK) -> Iterator[None]:
 
 # --- Who holds one -------------------------------------------------------------------------------
 
-_WORDS: dict[Activity, str] = {"restoring": "restore", "verifying": "verify", "listing a backup": "list"}
-_ACTIVITIES = {word: activity for activity, word in _WORDS.items()}
-_LINE = re.compile(
-    rb"(?P<pid>[0-9]{1,10}) (?P<started>[0-9]{1,20}) (?P<since>[0-9]{1,12}) (?P<user>[a-zA-Z0-9_.-]{1,64})"
-    rb" (?P<client>[a-zA-Z0-9_.-]{1,64}) (?P<word>restore|verify|list)\n"
-)
 _MAX_LINE = 1000
 _STARTED_FIELD = 22 - 3  # of /proc/PID/stat (proc(5)), counted from the state, which is the third
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """A process that holds a lock. `started` in the kernel's ticks, `since` in seconds since the epoch."""
+class Holder(Model):
+    """A process that holds a lock: a JSON object in the lock file. `started` is in the kernel's ticks."""
 
-    pid: int
-    started: int
-    since: int
-    user: str
-    client: str
+    pid: Count
+    started: Size
+    since: Timestamp
+    user: FreeText
+    client: FreeText
     activity: Activity
 
     def is_alive(self) -> bool:
@@ -216,7 +212,7 @@ class Holder:
 
     def describe(self) -> str:
         """`sys-gui has been restoring since 14:05 on 2026-11-23 (process 4711 of user)`."""
-        since = datetime.fromtimestamp(self.since).astimezone()
+        since = self.since.astimezone()
         return (
             f"{self.client} has been {self.activity} since {since:%H:%M on %Y-%m-%d}"
             f" (process {self.pid} of {self.user})"
@@ -229,34 +225,19 @@ def write_holder(file: int, client: str, activity: Activity) -> None:
     user = str(os.getuid())
     with suppress(KeyError):
         user = pwd.getpwuid(os.getuid()).pw_name
-    line = (
-        f"{pid} {_start_time(pid) or 0} {int(time.time())} {_word(user)} {_word(client)} {_WORDS[activity]}\n"
-    )
+    started, now = _start_time(pid) or 0, datetime.now(UTC)
+    holder = Holder(pid=pid, started=started, since=now, user=user, client=client, activity=activity)
     os.ftruncate(file, 0)
-    os.pwrite(file, line.encode(), 0)
+    os.pwrite(file, holder.model_dump_json().encode(), 0)
 
 
 def read_holder(path: Path) -> Holder | None:
     """Who has written itself into the lock file; None if nobody can be told."""
     try:
         with open(path, "rb") as file:
-            match = _LINE.fullmatch(file.read(_MAX_LINE))
-    except OSError:
+            return Holder.model_validate(parse_object(file.read(_MAX_LINE)))
+    except (OSError, ProtocolViolation, ValidationError):
         return None
-    if match is None:
-        return None
-    return Holder(
-        int(match["pid"]),
-        int(match["started"]),
-        int(match["since"]),
-        match["user"].decode(),
-        match["client"].decode(),
-        _ACTIVITIES[match["word"].decode()],
-    )
-
-
-def _word(text: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9_.-]", "-", text)[:64] or "-"
 
 
 def _start_time(pid: int) -> int | None:

@@ -137,21 +137,12 @@ async def choose_template(system: QubesSystem, template: str | None) -> str:
     Raises UsageError if that is none, and WorkerMissing if it says that it has no worker.
     """
     name = template or await ask(system.management_dispvm)
-    if name is None:
-        raise UsageError(
-            "this system has no management disposable template",
-            advice="Name a disposable template with --mgmt-template NAME.",
-        )
-    disposable = await ask(system.is_disposable_template, name)
-    if disposable is None:
-        raise UsageError(
-            f"there is no qube {name}", advice="Name a disposable template with --mgmt-template."
-        )
-    if not disposable:
-        raise UsageError(
-            f"no disposables can be made from {name}",
-            advice="Name a disposable template with --mgmt-template NAME.",
-        )
+    is_one = None if name is None else await ask(system.is_disposable_template, name)
+    if name is None or not is_one:
+        why = "this system has no management disposable template"
+        if name is not None:
+            why = f"there is no qube {name}" if is_one is None else f"no disposables can be made from {name}"
+        raise UsageError(why, advice="Name a disposable template with --mgmt-template NAME.")
     if await ask(system.reports_service, name, SESSION) is False:
         raise await worker_missing(system, name)
     return name

@@ -29,6 +29,7 @@ from qubes_restore_svc.qubes.worker_vm import worker_properties
 from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
+from tests.qubes.test_locks import GONE
 
 PATH = QubePath(STORAGE, "/backup")
 SERVICE = QubeService(STORAGE, "my.Backup+monday")
@@ -124,7 +125,7 @@ async def test_a_cancel_does_not_wait_for_a_guard_that_removes_a_worker(
 ) -> None:
     lock = system.directory / "w.lock"
     with GuardedLock(WORKER, lock, lambda names: None):
-        lock.write_text("1 1 1 root sys-gui restore\n")  # whoever held it is gone
+        lock.write_text(GONE)
         entering = asyncio.create_task(_link(system).__aenter__())
         assert not (await asyncio.wait([entering], timeout=0.05))[0]
         entering.cancel()

@@ -1,6 +1,7 @@
 """The locks of a Qubes system: held by whoever restores and by a guard, and let go of however that ends."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
@@ -31,8 +32,12 @@ from qubes_restore_svc.qubes.locks import (
 from tests.support.descriptors import open_descriptors
 
 SOON_S = 30.0
-#: The line of a holder that is gone.
-GONE = "1 1 1 root sys-gui restore\n"
+HOLDER = {
+    "pid": 1, "started": 1, "since": "2026-11-23T14:05:00Z", "user": "joan", "client": "sys-gui",
+    "activity": "restoring",
+}  # fmt: skip
+#: What a holder has written that is gone.
+GONE = json.dumps(HOLDER)
 
 
 class Noting:
@@ -284,37 +289,39 @@ def write(path: Path, client: str = "sys-gui", activity: Activity = "restoring")
 @pytest.mark.parametrize("activity", get_args(Activity))
 def test_the_holder_that_was_written_is_read(path: Path, activity: Activity) -> None:
     path.write_text("what was there before, and longer" * 10)
-    before = int(time.time())
+    before = datetime.now(UTC).replace(microsecond=0)
     write(path, "nas_1.x-y", activity)
     holder = read_holder(path)
     assert holder is not None
     assert (holder.pid, holder.client, holder.activity) == (os.getpid(), "nas_1.x-y", activity)
-    assert before <= holder.since <= time.time()
+    assert before <= holder.since <= datetime.now(UTC)
     assert holder.is_alive()
 
 
 def test_a_holder_is_told_in_one_line_for_people() -> None:
-    since = int(datetime(2026, 11, 23, 14, 5).timestamp())
-    holder = Holder(4711, 1, since, "joan", "sys-gui", "restoring")
+    since = datetime(2026, 11, 23, 14, 5).astimezone().astimezone(UTC)
+    holder = Holder(pid=4711, started=1, since=since, user="joan", client="sys-gui", activity="restoring")
     assert holder.describe() == (
         "sys-gui has been restoring since 14:05 on 2026-11-23 (process 4711 of joan)"
     )
 
 
-def test_what_cannot_stand_in_the_line_of_a_holder_does_not(path: Path) -> None:
+def test_what_no_line_can_hold_is_not_told_of_a_holder(path: Path) -> None:
     write(path, "a b\n\x1b[2J")
     holder = read_holder(path)
-    assert holder is not None and holder.client == "a-b---2J"
+    assert holder is not None and holder.client == "a b\ufffd\ufffd[2J"
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"1 1 1 root\n", b"1 1 1 root dom0 steal\n", b"1 1 1 root dom0 verify", b"1 1 1 r\x1b dom0 list\n",
-     b"9" * 5000, b"x 1 1 root dom0 list\n", b"1 1 1 root dom0 list\nmore", None],
+    ["", "9" * 5000, GONE[:-1], GONE + "more", "[]", *(
+        json.dumps({**HOLDER, key: value})
+        for key, value in [("pid", "1"), ("pid", -1), ("since", 5), ("activity", "stealing"), ("more", 1)]
+    ), json.dumps({**HOLDER, "user": "x" * 1000}), None],
 )  # fmt: skip
-def test_what_is_no_line_of_a_holder_is_nobody(path: Path, content: bytes | None) -> None:
+def test_what_is_no_holder_is_nobody(path: Path, content: str | None) -> None:
     if content is not None:
-        path.write_bytes(content)
+        path.write_text(content)
     assert read_holder(path) is None
 
 
@@ -322,8 +329,8 @@ def test_a_process_that_is_gone_and_another_of_its_number_do_not_hold_it() -> No
     child = subprocess.Popen(["sleep", "60"])
     child.kill()
     child.wait()
-    assert not Holder(child.pid, 1, 1, "u", "dom0", "restoring").is_alive()
-    assert not Holder(os.getpid(), 1, 1, "u", "dom0", "restoring").is_alive()
+    assert not Holder.model_validate({**HOLDER, "pid": child.pid}).is_alive()
+    assert not Holder.model_validate({**HOLDER, "pid": os.getpid()}).is_alive()
 
 
 # --- The stock restore ---------------------------------------------------------------------------
