@@ -237,7 +237,9 @@ class SessionClient:
             if isinstance(message, m.Failed):
                 raise await self.explained(believed_error(message.error))
             if isinstance(message, m.Log):
-                self._count_log_line()
+                self._log_lines += 1
+                if self._log_lines > MAX_LOG_LINES:
+                    raise ProtocolViolation(f"more than {MAX_LOG_LINES} lines of log")
                 return message.model_copy(update={"text": WORKER_SAYS + one_phrase(message.text)})
             if isinstance(message, m.Progress):
                 await self._pace()
@@ -282,11 +284,6 @@ class SessionClient:
             await asyncio.sleep(wait_s)
             now += wait_s
         self._progress.append(now)
-
-    def _count_log_line(self) -> None:
-        self._log_lines += 1
-        if self._log_lines > MAX_LOG_LINES:
-            raise ProtocolViolation(f"more than {MAX_LOG_LINES} lines of log")
 
 
 def _open_message(options: SessionOptions, storage: m.Storage | None) -> m.Open:

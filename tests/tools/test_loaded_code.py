@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tools.loaded_code import PROGRAMS, code_lines, imports_of, loaded_by, modules_of
+from tools.loaded_code import (
+    PROGRAMS,
+    READERS,
+    code_lines,
+    imports_of,
+    lines_of_names,
+    loaded_by,
+    modules_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +33,30 @@ ROOT = Path(__file__).resolve().parents[2]
 )
 def test_a_line_of_code_is_neither_comment_nor_docstring_nor_blank(source: str, lines: int) -> None:
     assert code_lines(source) == lines
+
+
+@pytest.mark.parametrize(
+    ("names", "lines"),
+    [
+        (("f",), 2),
+        (("A.g",), 3),
+        (("A.x", "y"), 2),
+        (("-f",), 6),
+        (("-A",), 3),
+        (("-A.g", "-y"), 4),
+    ],
+)
+def test_the_lines_of_a_name_are_those_of_what_it_names(names: tuple[str, ...], lines: int) -> None:
+    source = (
+        "import os\n\n\ndef f() -> None:\n    pass\n\n\nclass A:\n    x: int = 1\n\n    @property\n"
+        "    def g(self) -> int:\n        return 1\n\n\ny = 1  # a comment\n"
+    )
+    assert lines_of_names(source, names) == lines
+
+
+def test_not_many_lines_read_the_bytes_of_a_worker() -> None:
+    modules = modules_of(ROOT)
+    assert sum(lines_of_names(modules[name].read_text(), names) for name, names in READERS.items()) <= 500
 
 
 def test_an_import_counts_wherever_it_stands(tmp_path: Path) -> None:
