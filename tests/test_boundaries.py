@@ -47,8 +47,7 @@ OURS: dict[str, set[str]] = {
     },
     # The dialog shows plans and figures as the commands do.
     "manager": {
-        "manager", "client", "cli.qvm_plan_table", "cli.tables",
-        "cli.progress", "wire", "errors", "hardening", "__init__",
+        "manager", "client", "cli.tables", "cli.displays", "wire", "errors", "hardening", "__init__",
     },
 }  # fmt: skip
 

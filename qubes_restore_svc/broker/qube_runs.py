@@ -108,13 +108,16 @@ class QubeRuns:
     """All qubes that a plan takes; what becomes of them is put into their reports, in `report`."""
 
     def __init__(self, planned: Planned, report: Report) -> None:
-        self._by_key = {}
+        self._by_key: dict[str, QubeRun] = {}
+        self._by_dispvm: dict[str | None, list[QubeRun]] = {}
         for qube, its_report in zip(planned.plan.qubes, report.qubes, strict=False):
             if qube.decision == "take":
                 set_up = planned.set_ups.get(qube.key)
                 definition = None if set_up is None else set_up.definition
                 source = planned.sources[qube.key]
-                self._by_key[qube.key] = QubeRun(qube, its_report, source, set_up, definition)
+                run = QubeRun(qube, its_report, source, set_up, definition)
+                self._by_key[qube.key] = run
+                self._by_dispvm.setdefault(run.default_dispvm_key, []).append(run)
 
     def __iter__(self) -> Iterator[QubeRun]:
         return iter(self._by_key.values())
@@ -170,7 +173,7 @@ class QubeRuns:
 
     def waiting_for_dispvm(self, dispvm: QubeRun) -> list[QubeRun]:
         """The restored qubes that are to have `dispvm`, finished just now, as their default_dispvm."""
-        return [qube for qube in self if qube.default_dispvm_key == dispvm.key and qube.report.succeeded]
+        return [qube for qube in self._by_dispvm.get(dispvm.key, ()) if qube.report.succeeded]
 
 
 def without_dispvm(dispvm: QubeRun) -> str:

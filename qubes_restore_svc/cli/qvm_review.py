@@ -16,10 +16,9 @@ import sys
 import termios
 from dataclasses import dataclass
 
-from qubes_restore_svc.cli.progress import Display
+from qubes_restore_svc.cli.displays import Display
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments
-from qubes_restore_svc.cli.qvm_plan_table import names_with, plan_table, settings_left_behind, takes_dom0_home
-from qubes_restore_svc.cli.tables import listed
+from qubes_restore_svc.cli.tables import listed, names_with, plan_table, settings_left_behind, takes_dom0_home
 from qubes_restore_svc.cli.terminal import QuietStream, print_result, say, say_wrapped, width_of
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire.restore_call import Plan, Problem

@@ -12,11 +12,10 @@ from typing import Never
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
+from qubes_restore_svc.cli.displays import make_display, with_clock
 from qubes_restore_svc.cli.inputs import archive_size, check_target, open_archive, read_passphrase
 from qubes_restore_svc.cli.process import Interruption, carry_out
-from qubes_restore_svc.cli.progress import make_display, with_clock
-from qubes_restore_svc.cli.reports import check_report_path
-from qubes_restore_svc.cli.results import keep_report, show_report
+from qubes_restore_svc.cli.reports import check_report_path, keep_report, show_report
 from qubes_restore_svc.cli.tables import manifest_table
 from qubes_restore_svc.cli.terminal import print_result, say_wrapped
 from qubes_restore_svc.errors import ExitStatus, RestoreError

@@ -10,8 +10,6 @@ opened when that is through. After an error, or a report, the call is over.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Protocol, Self
 
 from qubes_restore_svc.client.sync import BlockingRestoreCall
 from qubes_restore_svc.client.transports import system_transport
@@ -19,42 +17,11 @@ from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import Observer, Report
 
-
-class RestoreCall(Protocol):
-    """A call, not open before it is entered: `client.sync.BlockingRestoreCall`."""
-
-    @property
-    def plan(self) -> c.Plan:
-        """The last plan."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Connect, open, wait for the plan."""
-        ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the call, whatever state it is in."""
-        ...
-
-    def choose(self, choice: c.Choice) -> c.Plan:
-        """Another plan."""
-        ...
-
-    def confirm(self) -> Report:
-        """Carry out the last plan."""
-        ...
-
-    def cancel(self) -> None:
-        """Stop, in any state, from any thread, also before it is entered; returns at once."""
-        ...
+#: Makes a call, which is not open before it is entered.
+OpenCall = Callable[[c.OpenBackup, Observer], BlockingRestoreCall]
 
 
-OpenCall = Callable[[c.OpenBackup, Observer], RestoreCall]
-
-
-def call_dom0(request: c.OpenBackup, observer: Observer) -> RestoreCall:
+def call_dom0(request: c.OpenBackup, observer: Observer) -> BlockingRestoreCall:
     """A call to the broker of this system, over qrexec or, in dom0, with a child process."""
     return BlockingRestoreCall(system_transport(), request, observer)
 
@@ -70,7 +37,7 @@ class KeptCall:
         self._open_call = open_call
         self._observer = observer
         self._lock = threading.Lock()  # of the three that follow; held for moments only
-        self._call: RestoreCall | None = None
+        self._call: BlockingRestoreCall | None = None
         self._working = False
         self._cancelled = False
         self._opened: c.OpenBackup | None = None  # what the call was opened with, but for the choice
@@ -151,7 +118,7 @@ class KeptCall:
         if call is not None:
             _close(call)
 
-    def _detach(self) -> RestoreCall | None:
+    def _detach(self) -> BlockingRestoreCall | None:
         with self._lock:
             call, self._call = self._call, None
         self._opened = self._choice = None
@@ -192,11 +159,11 @@ class KeptCall:
             _close_in_background(call)
 
 
-def _close(call: RestoreCall) -> None:
+def _close(call: BlockingRestoreCall) -> None:
     call.__exit__(None, None, None)
 
 
-def _close_in_background(call: RestoreCall) -> None:
+def _close_in_background(call: BlockingRestoreCall) -> None:
     if not threading.main_thread().is_alive():  # no thread outlives it, so at the very end it is done here
         _close(call)
         return

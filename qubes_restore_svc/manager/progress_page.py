@@ -2,7 +2,7 @@
 
 Strategy: a widget of its own, which needs neither the wizard nor Qubes Manager. It is fed by the signals of a
 `ProgressFeed`, which may be told things in any thread: Qt queues the signals to the thread of the page. The
-page keeps no state but what it shows and the arithmetic of `progress.py`. All texts are plain text.
+page keeps no state but what it shows and the arithmetic of `PlanProgress`. All texts are plain text.
 """
 
 import enum
@@ -15,17 +15,16 @@ from PyQt6.QtWidgets import QHBoxLayout, QLabel, QProgressBar, QPushButton, QSiz
 from qubes_restore_svc.cli.tables import duration_text
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.manager import wording
-from qubes_restore_svc.manager.colours import text_colours
-from qubes_restore_svc.manager.progress import Progress
-from qubes_restore_svc.manager.qube_table import QubeTable
+from qubes_restore_svc.manager.events import PlanProgress, RestoreListener
+from qubes_restore_svc.manager.qube_table import QubeTable, text_colours
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import QubeReport, Report
 
 _STEPS = 1000  # of the bar
 
 
-class ProgressFeed(QObject):
-    """A RestoreListener that turns what it is told into signals, from whatever thread it is told."""
+class ProgressFeed(QObject, RestoreListener):
+    """Turns what it is told into signals, from whatever thread it is told."""
 
     begun = pyqtSignal(object)
     moved = pyqtSignal(object, object)  # not int: a Qt int ends at 2 GiB
@@ -78,7 +77,7 @@ class ProgressPage(QWidget):
         self._succeeded = self._cancelled = self._any_done = False
         self._was_asked_to = False  # cancel
         self._mode = "restore"
-        self._progress = Progress(None)
+        self._progress = PlanProgress(None)
         self._began = time.monotonic()
         self._set_up()
         self._clock = QTimer(self)
@@ -99,7 +98,7 @@ class ProgressPage(QWidget):
     # --- What is told ---
 
     def _on_begun(self, plan: c.Plan) -> None:
-        self._mode, self._progress, self._began = plan.mode, Progress(plan), time.monotonic()
+        self._mode, self._progress, self._began = plan.mode, PlanProgress(plan), time.monotonic()
         self.table.begin(plan)
         if self._state is _State.CANCELLING:  # the person was faster
             self._show_cancelling()

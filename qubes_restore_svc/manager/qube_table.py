@@ -5,9 +5,10 @@ stands, and the same table is the result at the end. All cells are plain text.
 """
 
 import enum
+from dataclasses import dataclass
 
 from PyQt6.QtCore import QEvent, QModelIndex, QSize, Qt
-from PyQt6.QtGui import QPainter, QResizeEvent
+from PyQt6.QtGui import QColor, QPainter, QPalette, QResizeEvent
 from PyQt6.QtWidgets import (
     QAbstractItemView,
     QHeaderView,
@@ -19,7 +20,6 @@ from PyQt6.QtWidgets import (
     QWidget,
 )
 
-from qubes_restore_svc.manager.colours import text_colours
 from qubes_restore_svc.manager.wording import Outcome, volume_text
 from qubes_restore_svc.wire import restore_call as c
 
@@ -193,3 +193,26 @@ def _cell() -> QTableWidgetItem:
     item.setTextAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignTop)
     item.setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable)
     return item
+
+
+# --- Colours ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TextColours:
+    """Colours of text on the background of windows and lists, light or dark.
+
+    Each has a contrast of at least 4.5 to 1 (WCAG 2.1, 1.4.3) to that background in the usual palettes. A
+    colour never says anything alone.
+    """
+
+    good: QColor
+    bad: QColor
+    quiet: QColor
+
+
+def text_colours(palette: QPalette) -> TextColours:
+    """The colours for this palette."""
+    if palette.color(QPalette.ColorRole.Base).lightness() < 128:
+        return TextColours(good=QColor("#7bd88f"), bad=QColor("#ff9d94"), quiet=QColor("#b4b8be"))
+    return TextColours(good=QColor("#14692c"), bad=QColor("#a81d14"), quiet=QColor("#55595f"))

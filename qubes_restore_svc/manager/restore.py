@@ -25,7 +25,7 @@ from typing import Literal, Protocol, Self
 
 from qubesadmin import exc
 
-from qubes_restore_svc.cli.qvm_plan_table import plan_table
+from qubes_restore_svc.cli.tables import plan_table
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
 from qubes_restore_svc.manager import entries, wording
 from qubes_restore_svc.manager.call import KeptCall, OpenCall, call_dom0

@@ -18,9 +18,9 @@ from qubesmanager import backup_utils
 from qubesmanager import restore as stock
 
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.manager import patient
-from qubes_restore_svc.manager.colours import text_colours
+from qubes_restore_svc.manager import qt_restore
 from qubes_restore_svc.manager.progress_page import ProgressPage
+from qubes_restore_svc.manager.qube_table import text_colours
 
 TITLE = "Restore Backup (isolated)"
 
@@ -47,7 +47,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
     """The wizard."""
 
     def __init__(self, qt_app: QApplication, qubes_app: QubesBase, parent: QWidget | None = None) -> None:
-        stock.restore = patient
+        stock.restore = qt_restore
         super().__init__(qt_app, qubes_app, parent)
         self._closing = False
         self._question: QMessageBox | None = None
@@ -80,7 +80,9 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
 
     def current_page_changed(self, page_id: int) -> None:
         """Called by the stock dialog for each page that shows."""
-        if self.currentPage() is self.commit_page and isinstance(self.backup_restore, patient.BackupRestore):
+        if self.currentPage() is self.commit_page and isinstance(
+            self.backup_restore, qt_restore.BackupRestore
+        ):
             self.backup_restore.listener = self.progress_page.feed
         try:
             super().current_page_changed(page_id)

@@ -7,7 +7,7 @@ import pytest
 from pydantic import SecretStr
 
 from qubes_restore_svc.cli import qvm_request
-from qubes_restore_svc.cli.progress import QuietDisplay
+from qubes_restore_svc.cli.displays import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
 from qubes_restore_svc.cli.qvm_request import check_way, restore_request, way_to_dom0
 from qubes_restore_svc.cli.qvm_restore import called

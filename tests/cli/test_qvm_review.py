@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from qubes_restore_svc.cli import qvm_review
-from qubes_restore_svc.cli.progress import QuietDisplay
+from qubes_restore_svc.cli.displays import QuietDisplay
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.errors import Cancelled, MissingDependency, QubeExists, RestoreError, UsageError

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from qubes_restore_svc.client.sync import BlockingRestoreCall
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import RefusedQube, VolumeInfo
@@ -119,8 +120,8 @@ class Script:
         )
 
 
-class ScriptedCall:
-    """One call."""
+class ScriptedCall(BlockingRestoreCall):
+    """One call, which has neither a transport nor a thread."""
 
     def __init__(self, script: Script, request: c.OpenBackup, observer: Observer) -> None:
         self.observer = observer

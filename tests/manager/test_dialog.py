@@ -21,7 +21,7 @@ from PyQt6.QtCore import QEvent, QPointF, Qt, QTimer  # isort: skip
 from PyQt6.QtGui import QKeyEvent, QMouseEvent  # isort: skip
 from PyQt6.QtWidgets import QApplication, QProgressDialog, QPushButton  # isort: skip
 
-from qubes_restore_svc.manager import patient  # isort: skip
+from qubes_restore_svc.manager import qt_restore  # isort: skip
 from qubes_restore_svc.manager.restore import BackupRestore  # isort: skip
 from tests.manager.dialog import RestoreDialog  # isort: skip
 
@@ -159,7 +159,7 @@ def test_percents_arrive_while_the_window_lives() -> None:
 
 def test_an_opening_can_be_waited_for_and_cancelled() -> None:
     script = Script(QUBES, hold_opening=True)
-    shown = dialog(script, patient.BackupRestore)
+    shown = dialog(script, qt_restore.BackupRestore)
     texts: list[str] = []
 
     def press_cancel() -> None:
@@ -196,7 +196,7 @@ def press(button: QPushButton) -> None:
 
 
 def test_what_is_pressed_before_the_waiting_shows_does_not_reach_the_page_below() -> None:
-    shown = dialog(Script(QUBES, hold_opening=True), patient.BackupRestore)
+    shown = dialog(Script(QUBES, hold_opening=True), qt_restore.BackupRestore)
     pressed: list[str] = []
     below = QPushButton("Next")
     below.clicked.connect(lambda: pressed.append("below"))
@@ -224,7 +224,7 @@ def test_what_is_pressed_before_the_waiting_shows_does_not_reach_the_page_below(
 
 def test_a_patient_adapter_brings_what_the_other_brings() -> None:
     script = Script(QUBES, steps=[finish("work")])
-    shown = dialog(script, patient.BackupRestore)
+    shown = dialog(script, qt_restore.BackupRestore)
     assert shown.select()
     assert shown.confirm("work")
     shown.commit()
@@ -234,7 +234,7 @@ def test_a_patient_adapter_brings_what_the_other_brings() -> None:
 
 
 def test_a_patient_adapter_raises_what_the_other_raises() -> None:
-    shown = dialog(Script(QUBES, refusal=WrongPassphrase("no")), patient.BackupRestore)
+    shown = dialog(Script(QUBES, refusal=WrongPassphrase("no")), qt_restore.BackupRestore)
     assert not shown.select()
     assert shown.problems[0].startswith("No. Check")
     shown.close()

@@ -10,8 +10,8 @@ from PyQt6.QtGui import QColor, QPalette  # isort: skip
 from PyQt6.QtWidgets import QLabel  # isort: skip
 
 from qubes_restore_svc.errors import AuthenticationFailed, Cancelled, HostFailed, RestoreError
-from qubes_restore_svc.manager.colours import text_colours
 from qubes_restore_svc.manager.progress_page import ProgressPage
+from qubes_restore_svc.manager.qube_table import text_colours
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qubes_restore_svc.cli.qvm_plan_table import (
+from qubes_restore_svc.cli.tables import (
     names_with,
     plan_table,
     settings_left_behind,

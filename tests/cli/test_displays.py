@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from qubes_restore_svc.cli import progress
-from qubes_restore_svc.cli.progress import (
+from qubes_restore_svc.cli import displays
+from qubes_restore_svc.cli.displays import (
     BarDisplay,
     LineDisplay,
     QuietDisplay,
@@ -84,7 +84,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     display.progress(5, 5)
     display.qube_finished(QubeReport(name="work", klass="AppVM", outcome="verified"))
     assert capsys.readouterr().err == "warning: look out\nwork: verified\n"
-    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0)
+    monkeypatch.setattr(displays, "LINE_INTERVAL_S", 0)
     display.progress(5 * MIB, 5)
     assert capsys.readouterr().err.startswith("5.0 MiB")
 
@@ -127,7 +127,7 @@ def test_nobody_who_listens_does_no_harm(
     kind: type[LineDisplay], broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Broken() if broken else None)
-    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0)
+    monkeypatch.setattr(displays, "LINE_INTERVAL_S", 0)
     display = kind(CHUNK, verbose=True)
     display.volume_started("work", "private", MIB)
     display.log("warning", "look out")
@@ -140,8 +140,8 @@ async def test_the_clock_goes_on_while_nothing_is_heard(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(progress, "_TICK_S", 0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(displays, "_TICK_S", 0)
+    monkeypatch.setattr(displays, "time", SimpleNamespace(monotonic=lambda: now))
     display = BarDisplay(CHUNK, verbose=False)
 
     async def work() -> str:
@@ -171,7 +171,7 @@ def test_while_somebody_else_has_the_screen_nothing_is_drawn_and_no_time_passes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(displays, "time", SimpleNamespace(monotonic=lambda: now))
     display = BarDisplay(CHUNK, verbose=False)
     display.progress(CHUNK // 2, 0)
     now += 5
