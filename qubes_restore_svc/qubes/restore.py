@@ -24,7 +24,7 @@ from qubes_restore_svc.qubes.storage import Location
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.waiting import ask
 from qubes_restore_svc.wire.report import Observer, Report
-from qubes_restore_svc.wire.restore_call import Choice, Plan
+from qubes_restore_svc.wire.restore_call import Choice, Mode, OpenBackup, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +42,12 @@ class Places:
 PLACES = Places()
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What was asked for instead of what the configuration says; `memory` in MiB."""
-
-    template: str | None = None
-    memory: int | None = None
-    vcpus: int | None = None
-    pool: str | None = None
-    ignore_size_limit: bool = False
+#: What a mode is called while it goes on.
+ACTIVITIES: dict[Mode, Activity] = {
+    "restore": "restoring",
+    "verify": "verifying",
+    "list": "listing a backup",
+}
 
 
 class Dom0Link(Link, Protocol):
@@ -136,35 +133,34 @@ class Dom0Restore:
 
 def dom0_restore(
     location: Location,
-    wishes: Wishes,
+    request: OpenBackup,
     places: Places = PLACES,
     config: Config | None = None,
     *,
     client: str = "dom0",
-    activity: Activity = "restoring",
 ) -> Dom0Restore:
-    """The restore from `location` on the Qubes system whose dom0 this is.
+    """The restore from `location` on the Qubes system whose dom0 this is; `request` says how it is to be.
 
-    `config` None: as it stands in its file. `client` is the domain that asks, `activity` what for: both are
-    told to whoever comes meanwhile. Raises RestoreError, BadConfiguration among them.
+    `config` None: as it stands in its file. `client` is the domain that asks: it is told, with what it asks
+    for, to whoever comes meanwhile. Raises RestoreError, BadConfiguration among them.
     """
     config = load_config(places.config) if config is None else config
-    check_options(config.limits, ignore_size_limit=wishes.ignore_size_limit)
+    check_options(config.limits, ignore_size_limit=request.ignore_size_limit)
     system = QubesSystem.connect()
     link = QrexecLink(
         system,
         location,
-        template=wishes.template or config.worker.template,
-        memory=wishes.memory or config.worker.memory,
-        vcpus=wishes.vcpus or config.worker.vcpus,
+        template=request.worker.template or config.worker.template,
+        memory=request.worker.memory or config.worker.memory,
+        vcpus=request.worker.vcpus or config.worker.vcpus,
         ready_timeout_s=config.worker.start_timeout,
         lock_path=places.worker_lock,
         client=client,
-        activity=activity,
+        activity=ACTIVITIES[request.mode],
     )
     host = QubesHost(
         system,
-        pool=wishes.pool or config.restore.pool,
+        pool=request.pool or config.restore.pool,
         home=places.home or dom0_home(dom0_user()),
         lock_path=places.restore_lock,
         stock_lock_path=places.stock_lock,

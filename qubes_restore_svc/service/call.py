@@ -30,8 +30,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.qubes.config import Config, load_config
 from qubes_restore_svc.qubes.grants import DOM0, Rights
-from qubes_restore_svc.qubes.locks import Activity
-from qubes_restore_svc.qubes.restore import PLACES, Dom0Restore, Places, Wishes, dom0_restore
+from qubes_restore_svc.qubes.restore import PLACES, Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.service.conversation import Conversation, Final
 from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
@@ -40,12 +39,6 @@ from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE
 from qubes_restore_svc.wire.service import HANDED_OVER
-
-_ACTIVITIES: dict[c.Mode, Activity] = {
-    "restore": "restoring",
-    "verify": "verifying",
-    "list": "listing a backup",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +63,12 @@ class Assemble(Protocol):
     def __call__(
         self,
         location: Location,
-        wishes: Wishes,
+        request: c.OpenBackup,
         places: Places,
         config: Config,
         /,
         *,
         client: str,
-        activity: Activity,
     ) -> Dom0Restore:
         """Raises RestoreError."""
         ...
@@ -144,11 +136,10 @@ class Call:
             self._note(f"{request.mode} of a backup in {request.location.qube or self._caller}")
             restore = self._assemble(
                 location,
-                _wishes(request),
+                request,
                 self._places,
                 config,
                 client=self._caller,
-                activity=_ACTIVITIES[request.mode],
             )
             restore = replace(restore, note=self._note)
             await restore.check()
@@ -276,16 +267,6 @@ def _excess(restore: Dom0Restore, plan: c.Plan) -> RestoreError | None:
 
 
 # --- What was asked for, as the broker has it ---------------------------------------------------------
-
-
-def _wishes(request: c.OpenBackup) -> Wishes:
-    return Wishes(
-        template=request.worker.template,
-        memory=request.worker.memory,
-        vcpus=request.worker.vcpus,
-        pool=request.pool,
-        ignore_size_limit=request.ignore_size_limit,
-    )
 
 
 def _session_options(request: c.OpenBackup) -> SessionOptions:

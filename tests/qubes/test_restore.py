@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
 from qubes_restore_svc.qubes import restore as dom0
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.link import QrexecLink
-from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes, dom0_restore
+from qubes_restore_svc.qubes.restore import Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.wire.location import QubePath
+from qubes_restore_svc.wire.restore_call import BackupLocation, Mode, OpenBackup, WorkerWishes
 from tests.cli.plans import plan, source, taken
 from tests.emulation.qubesd import Qubesd
 
@@ -70,8 +72,13 @@ def made(qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch) -> Made:
     return Made(monkeypatch)
 
 
-def parts(places: Places, wishes: Wishes = Wishes(), location: Location = Dom0File(5)) -> Dom0Restore:  # noqa: B008 - both are frozen
-    return dom0_restore(location, wishes, places)
+def asked(mode: Mode = "restore", **fields: object) -> OpenBackup:
+    request = {"mode": mode, "location": BackupLocation(text="b"), "passphrase": SecretStr(""), **fields}
+    return OpenBackup.model_validate(request)
+
+
+def parts(places: Places, request: OpenBackup | None = None, location: Location | None = None) -> Dom0Restore:
+    return dom0_restore(location or Dom0File(5), request or asked(), places)
 
 
 def configure(places: Places, text: str) -> None:
@@ -116,7 +123,7 @@ def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
 
 def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
     configure(places, CONFIG)
-    parts(places, Wishes("mine", 9000, 8, "vault"))
+    parts(places, asked(worker=WorkerWishes(template="mine", memory=9000, vcpus=8), pool="vault"))
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
     assert made.host["pool"] == "vault"
 
@@ -143,25 +150,35 @@ def test_dom0_has_the_last_word_on_a_stalled_backup_and_a_qube_can_only_shorten_
 
 
 def test_what_it_is_for_is_told_to_whoever_comes_meanwhile(places: Places, made: Made) -> None:
-    dom0_restore(Dom0File(5), Wishes(), places, activity="verifying")
+    dom0_restore(Dom0File(5), asked("verify"), places)
     assert made.link["activity"] == "verifying"
 
 
 @pytest.mark.parametrize(
-    ("wishes", "qube", "error", "reason"),
+    ("opened", "qube", "error", "reason"),
     [
-        (Wishes(template="nowhere"), None, UsageError, "there is no qube nowhere"),
-        (Wishes(template=NETVM), None, UsageError, f"no disposables can be made from {NETVM}"),
-        (Wishes(pool="nowhere"), None, HostFailed, "there is no storage pool 'nowhere'"),
-        (Wishes(), "nowhere", UsageError, "there is no qube nowhere"),
+        (asked(worker=WorkerWishes(template="nowhere")), None, UsageError, "there is no qube nowhere"),
+        (
+            asked(worker=WorkerWishes(template=NETVM)),
+            None,
+            UsageError,
+            f"no disposables can be made from {NETVM}",
+        ),
+        (asked(pool="nowhere"), None, HostFailed, "there is no storage pool 'nowhere'"),
+        (asked(), "nowhere", UsageError, "there is no qube nowhere"),
     ],
 )
 def test_what_is_not_here_is_found_out_early(
-    wishes: Wishes, qube: str | None, error: type[RestoreError], reason: str, places: Places, qubesd: Qubesd
+    opened: OpenBackup,
+    qube: str | None,
+    error: type[RestoreError],
+    reason: str,
+    places: Places,
+    qubesd: Qubesd,
 ) -> None:
     with open(os.devnull) as nothing, pytest.raises(error, match=reason):
         location = Dom0File(nothing.fileno()) if qube is None else QubePath(qube, "b")
-        asyncio.run(parts(places, wishes, location).check())
+        asyncio.run(parts(places, opened, location).check())
 
 
 def test_a_template_without_the_worker_is_found_out_early(places: Places, qubesd: Qubesd) -> None:
@@ -176,7 +193,7 @@ def test_a_mistake_in_the_configuration_and_a_limit_that_an_option_would_void(pl
         parts(places)
     configure(places, "limits: {volume_size: 5}")
     with pytest.raises(UsageError, match="--ignore-size-limit is not possible"):
-        parts(places, Wishes(ignore_size_limit=True))
+        parts(places, asked(ignore_size_limit=True))
 
 
 def test_where_there_is_no_qubes_it_is_said(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ from qubes_restore_svc.local.directory_qube import DirectoryQube
 from qubes_restore_svc.qubes.config import Config
 from qubes_restore_svc.qubes.grants import check_options
 from qubes_restore_svc.qubes.locks import RESTORE, WORKER, Activity, GuardedLock
-from qubes_restore_svc.qubes.restore import Dom0Restore, Places, Wishes
+from qubes_restore_svc.qubes.restore import ACTIVITIES, Dom0Restore, Places
 from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.wire.location import QubePath
+from qubes_restore_svc.wire.restore_call import OpenBackup
 from tests.support.thread_link import ThreadLink
 
 #: All qubes that there are, and the only storage pool.
@@ -51,7 +52,7 @@ class Parts:
     check: asyncio.Event = field(default_factory=asyncio.Event)
     begin: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)  #: a qube was about to begin
-    made: list[tuple[Location, Wishes, str, Activity]] = field(default_factory=list)
+    made: list[tuple[Location, OpenBackup, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.check.set()
@@ -64,17 +65,16 @@ class Parts:
     def __call__(
         self,
         location: Location,
-        wishes: Wishes,
+        request: OpenBackup,
         where: Places,
         config: Config,
         *,
         client: str,
-        activity: Activity,
     ) -> Dom0Restore:
-        check_options(config.limits, ignore_size_limit=wishes.ignore_size_limit)
-        self.made.append((location, wishes, client, activity))
-        link = _Link(self, location, where, client, activity)
-        return Dom0Restore(link, _Host(self, where, wishes.pool, client), config, client)
+        check_options(config.limits, ignore_size_limit=request.ignore_size_limit)
+        self.made.append((location, request, client))
+        link = _Link(self, location, where, client, ACTIVITIES[request.mode])
+        return Dom0Restore(link, _Host(self, where, request.pool, client), config, client)
 
 
 class _Link(ThreadLink):

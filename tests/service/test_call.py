@@ -60,7 +60,7 @@ async def test_what_is_restored_for_somebody_is_kept_and_noted_for_somebody(bed:
     assert [report["status"] for report in bed.reports] == [0]
     assert "restore: begun for sys-gui" in (bed.folder / "log").read_text()
     assert bed.notes == ["restore of a backup in sys-gui", "ended: status 0"]
-    assert bed.parts.made[0][2:] == (CALLER, "restoring")
+    assert bed.parts.made[0][2] == CALLER
 
 
 @pytest.mark.parametrize("service", [START, VERIFY])
@@ -74,7 +74,7 @@ async def test_a_verification(bed: Bed, service: str) -> None:
     assert (report.status, report.mode) == (0, "verify")
     assert all(qube.outcome == "verified" for qube in report.qubes)
     assert not bed.parts.target.exists()
-    assert bed.parts.made[0][3] == "verifying"
+    assert bed.parts.made[0][1].mode == "verify"
 
 
 @pytest.mark.parametrize("service", [START, VERIFY, LIST])
@@ -217,11 +217,15 @@ async def test_what_is_wished_for_and_granted_is_passed_on(bed: Bed) -> None:
             else:
                 plan = await client.plan()
                 assert plan.archive_size == (None if expected else bed.backup.stat().st_size)
-        found, wished, _, activity = bed.parts.made[-1]
+        found, wished, _ = bed.parts.made[-1]
         assert found == expected or (expected is None and isinstance(found, Dom0File))
-        assert (wished.template, wished.memory, wished.vcpus, wished.pool) == ("mine", 9000, 8, POOL)
-        assert wished.ignore_size_limit
-        assert activity == "listing a backup"
+        assert (wished.worker.template, wished.worker.memory, wished.worker.vcpus, wished.pool) == (
+            "mine",
+            9000,
+            8,
+            POOL,
+        )
+        assert wished.ignore_size_limit and wished.mode == "list"
 
 
 async def test_dom0_itself_may_do_everything(bed: Bed) -> None:
