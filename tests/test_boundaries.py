@@ -299,9 +299,9 @@ _FORBIDDEN_AT_RUN_TIME = (
     f"{PACKAGE}.archive", f"{PACKAGE}.worker", "cryptography", "defusedxml", "xml", "lxml", "zstandard",
     "isal", "tarfile", "gzip", "multiprocessing", "pickle", "compression", "xmlrpc", "plistlib",
 )  # fmt: skip
-#: pydantic loads its plugins with importlib.metadata, which imports zipfile, and that shutil, and that every
-#: decompressor. So these may be in memory, as long as it was not us who asked.
-_ONLY_THROUGH_PYDANTIC = ("zlib", "bz2", "lzma", "zipfile", "shutil", "tempfile")
+#: pydantic loads its plugins with importlib.metadata, and tqdm asks it for its version. That imports zipfile,
+#: and that shutil, and that every decompressor. So these may be in memory, if it was not us who asked.
+_ONLY_THROUGH_LIBRARIES = ("zlib", "bz2", "lzma", "zipfile", "shutil", "tempfile")
 
 _SPY = """
 import json, sys
@@ -345,7 +345,7 @@ def run_time_violations(loaded: dict[str, str]) -> list[str]:
     for name, asker in loaded.items():
         if any(name == bad or name.startswith(f"{bad}.") for bad in _FORBIDDEN_AT_RUN_TIME):
             found.append(f"{name}, asked for by {asker}")
-        if name in _ONLY_THROUGH_PYDANTIC and asker.split(".")[0] != "pydantic":
+        if name in _ONLY_THROUGH_LIBRARIES and asker.split(".")[0] not in ("pydantic", "tqdm"):
             found.append(f"{name}, asked for by {asker}")
     return found
 
