@@ -19,7 +19,7 @@ from qubes_restore_svc.qubes import qube as qubes_qube
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import IN_PROGRESS_TAG, UNFINISHED_TAG
-from qubes_restore_svc.wire.messages import DeviceInfo, FirewallRule, ManifestQube
+from qubes_restore_svc.wire.messages import DeviceInfo, FirewallRule, ManifestQube, QubeSettings
 from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd
 from tests.qubes.qubes_bed import (
@@ -46,13 +46,15 @@ def write_volume(qube: QubeTransaction) -> None:
     sink.finish(IMAGE_SIZE)
 
 
-def restore(host: QubesHost, name: str = "work", wanted: Definition | None = None) -> tuple[str, ...]:
+def restore(
+    host: QubesHost, wanted: Definition | None = None, given: QubeSettings | None = None
+) -> tuple[str, ...]:
     """A whole qube, as a broker does it; brings the remarks."""
     wanted = wanted or definition()
-    qube = host.begin(new_qube(name, wanted=wanted))
+    qube = host.begin(new_qube(wanted=wanted))
     try:
         write_volume(qube)
-        return tuple(qube.commit(settings(), wanted))
+        return tuple(qube.commit(given or settings(), wanted))
     except HostFailed:
         qube.rollback()
         raise
@@ -110,18 +112,16 @@ def test_settings_are_applied(host: QubesHost, qubesd: Qubesd) -> None:
         tags=("audio",),
         devices=(DeviceInfo(bus="block", backend="dom0", port="sdb"),),
     )
+    given = settings(
+        firewall=(
+            FirewallRule(action="accept", proto="tcp", dsthost="example.org", dstports="443"),
+            FirewallRule(action="drop", comment="the rest"),
+        ),
+        notes="naïve\nnotes",
+        appmenus=("firefox.desktop", "with space.desktop", "org.gnome.Nautilus.desktop"),
+    )
     with host.lock():
-        qube = host.begin(new_qube(wanted=wanted))
-        write_volume(qube)
-        given = settings(
-            firewall=(
-                FirewallRule(action="accept", proto="tcp", dsthost="example.org", dstports="443"),
-                FirewallRule(action="drop", comment="the rest"),
-            ),
-            notes="naïve\nnotes",
-            appmenus=("firefox.desktop", "with space.desktop", "org.gnome.Nautilus.desktop"),
-        )
-        remarks = qube.commit(given, wanted)
+        remarks = restore(host, wanted, given)
     made = qubesd.system.domains["work"]
     assert remarks == ("1 menu entries have names that no menu can hold",)
     assert (made.properties["memory"], made.properties["vcpus"], made.properties["netvm"]) == (600, 4, NETVM)
@@ -262,9 +262,7 @@ def test_each_setting_that_cannot_be_set_is_a_remark_and_no_failure(host: QubesH
     qubesd.fail("admin.vm.tag.Set+created-by-me", "", times=None)
     qubesd.fail("admin.vm.tag.Set+restored-from*", times=None)
     with host.lock():
-        qube = host.begin(new_qube(wanted=wanted))
-        write_volume(qube)
-        remarks = qube.commit(settings(notes="x", appmenus=("a.desktop",)), wanted)
+        remarks = restore(host, wanted, settings(notes="x", appmenus=("a.desktop",)))
     told = "\n".join(remarks)
     for what in ("kernel", "no_such", "bad+name", "tag created-by-me", "notes failed: no room", "menu-items",
                  "no such qube", "default_dispvm", "restored-from-backup"):  # fmt: skip
@@ -303,12 +301,9 @@ BAD_RULES = [
 def test_a_rule_that_qubesd_refuses_closes_the_whole_firewall(
     host: QubesHost, qubesd: Qubesd, rule: FirewallRule
 ) -> None:
-    wanted = definition(netvm=NETVM)
+    rules = (FirewallRule(action="accept", dsthost="example.org"), rule, FirewallRule(action="accept"))
     with host.lock():
-        qube = host.begin(new_qube(wanted=wanted))
-        write_volume(qube)
-        rules = (FirewallRule(action="accept", dsthost="example.org"), rule, FirewallRule(action="accept"))
-        [remark] = qube.commit(settings(firewall=rules), wanted)
+        [remark] = restore(host, definition(netvm=NETVM), settings(firewall=rules))
     assert "its firewall lets nothing through" in remark and "qvm-firewall" in remark
     made = qubesd.system.domains["work"]
     assert made.firewall == ["action=drop"]
@@ -316,38 +311,30 @@ def test_a_rule_that_qubesd_refuses_closes_the_whole_firewall(
 
 
 def test_more_rules_than_qubesd_takes_close_the_firewall(host: QubesHost, qubesd: Qubesd) -> None:
+    rules = tuple(FirewallRule(action="accept", comment="x" * 200) for _ in range(400))
     with host.lock():
-        qube = host.begin(new_qube())
-        write_volume(qube)
-        rules = tuple(FirewallRule(action="accept", comment="x" * 200) for _ in range(400))
-        assert "lets nothing through" in qube.commit(settings(firewall=rules), definition())[0]
+        assert "lets nothing through" in restore(host, given=settings(firewall=rules))[0]
     assert qubesd.system.domains["work"].firewall == ["action=drop"]
 
 
 def test_a_firewall_without_rules_lets_nothing_through(host: QubesHost, qubesd: Qubesd) -> None:
     with host.lock():
-        qube = host.begin(new_qube())
-        write_volume(qube)
-        assert qube.commit(settings(firewall=()), definition()) == ()
+        assert restore(host, given=settings(firewall=())) == ()
     assert qubesd.system.domains["work"].firewall == ["action=drop"]
 
 
 def test_a_rule_for_all_of_ipv4_does_not_become_one_for_ipv6(host: QubesHost, qubesd: Qubesd) -> None:
     with host.lock():
-        qube = host.begin(new_qube())
-        write_volume(qube)
-        qube.commit(settings(firewall=(FirewallRule(action="accept", dst4="0.0.0.0/0"),)), definition())
+        restore(host, given=settings(firewall=(FirewallRule(action="accept", dst4="0.0.0.0/0"),)))
     [rule] = qubesd.system.domains["work"].firewall
     assert "0.0.0.0/0" in rule
 
 
 def test_without_a_firewall_there_is_no_network(host: QubesHost, qubesd: Qubesd) -> None:
     qubesd.fail("admin.vm.firewall.Set+", times=None)
-    wanted = definition(netvm=NETVM)
+    given = settings(firewall=(FirewallRule(action="drop"),))
     with host.lock():
-        qube = host.begin(new_qube(wanted=wanted))
-        write_volume(qube)
-        remarks = qube.commit(settings(firewall=(FirewallRule(action="drop"),)), wanted)
+        remarks = restore(host, definition(netvm=NETVM), given)
     assert remarks[-1] == "it has no netvm, because its firewall could not be set"
     assert qubesd.system.domains["work"].properties["netvm"] is None
 
@@ -603,13 +590,7 @@ FILES = settings(firewall=(FirewallRule(action="drop"),), notes="n", appmenus=("
 
 def restore_everything(host: QubesHost) -> None:
     with host.lock():
-        qube = host.begin(new_qube(wanted=EVERYTHING))
-        try:
-            write_volume(qube)
-            qube.commit(FILES, EVERYTHING)
-        except HostFailed:
-            qube.rollback()
-            raise
+        restore(host, EVERYTHING, FILES)
 
 
 def calls_of_a_restore(host: QubesHost, qubesd: Qubesd) -> int:
