@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Self
 
-from qubes_restore_svc.client.transports import Connection, Transport
+from qubes_restore_svc.client.transports import Streams, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import restore_call as c
@@ -50,10 +50,10 @@ class RestoreCall:
         self._transport = transport
         self._request = request
         self._observer: Observer = Observer() if observer is None else observer
-        self._wire = c.client_end()
+        self._connection = c.client_end()
         self._plan: c.Plan | None = None
         self._planned = asyncio.Event()
-        self._connection: Connection | None = None
+        self._streams: Streams | None = None
         self._listening: asyncio.Task[None] | None = None
         self._confirmed = False
         self._cancel_wanted = False
@@ -74,9 +74,9 @@ class RestoreCall:
         """
         opening = self._frame(self._request)
         try:
-            self._connection = await self._transport.connect(_SERVICES[self._request.mode])
-            self._connection.writer.write(opening)
-            self._listening = asyncio.create_task(self._listen(self._connection))
+            self._streams = await self._transport.connect(_SERVICES[self._request.mode])
+            self._streams.writer.write(opening)
+            self._listening = asyncio.create_task(self._listen(self._streams))
             if self._cancel_wanted:
                 self.request_cancel()
             await self._next_plan()
@@ -90,7 +90,7 @@ class RestoreCall:
 
     async def choose(self, choice: c.Choice) -> c.Plan:
         """Have another plan made, from this choice alone. Raises RestoreError; the call is over then."""
-        if self._wire.state is c.CallPhase.ENDING:
+        if self._connection.state is c.CallPhase.ENDING:
             await self.wait_ended()
         if self._is_over:
             raise self._why_over()
@@ -104,7 +104,7 @@ class RestoreCall:
         A task that is cancelled while it waits here cancels the restore, waits until dom0 says what came of
         it (`report`), CANCEL_TIMEOUT_S seconds at the most, and ends as cancelled.
         """
-        if self._wire.state is not c.CallPhase.ENDING and not self._is_over:
+        if self._connection.state is not c.CallPhase.ENDING and not self._is_over:
             self._send(c.Confirm(plan=self.plan.number))
             self._confirmed = True
         try:
@@ -125,9 +125,9 @@ class RestoreCall:
     def request_cancel(self) -> None:
         """The same, for who is in the event loop's thread and cannot await."""
         self._cancel_wanted = True
-        if self._is_over or not self._wire.may_come(Cancel):
+        if self._is_over or not self._connection.may_come(Cancel):
             return
-        running = self._wire.state is c.CallPhase.RUNNING
+        running = self._connection.state is c.CallPhase.RUNNING
         timeout_s = CANCEL_TIMEOUT_S if running else EARLY_CANCEL_TIMEOUT_S
         self._send(Cancel())
         self._impatience = asyncio.get_running_loop().call_later(timeout_s, self._give_up)
@@ -138,9 +138,9 @@ class RestoreCall:
 
     # --- Listening -------------------------------------------------------------------------------
 
-    async def _listen(self, connection: Connection) -> None:
+    async def _listen(self, streams: Streams) -> None:
         """Returns when all is said that was to be said; raises the error that ended the call."""
-        async with contextlib.aclosing(self._messages(connection)) as messages:
+        async with contextlib.aclosing(self._messages(streams)) as messages:
             async for message in messages:
                 match message:
                     case Log():
@@ -156,44 +156,44 @@ class RestoreCall:
                     case Report():
                         self.report = message
                         return
-                    case c.Plan() if self._wire.state is not c.CallPhase.ENDING:
+                    case c.Plan() if self._connection.state is not c.CallPhase.ENDING:
                         self._plan = message
                         self._planned.set()
-                        if self._wire.state is c.CallPhase.CLOSED:
+                        if self._connection.state is c.CallPhase.CLOSED:
                             return
-        raise await self._lost(connection)
+        raise await self._lost(streams)
 
-    async def _messages(self, connection: Connection) -> AsyncGenerator[c.BrokerAnswer, None]:
+    async def _messages(self, streams: Streams) -> AsyncGenerator[c.BrokerAnswer, None]:
         """What dom0 says, as far as it may be said now, until there is no more. Raises ProtocolViolation."""
         while True:
             try:
-                untrusted_data = await connection.reader.read(_READ_SIZE)
+                untrusted_data = await streams.reader.read(_READ_SIZE)
             except OSError:
                 return
             if not untrusted_data:
                 return
-            self._wire.receive(untrusted_data)
+            self._connection.receive(untrusted_data)
             while (message := self._next_message()) is not None:
                 yield message
 
     def _next_message(self) -> c.BrokerAnswer | None:
         try:
-            return self._wire.next_message()
+            return self._connection.next_message()
         except ProtocolViolation as error:
             raise ProtocolViolation(f"dom0 sent {error.reason}", advice=_VERSIONS) from error
 
-    async def _lost(self, connection: Connection) -> RestoreError:
+    async def _lost(self, streams: Streams) -> RestoreError:
         if self._gave_up and not self._confirmed:
             return Cancelled("it was cancelled", advice="dom0 may still be putting away what it had begun.")
         if self._gave_up:
             return HostFailed("it was cancelled, and dom0 did not say what came of it", advice=_WHERE_TO_LOOK)
-        fault = await connection.fault()
+        fault = await streams.fault()
         return fault or HostFailed("the call to dom0 ended without an answer", advice=_WHERE_TO_LOOK)
 
     def _give_up(self) -> None:
-        if self._connection is not None and not self._is_over:
+        if self._streams is not None and not self._is_over:
             self._gave_up = True
-            self._connection.writer.transport.abort()
+            self._streams.writer.transport.abort()
 
     # --- Waiting and saying ----------------------------------------------------------------------
 
@@ -208,13 +208,13 @@ class RestoreCall:
 
     def _send(self, message: c.ClientMessage) -> None:
         """Raises UsageError for what cannot be said now. If nobody reads it, the listener notices."""
-        assert self._connection is not None
-        self._connection.writer.write(self._frame(message))
+        assert self._streams is not None
+        self._streams.writer.write(self._frame(message))
 
     def _frame(self, message: c.ClientMessage) -> bytes:
-        in_time = self._wire.may_come(type(message))
+        in_time = self._connection.may_come(type(message))
         try:
-            return self._wire.send(message)
+            return self._connection.send(message)
         except ProtocolViolation as error:
             if in_time:
                 what, advice = "too much was asked for at once:", "Name fewer qubes."
@@ -254,5 +254,5 @@ class RestoreCall:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
-        if self._connection is not None:
-            await self._connection.close()
+        if self._streams is not None:
+            await self._streams.close()

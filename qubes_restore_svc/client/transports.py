@@ -1,6 +1,6 @@
 """How a call reaches dom0: through qrexec from a qube, as a child process in dom0 itself.
 
-Strategy: a transport connects to a service and gives a `Connection`, two streams and a word on why they
+Strategy: a transport connects to a service and gives `Streams`, two of them and a word on why they
 ended. Both ways start a program that carries the stream; only the meaning of its exit code differs, and how
 long it may take to end when the call is closed.
 
@@ -59,8 +59,8 @@ _TAIL_TIMEOUT_S = 2.0
 _KILL_TIMEOUT_S = 5.0
 
 
-class Connection(Protocol):
-    """A connected call. Whoever has it closes it."""
+class Streams(Protocol):
+    """The two ways of a connected call. Whoever has them closes them."""
 
     @property
     def reader(self) -> asyncio.StreamReader:
@@ -84,7 +84,7 @@ class Connection(Protocol):
 class Transport(Protocol):
     """A way to dom0."""
 
-    async def connect(self, service: str) -> Connection:
+    async def connect(self, service: str) -> Streams:
         """Call `service` (`restore.Start`); raises RestoreError. If it is cancelled, nothing is left."""
         ...
 
@@ -112,7 +112,7 @@ class QrexecTransport:
         self.program = program
         self._target = target
 
-    async def connect(self, service: str) -> Connection:
+    async def connect(self, service: str) -> Streams:
         """Raises HostFailed if there is no qrexec here. A refusal shows when the call ends."""
 
         def explain(exit_code: int, words: str) -> RestoreError:
@@ -129,7 +129,7 @@ class ProgramTransport:
         self._command = tuple(command)
         self._handed = handed
 
-    async def connect(self, service: str) -> Connection:
+    async def connect(self, service: str) -> Streams:
         """Raises HostFailed if the program cannot be started."""
         if self._command == SERVICE_PROGRAM and not _SERVICE_FILE.exists():
             raise HostFailed(
@@ -192,23 +192,23 @@ def _own_name() -> str:
 
 async def connect_to_program(
     command: Sequence[str], explain: Explain, patience_s: float, handed: Handed = NOTHING_HANDED
-) -> "ProcessConnection":
+) -> "ProgramStreams":
     """Start `command` and connect to it. Raises HostFailed; if it is cancelled, nothing is left.
 
     `patience_s`: seconds that it may take to end by itself when the call is closed. The descriptors that are
     handed over are named behind the words of `command` (`archive=5`); it inherits no others.
     """
-    connection = ProcessConnection(explain, patience_s)
+    streams = ProgramStreams(explain, patience_s)
     try:
-        await to_the_end(connection.start(command, handed))
+        await to_the_end(streams.start(command, handed))
     except BaseException:
-        await connection.close()
+        await streams.close()
         raise
-    return connection
+    return streams
 
 
-class ProcessConnection:
-    """A connection over a program's standard input and output; see `transports.Connection`."""
+class ProgramStreams:
+    """Those over a program's standard input and output."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter

@@ -42,7 +42,7 @@ class Conversation(Observer):
         self.ended: RestoreError | None = None  #: why the client, or a signal, ended it
         self._when_ended = when_ended
         self._hurries = hurries
-        self._wire = c.service_end()
+        self._connection = c.service_end()
         self._channel = Channel(read_fd, write_fd, self)
         self._answer: asyncio.Future[c.OpenBackup | c.Choose | c.Confirm] | None = None
         #: When the worker and the restore lock are let go, unless a plan was confirmed.
@@ -75,7 +75,7 @@ class Conversation(Observer):
         if self._channel.waiting + plan.max_size > 2 * MAX_WAITING:
             raise ProtocolViolation("the client asks for plans and reads none", advice=_VIOLATION_ADVICE)
         self._answer = asyncio.get_running_loop().create_future()
-        self._channel.send(self._wire.send(plan))
+        self._channel.send(self._connection.send(plan))
         loop = asyncio.get_running_loop()
         if self._confirm_by is None:
             self._confirm_by = loop.time() + PLAN_TIMEOUT_S
@@ -86,7 +86,7 @@ class Conversation(Observer):
 
     async def finish(self, final: Final) -> bool:
         """The last message; False if the client did not take it."""
-        return await self._channel.finish(self._wire.send(final), LAST_WORD_TIMEOUT_S)
+        return await self._channel.finish(self._connection.send(final), LAST_WORD_TIMEOUT_S)
 
     async def _answered(
         self, timeout_s: float | None, otherwise: str, told_s: float
@@ -102,9 +102,9 @@ class Conversation(Observer):
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:
         """How far it is, if the client still listens."""
-        if self._wire.may_come(Progress):
+        if self._connection.may_come(Progress):
             message = Progress(archive_bytes=archive_bytes, image_bytes=image_bytes)
-            self._channel.send_progress(self._wire.send(message))
+            self._channel.send_progress(self._connection.send(message))
 
     def log(self, level: str, text: str) -> None:
         """A line, if the client reads."""
@@ -121,8 +121,8 @@ class Conversation(Observer):
         self._tell(c.QubeFinished.of(report))
 
     def _tell(self, message: Message) -> None:
-        if self._wire.may_come(type(message)):
-            self._channel.send(self._wire.send(message), spare=True)
+        if self._connection.may_come(type(message)):
+            self._channel.send(self._connection.send(message), spare=True)
 
     # --- What comes in: a Listener ---------------------------------------------------------------------
 
@@ -130,9 +130,9 @@ class Conversation(Observer):
         """The client has said something. Once it has ended the call, nobody listens to it any more."""
         if self.ended is not None:
             return
-        self._wire.receive(untrusted_data)
+        self._connection.receive(untrusted_data)
         try:
-            while (message := self._wire.next_message()) is not None:
+            while (message := self._connection.next_message()) is not None:
                 if isinstance(message, Cancel):
                     self.end(Cancelled("it was cancelled", advice=""))
                 elif self._answer is not None and not self._answer.done():
@@ -146,6 +146,6 @@ class Conversation(Observer):
 
     def end(self, reason: RestoreError) -> None:
         """The client wants no more, or is to get no more, for this reason; the first one counts."""
-        if self.ended is None and self._wire.state is not c.CallPhase.CLOSED:
+        if self.ended is None and self._connection.state is not c.CallPhase.CLOSED:
             self.ended = reason
             self._when_ended()

@@ -143,7 +143,7 @@ class Bed:
     def phase(self) -> c.CallPhase:
         """Of the call that was made last, as dom0 sees it."""
         conversation = self._call._conversation
-        return c.CallPhase.IDLE if conversation is None else conversation._wire.state
+        return c.CallPhase.IDLE if conversation is None else conversation._connection.state
 
     @property
     def ended(self) -> bool:
