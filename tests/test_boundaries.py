@@ -38,7 +38,7 @@ OURS: dict[str, set[str]] = {
     "worker": {"worker", "archive", "kdf", "wire", "errors", "system_memory", "hardening"},
     "broker": {"broker", "wire", "errors", "waiting", "hardening"},
     "qubes": {"qubes", "broker", "wire", "errors", "owners", "waiting", "hardening", "report_file"},
-    "service": {"service", "qubes", "broker", "wire", "errors", "hardening"},
+    "service": {"service", "qubes", "wire", "errors", "hardening"},
     "client": {"client", "wire", "errors", "waiting", "hardening"},
     "cli": {"cli", "client", "wire", "errors", "hardening", "report_file", "__init__"},
     "local": {

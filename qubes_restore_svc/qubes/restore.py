@@ -1,19 +1,21 @@
 """What a restore is made of in dom0: the only place that knows all the parts.
 
-Strategy: one function from the configuration, the location and what was wished for to a `Dom0Restore`, which
-creates nothing until it runs. The command and the service both begin here.
+Strategy: one function from the configuration, the location and what is requested to a `Dom0Restore`, which
+creates nothing until it runs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import Host
-from qubes_restore_svc.broker.job import Confirm, run_job
+from qubes_restore_svc.broker.job import Confirm, read_manifest, run_job
 from qubes_restore_svc.broker.link import Link
-from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, load_config
+from qubes_restore_svc.broker.plan import make_plan
+from qubes_restore_svc.errors import RestoreError, UsageError
+from qubes_restore_svc.qubes.config import CONFIG_PATH, Config
 from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
 from qubes_restore_svc.qubes.grants import check_limits, check_options
 from qubes_restore_svc.qubes.host import QubesHost
@@ -24,7 +26,7 @@ from qubes_restore_svc.qubes.storage import Location
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.waiting import ask
 from qubes_restore_svc.wire.report import Observer, Report
-from qubes_restore_svc.wire.restore_call import Choice, Mode, OpenBackup, Plan
+from qubes_restore_svc.wire.restore_call import Mode, OpenBackup, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Places:
 PLACES = Places()
 
 
-#: What a mode is called while it goes on.
+#: What whoever comes meanwhile is told that a call does.
 ACTIVITIES: dict[Mode, Activity] = {
     "restore": "restoring",
     "verify": "verifying",
@@ -77,30 +79,22 @@ class Dom0Restore:
         await self.link.check()
         await ask(self.host.free_space)
 
-    def check_plan(self, plan: Plan) -> None:
-        """Raises UsageError for a plan beyond the administrator's limits."""
-        check_limits(self.config.limits, plan)
+    def excess(self, plan: Plan) -> RestoreError | None:
+        """How the plan is beyond the administrator's limits, if it is."""
+        try:
+            check_limits(self.config.limits, plan)
+        except UsageError as error:
+            return error
+        return None
 
-    def timed(self, options: SessionOptions) -> SessionOptions:
-        """The same options with the configured `limits.stall_timeout`, where that holds.
+    async def listed(self, request: OpenBackup, observer: Observer) -> Plan:
+        """What is in the backup, as a plan of which nothing is done. Raises RestoreError."""
+        manifest = await read_manifest(self.link, self.session_options(request), observer)
+        return make_plan(manifest, request.choice, None).plan.model_copy(update={"mode": "list"})
 
-        dom0's own word goes before it; a client in a qube can only shorten it.
-        """
-        asked, configured = options.stall_timeout_s, self.config.limits.stall_timeout
-        if configured is None or (asked is not None and (self.client == "dom0" or asked < configured)):
-            return options
-        return replace(options, stall_timeout_s=configured)
-
-    async def run(
-        self,
-        options: SessionOptions,
-        choice: Choice,
-        observer: Observer,
-        confirm: Confirm | None,
-        *,
-        verify_only: bool,
-    ) -> Report:
+    async def run(self, request: OpenBackup, observer: Observer, confirm: Confirm | None) -> Report:
         """As `run_job`, with the configured allow-list; report and log are kept as it is configured."""
+        mode = request.mode
 
         def warn(text: str) -> None:
             observer.log("warning", text)
@@ -108,16 +102,15 @@ class Dom0Restore:
                 self.note(text)
 
         watched, log = observer, None
-        mode = "verify" if verify_only else "restore"
         if self.config.log.file is not None:
             log = LogFile(self.config.log.file, warn)
             log.write(f"{mode}: begun" + (f" for {self.client}" if self.client != "dom0" else ""))
             watched = LoggedObserver(observer, log)
         report = await run_job(
             self.link,
-            None if verify_only else self.host,
-            self.timed(options),
-            choice,
+            None if mode == "verify" else self.host,
+            self.session_options(request),
+            request.choice,
             watched,
             allow=self.config.restore.policy(),
             confirm=confirm,
@@ -130,21 +123,35 @@ class Dom0Restore:
             log.write(f"{mode}: ended with status {report.status}{reason}")
         return report
 
+    def session_options(self, request: OpenBackup) -> SessionOptions:
+        """What the worker is told, with the configured `limits.stall_timeout` where that holds.
+
+        dom0's own word goes before it; a client in a qube can only shorten it.
+        """
+        stall_timeout, configured = request.stall_timeout, self.config.limits.stall_timeout
+        if configured is not None and (
+            stall_timeout is None or (self.client != "dom0" and stall_timeout > configured)
+        ):
+            stall_timeout = configured
+        return SessionOptions(
+            passphrase=request.passphrase.get_secret_value(),
+            compression_filter=request.compression_filter,
+            ignore_size_limit=request.ignore_size_limit,
+            ignore_cost_limit=request.ignore_cost_limit,
+            stall_timeout_s=stall_timeout,
+            ahead=request.mode != "list" and not request.choice.names,
+        )
+
 
 def dom0_restore(
     location: Location,
     request: OpenBackup,
-    places: Places = PLACES,
-    config: Config | None = None,
-    *,
+    places: Places,
+    config: Config,
     client: str = "dom0",
+    note: Callable[[str], None] | None = None,
 ) -> Dom0Restore:
-    """The restore from `location` on the Qubes system whose dom0 this is; `request` says how it is to be.
-
-    `config` None: as it stands in its file. `client` is the domain that asks: it is told, with what it asks
-    for, to whoever comes meanwhile. Raises RestoreError, BadConfiguration among them.
-    """
-    config = load_config(places.config) if config is None else config
+    """What `client` requests, from `location`, on the system whose dom0 this is. Raises RestoreError."""
     check_options(config.limits, ignore_size_limit=request.ignore_size_limit)
     system = QubesSystem.connect()
     link = QrexecLink(
@@ -166,4 +173,4 @@ def dom0_restore(
         stock_lock_path=places.stock_lock,
         client=client,
     )
-    return Dom0Restore(link, host, config, client)
+    return Dom0Restore(link, host, config, client, note)

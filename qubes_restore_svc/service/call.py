@@ -12,14 +12,11 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from pydantic import SecretStr
 
-from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.job import read_manifest
-from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import (
     BadConfiguration,
     Cancelled,
@@ -66,9 +63,9 @@ class Assemble(Protocol):
         request: c.OpenBackup,
         places: Places,
         config: Config,
-        /,
-        *,
         client: str,
+        note: Callable[[str], None],
+        /,
     ) -> Dom0Restore:
         """Raises RestoreError."""
         ...
@@ -134,21 +131,15 @@ class Call:
         rights.check_request(self._service, request)
         with self._located(request.location, rights) as location:
             self._note(f"{request.mode} of a backup in {request.location.qube or self._caller}")
-            restore = self._assemble(
-                location,
-                request,
-                self._places,
-                config,
-                client=self._caller,
-            )
-            restore = replace(restore, note=self._note)
+            restore = self._assemble(location, request, self._places, config, self._caller, self._note)
             await restore.check()
             if self._handed.passphrase is not None:
                 secret = await _passphrase_from(self._handed.passphrase)
                 request = request.model_copy(update={"passphrase": SecretStr(secret)})
             size = size_of(location.fd) if isinstance(location, Dom0File) else None
             if request.mode == "list":
-                return await _listed(restore, request, conversation, size)
+                listed = await restore.listed(request, conversation)
+                return listed.model_copy(update={"archive_size": size}).fitting()
             return await self._restored(restore, request, conversation, rights, size)
 
     async def _restored(
@@ -159,11 +150,9 @@ class Call:
         rights: Rights,
         archive_size: int | None,
     ) -> Final:
-        verify_only = request.mode == "verify"
-
         async def confirm(plan: c.Plan) -> c.Choice | None:
             rights.check_plan(request.mode, plan)
-            excess = None if verify_only else _excess(restore, plan)
+            excess = None if request.mode == "verify" else restore.excess(plan)
             told = None if excess is None else ErrorInfo.of(excess)  # another choice may be within them
             shown = plan.model_copy(update={"archive_size": archive_size, "excess": told})
             answer = await conversation.ask(shown.fitting())
@@ -175,13 +164,7 @@ class Call:
             self._running = True
             return None
 
-        report = await restore.run(
-            _session_options(request),
-            request.choice,
-            conversation,
-            confirm,
-            verify_only=verify_only,
-        )
+        report = await restore.run(request, conversation, confirm)
         if not self._running:
             assert report.error is not None, "it has ended before it was confirmed"
             return self._refused(report.error.to_error())
@@ -247,37 +230,6 @@ async def _passphrase_from(fd: int) -> str:
     if len(secret) > MAX_PASSPHRASE:
         raise UsageError(f"the passphrase is longer than {MAX_PASSPHRASE} characters", advice="")
     return secret
-
-
-async def _listed(
-    restore: Dom0Restore, request: c.OpenBackup, conversation: Conversation, archive_size: int | None
-) -> c.Plan:
-    manifest = await read_manifest(restore.link, restore.timed(_session_options(request)), conversation)
-    plan = make_plan(manifest, request.choice, None).plan
-    return plan.model_copy(update={"mode": "list", "archive_size": archive_size}).fitting()
-
-
-def _excess(restore: Dom0Restore, plan: c.Plan) -> RestoreError | None:
-    """How the plan is beyond the administrator's limits, if it is."""
-    try:
-        restore.check_plan(plan)
-    except RestoreError as error:
-        return error
-    return None
-
-
-# --- What was asked for, as the broker has it ---------------------------------------------------------
-
-
-def _session_options(request: c.OpenBackup) -> SessionOptions:
-    return SessionOptions(
-        passphrase=request.passphrase.get_secret_value(),
-        compression_filter=request.compression_filter,
-        ignore_size_limit=request.ignore_size_limit,
-        ignore_cost_limit=request.ignore_cost_limit,
-        stall_timeout_s=request.stall_timeout,
-        ahead=request.mode != "list" and not request.choice.names,
-    )
 
 
 def _outcome(final: Final) -> str:

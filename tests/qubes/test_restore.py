@@ -1,24 +1,22 @@
-"""From wishes and configuration to link and host: what is asked for reaches what does it."""
+"""From a request and the configuration to link and host: what is asked for reaches what does it."""
 
 import asyncio
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
-from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
 from qubes_restore_svc.qubes import restore as dom0
+from qubes_restore_svc.qubes.config import load_config
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.restore import Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.wire.location import QubePath
-from qubes_restore_svc.wire.restore_call import BackupLocation, Mode, OpenBackup, WorkerWishes
+from qubes_restore_svc.wire.restore_call import OpenBackup
 from tests.cli.plans import plan, source, taken
 from tests.emulation.qubesd import Qubesd
 
@@ -31,6 +29,9 @@ limits: {qubes: 1, stall_timeout: 90}
 report: {directory: /reports, keep: 7}
 log: {file: /log}
 """
+
+
+DOM0_FILE = Dom0File(5)
 
 
 @pytest.fixture
@@ -72,13 +73,16 @@ def made(qubesd: Qubesd, monkeypatch: pytest.MonkeyPatch) -> Made:
     return Made(monkeypatch)
 
 
-def asked(mode: Mode = "restore", **fields: object) -> OpenBackup:
-    request = {"mode": mode, "location": BackupLocation(text="b"), "passphrase": SecretStr(""), **fields}
-    return OpenBackup.model_validate(request)
+def request(**fields: object) -> OpenBackup:
+    """One that is in order, but for `fields`; what it says of the location is not looked at."""
+    whole = {"mode": "restore", "location": {"text": "b"}, "passphrase": "", **fields}
+    return OpenBackup.model_validate(whole)
 
 
-def parts(places: Places, request: OpenBackup | None = None, location: Location | None = None) -> Dom0Restore:
-    return dom0_restore(location or Dom0File(5), request or asked(), places)
+def parts(
+    places: Places, asked: OpenBackup | None = None, location: Location = DOM0_FILE, client: str = "dom0"
+) -> Dom0Restore:
+    return dom0_restore(location, asked or request(), places, load_config(places.config), client)
 
 
 def configure(places: Places, text: str) -> None:
@@ -106,7 +110,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "client": "dom0",
     }
     assert found.config.report.directory == Path("/var/log/qubes-restore-svc")
-    found.check_plan(plan(taken(source("a")), taken(source("b"))))
+    assert found.excess(plan(taken(source("a")), taken(source("b")))) is None
 
 
 def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
@@ -117,13 +121,13 @@ def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
     assert (found.config.report.directory, found.config.report.keep) == (Path("/reports"), 7)
     assert found.config.log.file == Path("/log")
     assert found.config.limits.stall_timeout == 90
-    with pytest.raises(UsageError, match="2 qubes are to be restored"):
-        found.check_plan(plan(taken(source("a")), taken(source("b"))))
+    excess = found.excess(plan(taken(source("a")), taken(source("b"))))
+    assert isinstance(excess, UsageError) and excess.reason.startswith("2 qubes are to be restored")
 
 
 def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
     configure(places, CONFIG)
-    parts(places, asked(worker=WorkerWishes(template="mine", memory=9000, vcpus=8), pool="vault"))
+    parts(places, request(worker={"template": "mine", "memory": 9000, "vcpus": 8}, pool="vault"))
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
     assert made.host["pool"] == "vault"
 
@@ -145,31 +149,39 @@ def test_dom0_has_the_last_word_on_a_stalled_backup_and_a_qube_can_only_shorten_
     configured: int | None, client: str, asked: int | None, holds: int | None, places: Places, made: Made
 ) -> None:
     configure(places, "" if configured is None else f"limits: {{stall_timeout: {configured}}}")
-    restore = replace(parts(places), client=client)
-    assert restore.timed(SessionOptions("", stall_timeout_s=asked)).stall_timeout_s == holds
-
-
-def test_what_it_is_for_is_told_to_whoever_comes_meanwhile(places: Places, made: Made) -> None:
-    dom0_restore(Dom0File(5), asked("verify"), places)
-    assert made.link["activity"] == "verifying"
+    restore = parts(places, client=client)
+    assert restore.session_options(request(stall_timeout=asked)).stall_timeout_s == holds
 
 
 @pytest.mark.parametrize(
-    ("opened", "qube", "error", "reason"),
+    ("mode", "names", "activity", "ahead"),
     [
-        (asked(worker=WorkerWishes(template="nowhere")), None, UsageError, "there is no qube nowhere"),
-        (
-            asked(worker=WorkerWishes(template=NETVM)),
-            None,
-            UsageError,
-            f"no disposables can be made from {NETVM}",
-        ),
-        (asked(pool="nowhere"), None, HostFailed, "there is no storage pool 'nowhere'"),
-        (asked(), "nowhere", UsageError, "there is no qube nowhere"),
+        ("restore", (), "restoring", True),
+        ("restore", ("work",), "restoring", False),
+        ("verify", (), "verifying", True),
+        ("list", (), "listing a backup", False),
+    ],
+)
+def test_what_it_is_for_is_told_and_only_where_all_is_wanted_keys_are_derived_ahead(
+    mode: str, names: tuple[str, ...], activity: str, ahead: bool, places: Places, made: Made
+) -> None:
+    asked = request(mode=mode, choice={"names": names}, compression_filter="zstd", ignore_cost_limit=True)
+    options = parts(places, asked).session_options(asked)
+    assert made.link["activity"] == activity
+    assert (options.ahead, options.compression_filter, options.ignore_cost_limit) == (ahead, "zstd", True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "qube", "error", "reason"),
+    [
+        (request(worker={"template": "nowhere"}), None, UsageError, "there is no qube nowhere"),
+        (request(worker={"template": NETVM}), None, UsageError, f"no disposables can be made from {NETVM}"),
+        (request(pool="nowhere"), None, HostFailed, "there is no storage pool 'nowhere'"),
+        (request(), "nowhere", UsageError, "there is no qube nowhere"),
     ],
 )
 def test_what_is_not_here_is_found_out_early(
-    opened: OpenBackup,
+    asked: OpenBackup,
     qube: str | None,
     error: type[RestoreError],
     reason: str,
@@ -178,7 +190,7 @@ def test_what_is_not_here_is_found_out_early(
 ) -> None:
     with open(os.devnull) as nothing, pytest.raises(error, match=reason):
         location = Dom0File(nothing.fileno()) if qube is None else QubePath(qube, "b")
-        asyncio.run(parts(places, opened, location).check())
+        asyncio.run(parts(places, asked, location).check())
 
 
 def test_a_template_without_the_worker_is_found_out_early(places: Places, qubesd: Qubesd) -> None:
@@ -193,7 +205,7 @@ def test_a_mistake_in_the_configuration_and_a_limit_that_an_option_would_void(pl
         parts(places)
     configure(places, "limits: {volume_size: 5}")
     with pytest.raises(UsageError, match="--ignore-size-limit is not possible"):
-        parts(places, asked(ignore_size_limit=True))
+        parts(places, request(ignore_size_limit=True))
 
 
 def test_where_there_is_no_qubes_it_is_said(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:

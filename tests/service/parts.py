@@ -7,7 +7,7 @@ is a file of that path here. A test can hold up the two places where a real syst
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,13 +68,13 @@ class Parts:
         request: OpenBackup,
         where: Places,
         config: Config,
-        *,
         client: str,
+        note: Callable[[str], None],
     ) -> Dom0Restore:
         check_options(config.limits, ignore_size_limit=request.ignore_size_limit)
         self.made.append((location, request, client))
         link = _Link(self, location, where, client, ACTIVITIES[request.mode])
-        return Dom0Restore(link, _Host(self, where, request.pool, client), config, client)
+        return Dom0Restore(link, _Host(self, where, request.pool, client), config, client, note)
 
 
 class _Link(ThreadLink):
