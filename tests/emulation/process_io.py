@@ -5,6 +5,8 @@ that runs the service, as in qubes-core-qrexec (`libqrexec/process_io.c`, whose 
 kept: *stdin* is what we write to, *stdout* what we read from). Frames are a type, a length and at most 64 KiB
 of data; one without data is the end of its direction; the exit code comes last. A channel that ends without
 it is a peer that vanished.
+
+Programs that are started for every call import this, `trigger` and little else: tests wait for each of them.
 """
 
 import contextlib
@@ -14,7 +16,6 @@ import socket
 import stat
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 FRAME = struct.Struct("<II")  #: type, length of the data
 MAX_DATA = 65536  #: bytes of data in a frame
@@ -30,7 +31,6 @@ class Vanished(Exception):
     """The peer is gone, or no longer speaks the protocol."""
 
 
-@dataclass(slots=True)
 class Ends:
     """What is behind one end of a call. `stdin` may be `stdout`: a socket service.
 
@@ -39,14 +39,21 @@ class Ends:
     `prefix` goes before what comes from `stdout`; `sanitize` is asked about what goes to stdin and to stderr.
     """
 
-    stdin: int
-    stdout: int
-    stderr: int = _CLOSED
-    process_fd: int = _CLOSED
-    reap: Callable[[], int] = field(default=lambda: 0)
-    journal: Callable[[bytes], None] = field(default=lambda data: None)
-    prefix: bytes = b""
-    sanitize: tuple[bool, bool] = (False, False)
+    def __init__(
+        self,
+        stdin: int,
+        stdout: int,
+        stderr: int = _CLOSED,
+        process_fd: int = _CLOSED,
+        reap: Callable[[], int] = lambda: 0,
+        journal: Callable[[bytes], None] = lambda data: None,
+        prefix: bytes = b"",
+        sanitize: tuple[bool, bool] = (False, False),
+    ) -> None:
+        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
+        self.process_fd, self.reap = process_fd, reap
+        self.journal = journal
+        self.prefix, self.sanitize = prefix, sanitize
 
 
 def serve(channel: socket.socket, ends: Ends, *, exit_on_client_eof: bool, exit_on_service_eof: bool) -> None:

@@ -7,8 +7,8 @@ is from now on the data channel of the call. Who calls is known from the socket,
 import os
 import socket
 import struct
+from contextlib import suppress
 from enum import Enum
-from pathlib import Path
 
 from .process_io import FRAME, MAX_DATA
 
@@ -33,7 +33,7 @@ class Refused(Exception):
         self.code = code
 
 
-def request(switchboard: Path, kind: Kind, target: str, command: str) -> socket.socket:
+def request(switchboard: str | os.PathLike[str], kind: Kind, target: str, command: str) -> socket.socket:
     """Ask for a call: the data channel. `command` is `SERVICE+ARG` from a VM, `USER:QUBESRPC …` from dom0.
 
     Raises Refused; OSError where there is no switchboard.
@@ -75,7 +75,7 @@ def refuse(channel: socket.socket, code: int) -> None:
     channel.sendall(FRAME.pack(_REFUSED, 4) + struct.pack("<i", code))
 
 
-def connect_unix(path: Path) -> socket.socket:
+def connect_unix(path: str | os.PathLike[str]) -> socket.socket:
     """Connect to the socket at `path`, however long that is (108 bytes are the limit of an address)."""
     place = os.open(path, os.O_PATH)
     try:
@@ -90,13 +90,15 @@ def connect_unix(path: Path) -> socket.socket:
         os.close(place)
 
 
-def listen_unix(path: Path) -> socket.socket:
+def listen_unix(path: str | os.PathLike[str]) -> socket.socket:
     """Listen on a new socket at `path`, however long that is; what was there is removed."""
-    path.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    parent, name = os.path.split(path)
+    folder = os.open(parent, os.O_PATH | os.O_DIRECTORY)
     try:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        listener.bind(f"/proc/self/fd/{folder}/{name}")
         listener.listen(64)
         return listener
     finally:

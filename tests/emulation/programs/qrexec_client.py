@@ -8,7 +8,6 @@ such service.
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from tests.emulation.process_io import Ends, connect
 from tests.emulation.trigger import PROBLEM, Kind, Refused, request
@@ -25,11 +24,11 @@ def main() -> int:
     parser.add_argument("-W", action="store_true")
     parser.add_argument("-p", "--prefix-data", default="")
     parser.add_argument("--use-stdin-socket", action="store_true")
-    parser.add_argument("--socket-dir", type=Path, required=True)
+    parser.add_argument("--socket-dir", required=True)
     parser.add_argument("command")
     arguments = parser.parse_args()
     try:
-        switchboard = arguments.socket_dir / "qrexec.sock"
+        switchboard = os.path.join(arguments.socket_dir, "qrexec.sock")
         channel = request(switchboard, Kind.FROM_DOM0, arguments.domain, arguments.command)
     except Refused as refused:
         return refused.code

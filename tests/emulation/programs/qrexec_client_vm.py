@@ -10,11 +10,8 @@ import getopt
 import os
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 from tests.emulation.process_io import VANISHED, Ends, connect
 from tests.emulation.trigger import Kind, Refused, request
@@ -46,7 +43,7 @@ def main() -> int:
         print("usage: qrexec-client-vm [options] TARGET SERVICE [PROGRAM …]")
         return 0
     try:
-        channel = request(Path(options["--agent-socket"]), Kind.FROM_VM, target.replace("$", "@"), service)
+        channel = request(options["--agent-socket"], Kind.FROM_VM, target.replace("$", "@"), service)
     except Refused as refused:
         print("Request refused", file=sys.stderr)
         return refused.code
@@ -99,6 +96,8 @@ def _filtered(options: dict[str, str], stream: str, if_terminal: bool) -> bool:
 
 def _run_with(channel: socket.socket, ends: Ends, program: Sequence[str]) -> int:
     """Be the client's end of a call whose stream is the standard input and output of a program."""
+    import subprocess  # as dear as all the other imports together, and seldom needed
+
     stdin, their_stdin = socket.socketpair()
     stdout, their_stdout = socket.socketpair()
     streams = (0, 1, 2) if os.environ.get("PASS_LOCAL_STDERR") else (0, 1)
@@ -127,7 +126,12 @@ def _run_with(channel: socket.socket, ends: Ends, program: Sequence[str]) -> int
             return code if code >= 0 else 128 - code
 
         process_fd = os.pidfd_open(process.pid)
-        ends = replace(ends, stdin=stdin.fileno(), stdout=stdout.fileno(), process_fd=process_fd, reap=reap)
+        ends.stdin, ends.stdout, ends.process_fd, ends.reap = (
+            stdin.fileno(),
+            stdout.fileno(),
+            process_fd,
+            reap,
+        )
         try:
             return connect(channel, ends)
         finally:
