@@ -130,11 +130,11 @@ class ArchiveSource:
             elif len(target) - filled >= _BUFFER_SIZE:
                 taken = self._system_read_into(target[filled:])
             else:
-                self._buffer, self._offset = self._system_read(_BUFFER_SIZE), 0
-                taken = 0
-                if not self._buffer:
-                    break
-                continue
+                fresh = bytearray(_BUFFER_SIZE)
+                taken = self._system_read_into(memoryview(fresh))
+                self._buffer, self._offset = bytes(fresh[:taken]), 0
+                if taken:
+                    continue
             if not taken:
                 break
             filled += taken
@@ -168,15 +168,6 @@ class ArchiveSource:
     def _find_end(self, status: os.stat_result) -> int | None:
         """Where a seekable input ends, or None if it cannot seek. Seeking past the end would go unnoticed."""
         return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-    def _system_read(self, size: int) -> bytes:
-        try:
-            with self._waiting():
-                data = os.read(self._fd, size)
-            self.received += len(data)
-            return data
-        except OSError as error:
-            return bytes(self._step_over(error, size))
 
     def _system_read_into(self, target: memoryview) -> int:
         try:
@@ -241,32 +232,20 @@ class LateSource(ArchiveSource):
         """Bytes that have come and that nobody has taken."""
         return len(self._buffer) - self._offset
 
-    def _system_read(self, size: int) -> bytes:
-        self._be_connected()
-        with _a_reset_is_an_end():
-            return super()._system_read(size)
-        return b""
-
     def _system_read_into(self, target: memoryview) -> int:
         self._be_connected()
-        with _a_reset_is_an_end():
+        try:
             return super()._system_read_into(target)
-        return 0
+        except ArchiveUnreadable as error:
+            # A peer that goes before it has read all that it was sent resets the connection: that is its end.
+            if isinstance(error.__cause__, ConnectionResetError):
+                return 0
+            raise
 
     def _be_connected(self) -> None:
         if self._fd < 0:
             with self._waiting():
                 self._fd = self._connect()
-
-
-@contextlib.contextmanager
-def _a_reset_is_an_end() -> Iterator[None]:
-    """A peer that goes before it has read all that it was sent resets the connection; no more comes of it."""
-    try:
-        yield
-    except ArchiveUnreadable as error:
-        if not isinstance(error.__cause__, ConnectionResetError):
-            raise
 
 
 class MemberStream:

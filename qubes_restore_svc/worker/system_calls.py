@@ -107,6 +107,20 @@ _ALLOWED: tuple[tuple[str, int | None, int | None], ...] = (
     ("setsockopt", 54, 208),
 )
 
+#: Allowed as `_rules` says of their arguments.
+_BY_ARGUMENT: tuple[tuple[str, int | None, int | None], ...] = (
+    ("mmap", 9, 222),
+    ("mprotect", 10, 226),
+    ("clone", 56, 220),
+    ("tgkill", 234, 131),
+    ("prlimit64", 302, 261),
+    ("open", 2, None),
+    ("openat", 257, 56),
+    ("socketpair", 53, 199),
+    ("fcntl", 72, 25),
+    ("ioctl", 16, 29),
+)
+
 #: open flags that write: O_WRONLY, O_RDWR, O_CREAT, O_TRUNC
 _WRITING = 0x1 | 0x2 | 0x40 | 0x200
 _MAP_SHARED, _PROT_EXEC = 0x1, 0x4
@@ -117,42 +131,9 @@ _FCNTL = (1, 2, 3, 4, 1030)
 #: TCGETS (isatty), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, BLKGETSIZE64 (size of a device)
 _IOCTL = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451, 0x80081272)
 
-#: By machine: AUDIT_ARCH, column in the table, and the numbers of the calls that depend on an argument.
-_MACHINES: dict[str, tuple[int, int, dict[str, int]]] = {
-    "x86_64": (
-        0xC000003E,
-        1,
-        {
-            "mmap": 9,
-            "mprotect": 10,
-            "clone": 56,
-            "tgkill": 234,
-            "prlimit64": 302,
-            "open": 2,
-            "openat": 257,
-            "socketpair": 53,
-            "fcntl": 72,
-            "ioctl": 16,
-        },
-    ),
-    "aarch64": (
-        0xC00000B7,
-        2,
-        {
-            "mmap": 222,
-            "mprotect": 226,
-            "clone": 220,
-            "tgkill": 131,
-            "prlimit64": 261,
-            "openat": 56,
-            "socketpair": 199,
-            "fcntl": 25,
-            "ioctl": 29,
-        },
-    ),
-}
-#: seccomp(2) itself, and what is said to it and to prctl(2).
-_SECCOMP = {"x86_64": 317, "aarch64": 277}
+#: AUDIT_ARCH of a machine, its column in the tables, and the number of seccomp(2) itself.
+_MACHINES = {"x86_64": (0xC000003E, 1, 317), "aarch64": (0xC00000B7, 2, 277)}
+#: What is said to seccomp(2) and to prctl(2).
 _SET_MODE_FILTER, _FOR_ALL_THREADS, _PR_SET_NO_NEW_PRIVS = 1, 1, 38
 
 # Classic BPF (linux/bpf_common.h) and the filter's verdicts (linux/seccomp.h).
@@ -181,7 +162,7 @@ def forbid_the_rest() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     description = _Program(len(program) // 8, program)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0)))
-    number = ctypes.c_long(_SECCOMP[platform.machine()])
+    number = ctypes.c_long(_MACHINES[platform.machine()][2])
     flags = ctypes.c_ulong(_FOR_ALL_THREADS)
     if libc.syscall(number, ctypes.c_ulong(_SET_MODE_FILTER), flags, ctypes.byref(description)):
         error = ctypes.get_errno()
@@ -195,7 +176,7 @@ def system_call_filter(machine: str | None = None, process: int | None = None) -
         machine = platform.machine() if sys.maxsize > 1 << 32 else ""
     if machine not in _MACHINES:
         return None
-    architecture, column, numbers = _MACHINES[machine]
+    architecture, column, _ = _MACHINES[machine]
     program: list[_Instruction] = [
         (_LOAD, 0, 0, _MACHINE_OFFSET),
         (_EQUAL, 1, 0, architecture),
@@ -206,9 +187,10 @@ def system_call_filter(machine: str | None = None, process: int | None = None) -
         if isinstance(number := row[column], int):
             program += [(_EQUAL, 0, 1, number), _allow()]
     rules = _rules(os.getpid() if process is None else process)
-    for name, number in numbers.items():
-        rule = rules[name]
-        program += [(_EQUAL, 0, len(rule), number), *rule]
+    for row in _BY_ARGUMENT:
+        if isinstance(number := row[column], int):
+            rule = rules[row[0]]
+            program += [(_EQUAL, 0, len(rule), number), *rule]
     program.append(_refuse(errno.ENOSYS))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
