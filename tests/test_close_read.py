@@ -23,7 +23,7 @@ WRITTEN = {
     "cli/terminal.py": 1,
     "hardening.py": 1,
     "broker/image_directory.py": 1,
-    "local/directory_qube.py": 1,
+    "local/directory.py": 1,
     "broker/filesystem.py": 1,
     "qubes/volume.py": 1,
 }

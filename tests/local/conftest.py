@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.local.directory_qube import DirectoryQube
+from qubes_restore_svc.local.directory import DirectoryQube
 from tests.local.sample_qubes import new_qube
 
 

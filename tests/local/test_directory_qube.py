@@ -11,7 +11,7 @@ import pytest
 
 from qubes_restore_svc.broker import filesystem, image_directory
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
-from qubes_restore_svc.local.directory_qube import DirectoryQube
+from qubes_restore_svc.local.directory import DirectoryQube
 from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
 from tests.local.conftest import failing
 from tests.local.sample_qubes import new_qube, settings

@@ -10,7 +10,7 @@ import pytest
 
 from qubes_restore_svc.broker import image_directory
 from qubes_restore_svc.errors import HostFailed, NoSpace, RestoreError
-from qubes_restore_svc.local.directory_qube import DirectoryQube
+from qubes_restore_svc.local.directory import DirectoryQube
 from qubes_restore_svc.wire.names import MAX_NUMBER
 from tests.local.conftest import failing
 from tests.local.sample_qubes import settings

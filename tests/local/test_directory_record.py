@@ -9,7 +9,7 @@ import pytest
 from qubes_restore_svc import __version__
 from qubes_restore_svc.broker.image_directory import partial_name
 from qubes_restore_svc.errors import BadMetadata, HostFailed
-from qubes_restore_svc.local.directory_qube import check_name, clear_unfinished, record
+from qubes_restore_svc.local.directory import check_name, clear_unfinished, record
 from qubes_restore_svc.wire.messages import ErrorInfo, QubeSettings
 from tests.local.sample_qubes import new_qube, settings
 

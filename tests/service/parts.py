@@ -16,8 +16,7 @@ from typing import Self
 
 from qubes_restore_svc.broker.host import NewQube
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError, WorkerMissing
-from qubes_restore_svc.local.directory import DirectoryHost
-from qubes_restore_svc.local.directory_qube import DirectoryQube
+from qubes_restore_svc.local.directory import DirectoryHost, DirectoryQube
 from qubes_restore_svc.qubes.config import Config
 from qubes_restore_svc.qubes.grants import check_options
 from qubes_restore_svc.qubes.locks import RESTORE, WORKER, Activity, GuardedLock

@@ -337,7 +337,7 @@ _ROWS = (
         "tests/local/test_directory_qube.py tests/local/test_directory_qube_volumes.py",
     ),
     (
-        "local/directory_qube.py",
+        "local/directory.py",
         "            os.fsync(file)\n",
         "",
         "tests/local/test_directory_qube.py tests/local/test_directory_qube_volumes.py",
