@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,13 @@ from qubes_restore_svc.wire.messages import ManifestQube, QubeSettings, VolumeIn
 from tests.emulation.qubesd import Qubesd
 
 REPOSITORY = Path(__file__).parents[2]
+
+#: Who has written himself into a lock file, and is gone.
+HOLDER = {
+    "pid": 1, "started": 1, "since": "2026-11-23T14:05:00Z", "user": "joan", "client": "sys-gui",
+    "activity": "restoring",
+}  # fmt: skip
+GONE = json.dumps(HOLDER)
 
 TEMPLATE, NETVM, DISPOSABLES = "fedora-42", "sys-firewall", "default-dvm"
 

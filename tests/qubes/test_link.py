@@ -29,7 +29,7 @@ from qubes_restore_svc.qubes.worker_vm import worker_properties
 from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
-from tests.qubes.test_locks import GONE
+from tests.qubes.qubes_bed import GONE
 
 PATH = QubePath(STORAGE, "/backup")
 SERVICE = QubeService(STORAGE, "my.Backup+monday")

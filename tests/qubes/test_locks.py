@@ -29,15 +29,10 @@ from qubes_restore_svc.qubes.locks import (
     try_lock,
     write_holder,
 )
+from tests.qubes.qubes_bed import GONE, HOLDER
 from tests.support.descriptors import open_descriptors
 
 SOON_S = 30.0
-HOLDER = {
-    "pid": 1, "started": 1, "since": "2026-11-23T14:05:00Z", "user": "joan", "client": "sys-gui",
-    "activity": "restoring",
-}  # fmt: skip
-#: What a holder has written that is gone.
-GONE = json.dumps(HOLDER)
 
 
 class Noting:
