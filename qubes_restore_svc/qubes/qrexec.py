@@ -116,20 +116,15 @@ class QrexecCall:
         """Takes the process over; raises OSError if it cannot be watched."""
         self.name = name
         self._process = process
-        self._exit_code: int | None = None
         self._ended = asyncio.Event()
         self._ended_here = False
-        self._pidfd: int | None = None
-        self._look()
-        if self._exit_code is None:
-            self._pidfd = os.pidfd_open(process.pid)
-            asyncio.get_running_loop().add_reader(self._pidfd, self._look)
+        self._pidfd: int | None = os.pidfd_open(process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._release)
 
     @property
     def exit_code(self) -> int | None:
         """The exit code, as far as it is known this instant; None while the call lasts."""
-        self._look()
-        return self._exit_code
+        return self._process.poll()
 
     @property
     def fault(self) -> str | None:
@@ -145,7 +140,7 @@ class QrexecCall:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._ended.wait()
-        return self._exit_code
+        return self.exit_code
 
     async def end(self, patience_s: float = 0.0) -> bool:
         """Give it `patience_s` seconds to end by itself, then kill it. False if it cannot be ended."""
@@ -155,18 +150,12 @@ class QrexecCall:
             self._ended_here = True
             self._process.kill()
             await self.wait(_KILL_TIMEOUT_S)
-        ended = self._exit_code is not None
         self._release()
-        return ended
-
-    def _look(self) -> None:
-        if self._exit_code is None:
-            self._exit_code = self._process.poll()
-        if self._exit_code is not None:
-            self._release()
-            self._ended.set()
+        return self.exit_code is not None
 
     def _release(self) -> None:
+        """Watch it no longer: it has ended, or cannot be ended."""
+        self._ended.set()
         if self._pidfd is not None:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             close_read(self._pidfd)
