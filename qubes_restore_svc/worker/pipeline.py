@@ -224,7 +224,8 @@ class Pipeline:
             try:
                 connection = offer.result()
             except CancelledError:
-                raise SkippedOnRequest("it is not wanted any more") from None
+                self._check(qube)  # says why
+                raise
         stream = VolumeStream(connection, ready.image_size)
         with contextlib.closing(stream), self._woken_by(stream.abort, qube):
             stream.begin()

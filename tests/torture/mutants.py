@@ -147,6 +147,24 @@ _ROWS = (
         "tests/worker/test_pipeline.py tests/test_end_to_end.py tests/torture",
     ),
     ("worker/pipeline.py", "            qube.give_up(error)\n", "", "tests/worker/test_pipeline.py"),
+    (
+        "worker/pipeline.py",
+        "        if self._stop.said:\n            waker()\n",
+        "",
+        "tests/worker/test_pipeline.py",
+    ),
+    (
+        "worker/keys.py",
+        "                job.check()\n",
+        "                pass\n",
+        "tests/worker/test_intake.py",
+    ),
+    (
+        "worker/chunk.py",
+        "            self._store.release(self)\n",
+        "            pass\n",
+        "tests/worker/test_files.py",
+    ),
     ("worker/__main__.py", "    _restrict_process()\n", "", "tests/worker/test_daemon.py"),
     ("worker/__main__.py", "        forbid_the_rest()\n", "", "tests/local tests/worker/test_daemon.py"),
     (
