@@ -350,7 +350,7 @@ def run_time_violations(loaded: dict[str, str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("command", ["local.command", "cli.qvm_restore", "service.remote"])
+@pytest.mark.parametrize("command", ["local.command", "cli.qvm_restore", "service.program"])
 def test_a_command_runs_without_a_parser_in_memory(command: str) -> None:
     loaded = loaded_by(f"{PACKAGE}.{command}")
     assert f"{PACKAGE}.{command}" in loaded

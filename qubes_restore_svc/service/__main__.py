@@ -6,5 +6,5 @@ from qubes_restore_svc.hardening import loading
 
 if __name__ == "__main__":
     with loading("qubes-restore-svc"):
-        from qubes_restore_svc.service.remote import main
+        from qubes_restore_svc.service.program import main
     main(sys.argv[1:])

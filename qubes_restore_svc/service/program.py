@@ -5,6 +5,10 @@ and what is left at 0 and 1 leads nowhere and to standard error: no library, and
 can say a word in the call. qrexec appends standard error to dom0's log of the calling qube
 (`/var/log/qubes/qrexec.QUBE.log`), and the caller never sees it; whether it can be written is nothing to
 wait for.
+
+Who calls through qrexec is what qrexec says, and nothing else: it names the calling domain in the
+environment of the service (`execute_qubes_rpc_command` of libqrexec). What is missing there, or is not the
+name of a qube, ends the program before anything is done.
 """
 
 import asyncio
@@ -14,17 +18,48 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Never
 
-from qubes_restore_svc.errors import ExitStatus, unforeseen
+from pydantic import TypeAdapter, ValidationError
+
+from qubes_restore_svc.errors import ExitStatus, UsageError, unforeseen
 from qubes_restore_svc.hardening import close_read, prepare_process
-from qubes_restore_svc.qubes.grants import MODES
+from qubes_restore_svc.qubes.grants import DOM0, MODES
 from qubes_restore_svc.qubes.restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.service.call import NOTHING, Assemble, Call, HandedOver
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.names import QubeName, strip_control
 
+_QUBE: TypeAdapter[str] = TypeAdapter(QubeName)
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+def main(words: Sequence[str], places: Places = PLACES, assemble: Assemble = dom0_restore) -> Never:
+    """Serve the service that `words` name for the domain that calls; exits."""
+    service = service_of(words)
+    try:
+        caller = caller_of(os.environ)
+    except UsageError as error:
+        note(f"{service}: {error.reason}")
+        sys.exit(ExitStatus.NOTHING)
+    carry_out(service, caller, places, assemble)
+
+
+def caller_of(environment: Mapping[str, str]) -> str:
+    """The domain that calls. Raises UsageError if that is not known, or if the call has an argument.
+
+    dom0 is none: its programs start the service themselves (see `local`).
+    """
+    try:
+        caller = _QUBE.validate_python(environment.get("QREXEC_REMOTE_DOMAIN", ""))
+    except ValidationError:
+        raise UsageError("qrexec does not say which qube calls") from None
+    if caller == DOM0:
+        raise UsageError("dom0 does not call itself through qrexec")
+    full_name = environment.get("QREXEC_SERVICE_FULL_NAME", "")
+    if environment.get("QREXEC_SERVICE_ARGUMENT") or full_name.partition("+")[2]:
+        raise UsageError("the service takes no argument")
+    return caller
 
 
 def service_of(words: Sequence[str]) -> str:

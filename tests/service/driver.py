@@ -10,8 +10,7 @@ from pathlib import Path
 from qubes_restore_svc.qubes.grants import DOM0
 from qubes_restore_svc.qubes.restore import dom0_restore
 from qubes_restore_svc.service.call import Assemble
-from qubes_restore_svc.service.program import carry_out, handed_over, service_of
-from qubes_restore_svc.service.remote import main
+from qubes_restore_svc.service.program import carry_out, handed_over, main, service_of
 
 from .parts import Parts, places
 

@@ -1,8 +1,10 @@
 """The program itself: who calls, what it says where, signals, exit statuses."""
 
 import contextlib
+import inspect
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import UsageError
-from qubes_restore_svc.service.remote import caller_of
+from qubes_restore_svc.service.program import caller_of, main
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import Report
 from tests.support.backup_writer import PASSPHRASE
@@ -224,10 +226,9 @@ def test_no_service_of_qrexec_starts_the_program_with_all_rights() -> None:
     for path in (REPOSITORY / "qubes-rpc").iterdir():
         (line,) = [line for line in path.read_text().splitlines() if line.startswith("exec")]
         assert line == f"exec /usr/bin/python3 -I -m qubes_restore_svc.service {path.name}"
-    source = REPOSITORY / "qubes_restore_svc" / "service"
-    for name in ("__main__", "remote"):
-        text = (source / f"{name}.py").read_text()
-        assert "service.local" not in text and "handed" not in text.lower()
+    entry = (REPOSITORY / "qubes_restore_svc" / "service" / "__main__.py").read_text()
+    assert "import main\n    main(sys.argv[1:])" in entry
+    assert not re.search(r"local|handed|DOM0", entry + inspect.getsource(main))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
