@@ -2,15 +2,15 @@
 
 Strategy: the kernel's lock alone counts, so it ends with its holders. There are two of them: whoever
 restores, and a guard, a process that clears up if the first one is killed, and lets go of the lock then.
-Whoever finds the lock held by a process that is gone is told that this ends soon. A line in the file tells
-who holds the lock, since when and what for. It may be old or half written: what does not match is nobody.
+Whoever finds the lock held by a process that is gone is told that this ends soon. The file itself tells who
+holds the lock, since when and what for. It may be old or half written: what does not match is nobody.
 """
 
 import fcntl
 import os
 import pwd
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +76,7 @@ class GuardedLock:
         self._clear_up = clear_up
         self._client = client
         self._activity: Activity = activity
-        self._file: int | None = None
+        self._held = ExitStack()
         self._guard: Guard | None = None
         self._being_created: set[str] = set()
 
@@ -95,22 +95,17 @@ class GuardedLock:
     def take(self) -> None:
         """Take the lock and start the guard. Raises RestoreInProgress or HostFailed."""
         file = self._locked()
-        try:
+        with ExitStack() as held:
+            held.callback(unlock, file, self._path)
             with reporting(f"writing {self._path}"):
                 write_holder(file, self._client, self._activity)
             self._guard = Guard(file, self._path, self._clear_up)
-        except BaseException:
-            unlock(file, self._path)
-            raise
-        self._file = file
+            held.callback(self._guard.dismiss)
+            self._held = held.pop_all()
 
     def release(self) -> None:
         """Dismiss the guard and let go of the lock. Harmless if it is not held."""
-        if self._guard is not None:
-            self._guard.dismiss()
-        file, self._file = self._file, None
-        if file is not None:
-            unlock(file, self._path)
+        self._held.close()
 
     def creating(self, name: str) -> None:
         """The qube `name` is about to be created; see `Guard`."""

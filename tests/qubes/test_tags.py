@@ -105,7 +105,7 @@ def test_a_verification_that_runs_keeps_its_worker(
     assert system.tagged(STORAGE_TAG) == [NETVM]
 
 
-def test_an_unfinished_qube_that_the_stock_restore_has_released_is_told_and_left_to_the_person(
+def test_an_unfinished_qube_that_the_stock_restore_released_is_told_and_left(
     host: QubesHost, qubesd: Qubesd
 ) -> None:
     """Which takes the tag that keeps a qube from starting from all of them (clear_old_tags)."""
