@@ -9,7 +9,7 @@ import pytest
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import run_job
-from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, RestoreError, WorkerMissing
+from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError, WorkerMissing
 from qubes_restore_svc.qubes import dom0_file
 from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.storage import Dom0File, Location
@@ -180,10 +180,6 @@ async def test_a_storage_qube_that_is_halted_is_started(
     ("call", "dest"),
     [
         ("admin.vm.List+", "*"),
-        ("admin.vm.Create.DispVM+*", "*"),
-        (f"admin.vm.tag.Set+{WORKER_TAG}", "*"),
-        ("admin.vm.property.Set+memory", "*"),
-        ("admin.vm.property.Set+auto_cleanup", "*"),
         ("admin.vm.Start+", "disp-restore-*"),
         (f"admin.vm.tag.Set+{STORAGE_TAG}", "*"),
     ],
@@ -199,15 +195,6 @@ async def test_a_call_that_qubesd_refuses_leaves_nothing_and_the_next_run_works(
     async with _link(system, QubePath(STORAGE, "/backup"), tmp_path):
         pass
     assert qubes.settled(before) == before
-
-
-async def test_too_little_memory_is_told_with_the_option_that_helps(
-    qubes: EmulatedQubes, system: QubesSystem, tmp_path: Path
-) -> None:
-    message = "Not enough memory to start domain 'disp-restore-1234'"
-    qubes.qubesd.fail("admin.vm.Start+", "QubesMemoryError", message, dest="disp-restore-*")
-    with pytest.raises(HostFailed, match=r"Not enough memory.* needs 1500 MiB.*--memory MIB"):
-        await _link(system, QubePath(STORAGE, "/backup"), tmp_path).__aenter__()
 
 
 # --- The other side ends -------------------------------------------------------------------------
