@@ -268,12 +268,16 @@ def started(process: subprocess.Popen[str]) -> None:
     threading.Thread(target=process.stderr.read).start()
 
 
-def test_ctrl_c_during_the_restore_leaves_nothing_half_and_reports(qube: Domain, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "asked_by"), [("qube", "sys-gui"), ("dom0", None)])
+def test_ctrl_c_during_the_restore_leaves_nothing_half_and_reports(
+    place: str, asked_by: str | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    asking: Domain = request.getfixturevalue(place)
     costly = tmp_path / "costly"
     costly.write_bytes(costly_backup(16))
-    words = qube.words(costly, "-v", "-p", passphrase_file(qube.folder), "vault", "work")
+    words = asking.words(costly, "-v", "-p", passphrase_file(asking.folder), "vault", "work")
     with subprocess.Popen(
-        [sys.executable, "-m", qube.module, *words],
+        [sys.executable, "-m", asking.module, *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -284,10 +288,10 @@ def test_ctrl_c_during_the_restore_leaves_nothing_half_and_reports(qube: Domain,
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-    assert qube.qubes == ["vault"]
-    assert qube.report["status"] == 130
-    (kept,) = (qube.folder / "reports").iterdir()
+    assert asking.qubes == ["vault"]
+    assert asking.report["status"] == 130
+    (kept,) = (asking.folder / "reports").iterdir()
     there = json.loads(kept.read_text())
-    here = qube.report
-    assert (there.pop("asked_by"), here.pop("asked_by")) == ("sys-gui", None)
+    here = asking.report
+    assert (there.pop("asked_by"), here.pop("asked_by")) == (asked_by, None)
     assert {name: there[name] for name in here} == here  # it is dom0's own

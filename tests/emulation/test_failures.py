@@ -291,6 +291,22 @@ def test_a_worker_whose_qube_dies_costs_what_was_not_restored(dom0: Dom0, backup
     dom0.check_as_before(before)
 
 
+def test_a_service_that_is_killed_is_told_of_and_its_guard_clears_up(dom0: Dom0, backup: Path) -> None:
+    words = dom0.location(backup, "path")
+    before = dom0.qubes.snapshot()
+    process = _started(dom0, words, *MOMENTS["the second volume is written"])
+    holder = read_holder(dom0.folder / "restore.lock")
+    assert holder is not None and holder.pid != process.pid
+    os.kill(holder.pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "qvm-backup-restore: dom0's restore service was killed by signal 9 (SIGKILL)" in stderr
+    assert _whole_qubes(dom0, before) == {"first"}
+    remove(dom0, {"first"})
+    assert dom0.qubes.settled(before) == before
+    dom0.restore(words, PASSPHRASE)
+
+
 def test_a_second_restore_at_the_same_time_is_told_of_the_first(dom0: Dom0, backup: Path) -> None:
     words = dom0.location(backup, "path")
     first = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
