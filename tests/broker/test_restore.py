@@ -247,6 +247,19 @@ def test_a_worker_that_dies_in_the_middle_of_a_large_volume(target: Path) -> Non
     assert not target.exists()
 
 
+def test_a_full_disk_stays_the_reason_when_the_worker_dies_meanwhile(target: Path) -> None:
+    script = honest(QUBES)
+    script = script.until(script.find("volume_done", "vm2", "root"), Pause(0.1), Die())
+    outcome = run(script, target, host=troubled(target, {"write vault/root 1": fails()}), limit_s=2)
+    check_restored(target, WORK)
+    assert outcome.error.startswith("worker-lost")
+    vault = outcome.qube("vault")
+    for error in (vault.error, vault.volumes[0].error):
+        assert error is not None and error.kind == "no-space"
+    late = outcome.qube("late").error
+    assert late is not None and late.kind == "worker-lost"
+
+
 def test_a_volume_that_fails_in_the_worker_costs_only_its_qube(target: Path) -> None:
     error: Json = {"kind": "bad-compression", "reason": "the stream ends early", "chunk": 7}
     script = honest(QUBES)

@@ -385,6 +385,19 @@ _ROWS = (
         "tests/local/test_directory_qube.py tests/local/test_directory_qube_volumes.py",
     ),
     (
+        "broker/image_directory.py",
+        "if not _leads_to(name, self._inside, dir_fd=self._parent):",
+        "if False:",
+        "tests/local/test_directory_qube.py",
+    ),
+    (
+        "broker/image_directory.py",
+        "if _holds_only(files, inside):",
+        "if True:",
+        "tests/local/test_directory_record.py",
+    ),
+    ("broker/restore.py", "qube.blame(reason)", "pass", "tests/broker/test_restore.py"),
+    (
         "local/limits.py",
         "resource.RLIMIT_FSIZE: 0,",
         "resource.RLIMIT_FSIZE: 1 << 40,",
