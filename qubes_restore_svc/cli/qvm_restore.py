@@ -163,7 +163,8 @@ async def called(
     heard = _Heard(observer, report)
     error: RestoreError | None = None
     try:
-        call = RestoreCall(transport, request, heard)
+        # The service in dom0 is a child of this command, which ends when nothing half done is left.
+        call = RestoreCall(transport, request, heard, patient=isinstance(transport, ProgramTransport))
         try:
             async with call:
                 await _reviewed(call, review, report)

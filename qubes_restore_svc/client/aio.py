@@ -42,11 +42,20 @@ class RestoreCall:
 
     What is under way when the call is closed is cancelled by dom0, and undone. All errors that the outside
     can cause are RestoreErrors; one that dom0 told is of the class of its kind. Not for several tasks at
-    once, but for `cancel`. `report` is set as soon as dom0 has sent it, however `confirm` ended.
+    once, but for `cancel`. `report` is set as soon as dom0 has sent it, however `confirm` ended. `patient`:
+    what was cancelled is waited for as long as dom0 takes to undo it, not for CANCEL_TIMEOUT_S.
     """
 
-    def __init__(self, transport: Transport, request: c.OpenBackup, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        request: c.OpenBackup,
+        observer: Observer | None = None,
+        *,
+        patient: bool = False,
+    ) -> None:
         self.report: Report | None = None
+        self._patient = patient
         self._transport = transport
         self._request = request
         self._observer: Observer = Observer() if observer is None else observer
@@ -130,7 +139,8 @@ class RestoreCall:
         running = self._connection.state is c.CallPhase.RUNNING
         timeout_s = CANCEL_TIMEOUT_S if running else EARLY_CANCEL_TIMEOUT_S
         self._send(Cancel())
-        self._impatience = asyncio.get_running_loop().call_later(timeout_s, self._give_up)
+        if not self._patient:
+            self._impatience = asyncio.get_running_loop().call_later(timeout_s, self._give_up)
 
     async def wait_ended(self) -> None:
         """Return when dom0 has ended the call, or has been lost; `confirm` would tell at once why."""

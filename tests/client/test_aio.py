@@ -417,6 +417,30 @@ async def test_a_task_that_is_cancelled_cancels_and_waits_for_the_report() -> No
     await transport.check()
 
 
+async def test_a_patient_client_waits_until_all_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def dom0(peer: Peer) -> None:
+        await running(peer)
+        reached.set()
+        await peer.hear(Cancel)
+        await asyncio.sleep(0.05)
+        await peer.say(report(status=130, error=Cancelled("it was cancelled")))
+
+    monkeypatch.setattr(aio, "CANCEL_TIMEOUT_S", 0)
+    reached = asyncio.Event()
+    call = RestoreCall(FakeTransport(dom0), request(), patient=True)
+
+    async def whole() -> None:
+        async with call:
+            await call.confirm()
+
+    task = asyncio.create_task(whole())
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert call.report is not None and call.report.status == 130
+
+
 @pytest.mark.parametrize("phase", ["planning", "planned", "running"])
 async def test_a_dom0_that_does_not_answer_a_cancel_is_left(
     phase: str, monkeypatch: pytest.MonkeyPatch
