@@ -3,12 +3,15 @@
 import asyncio
 import json
 import os
+import socket
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.service import conversation
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel
@@ -360,6 +363,26 @@ async def test_who_asks_for_plan_after_plan_and_reads_none_is_refused(
         while not isinstance(await client.hear(), c.Refused):
             pass
         assert len([message for message in client.heard if isinstance(message, c.Plan)]) > 1
+
+
+async def test_what_comes_after_nonsense_is_not_kept() -> None:
+    ours, theirs = socket.socketpair()
+    ends: list[str] = []
+    with (
+        ours,
+        theirs,
+        conversation.Conversation(ours.fileno(), ours.fileno(), lambda: ends.append("")) as call,
+    ):
+        call.received(b"\xff\xff\xff\xff")
+        assert isinstance(call.ended, ProtocolViolation)
+        tracemalloc.start()
+        try:
+            for _ in range(64):
+                call.received(bytes(64 << 10))
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+    assert len(ends) == 1
 
 
 def test_the_table_of_wrong_messages_is_not_empty() -> None:

@@ -218,6 +218,12 @@ _ROWS = (
     ("wire/models.py", 'extra="forbid"', 'extra="ignore"', "tests/wire"),
     ("wire/models.py", "strict=True, frozen=True", "strict=False, frozen=True", "tests/wire"),
     ("wire/models.py", "if size > kind.max_size:", "if False:", "tests/wire"),
+    (
+        "service/conversation.py",
+        "        if self.ended is not None:\n            return\n",
+        "",
+        "tests/service/test_hostile_client.py -k nonsense",
+    ),
     ("wire/volume.py", "if untrusted_offset < self._position:", "if False:", "tests/wire/test_volume.py"),
     (
         "wire/volume.py",
