@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
@@ -42,7 +43,7 @@ async def read_manifest(
     `stall_s`: seconds of silence after which the worker counts as stalled.
     """
     async with link, SessionClient(link, stall_s) as client:
-        manifest = await _opened(client, options, observer, None)
+        manifest = await _opened(client, options, observer.log)
         client.cancel()
         return manifest
 
@@ -67,7 +68,7 @@ async def run_job(
     report = Report.begun("verify" if host is None else "restore")
     error: RestoreError | None = None
     try:
-        await _run(report, link, host, options, choice, allow, observer, confirm, stall_s)
+        await _Job(report, link, host, options, observer, stall_s).run(choice, allow, confirm)
     except RestoreError as caught:
         error = caught
     except asyncio.CancelledError:
@@ -80,45 +81,87 @@ async def run_job(
     return report
 
 
-async def _run(
-    report: Report,
-    link: Link,
-    host: Host | None,
-    options: SessionOptions,
-    choice: Choice,
-    allow: AllowList | None,
-    observer: Observer,
-    confirm: Confirm | None,
-    stall_s: float,
-) -> None:
-    async with contextlib.AsyncExitStack() as locks:
-        if host is not None:
-            for remark in await locks.enter_async_context(_locked(host)):
-                _warn(remark, observer, report)
-        async with link, SessionClient(link, stall_s) as client:
-            manifest = await _opened(client, options, observer, report)
-            report.backup_id = manifest.backup_id
-            planned = await _agreed(report, manifest, host, choice, allow, observer, confirm)
-            plan = planned.plan
-            if not plan.taken:
-                if not any(qube.decision == "refuse" for qube in plan.qubes) and not plan.unlisted:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Fills `report`, which tells of the last plan, whatever comes of it."""
+
+    report: Report
+    link: Link
+    host: Host | None
+    options: SessionOptions
+    observer: Observer
+    stall_s: float
+
+    async def run(self, choice: Choice, allow: AllowList | None, confirm: Confirm | None) -> None:
+        async with contextlib.AsyncExitStack() as locks:
+            if self.host is not None:
+                for remark in await locks.enter_async_context(_locked(self.host)):
+                    self.say("warning", remark)
+            async with self.link, SessionClient(self.link, self.stall_s) as client:
+                manifest = await _opened(client, self.options, self.say)
+                self.report.backup_id = manifest.backup_id
+                planned = await self.agree(manifest, choice, allow, confirm)
+                if planned.plan.taken:
+                    await self.carry_out(planned, client)
+                elif not any(qube.outcome == "refused" for qube in self.report.qubes):
                     raise UsageError("no qube is selected", advice="")
-                return
-            run = RestoreRun(
-                link,
-                client,
-                planned,
-                host,
-                observer,
-                report,
-                ignore_size_limit=options.ignore_size_limit,
-                tail_timeout_s=stall_s,
-            )
+
+    async def agree(
+        self, manifest: m.Manifest, choice: Choice, allow: AllowList | None, confirm: Confirm | None
+    ) -> Planned:
+        """Plan until nothing else is wanted."""
+        for number in itertools.count(1):
+            view = None if self.host is None else await ask(self.host.view)
+            planned = make_plan(manifest, choice, view, allow=allow, number=number)
+            plan = planned.plan
+            if self.host is not None:
+                self.warn_of_space(plan, await ask(self.host.free_space))
+            for remark in () if view is None else view.remarks:
+                self.say("warning", remark)
+            self.report.qubes = plan.reports()
             try:
-                await run.run()
-            except asyncio.CancelledError:
-                client.cancel()
+                other = None if confirm is None else await confirm(plan)
+            except RestoreError as error:
+                for qube, report in zip(plan.qubes, self.report.qubes, strict=False):
+                    if qube.decision == "take":  # nothing is wrong with it; this is why it has not come
+                        report.error = ErrorInfo.of(error).without_place()
                 raise
+            if other is None:
+                break
+            choice = other
+        return planned
+
+    async def carry_out(self, planned: Planned, client: SessionClient) -> None:
+        run = RestoreRun(
+            self.link,
+            client,
+            planned,
+            self.host,
+            self.observer,
+            self.report,
+            ignore_size_limit=self.options.ignore_size_limit,
+            tail_timeout_s=self.stall_s,
+        )
+        try:
+            await run.run()
+        except asyncio.CancelledError:
+            client.cancel()
+            raise
+
+    def warn_of_space(self, plan: Plan, free: int | None) -> None:
+        """Say so early when the qubes took more room than there is; their holes may still make them fit."""
+        needed = sum(qube.backup_size for qube in plan.taken)
+        if free is not None and needed > free:
+            took, left = f"{needed >> 20} MiB", f"{free >> 20} MiB"
+            self.say("warning", f"the qubes took {took} when they were backed up, and only {left} are free")
+
+    def say(self, level: str, text: str) -> None:
+        """A line for the person. A warning is kept, and said once, however many plans it is about."""
+        if level == "warning":
+            if text in self.report.warnings:
+                return
+            warn(self.report, text)
+        self.observer.log(level, text)
 
 
 @contextlib.asynccontextmanager
@@ -141,37 +184,6 @@ async def _locked(host: Host) -> AsyncIterator[Sequence[str]]:
         await in_thread(held[0].__exit__, None, None, None)
 
 
-async def _agreed(
-    report: Report,
-    manifest: m.Manifest,
-    host: Host | None,
-    choice: Choice,
-    allow: AllowList | None,
-    observer: Observer,
-    confirm: Confirm | None,
-) -> Planned:
-    """Plan until nothing else is wanted. The report tells of the last plan, whatever comes of it."""
-    for number in itertools.count(1):
-        view = None if host is None else await ask(host.view)
-        planned = make_plan(manifest, choice, view, allow=allow, number=number)
-        plan = planned.plan
-        _warn_of_space(plan, None if host is None else await ask(host.free_space), observer, report)
-        for remark in () if view is None else view.remarks:
-            _warn(remark, observer, report)
-        report.qubes = plan.reports()
-        try:
-            other = None if confirm is None else await confirm(plan)
-        except RestoreError as error:
-            for qube, its_report in zip(plan.qubes, report.qubes, strict=False):
-                if qube.decision == "take":  # nothing is wrong with it; this is why it has not come
-                    its_report.error = ErrorInfo.of(error).without_place()
-            raise
-        if other is None:
-            break
-        choice = other
-    return planned
-
-
 #: What a person must know of a backup that Qubes R2 to R3.2 wrote, before anything is restored from it.
 OLD_FORMAT = (
     "the backup has format 3, which Qubes R2 to R3.2 wrote. Each piece of it is authenticated, but its place"
@@ -181,33 +193,14 @@ OLD_FORMAT = (
 
 
 async def _opened(
-    client: SessionClient, options: SessionOptions, observer: Observer, report: Report | None
+    client: SessionClient, options: SessionOptions, say: Callable[[str, str], None]
 ) -> m.Manifest:
     async with contextlib.aclosing(client.open(options)) as messages:
         async for message in messages:
             if isinstance(message, m.Manifest):
                 if message.format == 3:
-                    _warn(OLD_FORMAT, observer, report)
+                    say("warning", OLD_FORMAT)
                 return message
-            if isinstance(message, m.Log) and message.level == "warning":
-                _warn(message.text, observer, report)
-            elif isinstance(message, m.Log):
-                observer.log(message.level, message.text)
+            if isinstance(message, m.Log):
+                say(message.level, message.text)
     raise ProtocolViolation("the session ended without a manifest")
-
-
-def _warn_of_space(plan: Plan, free: int | None, observer: Observer, report: Report) -> None:
-    """Say so early when the qubes took more room than there is; their holes may still make them fit."""
-    needed = sum(qube.backup_size for qube in plan.taken)
-    if free is None or needed <= free:
-        return
-    text = f"the qubes took {needed >> 20} MiB when they were backed up, and only {free >> 20} MiB are free"
-    _warn(text, observer, report)
-
-
-def _warn(text: str, observer: Observer, report: Report | None) -> None:
-    if report is not None:
-        if text in report.warnings:  # it was said of another plan
-            return
-        warn(report, text)
-    observer.log("warning", text)
