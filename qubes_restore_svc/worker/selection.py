@@ -302,17 +302,15 @@ class Selection:
 
     def remark_late(self, place: WantedFile) -> None:
         """A file has come when its qube was closed already."""
-        self._remark(place, "stands behind the files of other qubes and was ignored")
+        if place.name not in place.qube.remarks:
+            place.qube.remarks.add(place.name)
+            text = f"{place.name} stands behind the files of other qubes and was ignored"
+            self._remarks.append(m.Log(level="warning", text=text, key=place.qube.info.key))
 
     def take_remarks(self) -> Iterator[m.Log]:
         """The remarks since the last call."""
         while self._remarks:
             yield self._remarks.popleft()
-
-    def _remark(self, place: WantedFile, text: str) -> None:
-        if place.name not in place.qube.remarks:
-            place.qube.remarks.add(place.name)
-            self._remarks.append(m.Log(level="warning", text=f"{place.name} {text}", key=place.qube.info.key))
 
 
 def _around(file: str) -> Iterator[str]:

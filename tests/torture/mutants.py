@@ -146,7 +146,12 @@ _ROWS = (
         "",
         "tests/worker/test_pipeline.py tests/test_end_to_end.py tests/torture",
     ),
-    ("worker/pipeline.py", "            qube.give_up(error)\n", "", "tests/worker/test_pipeline.py"),
+    (
+        "worker/pipeline.py",
+        "            qube.give_up(error)\n",
+        "            pass\n",
+        "tests/worker/test_pipeline.py",
+    ),
     (
         "worker/pipeline.py",
         "        if self._stop.said:\n            waker()\n",
