@@ -13,7 +13,6 @@ import enum
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import ParamSpec
 
 from qubes_restore_svc.broker.filesystem import Room
 from qubes_restore_svc.broker.host import Definition, NewQube
@@ -45,8 +44,6 @@ _RULE_KEYS = (
     "action", "proto", "dsthost", "dst4", "dst6", "dstports", "icmptype", "specialtarget", "expire",
     "comment",
 )  # fmt: skip
-
-_Arguments = ParamSpec("_Arguments")
 
 
 class _State(enum.Enum):
@@ -207,7 +204,36 @@ def apply_settings(
     system: QubesSystem, name: str, settings: QubeSettings, definition: Definition
 ) -> tuple[str, ...]:
     """Give the qube `name`, which has no netvm, its settings; brings clauses on what could not be set."""
-    return _Settings(system, name).apply(settings, definition)
+    attempt = _Attempts()
+    for key, value in definition.properties.items():
+        attempt(system.set_property, name, key, value)
+    for key, value in definition.features.items():
+        attempt(system.set_feature, name, key, value)
+    for tag in definition.tags:
+        attempt(system.add_tag, name, tag)
+    for device in definition.devices:
+        attempt(system.assign_device, name, device)
+    if settings.notes:
+        attempt(system.set_notes, name, settings.notes)
+    if settings.appmenus:
+        # The feature is a list separated by spaces, so a name that has one cannot stand in it.
+        fitting = [entry for entry in settings.appmenus if " " not in entry]
+        if lost := len(settings.appmenus) - len(fitting):
+            attempt.remarks.append(f"{lost} menu entries have names that no menu can hold")
+        attempt(system.set_feature, name, MENU_FEATURE, " ".join(fitting))
+    dispvm = definition.default_dispvm
+    if dispvm is not None and not attempt(system.set_default_dispvm, name, dispvm) and dispvm:
+        attempt(system.set_default_dispvm, name, "")
+    is_guarded = _set_firewall(system, name, settings.firewall, attempt)
+    if definition.netvm != "" and not is_guarded:
+        attempt.remarks.append("it has no netvm, because its firewall could not be set")
+    elif definition.netvm != "" and not attempt(system.set_property, name, "netvm", definition.netvm):
+        attempt.remarks.append("it has no netvm")
+    # The last ones are on the firewall and the netvm, which matter most.
+    remarks, more = attempt.remarks, len(attempt.remarks) - MAX_REMARKS
+    if more > 0:
+        remarks = [*remarks[: MAX_REMARKS - 10], f"{more} more settings failed", *remarks[-10:]]
+    return tuple(remarks)
 
 
 def rule_text(rule: FirewallRule) -> str:
@@ -216,85 +242,34 @@ def rule_text(rule: FirewallRule) -> str:
     return " ".join(f"{key}={values[key]}" for key in _RULE_KEYS if key in values)
 
 
-class _Settings:
-    """The settings of one qube while they are applied; `remarks` tells what was not."""
+class _Attempts:
+    """Does what may fail, and keeps clauses on what did."""
 
-    def __init__(self, system: QubesSystem, name: str) -> None:
-        self._system = system
-        self._name = name
-        self._remarks: list[str] = []
+    def __init__(self) -> None:
+        self.remarks: list[str] = []
 
-    def apply(self, settings: QubeSettings, definition: Definition) -> tuple[str, ...]:
-        system, name = self._system, self._name
-        for key, value in definition.properties.items():
-            self._attempt(system.set_property, name, key, value)
-        for key, value in definition.features.items():
-            self._attempt(system.set_feature, name, key, value)
-        for tag in definition.tags:
-            self._attempt(system.add_tag, name, tag)
-        for device in definition.devices:
-            self._attempt(system.assign_device, name, device)
-        if settings.notes:
-            self._attempt(system.set_notes, name, settings.notes)
-        if settings.appmenus:
-            self._set_menu(settings.appmenus)
-        if definition.default_dispvm is not None:
-            dispvm = definition.default_dispvm
-            if not self._attempt(system.set_default_dispvm, name, dispvm) and dispvm:
-                self._attempt(system.set_default_dispvm, name, "")
-        is_guarded = self._set_firewall(settings.firewall)
-        if definition.netvm != "":
-            self._connect(definition.netvm, is_guarded)
-        return self._worth_reading()
-
-    def _attempt(
-        self,
-        action: Callable[_Arguments, None],
-        *arguments: _Arguments.args,
-        **keywords: _Arguments.kwargs,
-    ) -> bool:
+    def __call__(self, action: Callable[..., None], *arguments: object) -> bool:
         try:
-            action(*arguments, **keywords)
+            action(*arguments)
         except HostFailed as error:
-            self._remarks.append(error.reason)
+            self.remarks.append(error.reason)
             return False
         return True
 
-    def _set_menu(self, entries: Sequence[str]) -> None:
-        # The feature is a list separated by spaces, so a name that has one cannot stand in it.
-        fitting = [entry for entry in entries if " " not in entry]
-        if len(fitting) < len(entries):
-            lost = len(entries) - len(fitting)
-            self._remarks.append(f"{lost} menu entries have names that no menu can hold")
-        self._attempt(self._system.set_feature, self._name, MENU_FEATURE, " ".join(fitting))
 
-    def _set_firewall(self, rules: Sequence[FirewallRule] | None) -> bool:
-        """Whether the qube may be connected. No rules at all in the backup: the default, accept."""
-        if rules is None:
-            return True
-        try:
-            self._system.set_firewall(self._name, [rule_text(rule) for rule in rules] or DROP_ALL)
-        except HostFailed as error:
-            refused = error.reason
-        else:
-            return True
-        if not self._attempt(self._system.set_firewall, self._name, DROP_ALL):
+def _set_firewall(
+    system: QubesSystem, name: str, rules: Sequence[FirewallRule] | None, attempt: _Attempts
+) -> bool:
+    """Whether the qube may be connected. No rules at all in the backup: the default, accept."""
+    if rules is None:
+        return True
+    try:
+        system.set_firewall(name, [rule_text(rule) for rule in rules] or DROP_ALL)
+    except HostFailed as error:
+        if not attempt(system.set_firewall, name, DROP_ALL):
             return False
-        self._remarks.append(
-            f"its firewall lets nothing through now, because its rules were not accepted ({refused});"
+        attempt.remarks.append(
+            f"its firewall lets nothing through now, because its rules were not accepted ({error.reason});"
             " set them with qvm-firewall"
         )
-        return True
-
-    def _connect(self, netvm: str | None, is_guarded: bool) -> None:
-        if not is_guarded:
-            self._remarks.append("it has no netvm, because its firewall could not be set")
-        elif not self._attempt(self._system.set_property, self._name, "netvm", netvm):
-            self._remarks.append("it has no netvm")
-
-    def _worth_reading(self) -> tuple[str, ...]:
-        # The last ones are on the firewall and the netvm, which matter most.
-        more = len(self._remarks) - MAX_REMARKS
-        if more <= 0:
-            return tuple(self._remarks)
-        return (*self._remarks[: MAX_REMARKS - 10], f"{more} more settings failed", *self._remarks[-10:])
+    return True
