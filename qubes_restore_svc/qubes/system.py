@@ -249,12 +249,29 @@ class QubesSystem:
 
         Then nothing of it is left, or what the error says.
         """
-        with self._creating(name):
+        if self.exists(name):
+            raise _taken(name)
+        for watcher in self._watchers:
+            watcher.creating(name)
+        try:
             self._add(klass, name, label, template, pool)
             for tag in tags:
                 self.add_tag(name, tag)
             for key, value in properties.items():
                 self.set_property(name, key, value)
+        except QubeExists:  # it has appeared meanwhile, and is not ours
+            self._tell_created(name)
+            raise
+        except HostFailed as error:
+            try:
+                self.remove(name)
+            except HostFailed as left:
+                error.reason += f"; what was created of it is still there, because {left.reason}"
+                error.advice = f"Remove it with `qvm-remove {name}`."
+            else:
+                self._tell_created(name)
+            raise
+        self._tell_created(name)
 
     def remove(self, name: str) -> None:
         """Remove a halted qube and its volumes; nothing if it is gone. Raises QubeInUse or HostFailed."""
@@ -465,29 +482,6 @@ class QubesSystem:
             if "already exists" in error.reason.lower():
                 raise _taken(name) from error
             raise
-
-    @contextmanager
-    def _creating(self, name: str) -> Iterator[None]:
-        """Around the creation of `name`: refused if it is taken, and removed again if the block fails."""
-        if self.exists(name):
-            raise _taken(name)
-        for watcher in self._watchers:
-            watcher.creating(name)
-        try:
-            yield
-        except QubeExists:  # it has appeared meanwhile, and is not ours
-            self._tell_created(name)
-            raise
-        except HostFailed as error:
-            try:
-                self.remove(name)
-            except HostFailed as left:
-                error.reason += f"; what was created of it is still there, because {left.reason}"
-                error.advice = f"Remove it with `qvm-remove {name}`."
-            else:
-                self._tell_created(name)
-            raise
-        self._tell_created(name)
 
     def _tell_created(self, name: str) -> None:
         for watcher in self._watchers:
