@@ -15,7 +15,8 @@ from qubes_restore_svc.broker.plan import Planned
 from qubes_restore_svc.broker.references import SetUp
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.connection import parse_object
+from qubes_restore_svc.wire.models import ErrorInfo, validated
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 from qubes_restore_svc.wire.restore_call import PlanQube
@@ -84,7 +85,7 @@ class QubeRun:
     def take_settings(self) -> m.QubeSettings:
         """The settings that were kept, which are kept no longer."""
         kept, self.settings = self.settings, b""
-        return m.QubeSettings.model_validate_json(kept)
+        return validated(m.QubeSettings, parse_object(kept))
 
     def finish(self) -> None:
         """There is nothing more to be done with it, and nothing to be kept but its report."""

@@ -2,9 +2,11 @@
 
 import enum
 import json
+import re
 import struct
 import tracemalloc
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -316,3 +318,13 @@ def test_a_payload_takes_memory_in_proportion_to_its_size(
         assert tracemalloc.get_traced_memory()[1] < 28 * len(payload)
     finally:
         tracemalloc.stop()
+
+
+def test_no_other_module_reads_json() -> None:
+    root = Path(connection.__file__).parents[1]
+    readers = [
+        path
+        for path in root.rglob("*.py")
+        if re.search(r"json\.loads?\(|validate_json|from_json", path.read_text())
+    ]
+    assert [path.relative_to(root).as_posix() for path in readers] == ["wire/connection.py"]
