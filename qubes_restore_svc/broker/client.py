@@ -10,9 +10,9 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from qubes_restore_svc.broker.ledger import believed_error, one_phrase
 from qubes_restore_svc.broker.link import PIPE, Link
@@ -288,17 +288,10 @@ class SessionClient:
 
 def _open_message(options: SessionOptions, storage: m.Storage | None) -> m.Open:
     """The request; raises UsageError for an option that cannot even be sent."""
+    fields = {**asdict(options), "storage": storage}
+    del fields["stall_timeout_s"]
     try:
-        return m.Open(
-            passphrase=SecretStr(options.passphrase),
-            memory=options.memory,
-            jobs=options.jobs,
-            compression_filter=options.compression_filter,
-            ignore_size_limit=options.ignore_size_limit,
-            ignore_cost_limit=options.ignore_cost_limit,
-            storage=storage,
-            ahead=options.ahead,
-        )
+        return m.Open.model_validate(fields)
     except ValidationError as error:
         # Never the value: it may be the passphrase.
         what = str(error.errors(include_input=False)[0]["loc"][0]).replace("_", "-")
