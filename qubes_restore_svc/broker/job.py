@@ -68,7 +68,7 @@ async def run_job(
     report = Report.begun("verify" if host is None else "restore")
     error: RestoreError | None = None
     try:
-        await _Job(report, link, host, options, observer, stall_s).run(choice, allow, confirm)
+        await _RestoreJob(report, link, host, options, observer, stall_s).run(choice, allow, confirm)
     except RestoreError as caught:
         error = caught
     except asyncio.CancelledError:
@@ -82,7 +82,7 @@ async def run_job(
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _RestoreJob:
     """Fills `report`, which tells of the last plan, whatever comes of it."""
 
     report: Report

@@ -25,7 +25,7 @@ from qubes_restore_svc.wire.restore_call import PlanQube
 MAX_WAITING_SETTINGS = 64 << 20
 
 
-class Stage(enum.Enum):
+class QubeStage(enum.Enum):
     """How far a qube has come."""
 
     WAITING = "waiting"  # nothing of it has come
@@ -43,7 +43,7 @@ class QubeRun:
     source: m.ManifestQube
     set_up: SetUp | None  #: None: it is only verified, or the host has no system
     definition: Definition | None
-    stage: Stage = Stage.WAITING
+    stage: QubeStage = QubeStage.WAITING
     transaction: QubeTransaction | None = None
     settings: bytes = b""  #: the message as JSON, while it waits for what it needs
 
@@ -75,12 +75,12 @@ class QubeRun:
     @property
     def finished(self) -> bool:
         """Is there nothing more to be done with it?"""
-        return self.stage is Stage.FINISHED
+        return self.stage is QubeStage.FINISHED
 
     def settle(self, settings: m.QubeSettings) -> None:
         """All of it is here: keep its settings, in their smallest form, until `take_settings`."""
         self.settings = settings.model_dump_json(exclude_defaults=True).encode()
-        self.stage = Stage.SETTLED
+        self.stage = QubeStage.SETTLED
 
     def take_settings(self) -> m.QubeSettings:
         """The settings that were kept, which are kept no longer."""
@@ -89,7 +89,7 @@ class QubeRun:
 
     def finish(self) -> None:
         """There is nothing more to be done with it, and nothing to be kept but its report."""
-        self.stage, self.settings = Stage.FINISHED, b""
+        self.stage, self.settings = QubeStage.FINISHED, b""
 
     def blame(self, error: RestoreError) -> None:
         """Give this as the reason of its failure, unless there was one before: that led to this one."""
@@ -156,7 +156,7 @@ class QubeRuns:
     def is_ready(self, qube: QubeRun) -> bool:
         """Is it settled, and all that it needs finished?"""
         needed = (self.get(qube.template_key), self.get(qube.netvm_key))
-        return qube.stage is Stage.SETTLED and all(other is None or other.finished for other in needed)
+        return qube.stage is QubeStage.SETTLED and all(other is None or other.finished for other in needed)
 
     def resolve_references(self, qube: QubeRun) -> Iterator[str]:
         """Adapt the definition of a qube that is ready to what has become of the others; yields warnings."""

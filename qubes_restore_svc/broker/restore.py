@@ -21,7 +21,7 @@ from qubes_restore_svc.broker.qube_runs import (
     MAX_WAITING_SETTINGS,
     QubeRun,
     QubeRuns,
-    Stage,
+    QubeStage,
     without_dispvm,
 )
 from qubes_restore_svc.broker.receiver import VolumeCopy
@@ -203,7 +203,7 @@ class RestoreRun:
             return qube.transaction
 
         transaction = await in_thread(begin)
-        qube.stage = Stage.OPEN
+        qube.stage = QubeStage.OPEN
         return transaction
 
     async def _begin_template(self, qube: QubeRun, host: Host) -> None:
