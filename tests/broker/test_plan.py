@@ -7,30 +7,19 @@ import pytest
 from qubes_restore_svc.broker.host import HostView
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import BadMetadata, QubeExists, UsageError
-from qubes_restore_svc.wire.messages import ErrorInfo, Manifest, ManifestQube, RefusedQube, VolumeInfo
+from qubes_restore_svc.wire.messages import Manifest
 from qubes_restore_svc.wire.restore_call import Choice, Plan
 
-
-def qube(name: str, klass: str = "AppVM") -> ManifestQube:
-    volume = VolumeInfo(name="home" if klass == "AdminVM" else "private")
-    return ManifestQube.model_validate(
-        {"key": f"key-{name}", "name": name, "klass": klass, "label": "red", "volumes": (volume,)}
-    )
+from .planning import manifest, qube
 
 
 def backup(*names: str, refused: Sequence[str] = ()) -> Manifest:
-    error = ErrorInfo(kind="bad-metadata", reason="no")
-    return Manifest(
-        backup_id="b",
-        format=4,
-        compression_filter="gzip",
-        qubes=tuple(qube(name, "AdminVM" if name == "dom0" else "AppVM") for name in names),
-        refused=tuple(RefusedQube(name=name, error=error) for name in refused),
-    )
+    qubes = (qube(name, "AdminVM" if name == "dom0" else "AppVM") for name in names)
+    return manifest(*qubes, refused=refused)
 
 
 def plan_for(
-    manifest: Manifest,
+    held: Manifest,
     *,
     names: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -38,7 +27,7 @@ def plan_for(
 ) -> Plan:
     """The plan for a host that knows nothing but names, or (None) for no host."""
     view = None if existing is None else HostView(frozenset(existing))
-    return make_plan(manifest, Choice(names=tuple(names), exclude=tuple(exclude)), view).plan
+    return make_plan(held, Choice(names=tuple(names), exclude=tuple(exclude)), view).plan
 
 
 def taken(plan: Plan) -> list[str]:
