@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import qubes_restore_svc.archive
+import qubes_restore_svc.kdf
 
-SOURCES = Path(qubes_restore_svc.archive.__file__).parent / "_scrypt"
+SOURCES = Path(qubes_restore_svc.kdf.__file__).parent / "_scrypt"
 CHECK = Path(__file__).parent / "romix_check.c"
 
 
