@@ -50,14 +50,6 @@ class AllowList(Protocol):
         ...
 
 
-class AllowNothing:
-    """No setting at all: for hosts that keep what the backup says without acting on it."""
-
-    def choose(self, qube: ManifestQube) -> AllowedSettings:
-        """Nothing."""
-        return AllowedSettings()
-
-
 class SettingsPolicy:
     """The allow-list of a Qubes system, with the person's lists; without arguments, the default one.
 

@@ -9,7 +9,7 @@ created here, and nothing that is not in the plan will be.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qubes_restore_svc.broker.allowlist import AllowList, AllowNothing
+from qubes_restore_svc.broker.allowlist import AllowedSettings, AllowList
 from qubes_restore_svc.broker.conflicts import MAX_NUMBERED, NamesInUse
 from qubes_restore_svc.broker.host import HostView, QubesView, restored_tag
 from qubes_restore_svc.broker.ledger import believed_error
@@ -73,7 +73,7 @@ def make_plan(
         qubes = [_named(qube, in_use, choice, view.qubes_system) for qube in qubes]
         if view.qubes_system is not None:
             candidates = [
-                Candidate(source, qube.new_name, (allow or AllowNothing()).choose(source))
+                Candidate(source, qube.new_name, allow.choose(source) if allow else AllowedSettings())
                 for qube in qubes
                 if qube.decision == "take" and (source := sources[qube.key]).klass != "AdminVM"
             ]

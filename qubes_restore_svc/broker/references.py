@@ -139,26 +139,23 @@ def set_up(
     return {qube.source.key: search.result(qube) for qube in candidates}
 
 
+@dataclass
 class _Search:
-    """The state of it. Qubes of the backup go by their names there."""
+    """The state of it. Qubes of the backup go by their names there. The first five are those of `set_up`."""
 
-    def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        system: QubesView,
-        use_defaults: bool,
-        in_backup: Collection[str],
-        restored_tag: str,
-    ) -> None:
-        self._system = system
-        self._use_defaults = use_defaults
-        self._in_backup = in_backup
+    candidates: Sequence[Candidate]
+    qubes_system: QubesView
+    use_defaults: bool
+    in_backup: Collection[str]
+    restored_tag: str
+
+    def __post_init__(self) -> None:
         self._came_before = {
-            name for name, qube in system.qubes.items() if restored_tag in qube.restored_tags
+            name for name, qube in self.qubes_system.qubes.items() if self.restored_tag in qube.restored_tags
         }
         self._before: dict[str, list[str]] = {}  # what `_restored_before` has found
-        self._standing = {qube.source.name: qube for qube in candidates}
-        self._restored = {qube.source.name: qube.as_restored() for qube in candidates}
+        self._standing = {qube.source.name: qube for qube in self.candidates}
+        self._restored = {qube.source.name: qube.as_restored() for qube in self.candidates}
         self._without_netvm: frozenset[str] = frozenset()  # it would lead in a circle
 
     def strike_out(self) -> None:
@@ -206,12 +203,12 @@ class _Search:
             notes.append(f"netvm change to '{netvm.name}'{self._origin(source.netvm, netvm)}")
         dispvm = self._default_dispvm(qube)
         notes += self._dispvm_notes(qube, dispvm)
-        label = source.label if source.label in self._system.labels else _LABEL_FOR_UNKNOWN
+        label = source.label if source.label in self.qubes_system.labels else _LABEL_FOR_UNKNOWN
         if label != source.label:
             notes.append(f"label change to '{label}'")
         # A backend that this restore brings need not be there yet when its frontend is finished.
-        devices = [device for device in allowed.devices if device.backend in self._system.qubes]
-        stranded = [device for device in allowed.devices if device.backend not in self._system.qubes]
+        devices = [device for device in allowed.devices if device.backend in self.qubes_system.qubes]
+        stranded = [device for device in allowed.devices if device.backend not in self.qubes_system.qubes]
         notes += allowed.notes
         notes += (
             f"{_named(device)} is assigned, as the configuration allows" for device in devices[:_MAX_TOLD]
@@ -233,7 +230,7 @@ class _Search:
             template_key=template.key,
             netvm_key=netvm.key,
             default_dispvm_key=dispvm.key,
-            fallback_template=self._default(source) if self._use_defaults and template.key else None,
+            fallback_template=self._default(source) if self.use_defaults and template.key else None,
             notes=tuple(notes),
             left_out=(
                 *allowed.left_out,
@@ -251,13 +248,13 @@ class _Search:
         if source.template is not None and (found := self._find(source.template, role)) is not None:
             return found
         default = self._default(source)
-        if default is not None and (self._use_defaults or source.template is None):
+        if default is not None and (self.use_defaults or source.template is None):
             return Target(default)
         if source.template is None:
             reason = "it is based on the system's default, and there is none here"
             return Missing("template", reason, _NO_DEFAULT_ADVICE)
         reason = f"its template {self._why(source.template, role)}"
-        if self._use_defaults:
+        if self.use_defaults:
             return Missing("template", f"{reason}, and there is no default here", _NO_DEFAULT_ADVICE)
         return Missing("template", reason)
 
@@ -267,7 +264,7 @@ class _Search:
             return Target(netvm)
         if (found := self._find(netvm, _NETVM)) is not None:
             return found
-        if self._use_defaults:
+        if self.use_defaults:
             return Target()
         return Missing("netvm", f"its netvm {self._why(netvm, _NETVM)}")
 
@@ -278,7 +275,7 @@ class _Search:
         found = self._find(untrusted_dispvm, _DISPVM_TEMPLATE)
         if found is not None and (
             found.key is not None
-            or found.name == self._system.default_dispvm
+            or found.name == self.qubes_system.default_dispvm
             or found.name in self._restored_before(untrusted_dispvm)
             or "default_dispvm" in qube.allowed.properties
         ):
@@ -296,7 +293,7 @@ class _Search:
             if dispvm.name != untrusted_wanted:
                 origin = self._origin(untrusted_wanted, dispvm)
                 yield f"default_dispvm change to '{dispvm.name}'{origin}"
-        elif dispvm.name != self._system.default_dispvm:
+        elif dispvm.name != self.qubes_system.default_dispvm:
             yield f"its default_dispvm is '{dispvm.name}' of this system, as the configuration allows"
 
     def _find(self, name: str, role: "_Role") -> Target | None:
@@ -304,7 +301,7 @@ class _Search:
         if qube is not None and role.fits(self._restored[name]):
             return Target(qube.name, qube.source.key)
         for there in (*self._restored_before(name), name):
-            if there in self._system.qubes and role.fits(self._system.qubes[there]):
+            if there in self.qubes_system.qubes and role.fits(self.qubes_system.qubes[there]):
                 return Target(there)
         return None
 
@@ -313,11 +310,11 @@ class _Search:
 
         A number is never given that makes the name of another qube in the backup.
         """
-        if not self._came_before or name not in self._in_backup:
+        if not self._came_before or name not in self.in_backup:
             return []
         if name not in self._before:
             numbered = (f"{name}-{number}" for number in range(1, MAX_NUMBERED + 1))
-            names = [name, *(other for other in numbered if other not in self._in_backup)]
+            names = [name, *(other for other in numbered if other not in self.in_backup)]
             self._before[name] = [there for there in names if there in self._came_before]
         return self._before[name]
 
@@ -333,19 +330,19 @@ class _Search:
     def _default(self, source: ManifestQube) -> str | None:
         """The template that the system gives a qube that names none."""
         is_disposable = source.klass == "DispVM"
-        name = self._system.default_dispvm if is_disposable else self._system.default_template
-        there = self._system.qubes.get(name or "")
+        name = self.qubes_system.default_dispvm if is_disposable else self.qubes_system.default_template
+        there = self.qubes_system.qubes.get(name or "")
         return name if there is not None and _TEMPLATE_ROLES[source.klass].fits(there) else None
 
     def _why(self, name: str, role: "_Role") -> str:
         """Why `name`, which was not found, cannot be had: `'x' is here, but is not a template`."""
         if name in self._standing:
             why = f"will be restored, but not as {role.noun}"
-        elif name in self._system.qubes and role.fits(self._system.qubes[name]):
+        elif name in self.qubes_system.qubes and role.fits(self.qubes_system.qubes[name]):
             why = "is of this system, and not of this backup"
-        elif name in self._system.qubes:
+        elif name in self.qubes_system.qubes:
             why = f"is here, but is not {role.noun}"
-        elif name in self._in_backup:
+        elif name in self.in_backup:
             why = "is in the backup, but will not be restored"
         else:
             why = "is neither here nor in the backup"

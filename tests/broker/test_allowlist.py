@@ -11,7 +11,6 @@ from qubes_restore_svc.broker.allowlist import (
     DEFAULT,
     MAX_LEFT_OUT,
     AllowedSettings,
-    AllowNothing,
     SettingsPolicy,
     check_entry,
 )
@@ -167,10 +166,6 @@ def test_nothing_of_dom0_comes_back_and_nothing_is_told() -> None:
         volumes=(VolumeInfo(name="home"),),
     ).model_copy(update={"features": {"service.x": "1"}, "tags": ("a",), "properties": {"memory": "1"}})
     assert EVERYTHING.choose(dom0) == AllowedSettings()
-
-
-def test_the_list_that_allows_nothing_allows_nothing() -> None:
-    assert AllowNothing().choose(qube(properties={"memory": "400"}, tags=("anon-vm",))) == AllowedSettings()
 
 
 # --- What is not worth telling ---------------------------------------------------------------------
