@@ -5,7 +5,7 @@ or another model. Unknown keys are refused, nothing is coerced, and a validation
 refused (it may be a passphrase, or meant for a terminal).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import (
@@ -120,6 +120,7 @@ class ErrorInfo(Model):
 
 
 _M = TypeVar("_M", bound=Message)
+_Form = TypeVar("_Form", bound=Model)
 
 
 def encode_message(message: Message) -> bytes:
@@ -132,6 +133,14 @@ def encode_message(message: Message) -> bytes:
 def encoded_size(part: Model) -> int:
     """Bytes that a message, or a part of one, takes."""
     return len(part.model_dump_json().encode())
+
+
+def fullest(forms: Iterable[_Form], fits: Callable[[_Form], bool]) -> _Form:
+    """The first of some forms, each smaller than the one before, that fits; or else the last."""
+    for form in forms:
+        if fits(form):
+            break
+    return form
 
 
 def validated(kind: type[_M], untrusted_object: Mapping[str, object]) -> _M:

@@ -9,13 +9,14 @@ is computed from them, so the report and the status cannot disagree.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.errors import ExitStatus, RestoreError
-from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo, Message, Model, encoded_size
+from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo, Message, Model, encoded_size, fullest
 from qubes_restore_svc.wire.names import (
     MAX_QUBES,
     MAX_TEXT,
@@ -36,6 +37,8 @@ MAX_REMARKS, MAX_WARNINGS = 1024, 100
 CUT = "there was more to say than there is room for: texts were shortened or left out"
 
 Remarks = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_REMARKS)]
+
+_Sized = TypeVar("_Sized", "QubeReport", "Report")
 
 #: Unlike what only travels, a report is filled while things happen.
 _FILLED = ConfigDict(frozen=False, validate_assignment=True)
@@ -80,7 +83,7 @@ class QubeReport(Model):
 
     def fitting(self, limit: int, size: Callable[["QubeReport"], int] = encoded_size) -> "QubeReport":
         """The fullest form of it whose `size` is within the limit, both in bytes."""
-        return _fullest(self, self.within, size, limit)
+        return fullest(chain((self,), map(self.within, _ROOMS)), lambda form: _fits(form, size, limit))
 
     def within(self, room: "_Room") -> "QubeReport":
         """The same, shortened. Outcomes, sizes and digests stay as they are."""
@@ -155,7 +158,7 @@ class Report(Message):
 
         One that is not all of it says so in its warnings.
         """
-        return _fullest(self, self._within, size, limit)
+        return fullest(chain((self,), map(self._within, _ROOMS)), lambda form: _fits(form, size, limit))
 
     @property
     def text_length(self) -> int:
@@ -224,8 +227,6 @@ _ROOMS = (
     _Room(40, 0, volume_errors=False, volumes=False),
 )
 
-_Sized = TypeVar("_Sized", QubeReport, Report)
-
 
 def _error_within(error: ErrorInfo | None, room: _Room, *, always: bool = False) -> ErrorInfo | None:
     if error is None or not (always or room.volume_errors):
@@ -237,16 +238,6 @@ def _remarks_within(lines: tuple[str, ...], room: _Room) -> tuple[str, ...]:
     return tuple(shortened(line, room.text) for line in lines[: room.remarks])
 
 
-def _fullest(
-    whole: _Sized, within: Callable[[_Room], _Sized], size: Callable[[_Sized], int], limit: int
-) -> _Sized:
-    """The first form whose size is within the limit, or else the last."""
-    form = whole
-    rooms = iter(_ROOMS)
+def _fits(form: _Sized, size: Callable[[_Sized], int], limit: int) -> bool:
     # What is too long by its texts alone need not be encoded, which takes seconds then.
-    while form.text_length > limit or size(form) > limit:
-        room = next(rooms, None)
-        if room is None:
-            break
-        form = within(room)
-    return form
+    return form.text_length <= limit and size(form) <= limit

@@ -17,6 +17,7 @@ of the two sides can cross on the way, so after a `cancel` the broker may still 
 """
 
 import enum
+from itertools import chain, starmap
 from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_serializer, model_validator
@@ -32,6 +33,7 @@ from qubes_restore_svc.wire.models import (
     Passphrase,
     ProtocolVersion,
     encoded_size,
+    fullest,
 )
 from qubes_restore_svc.wire.names import (
     MAX_QUBES,
@@ -236,18 +238,16 @@ class Plan(Message):
 
     def fitting(self) -> "Plan":
         """The fullest form of it that one message holds."""
-        form = self
-        rooms = iter(_PLAN_ROOMS)
-        while encoded_size(form) > MAX_FRAME and (room := next(rooms, None)) is not None:
-            unlisted = tuple(
-                RefusedQube(
-                    name=shortened(one.name, room[0]), error=one.error.within(room[0], advice=room[1] > 0)
-                )
-                for one in self.unlisted
-            )
-            qubes = tuple(qube.within(*room) for qube in self.qubes)
-            form = self.model_copy(update={"qubes": qubes, "unlisted": unlisted})
-        return form
+        forms = chain((self,), starmap(self._within, _PLAN_ROOMS))
+        return fullest(forms, lambda form: encoded_size(form) <= MAX_FRAME)
+
+    def _within(self, length: int, most: int) -> "Plan":
+        unlisted = (
+            RefusedQube(name=shortened(one.name, length), error=one.error.within(length, advice=most > 0))
+            for one in self.unlisted
+        )
+        qubes = (qube.within(length, most) for qube in self.qubes)
+        return self.model_copy(update={"qubes": tuple(qubes), "unlisted": tuple(unlisted)})
 
 
 class VolumeStarted(Message):
