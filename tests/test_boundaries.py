@@ -259,6 +259,25 @@ def test_a_part_imports_only_parts_above_it_in_the_documentation() -> None:
         above.add(part)
 
 
+#: What brings a chunk to those who unpack it. They take what comes, and call nobody who stands before them.
+_BEFORE_THE_UNPACKING = ("archive_access", "intake", "keys", "memory", "source", "storage")
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("files", _BEFORE_THE_UNPACKING),
+        ("pipeline", _BEFORE_THE_UNPACKING),
+        ("output", _BEFORE_THE_UNPACKING),
+        ("session", (*_BEFORE_THE_UNPACKING, "chunk", "opening", "pipeline", "selection")),
+    ],
+)
+def test_a_chunk_goes_one_way_through_the_worker(module: str, never: tuple[str, ...]) -> None:
+    modules = read_modules(ROOT)
+    assert {f"worker.{name}" for name in never} <= set(modules)
+    assert not own_imports(modules[f"worker.{module}"], modules) & {f"worker.{name}" for name in never}
+
+
 def test_the_check_sees_the_whole_package() -> None:
     modules = read_modules(ROOT)
     assert {module.part for module in modules.values()} == set(OURS)
