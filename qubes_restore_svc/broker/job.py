@@ -32,7 +32,7 @@ from qubes_restore_svc.wire.restore_call import Choice, Plan
 
 #: Shows the plan to the person before anything is created. None: it is to be carried out. A choice: it is
 #: not, another plan is to be made from that, and shown. Raises RestoreError to end the job.
-Confirm = Callable[[Plan], Awaitable[Choice | None]]
+AskAboutPlan = Callable[[Plan], Awaitable[Choice | None]]
 
 
 async def read_manifest(
@@ -56,7 +56,7 @@ async def run_job(
     observer: Observer,
     *,
     allow: AllowList | None = None,
-    confirm: Confirm | None = None,
+    confirm: AskAboutPlan | None = None,
     stall_s: float = STALL_S,
 ) -> Report:
     """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
@@ -92,7 +92,7 @@ class _RestoreJob:
     observer: Observer
     stall_s: float
 
-    async def run(self, choice: Choice, allow: AllowList | None, confirm: Confirm | None) -> None:
+    async def run(self, choice: Choice, allow: AllowList | None, confirm: AskAboutPlan | None) -> None:
         async with contextlib.AsyncExitStack() as locks:
             if self.host is not None:
                 for remark in await locks.enter_async_context(_locked(self.host)):
@@ -107,7 +107,7 @@ class _RestoreJob:
                     raise UsageError("no qube is selected", advice="")
 
     async def agree(
-        self, manifest: m.Manifest, choice: Choice, allow: AllowList | None, confirm: Confirm | None
+        self, manifest: m.Manifest, choice: Choice, allow: AllowList | None, confirm: AskAboutPlan | None
     ) -> Planned:
         """Plan until nothing else is wanted."""
         for number in itertools.count(1):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.host import Host
-from qubes_restore_svc.broker.job import Confirm, read_manifest, run_job
+from qubes_restore_svc.broker.job import AskAboutPlan, read_manifest, run_job
 from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import RestoreError, UsageError
@@ -92,7 +92,7 @@ class Dom0Restore:
         manifest = await read_manifest(self.link, self.session_options(request), observer)
         return make_plan(manifest, request.choice, None).plan.model_copy(update={"mode": "list"})
 
-    async def run(self, request: OpenBackup, observer: Observer, confirm: Confirm | None) -> Report:
+    async def run(self, request: OpenBackup, observer: Observer, confirm: AskAboutPlan | None) -> Report:
         """As `run_job`, with the configured allow-list; report and log are kept as it is configured."""
         mode = request.mode
 
