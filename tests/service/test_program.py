@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -157,8 +158,15 @@ def handing_over(bed: Bed) -> "Iterator[tuple[subprocess.Popen[bytes], socket.so
         words = ["local", "restore.Verify", f"archive={fds[0]}", f"passphrase={fds[1]}"]
         process = start(bed, words, {}, fds)
         theirs.close()
-        yield process, ours
-        process.communicate(timeout=15)
+        # Where it waits for what never comes, the test fails and does not wait for it.
+        patience = threading.Timer(15, process.kill)
+        patience.start()
+        try:
+            yield process, ours
+            process.communicate(timeout=15)
+        finally:
+            patience.cancel()
+            process.kill()
     assert process.returncode == 0
     bed.check_nothing_is_left()
 
