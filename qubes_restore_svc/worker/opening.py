@@ -53,7 +53,7 @@ def _as_it_is(stored: Iterable[bytes]) -> Iterable[bytes]:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenBackup:
+class OpenedBackup:
     """An authenticated beginning. `filter` is the compression in force, by its canonical name; `proofs` tells
     how the chunks that follow are proven; `decrypt` makes the content of a file from that of its chunks."""
 
@@ -76,7 +76,7 @@ def open_backup(
     *,
     remark: Remark,
     go_ahead: Callable[[Proofs], None] | None = None,
-) -> OpenBackup:
+) -> OpenedBackup:
     """Read up to the end of qubes.xml. `compression_filter` overrides the header's; `remark` gets lines for
     the person.
 
@@ -109,7 +109,7 @@ def open_backup(
         header.release()
         if xml is not None:
             xml.release()
-    return OpenBackup(authentic, content, filter_name, proofs)
+    return OpenedBackup(authentic, content, filter_name, proofs)
 
 
 def _header_text(members: MemberStream) -> bytes:
@@ -126,7 +126,7 @@ def _header_text(members: MemberStream) -> bytes:
 
 def _open_format_3(
     store: ChunkStore, untrusted_text: bytes, passphrase: str, compression_filter: str | None
-) -> OpenBackup:
+) -> OpenedBackup:
     key = header_format.passphrase_bytes(passphrase)
     header = _authentic_header(store.members, untrusted_text, key)
     cipher = openssl.check_cipher(header.crypto_algorithm) if header.encrypted else None
@@ -145,7 +145,7 @@ def _open_format_3(
         xml.release()
     # The format has no id; this is as good, and stays the same for every copy of the backup.
     header = replace(header, backup_id=f"format3-{identity}")
-    return OpenBackup(header, content, filter_name, proofs, decrypt)
+    return OpenedBackup(header, content, filter_name, proofs, decrypt)
 
 
 def _authentic_header(members: MemberStream, untrusted_text: bytes, key: bytes) -> BackupHeader:

@@ -31,7 +31,7 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
 from qubes_restore_svc.worker.files import ArchiveEnd, Damaged, EventQueue, Passed, PlaintextFiles
-from qubes_restore_svc.worker.opening import OpenBackup
+from qubes_restore_svc.worker.opening import OpenedBackup
 from qubes_restore_svc.worker.output import ImageHash, VolumeStream
 from qubes_restore_svc.worker.selection import DIRECTORY, SelectedQube, Selection, Stage, WantedFile
 from qubes_restore_svc.worker.threads import Stop, as_restore_error
@@ -51,7 +51,7 @@ class Pipeline:
 
     def __init__(
         self,
-        backup: OpenBackup,
+        backup: OpenedBackup,
         selection: Selection,
         events: EventQueue,
         stop: Stop,

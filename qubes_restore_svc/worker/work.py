@@ -21,7 +21,7 @@ from qubes_restore_svc.worker.chunk import ChunkStore
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.memory import Budget
-from qubes_restore_svc.worker.opening import OpenBackup, open_backup
+from qubes_restore_svc.worker.opening import OpenedBackup, open_backup
 from qubes_restore_svc.worker.pipeline import Announce, Emit, Pipeline
 from qubes_restore_svc.worker.selection import Selection, Wanted
 from qubes_restore_svc.worker.source import ArchivePass, ArchiveSource, MemberStream
@@ -184,7 +184,7 @@ class Work:
         intake.start(backup.proofs)
         pipeline.run()
 
-    def _list(self, backup: OpenBackup, *, whole: bool) -> None:
+    def _list(self, backup: OpenedBackup, *, whole: bool) -> None:
         for warning in backup.content.warnings:
             self._warn(warning)
         self._content, self._whole = backup.content, whole

@@ -23,7 +23,7 @@ from qubes_restore_svc.worker.chunk import ChunkStore
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.memory import Budget
-from qubes_restore_svc.worker.opening import OpenBackup, open_backup
+from qubes_restore_svc.worker.opening import OpenedBackup, open_backup
 from qubes_restore_svc.worker.pipeline import Pipeline
 from qubes_restore_svc.worker.selection import Selection, Wanted
 from qubes_restore_svc.worker.source import ArchiveSource, MemberStream
@@ -167,11 +167,11 @@ class Pass:
         self.messages: list[m.Message] = []
         self.remarks: list[str] = []
         self.passphrase = passphrase
-        self.backup: OpenBackup
+        self.backup: OpenedBackup
         self.pipeline: Pipeline
         self.thread: threading.Thread
 
-    def open(self, compression_filter: str | None = None, *, ahead: bool = False) -> OpenBackup:
+    def open(self, compression_filter: str | None = None, *, ahead: bool = False) -> OpenedBackup:
         """Read the beginning."""
         self.backup = open_backup(
             self.store,

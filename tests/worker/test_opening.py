@@ -20,7 +20,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
 from qubes_restore_svc.worker.keys import KeyScheduler
-from qubes_restore_svc.worker.opening import OpenBackup
+from qubes_restore_svc.worker.opening import OpenedBackup
 
 from ..support.backup_writer import BACKUP_ID, BackupWriter, join_members, sample_qube
 from ..support.damage import DAMAGES, Damage, edited, flip_bit, sample_backup, with_cost
@@ -32,7 +32,7 @@ EARLY = [damage for damage in DAMAGES.values() if damage.scope == "backup"]
 
 def opened(
     archive: bytes, *, passphrase: str | None = None, memory: int = 64 * MIB
-) -> tuple[OpenBackup, Pass]:
+) -> tuple[OpenedBackup, Pass]:
     with file_with(archive) as descriptor:
         run = Pass(descriptor, memory=memory, passphrase=passphrase or WRITER.passphrase)
         try:
