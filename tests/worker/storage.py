@@ -93,9 +93,11 @@ class Served:
 def serve(archive: bytes, connection: socket.socket, served: list[Served]) -> threading.Thread:
     """Be the storage service behind `connection`: read the line, send the qfile, read the answer, hang up."""
 
+    connection.setblocking(True)
+
     def run() -> None:
-        connection.setblocking(True)
-        with connection, connection.makefile("rb") as incoming, contextlib.suppress(OSError, EOFError):
+        # The test may have closed it already.
+        with contextlib.suppress(OSError, EOFError), connection, connection.makefile("rb") as incoming:
             one = Served(incoming.readline().decode().split())
             served.append(one)
             crc = stock_storage.tar2qfile(io.BytesIO(archive), one.paths, connection.sendall)
