@@ -181,7 +181,9 @@ def test_a_missing_file_ends_the_build(tree: Path, tmp_path: Path, missing: str)
 def test_an_extension_that_does_not_load_ends_the_build(tree: Path) -> None:
     if reason := cannot_build("rpm"):
         pytest.skip(reason)
-    (tree / "qubes_restore_svc/kdf/_scrypt/romix.c").unlink()
+    for source in (tree / "qubes_restore_svc/kdf/_scrypt").glob("*.c"):
+        if not source.name.startswith("python_"):  # what is left compiles, and calls what is not there
+            source.unlink()
     assert run_tool(tree, "tools/build-extension", SYSTEM_PYTHON) != 0
 
 
