@@ -233,7 +233,10 @@ def test_a_command_that_is_ended_leaves_nothing_and_a_second_run_works(
     words = dom0.location(backup, "path")
     before = dom0.qubes.snapshot()
     process = _started(dom0, words, *MOMENTS[moment])
-    os.kill(process.pid, number)
+    if number is signal.SIGKILL:
+        _kill(dom0, process)
+    else:
+        process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert "Traceback" not in stdout + stderr
     if number is signal.SIGKILL:
@@ -255,7 +258,7 @@ def test_a_verification_that_is_killed_leaves_nothing_and_a_second_one_works(
     words = ["--verify-only", *dom0.location(backup, "path")]
     before = dom0.qubes.snapshot()
     process = _started(dom0, words, *MOMENTS[moment])
-    process.kill()
+    _kill(dom0, process)
     process.communicate(timeout=60)
     dom0.restore(words, PASSPHRASE)
     dom0.check_as_before(before)
@@ -268,7 +271,7 @@ def test_what_is_killed_is_cleared_up_although_nothing_else_is_started(
     words = [*words, *dom0.location(backup, "path")]
     before = dom0.qubes.snapshot()
     process = _started(dom0, words, "admin.vm.tag.Set*", STORAGE)
-    process.kill()
+    _kill(dom0, process)
     process.communicate(timeout=60)
     dom0.check_as_before(before)
 
@@ -342,6 +345,14 @@ def _started(dom0: Dom0, words: list[str], method: str, dest: str) -> "subproces
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     return process
+
+
+def _kill(dom0: Dom0, process: "subprocess.Popen[str]") -> None:
+    """Kill the service that restores for the command, and the command: what clears up is the guards."""
+    holder = read_holder(dom0.folder / "worker.lock")
+    assert holder is not None and holder.pid != process.pid
+    os.kill(holder.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _whole_qubes(dom0: Dom0, before: Snapshot) -> set[str]:
