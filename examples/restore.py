@@ -5,11 +5,16 @@ from getpass import getpass
 
 from pydantic import SecretStr
 
-from qubes_restore_svc.client.sync import BlockingRestoreCall
-from qubes_restore_svc.client.transports import system_transport
-from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.wire.report import Observer, QubeReport
-from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, OpenBackup
+from qubes_restore_svc.client import (
+    BackupLocation,
+    BlockingRestoreCall,
+    Choice,
+    Observer,
+    OpenBackup,
+    QubeReport,
+    RestoreError,
+    system_transport,
+)
 
 
 class Shown(Observer):

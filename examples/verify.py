@@ -6,10 +6,13 @@ from getpass import getpass
 
 from pydantic import SecretStr
 
-from qubes_restore_svc.client.aio import RestoreCall
-from qubes_restore_svc.client.transports import system_transport
-from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.wire.restore_call import BackupLocation, OpenBackup
+from qubes_restore_svc.client import (
+    BackupLocation,
+    OpenBackup,
+    RestoreCall,
+    RestoreError,
+    system_transport,
+)
 
 
 async def verify(path: str, passphrase: str) -> bool:

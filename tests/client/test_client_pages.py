@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import qubesadmin
 
+from qubes_restore_svc import client
 from qubes_restore_svc.client import transports
 from qubes_restore_svc.errors import WrongPassphrase
 from qubes_restore_svc.manager import restore
@@ -52,6 +53,13 @@ def test_the_page_tells_every_message_field_and_kind_of_error() -> None:
     assert linked <= headings
 
 
+def test_the_page_names_the_public_interface_which_is_all_there() -> None:
+    assert all(hasattr(client, name) for name in client.__all__)
+    for name in ("RestoreCall", "BlockingRestoreCall", "list_backup", "system_transport", "Observer"):
+        assert name in client.__all__
+        assert f"`{name}" in TEXT
+
+
 def test_nothing_is_said_of_what_is_not_there() -> None:
     modules = (c, models, messages, names, reports)
     for name in FIELDS:
@@ -90,7 +98,7 @@ def restoring(mode: c.Mode, *middle: Step) -> tuple[Step, ...]:
 def test_the_blocking_example_restores(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = said(c.QubeFinished(qube=RESULT))
     steps = (*restoring("restore", ("hear", "choose"), said(plan(2)))[:-1], finished, said(report()))
-    monkeypatch.setattr(transports, "system_transport", lambda: fake_program(tmp_path, *steps))
+    monkeypatch.setattr(client, "system_transport", lambda: fake_program(tmp_path, *steps))
     assert run("restore", "sys-usb", "/media/usb/backup", "work") == (
         0,
         ["in the backup: work, vault", "will be restored: work", "work: restored", "everything is there"],
@@ -99,7 +107,7 @@ def test_the_blocking_example_restores(run: Run, tmp_path: Path, monkeypatch: py
 
 def test_the_asyncio_example_verifies(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = restoring("verify")
-    monkeypatch.setattr(transports, "system_transport", lambda: fake_program(tmp_path, *steps))
+    monkeypatch.setattr(client, "system_transport", lambda: fake_program(tmp_path, *steps))
     assert run("verify", "/home/user/backup") == (0, ["work: restored", "the backup is good"])
 
 
@@ -108,7 +116,7 @@ def test_an_example_says_what_is_wrong(
     words: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = fake_qrexec(tmp_path, ("exit", 126))
-    monkeypatch.setattr(transports, "system_transport", lambda: transports.QrexecTransport(program=program))
+    monkeypatch.setattr(client, "system_transport", lambda: transports.QrexecTransport(program=program))
     status, lines = run(*words)
     assert status == 1
     assert "dom0's policy does not let this qube call restore." in lines[0]
