@@ -33,7 +33,7 @@ READERS = {
     "wire.connection": ("-Connection.send",),
     "wire.models": (
         "-Passphrase", "-_encodable", "-ProtocolVersion", "-encode_message", "-encoded_size",
-        "-ErrorInfo.of", "-ErrorInfo.without_place", "-ErrorInfo.within",
+        "-ErrorInfo.of", "-ErrorInfo.without_place", "-ErrorInfo.within", "-_Form", "-fullest",
     ),
     "wire.names": (
         "-KEPT_VOLUMES", "-MAX_REQUEST", "-MAX_STALL_TIMEOUT", "-MAX_PASSPHRASE", "-LocationId", "-PoolName",

@@ -5,7 +5,9 @@
 * `WORKER_TAG` is on the worker's disposable. It gets it as it is created, and it is cleared before the
   disposable is destroyed (`worker_vm.py`).
 * `STORAGE_TAG` is on the qube that holds the backup. `PathSource` sets and clears it (`storage.py`).
+* After a restore was killed, `clear_unfinished_qubes` and `clear_worker` here clear what it left of these.
 * `RESTORED_TAG`, with the backup's id, is on a qube that was restored. `set_finished` sets it, and it stays.
+* Tags of the backup itself that the configuration lets back are set with the other settings (`qube.py`).
 
 Strategy: what was left is told by its tags, and only what is ours without doubt is taken away. An unfinished
 qube of this program carries two tags and has never been started; a worker is a disposable with the worker's
