@@ -29,7 +29,7 @@ from typing import BinaryIO
 from .containers import chunks, compress, header_text, scrypt_container
 from .inner_archives import home_tar, inner_tar, plain_tar
 from .outer_archive import RawMember, join_members, outer_member, outer_pieces, qfile_stream
-from .plans import DOM0_HOME, ImagePlan, QubePlan, sample_image, sample_qube
+from .plans import DOM0_HOME, ImagePlan, QubePlan, expectation_of, sample_image, sample_qube
 from .qubes_xml_writer import qubes_xml
 
 #: With what most tests need of the layers.
@@ -158,13 +158,7 @@ class BackupWriter:
 
     def expectation(self) -> dict[str, object]:
         """What a restore must give, for JSON: passphrase, backup_id and each volume's size and SHA-256."""
-        volumes = {
-            f"{qube.name}/{volume}": {"size": image.size, "sha256": image.sha256()}
-            for qube in self.qubes
-            if qube.included
-            for volume, image in qube.volumes.items()
-        }
-        return {"passphrase": self.passphrase, "backup_id": self.backup_id, "volumes": volumes}
+        return expectation_of(self.qubes, self.passphrase, self.backup_id)
 
     def write(self, target: BinaryIO | Path) -> None:
         """Stream the backup into a file."""

@@ -17,7 +17,7 @@ from .backup_writer import PASSPHRASE
 from .containers import chunks, compress
 from .inner_archives import directory_tar, home_tar, inner_tar, plain_tar
 from .outer_archive import RawMember, join_members
-from .plans import DEFAULT_TEMPLATE, DOM0_HOME, QubePlan
+from .plans import DEFAULT_TEMPLATE, DOM0_HOME, QubePlan, expectation_of
 
 _ELEMENTS = {"AppVM": "QubesAppVm", "StandaloneVM": "QubesHVm", "TemplateVM": "QubesTemplateVm"}
 
@@ -55,13 +55,7 @@ class Format3Writer:
 
     def expectation(self) -> dict[str, object]:
         """What a restore must give, for JSON. The format has no backup id."""
-        volumes = {
-            f"{qube.name}/{volume}": {"size": image.size, "sha256": image.sha256()}
-            for qube in self.qubes
-            if qube.included
-            for volume, image in qube.volumes.items()
-        }
-        return {"passphrase": self.passphrase, "backup_id": "", "volumes": volumes}
+        return expectation_of(self.qubes, self.passphrase, "")
 
     def to_bytes(self) -> bytes:
         """The whole backup."""

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -96,6 +96,17 @@ def sample_qube(name: str, size: int, fill: float, klass: str = "AppVM", seed: i
     return QubePlan(
         name, klass, volumes=images, template=DEFAULT_TEMPLATE if klass in SNAPSHOT_CLASSES else None
     )
+
+
+def expectation_of(qubes: Iterable[QubePlan], passphrase: str, backup_id: str) -> dict[str, object]:
+    """What a restore of these qubes must give, for JSON: with each volume's size and SHA-256."""
+    volumes = {
+        f"{qube.name}/{volume}": {"size": image.size, "sha256": image.sha256()}
+        for qube in qubes
+        if qube.included
+        for volume, image in qube.volumes.items()
+    }
+    return {"passphrase": passphrase, "backup_id": backup_id, "volumes": volumes}
 
 
 class _SampleExtents(Sequence[tuple[int, bytes]]):
