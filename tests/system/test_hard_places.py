@@ -24,7 +24,7 @@ def backup(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("settings", "status", "last_line"),
     [
-        ("ulimit -Hc 0", 0, VERIFIED),
+        ("ulimit -c 0", 0, VERIFIED),  # the hard limit as well
         ("ulimit -f 0", 0, VERIFIED),
         ("ulimit -s 4000000", 0, VERIFIED),
         ("ulimit -n 12", 1, "Raise the limit (ulimit -n), and try again."),

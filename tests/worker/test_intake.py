@@ -195,9 +195,10 @@ def test_what_is_no_longer_wanted_is_skipped_from_its_next_chunk_on() -> None:
     asked: list[str] = []
 
     def wanted(file: str) -> bool:
-        if not threading.current_thread().name.startswith("kdf"):
-            asked.append(file)
-        return len(asked) <= 1
+        if threading.current_thread().name.startswith("kdf"):  # it may be late
+            return True
+        asked.append(file)
+        return len(asked) == 1
 
     with file_with(join_members(TWO_FILES)) as descriptor:
         bench = Bench(descriptor)
