@@ -214,6 +214,7 @@ def test_a_chunk_that_is_not_wanted_when_its_turn_comes_is_not_derived() -> None
         bench.engine.gate = lambda _: gate.wait(PATIENCE_S)
         bench.start(lambda file: file in still)
         chunks = [event for event in (bench.next() for _ in range(6)) if isinstance(event, Chunk)]
+        wait_until(lambda: bench.engine.members == ["vm1/private.img.000"], "the first derivation")
         still.remove("vm1/private.img")
         gate.set()
         chunks[0].open(print)  # its key was being derived
