@@ -5,7 +5,7 @@ from getpass import getpass
 
 from pydantic import SecretStr
 
-from qubes_restore_svc.client import (
+from qubes_restore_svc.client.api import (
     BackupLocation,
     BlockingRestoreCall,
     Choice,

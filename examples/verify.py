@@ -6,7 +6,7 @@ from getpass import getpass
 
 from pydantic import SecretStr
 
-from qubes_restore_svc.client import (
+from qubes_restore_svc.client.api import (
     BackupLocation,
     OpenBackup,
     RestoreCall,

@@ -285,23 +285,7 @@ def test_the_check_sees_the_whole_package() -> None:
     assert {"wire.names", "errors", "wire", "__init__"} <= set(reachable("wire.messages", modules))
 
 
-@pytest.mark.parametrize(
-    "part",
-    sorted(
-        set(OURS)
-        - {
-            "__init__",
-            "__main__",
-            "client",  # it names its public interface
-            "errors",
-            "hardening",
-            "owners",
-            "report_file",
-            "system_memory",
-            "waiting",
-        }
-    ),
-)
+@pytest.mark.parametrize("part", sorted(part for part in OURS if (ROOT / PACKAGE / part).is_dir()))
 def test_importing_a_package_runs_no_code(part: str) -> None:
     """An `__init__.py` is loaded with each of its modules, whoever asked: it holds a docstring only."""
     tree = ast.parse((ROOT / PACKAGE / part / "__init__.py").read_bytes())

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Coroutine
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from qubes_restore_svc.client.aio import RestoreCall
@@ -73,14 +72,9 @@ class BlockingRestoreCall:
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
-            self._do(self._call.__aexit__(exc_type, exc, traceback))
+            self._do(self._call.__aexit__())
         finally:
             self._end_thread()
 

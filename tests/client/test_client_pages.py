@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import qubesadmin
 
-from qubes_restore_svc import client
-from qubes_restore_svc.client import transports
+from qubes_restore_svc.client import api, transports
 from qubes_restore_svc.errors import WrongPassphrase
 from qubes_restore_svc.manager import restore
 from qubes_restore_svc.wire import messages, models, names
@@ -54,9 +53,9 @@ def test_the_page_tells_every_message_field_and_kind_of_error() -> None:
 
 
 def test_the_page_names_the_public_interface_which_is_all_there() -> None:
-    assert all(hasattr(client, name) for name in client.__all__)
+    assert all(hasattr(api, name) for name in api.__all__)
     for name in ("RestoreCall", "BlockingRestoreCall", "list_backup", "system_transport", "Observer"):
-        assert name in client.__all__
+        assert name in api.__all__
         assert f"`{name}" in TEXT
 
 
@@ -98,7 +97,7 @@ def restoring(mode: c.Mode, *middle: Step) -> tuple[Step, ...]:
 def test_the_blocking_example_restores(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = said(c.QubeFinished(qube=RESULT))
     steps = (*restoring("restore", ("hear", "choose"), said(plan(2)))[:-1], finished, said(report()))
-    monkeypatch.setattr(client, "system_transport", lambda: fake_program(tmp_path, *steps))
+    monkeypatch.setattr(api, "system_transport", lambda: fake_program(tmp_path, *steps))
     assert run("restore", "sys-usb", "/media/usb/backup", "work") == (
         0,
         ["in the backup: work, vault", "will be restored: work", "work: restored", "everything is there"],
@@ -107,7 +106,7 @@ def test_the_blocking_example_restores(run: Run, tmp_path: Path, monkeypatch: py
 
 def test_the_asyncio_example_verifies(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = restoring("verify")
-    monkeypatch.setattr(client, "system_transport", lambda: fake_program(tmp_path, *steps))
+    monkeypatch.setattr(api, "system_transport", lambda: fake_program(tmp_path, *steps))
     assert run("verify", "/home/user/backup") == (0, ["work: restored", "the backup is good"])
 
 
@@ -116,7 +115,7 @@ def test_an_example_says_what_is_wrong(
     words: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = fake_qrexec(tmp_path, ("exit", 126))
-    monkeypatch.setattr(client, "system_transport", lambda: transports.QrexecTransport(program=program))
+    monkeypatch.setattr(api, "system_transport", lambda: transports.QrexecTransport(program=program))
     status, lines = run(*words)
     assert status == 1
     assert "dom0's policy does not let this qube call restore." in lines[0]
