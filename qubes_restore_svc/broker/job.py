@@ -26,7 +26,6 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.waiting import ask, in_thread, when_cleared
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.report import Observer, Report, warn
 from qubes_restore_svc.wire.restore_call import Choice, Plan
 
@@ -122,9 +121,7 @@ class _RestoreJob:
             try:
                 other = None if confirm is None else await confirm(plan)
             except RestoreError as error:
-                for qube, report in zip(plan.qubes, self.report.qubes, strict=False):
-                    if qube.decision == "take":  # nothing is wrong with it; this is why it has not come
-                        report.error = ErrorInfo.of(error).without_place()
+                self.report.qubes = plan.reports(error)
                 raise
             if other is None:
                 break

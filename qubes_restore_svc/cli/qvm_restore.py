@@ -218,9 +218,7 @@ async def _reviewed(call: RestoreCall, review: Callable[[c.Plan], Awaitable[None
     try:
         await review(plan)
     except RestoreError as error:
-        for planned, qube in zip(plan.qubes, report.qubes, strict=False):
-            if planned.decision == "take":  # nothing is wrong with it; this is why it has not come
-                qube.error = ErrorInfo.of(error).without_place()
+        report.qubes = plan.reports(error)
         # So that the next restore need not wait until dom0 has put away what it had begun.
         await call.cancel()
         await call.wait_ended()

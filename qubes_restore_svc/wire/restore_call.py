@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_serializer, model_validator
 
-from qubes_restore_svc.errors import ProtocolViolation, UsageError
+from qubes_restore_svc.errors import ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.messages import Cancel, ListedQube, Log, Progress, RefusedQube
 from qubes_restore_svc.wire.models import (
@@ -228,13 +228,21 @@ class Plan(Message):
         """Those that will be restored or verified."""
         return tuple(qube for qube in self.qubes if qube.decision == "take")
 
-    def reports(self) -> tuple[QubeReport, ...]:
-        """What is to be said of each qube if nothing more comes of it, in the order of the plan."""
+    def reports(self, why: RestoreError | None = None) -> tuple[QubeReport, ...]:
+        """What is to be said of each qube if nothing more comes of it, in the order of the plan.
+
+        `why` is what kept the plan from being carried out: nothing is wrong with the qubes that it takes.
+        """
         unlisted = (
             QubeReport(name=one.name, klass="?", outcome="refused", error=one.error.without_place())
             for one in self.unlisted
         )
-        return (*(qube.report() for qube in self.qubes), *unlisted)
+        reports = (*(qube.report() for qube in self.qubes), *unlisted)
+        if why is not None:
+            for qube, report in zip(self.qubes, reports, strict=False):
+                if qube.decision == "take":
+                    report.error = ErrorInfo.of(why).without_place()
+        return reports
 
     def fitting(self) -> "Plan":
         """The fullest form of it that one message holds."""
