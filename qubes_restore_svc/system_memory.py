@@ -72,13 +72,11 @@ class MemoryRoom:
         return f"But {self.told}. {RAISE_LIMIT}"
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Memory available to this process, bytes; 0 at a limit. `root` is where /proc and /sys are."""
-    return memory_room(root).available
-
-
 def memory_room(root: Path = Path("/")) -> MemoryRoom:
-    """The same, with what it is that leaves no more."""
+    """Memory available to this process, 0 bytes at a limit, and what leaves no more.
+
+    `root` is where /proc and /sys are.
+    """
     room = MemoryRoom(_system_memory(root))
     for group, name, version in _control_groups(root):
         available, limit = _room(group, version)

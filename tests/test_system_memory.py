@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.system_memory import MemoryRoom, available_memory, group_limit, memory_room
+from qubes_restore_svc.system_memory import MemoryRoom, group_limit, memory_room
 
 MIB = 1 << 20
 V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate"
@@ -32,7 +32,7 @@ class Machine:
 
     @property
     def available(self) -> float:
-        return available_memory(self.root) / MIB
+        return memory_room(self.root).available / MIB
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def test_without_groups_it_is_what_the_kernel_calls_available(machine: Machine) 
 
 
 def test_a_machine_that_tells_nothing_still_gives_a_number(tmp_path: Path) -> None:
-    assert available_memory(tmp_path) > 0
+    assert memory_room(tmp_path).available > 0
 
 
 def test_this_machine_gives_a_plausible_number() -> None:
-    assert MIB < available_memory() < 1 << 50
+    assert MIB < memory_room().available < 1 << 50
 
 
 def test_the_limit_of_a_group_counts_less_what_it_uses(machine: Machine) -> None:

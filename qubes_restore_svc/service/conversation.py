@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
-from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, RestoreError
@@ -67,13 +66,8 @@ class Conversation(Observer):
         self._channel.__enter__()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._channel.__exit__(exc_type, exc, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._channel.__exit__()
 
     # --- What is asked -----------------------------------------------------------------------------
 
@@ -206,12 +200,7 @@ class Channel:
             os.set_blocking(fd, False)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop to listen; what has come and was not read is forgotten."""
         self._stop_reading()
         self._stop_writing()

@@ -16,7 +16,7 @@ from qubes_restore_svc.archive.chunks import parse_chunk_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, ContainerHead, parse_head, verify
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest
-from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.system_memory import memory_room
 from qubes_restore_svc.worker.source import ArchiveSource
 
 from .derivations import Job, derive_side_by_side, stride_within
@@ -88,7 +88,7 @@ def dissect(sample: Sample) -> Anatomy:
 def derive_keys(engine: KdfEngine, containers: Iterable[Container]) -> dict[Container, bytes]:
     """The keys of all containers, on all cores."""
     waiting = sorted(containers, key=lambda container: container.head.parameters.work)
-    memory = int(available_memory() * _SHARE)
+    memory = int(memory_room().available * _SHARE)
     share = memory // (cores() * engine.lanes)
     # Those of like cost side by side, and every core with some of each.
     parts = [waiting[number :: cores()] for number in range(cores())]

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qubes_restore_svc.kdf.engine import best_engine
-from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.system_memory import memory_room
 
 from .processes import cores
 from .samples import MIB, Sample, existing, make_sample
@@ -96,7 +96,7 @@ def machine() -> dict[str, object]:
     return {
         "processor": _processor(),
         "cores": cores(),
-        "available_mib": available_memory() // MIB,
+        "available_mib": memory_room().available // MIB,
         "kernel": platform.release(),
         "python": platform.python_version(),
         "engine": best_engine().name,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters, KdfRequest
-from qubes_restore_svc.system_memory import available_memory
+from qubes_restore_svc.system_memory import memory_room
 
 #: Share of the free memory that is used for measuring.
 _SHARE = 0.8
@@ -117,7 +117,7 @@ class DerivationCosts:
 
     def _measured(self, parameters: KdfParameters, load: Load) -> Cost:
         size = self.engine.memory(parameters, load.stride) * load.beside
-        if size > available_memory() * _SHARE and parameters.log_n > 10:
+        if size > memory_room().available * _SHARE and parameters.log_n > 10:
             smaller = KdfParameters(parameters.log_n - 1, parameters.r, parameters.p)
             return Cost(2 * self.cost(smaller, load).cpu_s, reckoned=True)
         jobs = [Job(request, load.stride) for request in sample_requests(parameters, load.beside)]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters, OpensslEngine, best_engine
+from qubes_restore_svc.system_memory import MemoryRoom
 
 from . import derivations
 from .derivations import (
@@ -109,7 +110,7 @@ def test_a_cost_is_measured_once_and_leaves_no_memory_behind() -> None:
 def test_what_does_not_fit_into_memory_is_reckoned_from_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = best_engine()
     free = engine.memory(KdfParameters(12, 8, 1)) * 2  # enough for N = 2^12, and not for 2^14
-    monkeypatch.setattr(derivations, "available_memory", lambda: free)
+    monkeypatch.setattr(derivations, "memory_room", lambda: MemoryRoom(free))
     costs = DerivationCosts(engine)
     large = costs.cost(KdfParameters(16, 8, 1), Load(1, 1))
     measured = {key: cost for key, cost in costs.known.items() if not cost.reckoned}

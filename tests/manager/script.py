@@ -8,7 +8,6 @@ and waits at a step until the test lets it go on, or cancels.
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.client.sync import BlockingRestoreCall
@@ -155,9 +154,7 @@ class ScriptedCall(BlockingRestoreCall):
         self._make_plan(self.request.choice)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self._plan is not None, "only what was entered is left"
         assert not self.closed.is_set(), "and only once"
         assert self._script.may_close is None or self._script.may_close.wait(LONG_S)
