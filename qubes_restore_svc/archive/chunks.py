@@ -12,8 +12,7 @@ import re
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from qubes_restore_svc.archive.members import check_member_name
-from qubes_restore_svc.archive.types import shown
+from qubes_restore_svc.archive.members import check_member_name, shown
 from qubes_restore_svc.errors import BadArchive, ChunkOutOfOrder
 
 #: Most files that one archive may hold; only their digests are kept, about 100 bytes each.

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from qubes_restore_svc.archive.types import Buffer
+from qubes_restore_svc.archive.members import Buffer
 from qubes_restore_svc.errors import AuthenticationFailed, BadContainer
 from qubes_restore_svc.kdf.engine import KEYS_SIZE, KdfParameters, KdfRequest, check_cost
 

@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 
 from pydantic import ValidationError
 
-from qubes_restore_svc.archive.types import shown
+from qubes_restore_svc.archive.members import shown
 from qubes_restore_svc.wire.messages import DeviceInfo
 
 MAX_DEVICES = 256  #: of one qube; see ManifestQube

@@ -20,7 +20,7 @@ from typing import IO, Protocol, cast
 import zstandard
 from isal import igzip_lib
 
-from qubes_restore_svc.archive.types import Buffer, shown
+from qubes_restore_svc.archive.members import Buffer, shown
 from qubes_restore_svc.errors import REST_IS_MISSING, BadCompression, UnknownFilter
 
 #: Largest block, in bytes, that `decompress` yields.

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
-from qubes_restore_svc.archive.types import shown
+from qubes_restore_svc.archive.members import shown
 from qubes_restore_svc.errors import BadHeader, NotABackup, UnsupportedFormat, UsageError
 
 HEADER_MEMBER = "backup-header"

@@ -8,15 +8,18 @@ closing zero blocks and the end of the input have been seen: a cut archive canno
 
 Three kinds of member are known: a regular file, GNU tar's sparse file (type S), and pax sparse 1.0 (what
 Qubes writes for block devices). Everything else that tar can hold is refused.
+
+`without_zeros` drops blocks of zeros from the extents, whether or not the sparse map knew of them. What no
+extent covers is zero anyway, so a block of zeros need not travel to the host, nor be written there.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qubes_restore_svc.archive import tar_header
+from qubes_restore_svc.archive.members import shown
 from qubes_restore_svc.archive.sparse import OldGnuReader, PaxReader
 from qubes_restore_svc.archive.tar_header import BLOCK, BadTarHeader, TarHeader
-from qubes_restore_svc.archive.types import shown
 from qubes_restore_svc.errors import (
     REST_IS_MISSING,
     BadImage,
@@ -330,3 +333,41 @@ def _padding(size: int) -> int:
 def _read_padding(source: _Cursor, size: int) -> None:
     if any(source.exactly(_padding(size))):
         raise BadImage("the padding in the inner archive is not zero")
+
+
+#: Bytes of a block of an image, the smallest hole that ext4, xfs, btrfs and thin pools keep. A shorter run of
+#: zeros would cost more as an extent of its own than it saves.
+IMAGE_BLOCK = 4096
+
+_ZEROS = bytes(IMAGE_BLOCK)
+
+
+def without_zeros(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same image in extents without whole blocks of zeros; what `extents` raises passes through."""
+    for extent in extents:
+        # Searching and comparing are fast in bytes, and slow in a view of them.
+        data = extent.data.tobytes()
+        for start, end in _runs(data, -extent.offset % IMAGE_BLOCK):
+            yield Extent(extent.offset + start, extent.data[start:end])
+
+
+def _runs(data: bytes, first_block: int) -> Iterator[tuple[int, int]]:
+    """What of `data` is kept, as (start, end). The first whole block of it begins at `first_block`."""
+    start = 0
+    while start < len(data):
+        hole = _next_hole(data, start, first_block)
+        if hole > start:
+            yield start, hole
+        start = hole
+        while data.startswith(_ZEROS, start):
+            start += IMAGE_BLOCK
+
+
+def _next_hole(data: bytes, start: int, first_block: int) -> int:
+    """Where the next whole block of zeros begins, from `start` on; the end of `data` if there is none."""
+    while (found := data.find(_ZEROS, start)) >= 0:
+        block = found + (first_block - found) % IMAGE_BLOCK
+        if data.startswith(_ZEROS, block):
+            return block
+        start = block
+    return len(data)

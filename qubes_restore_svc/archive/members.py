@@ -1,6 +1,10 @@
-"""What the readers of the outer archive have in common: members, their names, and the reader protocol.
+"""What the readers of the archive have in common: buffers, foreign text in messages, members, and the
+protocol of a reader of the outer archive.
 
-Strategy: a reader is a state machine without I/O. It says how many bytes it wants next, is fed exactly
+Strategy: text from the archive reaches a message only through `shown`, which lets printable ASCII pass and
+nothing else, and cuts it; so no error can carry a terminal sequence or a page of garbage.
+
+A reader is a state machine without I/O. It says how many bytes it wants next, is fed exactly
 those, and answers with a member or with None for "go on". The content of a member does not pass
 through the reader: the caller reads it into its own buffer, once, and only tells the reader about it.
 
@@ -16,10 +20,32 @@ storage VM (qfile), so that nothing behind them has to know which it was.
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from qubes_restore_svc.archive.types import Buffer, shown
 from qubes_restore_svc.errors import BadArchive
+
+#: Contiguous bytes, whoever owns them.
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+#: How much of a foreign text a message repeats, in bytes.
+SHOWN_LIMIT = 80
+
+
+def shown(untrusted_text: Buffer | str) -> str:
+    """The text in single quotes, fit for a message: other than printable ASCII escaped, the end cut off."""
+    if isinstance(untrusted_text, str):
+        untrusted_bytes = untrusted_text[: SHOWN_LIMIT + 1].encode("utf-8", "backslashreplace")
+    else:
+        untrusted_bytes = bytes(untrusted_text[: SHOWN_LIMIT + 1])
+    text = "".join(_shown_byte(byte) for byte in untrusted_bytes[:SHOWN_LIMIT])
+    return f"'{text}…'" if len(untrusted_bytes) > SHOWN_LIMIT else f"'{text}'"
+
+
+def _shown_byte(byte: int) -> str:
+    if byte in (0x27, 0x5C):
+        return "\\" + chr(byte)
+    return chr(byte) if 0x20 <= byte <= 0x7E else f"\\x{byte:02x}"
+
 
 #: Longest name of a member, in bytes. The longest that a stock writer makes is below 100.
 MAX_NAME_SIZE = 1024

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CBC, CTR
 
-from qubes_restore_svc.archive.types import Buffer, shown
+from qubes_restore_svc.archive.members import Buffer, shown
 from qubes_restore_svc.errors import AuthenticationFailed, BadContainer, BadHeader
 
 #: Longest content of a member that holds a MAC, in bytes. The stock restorer takes as much.

@@ -19,7 +19,14 @@ from typing import NoReturn
 
 from qubes_restore_svc.archive.chunks import names_a_chunk
 from qubes_restore_svc.archive.container import OVERHEAD
-from qubes_restore_svc.archive.members import MAX_MEMBER_SIZE, Damage, Member, check_member_name
+from qubes_restore_svc.archive.members import (
+    MAX_MEMBER_SIZE,
+    Buffer,
+    Damage,
+    Member,
+    check_member_name,
+    shown,
+)
 from qubes_restore_svc.archive.tar_header import (
     BLOCK,
     MAX_PAX_SIZE,
@@ -31,7 +38,6 @@ from qubes_restore_svc.archive.tar_header import (
     parse_pax_records,
     parse_tar_header,
 )
-from qubes_restore_svc.archive.types import Buffer, shown
 from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, NotABackup, human_size
 
 _REGULAR_TYPES = (b"0", b"\0")

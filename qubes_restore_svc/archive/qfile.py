@@ -17,11 +17,12 @@ from isal import isal_zlib
 from qubes_restore_svc.archive.members import (
     MAX_MEMBER_SIZE,
     MAX_NAME_SIZE,
+    Buffer,
     Damage,
     Member,
     check_member_name,
+    shown,
 )
-from qubes_restore_svc.archive.types import Buffer, shown
 from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, human_size
 
 HEADER = struct.Struct("<IIQ16x")

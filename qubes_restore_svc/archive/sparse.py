@@ -17,8 +17,8 @@ and an odd length (no multiple of 512) that is followed by more data, since GNU 
 from array import array
 from collections.abc import Iterator, Sequence
 
+from qubes_restore_svc.archive.members import Buffer
 from qubes_restore_svc.archive.tar_header import BLOCK, BadTarHeader, TarHeader, parse_number
-from qubes_restore_svc.archive.types import Buffer
 from qubes_restore_svc.errors import BadSparseMap, human_size
 
 #: Most entries that a map may have. A qube with 16 million small files comes near it; the map then takes

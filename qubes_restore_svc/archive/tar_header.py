@@ -12,7 +12,7 @@ headers without a magic, signed checksums and negative numbers are refused.
 import re
 from dataclasses import dataclass, field
 
-from qubes_restore_svc.archive.types import Buffer
+from qubes_restore_svc.archive.members import Buffer
 
 #: Tar archives are counted in blocks of this many bytes.
 BLOCK = 512

@@ -20,8 +20,8 @@ from qubes_restore_svc.archive.container import verify
 from qubes_restore_svc.archive.filters import check_filter, decompress
 from qubes_restore_svc.archive.header import HEADER_HMAC_MEMBER, MAX_HEADER_SIZE, BackupHeader
 from qubes_restore_svc.archive.inner_tar import read_small_file
+from qubes_restore_svc.archive.members import shown
 from qubes_restore_svc.archive.qubes_xml import MAX_QUBES_XML, BackupContent, parse_qubes_xml
-from qubes_restore_svc.archive.types import shown
 from qubes_restore_svc.errors import (
     AuthenticationFailed,
     BadArchive,

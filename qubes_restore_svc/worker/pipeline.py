@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 
 from qubes_restore_svc.archive import settings_files
-from qubes_restore_svc.archive.inner_tar import Image, read_directory, read_image, read_small_file
-from qubes_restore_svc.archive.members import Damage
-from qubes_restore_svc.archive.types import shown
-from qubes_restore_svc.archive.zero_runs import without_zeros
+from qubes_restore_svc.archive.inner_tar import (
+    Image,
+    read_directory,
+    read_image,
+    read_small_file,
+    without_zeros,
+)
+from qubes_restore_svc.archive.members import Damage, shown
 from qubes_restore_svc.errors import (
     ArchiveDamaged,
     ArchiveTruncated,

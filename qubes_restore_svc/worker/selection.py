@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from qubes_restore_svc.archive.members import Damage
+from qubes_restore_svc.archive.members import Damage, shown
 from qubes_restore_svc.archive.qubes_xml import BackupContent, BackupQube
-from qubes_restore_svc.archive.types import shown
 from qubes_restore_svc.errors import ArchiveDamaged, RestoreError, SkippedOnRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName

@@ -22,10 +22,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from qubes_restore_svc.archive.header import HEADER_HMAC_MEMBER, HEADER_MEMBER
-from qubes_restore_svc.archive.members import Member
+from qubes_restore_svc.archive.members import Buffer, Member
 from qubes_restore_svc.archive.qfile import QfileReader
 from qubes_restore_svc.archive.qubes_xml import BackupQube
-from qubes_restore_svc.archive.types import Buffer
 from qubes_restore_svc.errors import (
     ArchiveTruncated,
     ArchiveUnreadable,

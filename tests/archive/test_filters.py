@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.filters import BLOCK_SIZE, FILTERS, MAX_WINDOW, check_filter, decompress
-from qubes_restore_svc.archive.types import Buffer
+from qubes_restore_svc.archive.members import Buffer
 from qubes_restore_svc.errors import REST_IS_MISSING, BadCompression, RestoreError, UnknownFilter
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from qubes_restore_svc.archive.container import verify
 from qubes_restore_svc.archive.filters import decompress
-from qubes_restore_svc.archive.inner_tar import Extent, read_image
-from qubes_restore_svc.archive.zero_runs import without_zeros
+from qubes_restore_svc.archive.inner_tar import Extent, read_image, without_zeros
 from qubes_restore_svc.broker.image_directory import ImageFile
 from qubes_restore_svc.broker.receiver import receive_volume
 from qubes_restore_svc.kdf.engine import KdfParameters, best_engine

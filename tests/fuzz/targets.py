@@ -25,12 +25,11 @@ from qubes_restore_svc.archive.chunks import ChunkSequence, parse_chunk_name, pa
 from qubes_restore_svc.archive.container import HEAD_SIZE, open_small, parse_head
 from qubes_restore_svc.archive.filters import BLOCK_SIZE, FILTERS, decompress
 from qubes_restore_svc.archive.inner_tar import read_directory, read_image, read_small_file
-from qubes_restore_svc.archive.members import MemberReader
+from qubes_restore_svc.archive.members import MemberReader, shown
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.archive.qfile import QfileReader
 from qubes_restore_svc.archive.qubes_xml import parse_qubes_xml
 from qubes_restore_svc.archive.tar_header import BadTarHeader, parse_pax_records, parse_tar_header
-from qubes_restore_svc.archive.types import shown
 from qubes_restore_svc.archive.xml_tree import parse_xml
 from qubes_restore_svc.cli.inputs import read_passphrase
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_restore_svc.archive.types import Buffer
+from qubes_restore_svc.archive.members import Buffer
 from qubes_restore_svc.errors import Cancelled, ResourcesExhausted, SkippedOnRequest
 from qubes_restore_svc.wire.volume import MAX_RECORD
 from qubes_restore_svc.worker.output import ImageHash, VolumeOffers, VolumeStream
