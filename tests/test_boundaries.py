@@ -101,8 +101,8 @@ MAY_USE = {
     "cli.qvm_backup_restore": {"execv"},
     "qubes.guard": {"fork"},
     "qubes.dom0_file": {"create_subprocess_exec"},
-    "local.interpreter": {"create_subprocess_exec"},
-    "local.limits": {"create_subprocess_exec"},
+    "local.sandbox": {"create_subprocess_exec"},
+    "local.memory": {"create_subprocess_exec"},
     "local.worker_process": {"create_subprocess_exec"},
 }
 

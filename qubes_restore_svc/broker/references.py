@@ -30,9 +30,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings
-from qubes_restore_svc.broker.conflicts import MAX_NUMBERED
 from qubes_restore_svc.broker.host import Definition, HostQube, QubesView
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube
+
+MAX_NUMBERED = 99  #: the last number that is tried for a qube whose name is taken
 
 #: What a qube gets whose label does not exist here, as with the stock command: the least trusted one.
 _LABEL_FOR_UNKNOWN = "red"

@@ -26,7 +26,7 @@ from qubes_restore_svc.cli.argument_types import (
     path,
 )
 from qubes_restore_svc.errors import UsageError
-from qubes_restore_svc.local.interpreter import worker_engine
+from qubes_restore_svc.local.sandbox import worker_engine
 
 _EPILOG = """\
 exit status: 0 everything that was asked for is there and verified; 1 nothing was;

@@ -16,9 +16,8 @@ from typing import Self
 
 from qubes_restore_svc.broker.link import PIPE
 from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost, exhausted
-from qubes_restore_svc.local.interpreter import worker_command
 from qubes_restore_svc.local.memory import check_memory, worker_memory
-from qubes_restore_svc.local.sandbox import find_bubblewrap, sandbox_failed
+from qubes_restore_svc.local.sandbox import find_bubblewrap, sandbox_failed, worker_command
 from qubes_restore_svc.local.worker_process import SandboxFailed, WorkerProcess
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor

@@ -1,4 +1,4 @@
-"""The sandbox around a local worker: bubblewrap's command line, and why there may be none.
+"""The sandbox around a local worker: bubblewrap's command line, the worker's own, and why there may be none.
 
 Strategy: nothing is hidden, little is shown. Every namespace is new; the root is an empty, read-only tmpfs
 in which only the files of the worker's Python appear; nothing can be written anywhere. There is no /proc:
@@ -6,16 +6,29 @@ through /proc/self/fd a process of the same user could open the backup again, fo
 container that forbids new /proc mounts can run the sandbox too. Descriptors that are passed in stay usable
 across the namespaces: the worker forbids itself most system calls before it is ready, and with them what
 could be done with those (`worker/system_calls.py`).
+
+The worker finds its modules where this process found them: the same interpreter, in isolated mode, with the
+same module path, so that every way of installing works (system packages, a virtual environment, the user's
+site directory, an editable install). The sandbox shows only the places that hold the interpreter, libraries
+and this package, under the same names as outside. A directory that happens to contain one of them, such as a
+home directory, is otherwise empty.
+
+Only the worker knows what derives the keys, and the broker's side imports nothing of it; so it is asked, in a
+process of its own. There is no archive and no input, so no sandbox either: what runs is this package alone.
 """
 
+import asyncio
 import errno
 import os
 import platform
-from collections.abc import Sequence
-from pathlib import Path
+import sys
+import sysconfig
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 
+import qubes_restore_svc
 from qubes_restore_svc.errors import RestoreError, SandboxUnavailable, exhausted
-from qubes_restore_svc.local.interpreter import needed_paths, same_layout
 from qubes_restore_svc.wire.names import strip_control
 
 #: The user and the group that the worker sees itself as; outside it is still the one who started it.
@@ -138,3 +151,134 @@ def _forbidding_setting(settings: Path = Path("/proc/sys")) -> str | None:
         if found == value:
             return f"{name} = {value}"
     return None
+
+
+#: Runs the worker's main module with the module path that comes as the first argument.
+_BOOT = (
+    "import runpy, sys;"
+    " sys.path[:] = sys.argv.pop(1).split(':');"
+    " runpy.run_module('qubes_restore_svc.worker', run_name='__main__', alter_sys=True)"
+)
+
+_LIBRARY_DIRECTORIES = ("lib", "lib32", "lib64")
+#: Where everything lies, libraries too, under names that nobody lists (Nix, Guix).
+_STORES = ("/nix/store", "/gnu/store")
+_MAX_LINKS = 40
+
+_ENGINE_TIMEOUT_S = 20
+_MAX_ENGINE = 100  #: bytes of its name
+
+
+def worker_command() -> list[str]:
+    """The command that runs `qubes_restore_svc.worker`; its options are to be appended."""
+    return [*python_command(), _BOOT, os.pathsep.join(_module_path())]
+
+
+async def worker_engine() -> str | None:
+    """Name and version of the engine, printable and on one line; None if the worker does not say."""
+    command = [*worker_command(), "--engine"]
+    try:
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+    except OSError:
+        return None
+    try:
+        async with asyncio.timeout(_ENGINE_TIMEOUT_S):
+            answer, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return None
+    name = answer[:_MAX_ENGINE].decode("ascii", "replace").strip()
+    return name if process.returncode == 0 and name.isascii() and name.isprintable() and name else None
+
+
+def python_command() -> list[str]:
+    """This interpreter, isolated from environment, user and current directory; it writes no byte code."""
+    return [sys.executable, "-I", "-B", "-c"]
+
+
+def needed_paths() -> list[str]:
+    """Files and directories without which the worker's Python cannot run; some may not exist."""
+    prefixes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))
+    stores = [store for store in _STORES if os.path.realpath(sys.executable).startswith(f"{store}/")]
+    return [
+        *(f"/{name}" for name in _LIBRARY_DIRECTORIES),
+        *(f"/usr/{name}" for name in _LIBRARY_DIRECTORIES),
+        "/etc/ld.so.cache",
+        *stores,
+        *(f"{prefix}/{name}" for prefix in prefixes for name in (*_LIBRARY_DIRECTORIES, "pyvenv.cfg")),
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")),
+        sys.executable,
+        *(entry for entry in sys.path if _holds_packages(entry)),
+        *qubes_restore_svc.__path__,
+        # Other than the above where an editable install consists of links to the single files.
+        os.path.dirname(os.path.realpath(qubes_restore_svc.__file__)),
+    ]
+
+
+def same_layout(paths: Iterable[str]) -> list[str]:
+    """bubblewrap's options that show `paths`, read-only, under the names that they have outside.
+
+    Each symbolic link on the way is made again and each real place is bound, once. What
+    does not exist is left out. The root itself is never bound.
+    """
+    places: set[str] = set()
+    links: dict[str, str] = {}
+    for path in paths:
+        place, passed = _resolve(path)
+        links.update(passed)
+        if place not in (None, "/"):
+            places.add(str(place))
+    options: list[str] = []
+    for place in sorted(places):
+        if not _is_below(place, places):
+            options += ["--ro-bind", place, place]
+    for link, target in sorted(links.items()):
+        if not _is_below(link, places):
+            options += ["--symlink", target, link]
+    return options
+
+
+def _module_path() -> list[str]:
+    """Where this process finds modules, and this package wherever it was found, ahead of installed copies."""
+    entries = [entry for entry in sys.path if os.path.isabs(entry) and os.pathsep not in entry]
+    parents = [str(Path(place).parent) for place in qubes_restore_svc.__path__]
+    first_site = next((i for i, entry in enumerate(entries) if _holds_packages(entry)), len(entries))
+    missing = [parent for parent in parents if parent not in entries]
+    return entries[:first_site] + missing + entries[first_site:]
+
+
+def _holds_packages(entry: str) -> bool:
+    return os.path.isabs(entry) and os.path.basename(entry) in ("site-packages", "dist-packages")
+
+
+def _resolve(path: str) -> tuple[str | None, dict[str, str]]:
+    """The real place of `path` (None: nothing there) and the links passed on the way, with their targets."""
+    passed: dict[str, str] = {}
+    here = "/"
+    ahead = _parts(path)
+    hops = 0
+    while ahead:
+        part = ahead.pop(0)
+        following = os.path.dirname(here) if part == ".." else os.path.join(here, part)
+        if os.path.islink(following):
+            hops += 1
+            if hops > _MAX_LINKS:
+                return None, {}
+            target = os.readlink(following)
+            passed[following] = target
+            ahead = [*_parts(target), *ahead]
+            here = "/" if os.path.isabs(target) else here
+        elif os.path.exists(following):
+            here = following
+        else:
+            return None, {}
+    return here, passed
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in PurePosixPath(path).parts if part != "/"]
+
+
+def _is_below(path: str, places: Iterable[str]) -> bool:
+    return any(path != place and PurePosixPath(path).is_relative_to(place) for place in places)

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from qubes_restore_svc.errors import WorkerLost, exhausted
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.local.limits import limit_group, limit_resources, memory_reserve
+from qubes_restore_svc.local.memory import limit_group, limit_resources, memory_reserve
 from qubes_restore_svc.local.sandbox import sandbox_command
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.names import last_words

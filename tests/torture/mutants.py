@@ -428,7 +428,7 @@ _ROWS = (
     ),
     ("broker/restore.py", "qube.blame(reason)", "pass", "tests/broker/test_restore.py"),
     (
-        "local/limits.py",
+        "local/memory.py",
         "resource.RLIMIT_FSIZE: 0,",
         "resource.RLIMIT_FSIZE: 1 << 40,",
         "tests/local/test_link.py tests/local/test_sandbox.py",

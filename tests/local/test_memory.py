@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.local import limits
+from qubes_restore_svc.local import memory
 from tests.local.probes import descendants, needs_bubblewrap
 from tests.support.fixtures import REPOSITORY
 from tests.support.systemd import started_systemd
@@ -21,7 +21,7 @@ from tests.support.systemd import started_systemd
 BESIDE_SYSTEMD = '''
 import asyncio, json
 from pathlib import Path
-from qubes_restore_svc.local import limits
+from qubes_restore_svc.local import memory
 from qubes_restore_svc.local.link import LocalLink
 from qubes_restore_svc.system_memory import group_limit
 from tests.local.probes import UNFILTERED, inside, opened, worker_process
@@ -34,7 +34,7 @@ result = "taken"
 """
 
 async def main():
-    limits._MEMORY_RESERVE = 64 << 20
+    memory._MEMORY_RESERVE = 64 << 20
     told = []
     log = lambda level, text: told.append(text)
     async with (
@@ -45,7 +45,7 @@ async def main():
         answer = {
             "told": told,
             "limit": group_limit(int(worker.name)),
-            "bound": (64 << 20) + limits.memory_reserve(),
+            "bound": (64 << 20) + memory.memory_reserve(),
             "group": (worker / "cgroup").read_text(),
         }
         work = asyncio.ensure_future(inside(link, TAKE))
@@ -99,7 +99,7 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The program that asks the service manager, to be written by the test."""
     program = tmp_path / "busctl"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(limits, "_can_be_grouped", lambda: True)
+    monkeypatch.setattr(memory, "_can_be_grouped", lambda: True)
     return program
 
 
@@ -111,11 +111,11 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def test_a_manager_that_makes_no_group_costs_a_moment_and_nothing_else(
     deed: str, manager: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_MANAGER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(memory, "_MANAGER_TIMEOUT_S", 0.2)
     manager.write_text(f"#!/bin/sh\n{deed}\n")
     manager.chmod(0o755)
     began = time.monotonic()
-    assert not await limits.limit_group(os.getpid(), 1 << 40)
+    assert not await memory.limit_group(os.getpid(), 1 << 40)
     assert time.monotonic() - began < 2
     assert descendants() == []
 
@@ -123,13 +123,13 @@ async def test_a_manager_that_makes_no_group_costs_a_moment_and_nothing_else(
 async def test_a_program_that_cannot_be_run_is_no_manager(manager: Path) -> None:
     manager.write_text("not a program")
     manager.chmod(0o755)
-    assert not await limits.limit_group(os.getpid(), 1 << 40)
+    assert not await memory.limit_group(os.getpid(), 1 << 40)
 
 
 async def test_a_cancel_does_not_wait_for_the_manager(manager: Path, tmp_path: Path) -> None:
     manager.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked; exec sleep 3600\n")
     manager.chmod(0o755)
-    work = asyncio.ensure_future(limits.limit_group(os.getpid(), 1 << 40))
+    work = asyncio.ensure_future(memory.limit_group(os.getpid(), 1 << 40))
     while not (tmp_path / "asked").exists():
         await asyncio.sleep(0.01)
     work.cancel()
@@ -149,5 +149,5 @@ def test_only_the_manager_of_our_processes_is_asked_and_no_limit_is_escaped(
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda path: f"{first}\n")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(limits, "group_limit", lambda process: limit)
-    assert limits._can_be_grouped() is grouped
+    monkeypatch.setattr(memory, "group_limit", lambda process: limit)
+    assert memory._can_be_grouped() is grouped
