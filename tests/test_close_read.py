@@ -13,7 +13,7 @@ import pytest
 
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.directory import DirectoryHost
-from qubes_restore_svc.local.link import LocalLink
+from qubes_restore_svc.local.sandbox_link import LocalLink
 from tests.local.probes import INTERPRETER, needs_bubblewrap
 from tests.local.sample_qubes import restore
 

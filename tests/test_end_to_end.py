@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import ExitStatus
-from qubes_restore_svc.local.link import LocalLink
+from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.restore_call import Choice
 

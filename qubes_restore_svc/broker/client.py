@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 
 from pydantic import ValidationError
 
+from qubes_restore_svc.broker.interfaces import PIPE, Link
 from qubes_restore_svc.broker.ledger import believed_error, one_phrase
-from qubes_restore_svc.broker.link import PIPE, Link
 from qubes_restore_svc.errors import (
     ArchiveDamaged,
     ArchiveTruncated,

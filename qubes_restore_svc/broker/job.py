@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
-from qubes_restore_svc.broker.host import Host
-from qubes_restore_svc.broker.link import Link
+from qubes_restore_svc.broker.interfaces import Host, Link
 from qubes_restore_svc.broker.plan import Planned, make_plan
-from qubes_restore_svc.broker.restore import RestoreRun
+from qubes_restore_svc.broker.restore_run import RestoreRun
 from qubes_restore_svc.errors import (
     Cancelled,
     ProtocolViolation,

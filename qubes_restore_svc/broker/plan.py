@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings, AllowList
-from qubes_restore_svc.broker.host import HostView, QubesView, restored_tag
+from qubes_restore_svc.broker.interfaces import HostView, QubesView, restored_tag
 from qubes_restore_svc.broker.ledger import believed_error
 from qubes_restore_svc.broker.references import MAX_NUMBERED, Candidate, Missing, SetUp, set_up
 from qubes_restore_svc.errors import MissingDependency, QubeExists, RestoreError, UsageError

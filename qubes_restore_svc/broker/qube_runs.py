@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qubes_restore_svc.broker.host import Definition, QubeTransaction
+from qubes_restore_svc.broker.interfaces import Definition, QubeTransaction
 from qubes_restore_svc.broker.plan import Planned
 from qubes_restore_svc.broker.references import SetUp
 from qubes_restore_svc.errors import RestoreError

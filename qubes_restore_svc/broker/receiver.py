@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from qubes_restore_svc.broker.host import VolumeSink
+from qubes_restore_svc.broker.interfaces import VolumeSink
 from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost, exhausted
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import in_thread, started, to_the_end

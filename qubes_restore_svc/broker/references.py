@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings
-from qubes_restore_svc.broker.host import Definition, HostQube, QubesView
+from qubes_restore_svc.broker.interfaces import Definition, HostQube, QubesView
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube
 
 MAX_NUMBERED = 99  #: the last number that is tried for a qube whose name is taken

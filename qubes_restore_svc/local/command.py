@@ -22,8 +22,8 @@ from qubes_restore_svc.errors import ExitStatus, RestoreError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.arguments import Arguments, parse_arguments
 from qubes_restore_svc.local.directory import DirectoryHost
-from qubes_restore_svc.local.link import LocalLink
 from qubes_restore_svc.local.sandbox import find_bubblewrap
+from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.wire.messages import Manifest
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.restore_call import Choice

@@ -26,13 +26,13 @@ from qubes_restore_svc.broker.filesystem import (
     sync_directory,
     write_fully,
 )
-from qubes_restore_svc.broker.host import Definition, HostView, NewQube
 from qubes_restore_svc.broker.image_directory import (
     VOLUME_FILES,
     ImageDirectory,
     clear_partials,
     partial_name,
 )
+from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube
 from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.owners import interference

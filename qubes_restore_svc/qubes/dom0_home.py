@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 
 from qubes_restore_svc.broker.filesystem import reporting
-from qubes_restore_svc.broker.host import Definition, NewQube
 from qubes_restore_svc.broker.image_directory import (
     VOLUME_FILES,
     ImageDirectory,
@@ -22,6 +21,7 @@ from qubes_restore_svc.broker.image_directory import (
     State,
     clear_partials,
 )
+from qubes_restore_svc.broker.interfaces import Definition, NewQube
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import QubeSettings

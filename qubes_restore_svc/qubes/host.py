@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qubes_restore_svc.broker.host import HostView, NewQube, QubesView, QubeTransaction, restored_tag
+from qubes_restore_svc.broker.interfaces import HostView, NewQube, QubesView, QubeTransaction, restored_tag
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.qubes.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
 from qubes_restore_svc.qubes.guard import connect_patiently

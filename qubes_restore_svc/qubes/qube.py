@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from qubes_restore_svc.broker.filesystem import Room
-from qubes_restore_svc.broker.host import Definition, NewQube
+from qubes_restore_svc.broker.interfaces import Definition, NewQube
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem
 from qubes_restore_svc.qubes.tags import UNFINISHED, set_finished

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from qubes_restore_svc.broker.host import RESTORED_TAG, HostQube
+from qubes_restore_svc.broker.interfaces import RESTORED_TAG, HostQube
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
 from qubes_restore_svc.wire.messages import DeviceInfo
 from qubes_restore_svc.wire.names import MAX_REQUEST, strip_control

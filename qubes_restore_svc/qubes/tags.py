@@ -4,7 +4,7 @@
   (`qube.py`), and `set_finished` clears them.
 * `WORKER_TAG` is on the worker's disposable. It gets it as it is created, and it is cleared before the
   disposable is destroyed (`worker_vm.py`).
-* `STORAGE_TAG` is on the qube that holds the backup. `PathSource` sets and clears it (`storage.py`).
+* `STORAGE_TAG` is on the qube that holds the backup. `PathSource` sets and clears it (`backup_source.py`).
 * After a restore was killed, `clear_unfinished_qubes` and `clear_worker` here clear what it left of these.
 * `RESTORED_TAG`, with the backup's id, is on a qube that was restored. `set_finished` sets it, and it stays.
 * Tags of the backup itself that the configuration lets back are set with the other settings (`qube.py`).
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from qubes_restore_svc.broker.host import RESTORED_TAG, restored_tag
+from qubes_restore_svc.broker.interfaces import RESTORED_TAG, restored_tag
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem, insist
 

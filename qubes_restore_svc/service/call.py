@@ -25,10 +25,10 @@ from qubes_restore_svc.errors import (
     UsageError,
     unforeseen,
 )
+from qubes_restore_svc.qubes.backup_source import Dom0File, Location
 from qubes_restore_svc.qubes.config import Config, load_config
+from qubes_restore_svc.qubes.dom0_restore import PLACES, Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.grants import DOM0, Rights
-from qubes_restore_svc.qubes.restore import PLACES, Dom0Restore, Places, dom0_restore
-from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.service.conversation import Conversation, Final
 from qubes_restore_svc.service.dom0_files import any_file, granted_file, size_of
 from qubes_restore_svc.wire import restore_call as c

@@ -25,8 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from qubes_restore_svc.errors import ExitStatus, UsageError, unforeseen
 from qubes_restore_svc.hardening import close_read, prepare_process
+from qubes_restore_svc.qubes.dom0_restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.qubes.grants import DOM0, MODES
-from qubes_restore_svc.qubes.restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.service.call import NOTHING, Assemble, Call, HandedOver
 from qubes_restore_svc.wire.names import QubeName, strip_control
 

@@ -21,7 +21,7 @@ from unittest import mock
 from qubes_restore_svc.broker import client
 from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.host import Host
+from qubes_restore_svc.broker.interfaces import Host
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 from qubes_restore_svc.wire.restore_call import Choice

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings, AllowList
-from qubes_restore_svc.broker.host import Definition, HostQube, HostView, QubesView
+from qubes_restore_svc.broker.interfaces import Definition, HostQube, HostView, QubesView
 from qubes_restore_svc.broker.plan import Planned, make_plan
 from qubes_restore_svc.broker.references import SetUp
 from qubes_restore_svc.errors import RestoreError

@@ -7,9 +7,9 @@ from typing import NoReturn
 
 import pytest
 
-from qubes_restore_svc.broker import restore as restore_module
+from qubes_restore_svc.broker import restore_run as restore_module
 from qubes_restore_svc.broker.allowlist import AllowedSettings
-from qubes_restore_svc.broker.host import Definition, HostQube, HostView, NewQube, QubesView
+from qubes_restore_svc.broker.interfaces import Definition, HostQube, HostView, NewQube, QubesView
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.restore_call import Choice

@@ -13,7 +13,7 @@ import pytest
 from qubes_restore_svc import waiting as waiting_module
 from qubes_restore_svc.broker import client, job
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.host import HostView
+from qubes_restore_svc.broker.interfaces import HostView
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.broker.plan import Planned, make_plan
 from qubes_restore_svc.errors import (

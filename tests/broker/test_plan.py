@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from qubes_restore_svc.broker.host import HostView
+from qubes_restore_svc.broker.interfaces import HostView
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import BadMetadata, QubeExists, UsageError
 from qubes_restore_svc.wire.messages import Manifest

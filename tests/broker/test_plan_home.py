@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qubes_restore_svc.broker.host import HostView
+from qubes_restore_svc.broker.interfaces import HostView
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import MissingDependency
 from qubes_restore_svc.wire.restore_call import Choice

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qubes_restore_svc.broker.host import HostQube, HostView
+from qubes_restore_svc.broker.interfaces import HostQube, HostView
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import QubeExists
 from qubes_restore_svc.wire.restore_call import Choice

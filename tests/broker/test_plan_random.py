@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.broker.host import HostQube, HostView, QubesView
+from qubes_restore_svc.broker.interfaces import HostQube, HostView, QubesView
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.broker.references import netvms_to_give_up
 from qubes_restore_svc.errors import RestoreError

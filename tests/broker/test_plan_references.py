@@ -3,7 +3,7 @@
 import pytest
 
 from qubes_restore_svc.broker.allowlist import SettingsPolicy
-from qubes_restore_svc.broker.host import Definition, HostQube
+from qubes_restore_svc.broker.interfaces import Definition, HostQube
 from qubes_restore_svc.errors import MissingDependency
 from tests.broker.planning import DISP, NET, AllowAll, Decided, is_taken, plan_of, qube, system
 

@@ -1,6 +1,6 @@
 """What of a qube's settings gets into its definition."""
 
-from qubes_restore_svc.broker.host import Definition, HostView
+from qubes_restore_svc.broker.interfaces import Definition, HostView
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.wire.restore_call import Choice
 from tests.broker.planning import NET, AllowAll, by_name, manifest, plan_of, qube, system

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qubes_restore_svc.broker.host import Definition, HostView, NewQube, QubeTransaction, VolumeSink
+from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, QubeTransaction, VolumeSink
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName

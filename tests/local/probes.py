@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.local.link import LocalLink
 from qubes_restore_svc.local.sandbox import python_command
+from qubes_restore_svc.local.sandbox_link import LocalLink
 from tests.support.fixtures import REPOSITORY
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")

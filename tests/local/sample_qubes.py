@@ -1,6 +1,6 @@
 """Qubes as a broker would hand them to a host."""
 
-from qubes_restore_svc.broker.host import Host, NewQube
+from qubes_restore_svc.broker.interfaces import Host, NewQube
 from qubes_restore_svc.wire.messages import FirewallRule, ManifestQube, QubeSettings, VolumeInfo
 
 

@@ -22,7 +22,7 @@ BESIDE_SYSTEMD = '''
 import asyncio, json
 from pathlib import Path
 from qubes_restore_svc.local import memory
-from qubes_restore_svc.local.link import LocalLink
+from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.system_memory import group_limit
 from tests.local.probes import UNFILTERED, inside, opened, worker_process
 

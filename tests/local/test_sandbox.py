@@ -18,9 +18,9 @@ import qubes_restore_svc
 from qubes_restore_svc.errors import SandboxUnavailable
 from qubes_restore_svc.kdf.engine import best_engine
 from qubes_restore_svc.local import sandbox
-from qubes_restore_svc.local.link import LocalLink
 from qubes_restore_svc.local.memory import memory_reserve
 from qubes_restore_svc.local.sandbox import needed_paths, same_layout, worker_command, worker_engine
+from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.worker import system_calls
 from tests.local.probes import INTERPRETER, UNFILTERED, inside, needs_bubblewrap, opened, worker_process
 

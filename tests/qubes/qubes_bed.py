@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import qubesadmin
 
-from qubes_restore_svc.broker.host import Definition, NewQube
+from qubes_restore_svc.broker.interfaces import Definition, NewQube
 from qubes_restore_svc.qubes.host import POLICY, QubesHost
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.worker_vm import worker_properties

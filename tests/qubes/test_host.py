@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import qubesadmin
 
-from qubes_restore_svc.broker.host import HostQube
+from qubes_restore_svc.broker.interfaces import HostQube
 from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreInProgress
 from qubes_restore_svc.qubes import dom0_home
 from qubes_restore_svc.qubes.host import QubesHost, names_in_policy

@@ -12,7 +12,7 @@ import qubesadmin.exc
 from pydantic import ValidationError
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings, SettingsPolicy
-from qubes_restore_svc.broker.host import Definition, QubeTransaction, restored_tag
+from qubes_restore_svc.broker.interfaces import Definition, QubeTransaction, restored_tag
 from qubes_restore_svc.broker.settings_table import Kind
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists
 from qubes_restore_svc.qubes import qube as qubes_qube

@@ -8,7 +8,7 @@ import pytest
 import qubesadmin
 import qubesadmin.exc
 
-from qubes_restore_svc.broker.host import HostQube
+from qubes_restore_svc.broker.interfaces import HostQube
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
 from qubes_restore_svc.qubes import system as qubes
 from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem, said_by

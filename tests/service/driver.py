@@ -7,8 +7,8 @@ worker is a thread and the host a directory (see `parts`).
 import sys
 from pathlib import Path
 
+from qubes_restore_svc.qubes.dom0_restore import dom0_restore
 from qubes_restore_svc.qubes.grants import DOM0
-from qubes_restore_svc.qubes.restore import dom0_restore
 from qubes_restore_svc.service.call import Assemble
 from qubes_restore_svc.service.program import carry_out, handed_over, main, service_of
 

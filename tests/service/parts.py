@@ -14,14 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qubes_restore_svc.broker.host import NewQube
+from qubes_restore_svc.broker.interfaces import NewQube
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed, UsageError, WorkerMissing
 from qubes_restore_svc.local.directory import DirectoryHost, DirectoryQube
+from qubes_restore_svc.qubes.backup_source import Dom0File, Location
 from qubes_restore_svc.qubes.config import Config
+from qubes_restore_svc.qubes.dom0_restore import ACTIVITIES, Dom0Restore, Places
 from qubes_restore_svc.qubes.grants import check_options
 from qubes_restore_svc.qubes.locks import RESTORE, WORKER, Activity, GuardedLock
-from qubes_restore_svc.qubes.restore import ACTIVITIES, Dom0Restore, Places
-from qubes_restore_svc.qubes.storage import Dom0File, Location
 from qubes_restore_svc.wire.location import QubePath
 from qubes_restore_svc.wire.restore_call import OpenBackup
 from tests.support.thread_link import ThreadLink

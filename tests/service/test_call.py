@@ -5,7 +5,7 @@ import os
 import pytest
 
 from qubes_restore_svc.broker.client import SourceClock
-from qubes_restore_svc.qubes.storage import Dom0File
+from qubes_restore_svc.qubes.backup_source import Dom0File
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Log

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.interfaces import Link
 from qubes_restore_svc.broker.job import run_job
-from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 from qubes_restore_svc.wire.restore_call import Choice

@@ -329,13 +329,13 @@ _ROWS = (
         "tests/broker/test_receiver.py",
     ),
     (
-        "broker/restore.py",
+        "broker/restore_run.py",
         '        await self._roll_back(qube)\n        self._conclude(qube, "failed")',
         '        self._conclude(qube, "failed")',
-        "tests/broker/test_restore.py",
+        "tests/broker/test_restore_run.py",
     ),
     (
-        "broker/restore.py",
+        "broker/restore_run.py",
         'elif any(volume.outcome != "ok" for volume in qube.report.volumes):',
         "elif False:",
         "tests/broker",
@@ -426,12 +426,12 @@ _ROWS = (
         "if True:",
         "tests/local/test_directory_record.py",
     ),
-    ("broker/restore.py", "qube.blame(reason)", "pass", "tests/broker/test_restore.py"),
+    ("broker/restore_run.py", "qube.blame(reason)", "pass", "tests/broker/test_restore_run.py"),
     (
         "local/memory.py",
         "resource.RLIMIT_FSIZE: 0,",
         "resource.RLIMIT_FSIZE: 1 << 40,",
-        "tests/local/test_link.py tests/local/test_sandbox.py",
+        "tests/local/test_sandbox_link.py tests/local/test_sandbox.py",
     ),
 )
 # fmt: on

@@ -19,7 +19,7 @@ import pytest
 from qubes_restore_svc.errors import BudgetTooSmall, RestoreError, SandboxUnavailable, UsageError, WorkerLost
 from qubes_restore_svc.local import memory
 from qubes_restore_svc.local import worker_process as process
-from qubes_restore_svc.local.link import LocalLink
+from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.system_memory import MemoryRoom
 from tests.local.probes import (
     ACCEPT,
@@ -444,7 +444,7 @@ async def test_a_cancellation_at_any_moment_leaves_nothing(archive_fd: int, sand
 
 BROKER = """
 import asyncio, os, sys
-from qubes_restore_svc.local.link import LocalLink
+from qubes_restore_svc.local.sandbox_link import LocalLink
 async def main():
     async with LocalLink(0, sandbox=sys.argv[1] == 'sandbox', command=sys.argv[2:], memory_limit=1 << 29):
         print('ready', flush=True)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import ArchiveUnreadable, HostFailed
-from qubes_restore_svc.qubes import storage as storage_module
-from qubes_restore_svc.qubes.qrexec import QrexecCalls
-from qubes_restore_svc.qubes.storage import (
+from qubes_restore_svc.qubes import backup_source as storage_module
+from qubes_restore_svc.qubes.backup_source import (
     REGISTER_SERVICE,
     PathSource,
     start_storage,
 )
+from qubes_restore_svc.qubes.qrexec import QrexecCalls
 from qubes_restore_svc.qubes.tags import STORAGE_TAG
 from qubes_restore_svc.wire.location import QubePath
 from qubes_restore_svc.wire.messages import Storage

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
-from qubes_restore_svc.qubes import restore as dom0
+from qubes_restore_svc.qubes import dom0_restore as dom0
+from qubes_restore_svc.qubes.backup_source import Dom0File, Location
 from qubes_restore_svc.qubes.config import load_config
+from qubes_restore_svc.qubes.dom0_restore import Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.host import QubesHost
-from qubes_restore_svc.qubes.link import QrexecLink
-from qubes_restore_svc.qubes.restore import Dom0Restore, Places, dom0_restore
-from qubes_restore_svc.qubes.storage import Dom0File, Location
+from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.wire.location import QubePath
 from qubes_restore_svc.wire.restore_call import OpenBackup
 from tests.cli.plans import plan, source, taken

@@ -2,30 +2,38 @@
 
 Strategy: one function from the configuration, the location and what is requested to a `Dom0Restore`, which
 creates nothing until it runs.
+
+Of every restore a report is kept, and a log of what was said. People look for these files later, so a fault
+here never fails the restore. What cannot be written is told once, through the `warn` of the caller. Both
+files may hold names of qubes: only their owner and group may read them, whatever the umask is. (qrexec starts
+services of dom0 with umask 0077, and the group reads the files, too.)
 """
 
+import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.host import Host
+from qubes_restore_svc.broker.interfaces import Host, Link
 from qubes_restore_svc.broker.job import AskAboutPlan, read_manifest, run_job
-from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import RestoreError, UsageError
+from qubes_restore_svc.qubes.backup_source import Location
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config
 from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
 from qubes_restore_svc.qubes.grants import check_limits, check_options
 from qubes_restore_svc.qubes.host import QubesHost
-from qubes_restore_svc.qubes.link import QrexecLink
 from qubes_restore_svc.qubes.locks import RESTORE_LOCK, STOCK_LOCK, WORKER_LOCK, Activity
-from qubes_restore_svc.qubes.report_and_log import LogFile, LoggedObserver, file_report
-from qubes_restore_svc.qubes.storage import Location
+from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.waiting import ask
-from qubes_restore_svc.wire.report import Observer, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 from qubes_restore_svc.wire.restore_call import Mode, OpenBackup, Plan
 
 
@@ -174,3 +182,79 @@ def dom0_restore(
         client=client,
     )
     return Dom0Restore(link, host, config, client, note)
+
+
+_MODE = 0o640
+_REPORT_NAME = re.compile(r"(?:restore|verify)-([0-9]{8}T[0-9]{6}Z-[0-9]+)\.json")
+
+
+def file_report(
+    directory: Path, keep: int, report: Report, warn: Callable[[str], None], asked_by: str | None = None
+) -> None:
+    """Put the report into the directory, and delete the oldest of those that are there beyond `keep`.
+
+    `asked_by`: see `write_report`.
+    """
+    name = f"{report.mode}-{report.started:%Y%m%dT%H%M%SZ}-{os.getpid()}.json"
+    try:
+        write_report(directory / name, report, _MODE, asked_by)
+        found = sorted(
+            (match[1], entry) for entry in os.listdir(directory) if (match := _REPORT_NAME.fullmatch(entry))
+        )
+        for _, entry in found[: max(0, len(found) - keep)]:
+            (directory / entry).unlink(missing_ok=True)
+    except OSError as error:
+        warn(f"the report cannot be kept in {directory}: {error.strerror}")
+
+
+class LogFile:
+    """Appends lines to a file, each with the time. After the first that fails it tries no more."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path = path
+        self._warn = warn
+        self._works = True
+
+    def write(self, text: str) -> None:
+        """Append a line."""
+        if not self._works:
+            return
+        line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} [{os.getpid()}] {text}\n"
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(self._path, flags, _MODE), "ab") as file:
+                if file.tell() == 0:  # it is new: whatever the umask, the group may read it
+                    with suppress(PermissionError):  # logrotate has created it, with a mode of its own
+                        os.fchmod(file.fileno(), _MODE)
+                file.write(line.encode("utf-8", "replace"))
+        except OSError as error:
+            self._works = False
+            self._warn(f"the log cannot be written to {self._path}: {error.strerror}")
+
+
+class LoggedObserver(Observer):
+    """An observer whose words, but not its progress, go to a log as well."""
+
+    def __init__(self, observer: Observer, log: LogFile) -> None:
+        self._observer = observer
+        self._log = log
+
+    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+        """Passed on only."""
+        self._observer.progress(archive_bytes, image_bytes)
+
+    def log(self, level: str, text: str) -> None:
+        """Both."""
+        self._observer.log(level, text)
+        self._log.write(f"{level}: {text}")
+
+    def volume_started(self, qube: str, volume: str, image_size: int) -> None:
+        """Both."""
+        self._observer.volume_started(qube, volume, image_size)
+        self._log.write(f"{qube}/{volume}: begun")
+
+    def qube_finished(self, report: QubeReport) -> None:
+        """Both."""
+        self._observer.qube_finished(report)
+        reason = "" if report.error is None else f": {report.error.reason}"
+        self._log.write(f"{report.name}: {report.outcome}{reason}")

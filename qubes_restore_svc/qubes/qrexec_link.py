@@ -3,7 +3,7 @@
 Strategy: what a restore takes (the lock, the qube, its calls, the access to the backup) is entered in order
 and left in the reverse one, whatever ended it, so that the worker loses the backup before anything else.
 Every call is a process with one half of a socket pair as its input and output; the other half is the
-broker's. The archive never passes through this process; `storage` says how it comes to the worker.
+broker's. The archive never passes through this process; `backup_source` says how it comes to the worker.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from qubes_restore_svc.errors import ArchiveUnreadable, UsageError, WorkerLost
+from qubes_restore_svc.qubes.backup_source import Location, Source, source_of, start_storage
 from qubes_restore_svc.qubes.locks import WORKER, WORKER_LOCK, Activity, GuardedLock
 from qubes_restore_svc.qubes.qrexec import QrexecCall, QrexecCalls, worker_called
-from qubes_restore_svc.qubes.storage import Location, Source, source_of, start_storage
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.worker_vm import (
     WorkerVm,

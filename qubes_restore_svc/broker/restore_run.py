@@ -13,9 +13,8 @@ from dataclasses import replace
 from typing import Literal
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
-from qubes_restore_svc.broker.host import Host, NewQube, QubeTransaction
+from qubes_restore_svc.broker.interfaces import Host, Link, NewQube, QubeTransaction
 from qubes_restore_svc.broker.ledger import Ledger, believed_error
-from qubes_restore_svc.broker.link import Link
 from qubes_restore_svc.broker.plan import Planned
 from qubes_restore_svc.broker.qube_runs import (
     MAX_WAITING_SETTINGS,

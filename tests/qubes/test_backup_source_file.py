@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 
 from qubes_restore_svc.errors import HostFailed
-from qubes_restore_svc.qubes import dom0_file
-from qubes_restore_svc.qubes.dom0_file import FileReader
+from qubes_restore_svc.qubes import backup_source
+from qubes_restore_svc.qubes.backup_source import FileReader
 from tests.support.bad_medium import PAGE, Medium
 from tests.support.descriptors import open_descriptors
 
@@ -63,7 +63,7 @@ async def test_nothing_begun_is_nothing_to_end() -> None:
 
 
 async def test_a_system_without_the_program_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dom0_file, "_CAT", "/nonexistent/cat")
+    monkeypatch.setattr(backup_source, "_CAT", "/nonexistent/cat")
     before = open_descriptors()
     async with FileReader(0) as reader:
         with pytest.raises(HostFailed, match="the backup cannot be read: /nonexistent/cat"):
@@ -90,7 +90,7 @@ def without(content: bytes, bad: Collection[int]) -> bytes:
 def medium(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Medium]:
     pages, bad = request.param
     found = Medium(content_of(pages), bad)
-    monkeypatch.setattr(dom0_file, "_end_of", lambda fd: found.end)  # this file does not tell it
+    monkeypatch.setattr(backup_source, "_end_of", lambda fd: found.end)  # this file does not tell it
     yield found
     found.close()
 
@@ -126,7 +126,7 @@ async def test_a_place_that_cannot_be_read_costs_its_pages_and_nothing_else(
 async def test_steps_grow_with_a_gap_and_cost_little_more_than_it(
     medium: Medium, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dom0_file, "_MAX_STEPS", 200)
+    monkeypatch.setattr(backup_source, "_MAX_STEPS", 200)
     content = content_of(800)
     async with FileReader(medium.fd) as reader:
         given = await read_all(await reader.open())
@@ -148,7 +148,7 @@ async def test_a_medium_that_has_gone_ends_the_reading(
     medium: Medium, limits: dict[str, int], pages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, limit in limits.items():
-        monkeypatch.setattr(dom0_file, name, limit)
+        monkeypatch.setattr(backup_source, name, limit)
     async with FileReader(medium.fd) as reader:
         assert len(await read_all(await reader.open())) == pages * PAGE
         assert await reader.fault(5) == EIO

@@ -10,9 +10,9 @@ import pytest
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError, WorkerMissing
-from qubes_restore_svc.qubes import dom0_file
-from qubes_restore_svc.qubes.link import QrexecLink
-from qubes_restore_svc.qubes.storage import Dom0File, Location
+from qubes_restore_svc.qubes import backup_source
+from qubes_restore_svc.qubes.backup_source import Dom0File, Location
+from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 from qubes_restore_svc.wire.location import QubePath, QubeService
@@ -104,7 +104,7 @@ async def test_a_page_of_dom0s_file_that_cannot_be_read_costs_the_qube_that_it_h
     archive += bytes(-len(archive) % (5 * PAGE))  # whole pages, and whole records of tar
     bad = archive.index(b"vm11/private.img.000") // PAGE + 1
     medium = Medium(archive, {bad})
-    monkeypatch.setattr(dom0_file, "_end_of", lambda fd: medium.end)
+    monkeypatch.setattr(backup_source, "_end_of", lambda fd: medium.end)
     before = qubes.snapshot()
     link = _link(system, Dom0File(medium.fd), tmp_path)
     report = await run_job(link, None, _options(), Choice(), Recorder())

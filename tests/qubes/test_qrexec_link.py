@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.broker.link import Link
+from qubes_restore_svc.broker.interfaces import Link
 from qubes_restore_svc.errors import (
     ArchiveUnreadable,
     HostFailed,
@@ -20,10 +20,10 @@ from qubes_restore_svc.errors import (
     WorkerLost,
     WorkerMissing,
 )
-from qubes_restore_svc.qubes import storage as storage_module
-from qubes_restore_svc.qubes.link import QrexecLink
+from qubes_restore_svc.qubes import backup_source as storage_module
+from qubes_restore_svc.qubes.backup_source import Dom0File, Location
 from qubes_restore_svc.qubes.locks import WORKER, GuardedLock
-from qubes_restore_svc.qubes.storage import Dom0File, Location
+from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 from qubes_restore_svc.qubes.worker_vm import worker_properties
 from qubes_restore_svc.wire.location import QubePath, QubeService

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from fcntl import F_GETFL, fcntl
 from typing import Self
 
-from qubes_restore_svc.broker.link import PIPE
+from qubes_restore_svc.broker.interfaces import PIPE
 from qubes_restore_svc.errors import SandboxUnavailable, UsageError, WorkerLost, exhausted
 from qubes_restore_svc.local.memory import check_memory, worker_memory
 from qubes_restore_svc.local.sandbox import find_bubblewrap, sandbox_failed, worker_command

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from qubes_restore_svc.qubes.report_and_log import LogFile, LoggedObserver, file_report
+from qubes_restore_svc.qubes.dom0_restore import LogFile, LoggedObserver, file_report
 from qubes_restore_svc.report_file import MAX_REPORT, write_report
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_QUBES
