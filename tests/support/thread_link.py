@@ -20,7 +20,7 @@ MEMORY = 256 << 20  #: bytes; the budget of a worker here, unless the session sa
 
 
 class ThreadLink:
-    """A link (see `broker.link`) to a worker of this process. `archive_fd` stays the caller's."""
+    """A link (see `broker.interfaces.Link`) to a worker of this process. `archive_fd` stays the caller's."""
 
     def __init__(self, archive_fd: int, engine: KdfEngine | None = None, jobs: int = 2) -> None:
         self._archive_fd = archive_fd
