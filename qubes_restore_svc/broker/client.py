@@ -40,7 +40,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire import qrexec_call
 
 #: Seconds of silence after which a worker counts as stalled; it says something every half second.
 STALL_S = 60.0
@@ -141,7 +141,7 @@ class SessionClient:
         self._writer: asyncio.StreamWriter
 
     async def __aenter__(self) -> "SessionClient":
-        connection = await self._link.call(service.SESSION)
+        connection = await self._link.call(qrexec_call.SESSION)
         try:
             self._reader, self._writer = await asyncio.open_connection(sock=connection)
         except BaseException:

@@ -35,7 +35,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.waiting import in_thread, to_the_end
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.report import Observer, Report, warn
@@ -154,9 +154,9 @@ class RestoreRun:
         except RestoreError as error:
             await self._volume_failed(qube, ready.volume, error)
             return
-        argument = service.volume_argument(ready.key, ready.volume)
+        argument = qrexec_call.volume_argument(ready.key, ready.volume)
         try:
-            connection = await self._link.call(service.VOLUME, argument)
+            connection = await self._link.call(qrexec_call.VOLUME, argument)
         except WorkerLost as error:
             raise await self._client.lost(error.reason) from error
         self._copy = VolumeCopy(ready, connection, sink, self._client.fail)

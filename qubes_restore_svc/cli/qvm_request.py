@@ -16,9 +16,9 @@ from qubes_restore_svc.client import transports
 from qubes_restore_svc.client.transports import Handed, ProgramTransport, QrexecTransport, Transport
 from qubes_restore_svc.errors import HostFailed, UsageError
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.names import strip_control
-from qubes_restore_svc.wire.service import HANDED_OVER
+from qubes_restore_svc.wire.qrexec_call import HANDED_OVER
+from qubes_restore_svc.wire.restore_call import QubePath, QubeService
 
 #: There in dom0 only, and there in every qube.
 QUBESD_SOCKET = transports.QUBESD_SOCKET

@@ -25,7 +25,7 @@ from qubes_restore_svc.errors import HostFailed, NotGranted, RestoreError, how_e
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.names import QUBE_NAME, last_words, strip_control
-from qubes_restore_svc.wire.service import CALL_FAILED, CALL_REFUSED, CONNECTION_BROKE, NO_SERVICE
+from qubes_restore_svc.wire.qrexec_call import CALL_FAILED, CALL_REFUSED, CONNECTION_BROKE, NO_SERVICE
 
 #: The qrexec client of every qube (qubes-core-qrexec).
 QREXEC_PROGRAM = "/usr/bin/qrexec-client-vm"

@@ -20,7 +20,7 @@ from qubes_restore_svc.local.memory import check_memory, worker_memory
 from qubes_restore_svc.local.sandbox import find_bubblewrap, sandbox_failed, worker_command
 from qubes_restore_svc.local.worker_process import SandboxFailed, WorkerProcess
 from qubes_restore_svc.waiting import to_the_end
-from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor
+from qubes_restore_svc.wire.qrexec_call import ServiceCall, encode_descriptor
 
 _OWN_GROUP = "the worker has a control group of its own, which limits its memory"
 _NO_GROUP = "the worker has no control group of its own: limits of its addresses bound its memory"

@@ -23,7 +23,7 @@ from qubes_restore_svc.local.memory import limit_group, limit_resources, memory_
 from qubes_restore_svc.local.sandbox import sandbox_command
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire.names import last_words
-from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.wire.qrexec_call import READY
 
 #: Seconds a worker may take to get ready: an interpreter's start on a slow, busy machine.
 START_TIMEOUT_S = 60.0

@@ -34,9 +34,9 @@ from qubes_restore_svc.qubes.qrexec import (
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG
 from qubes_restore_svc.waiting import ask, in_thread, to_the_end
-from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
-from qubes_restore_svc.wire.service import ARCHIVE, BROKEN_PIPE, NO_SERVICE, QFILE_ARGUMENT
+from qubes_restore_svc.wire.qrexec_call import ARCHIVE, BROKEN_PIPE, NO_SERVICE, QFILE_ARGUMENT
+from qubes_restore_svc.wire.restore_call import QubePath, QubeService
 
 REGISTER_SERVICE = "qubes.RegisterBackupLocation"
 #: Seconds that a running qube may take to answer with an id.

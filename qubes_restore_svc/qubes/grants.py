@@ -17,8 +17,8 @@ from qubes_restore_svc.broker.allowlist import with_wildcards
 from qubes_restore_svc.errors import NotGranted, UsageError
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, LimitsConfig
 from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
 from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, Mode, OpenBackup, Plan, WorkerWishes
-from qubes_restore_svc.wire.service import LIST, START, VERIFY
 
 DOM0 = "dom0"
 

@@ -21,7 +21,7 @@ from qubes_restore_svc.errors import Cancelled, HostFailed, RestoreError, Worker
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.qubes.system import QubesSystem, ServiceProcess
 from qubes_restore_svc.waiting import started, to_the_end
-from qubes_restore_svc.wire.service import CALL_FAILED, CALL_REFUSED, CONNECTION_BROKE, NO_SERVICE
+from qubes_restore_svc.wire.qrexec_call import CALL_FAILED, CALL_REFUSED, CONNECTION_BROKE, NO_SERVICE
 
 _MEANINGS = {
     CALL_FAILED: "the call could not be made",

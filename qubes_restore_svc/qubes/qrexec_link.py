@@ -26,7 +26,7 @@ from qubes_restore_svc.qubes.worker_vm import (
 )
 from qubes_restore_svc.waiting import ask, when_cleared
 from qubes_restore_svc.wire.messages import Storage
-from qubes_restore_svc.wire.service import CONNECTION_BROKE, SESSION, ServiceCall, encode_descriptor
+from qubes_restore_svc.wire.qrexec_call import CONNECTION_BROKE, SESSION, ServiceCall, encode_descriptor
 
 #: Seconds that a worker whose qube has started may take to answer: a Python's start on a busy machine.
 READY_TIMEOUT_S = 60.0

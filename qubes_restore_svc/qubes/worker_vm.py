@@ -29,7 +29,7 @@ from qubes_restore_svc.qubes.tags import (
     clear_worker,
 )
 from qubes_restore_svc.waiting import ask, in_thread, started, to_the_end
-from qubes_restore_svc.wire.service import NO_SERVICE, READY, READY_ARGUMENT, SESSION
+from qubes_restore_svc.wire.qrexec_call import NO_SERVICE, READY, READY_ARGUMENT, SESSION
 
 PACKAGE = "qubes-restore-svc-vm"
 

@@ -20,8 +20,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from qubes_restore_svc.errors import ProtocolViolation, UsageError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.kdf.engine import KdfEngine
-from qubes_restore_svc.wire import service
-from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.wire import qrexec_call
+from qubes_restore_svc.wire.qrexec_call import READY
 from qubes_restore_svc.worker.archive_access import ArchiveAccess
 from qubes_restore_svc.worker.memory import BOUNDLESS
 from qubes_restore_svc.worker.output import VolumeOffers
@@ -86,7 +86,7 @@ class Daemon:
         taken = False
         try:
             async with asyncio.timeout(_DESCRIPTOR_TIMEOUT_S):
-                call = service.parse_descriptor(await _read_descriptor(connection))
+                call = qrexec_call.parse_descriptor(await _read_descriptor(connection))
             taken = call.source == "dom0" and self._dispatch(call, connection)
         except (ProtocolViolation, OSError, TimeoutError):
             pass  # hung up, below
@@ -94,20 +94,20 @@ class Daemon:
             if not taken:
                 close_read(connection)
 
-    def _dispatch(self, call: service.ServiceCall, connection: socket.socket) -> bool:
+    def _dispatch(self, call: qrexec_call.ServiceCall, connection: socket.socket) -> bool:
         """Hand the connection over; False if nobody takes it."""
-        if call.service == service.SESSION and call.argument == service.READY_ARGUMENT:
+        if call.service == qrexec_call.SESSION and call.argument == qrexec_call.READY_ARGUMENT:
             # The socket's buffer is empty, so this does not wait; who has gone meanwhile need not know.
             with contextlib.suppress(OSError):
-                connection.send(service.READY)
+                connection.send(qrexec_call.READY)
             return False
-        if call.service == service.SESSION and not call.argument and self._session is None:
+        if call.service == qrexec_call.SESSION and not call.argument and self._session is None:
             self._session = asyncio.create_task(self._run_session(connection))
             self._session.add_done_callback(lambda _: self._over.set())
             return True
-        if call.service == service.ARCHIVE:
+        if call.service == qrexec_call.ARCHIVE:
             return self._archive.take(call.argument, connection)
-        if call.service == service.VOLUME:
+        if call.service == qrexec_call.VOLUME:
             connection.setblocking(True)
             return self._offers.take(call.argument, connection)
         return False
@@ -121,7 +121,7 @@ async def _read_descriptor(connection: socket.socket) -> bytes:
     """The bytes up to the first NUL, one by one: what follows belongs to the service."""
     loop = asyncio.get_running_loop()
     descriptor = b""
-    while not descriptor.endswith(b"\0") and len(descriptor) < service.MAX_DESCRIPTOR:
+    while not descriptor.endswith(b"\0") and len(descriptor) < qrexec_call.MAX_DESCRIPTOR:
         byte = await loop.sock_recv(connection, 1)
         if not byte:
             raise ProtocolViolation("a call without a descriptor")

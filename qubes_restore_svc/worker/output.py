@@ -17,7 +17,7 @@ from typing import Self
 
 from qubes_restore_svc.errors import SkippedOnRequest, exhausted
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire.volume import MAX_RECORD, encode_end, encode_header, encode_record
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -160,7 +160,7 @@ class VolumeOffers:
         The future brings the connection of the call that takes it. Whoever cancels it withdraws the offer.
         """
         offer: Future[socket.socket] = Future()
-        self._argument, self._offer = service.volume_argument(key, volume), offer
+        self._argument, self._offer = qrexec_call.volume_argument(key, volume), offer
         return offer
 
     def take(self, argument: str, connection: socket.socket) -> bool:

@@ -37,7 +37,7 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.names import last_words
-from qubes_restore_svc.wire.service import (
+from qubes_restore_svc.wire.qrexec_call import (
     BROKEN_PIPE,
     CALL_FAILED,
     CALL_REFUSED,

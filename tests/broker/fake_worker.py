@@ -15,7 +15,7 @@ from typing import Self
 from qubes_restore_svc.errors import ArchiveUnreadable, WorkerLost
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, encode_end, encode_header, encode_record
 from tests.support.wire import frame, from_broker, heard
@@ -303,7 +303,7 @@ class FakeLink:
         ours, theirs = socketpair()
         theirs.setblocking(False)
         self._sockets.append(theirs)
-        if service_name == service.SESSION:
+        if service_name == qrexec_call.SESSION:
             if self._deaf:
                 ours.setsockopt(SOL_SOCKET, SO_SNDBUF, 4096)
             self._session = theirs
@@ -408,7 +408,7 @@ class FakeLink:
         await self._until(lambda: any(kind == message.type for message in self.heard))
 
     async def _stream(self, step: Stream) -> None:
-        argument = service.volume_argument(step.key, step.volume)
+        argument = qrexec_call.volume_argument(step.key, step.volume)
         await self._until(lambda: argument in self._callers or step.key in self._given_up)
         connection = self._callers.pop(argument, None)
         if connection is None:

@@ -22,8 +22,8 @@ from typing import IO, Any, TypeVar
 
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
+from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
 from qubes_restore_svc.wire.report import Report
-from qubes_restore_svc.wire.service import LIST, START, VERIFY
 from tests.emulation.dom0 import Dom0, wait_until
 from tests.emulation.domain import REPOSITORY
 from tests.emulation.emulated import EmulatedQubes

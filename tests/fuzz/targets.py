@@ -41,7 +41,7 @@ from qubes_restore_svc.wire import messages, restore_call
 from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.models import Message
 from qubes_restore_svc.wire.names import strip_control, strip_control_lines
-from qubes_restore_svc.wire.service import ServiceCall, encode_descriptor, parse_descriptor
+from qubes_restore_svc.wire.qrexec_call import ServiceCall, encode_descriptor, parse_descriptor
 from qubes_restore_svc.wire.volume import Extent, VolumeDecoder, encode_end, encode_header, encode_record
 from tests.support.containers import compress, container_head, header_text, scrypt_container
 from tests.support.format3_writer import Format3Writer

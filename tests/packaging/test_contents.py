@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc import __version__
-from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire import qrexec_call
 from tests.packaging.conftest import Packages
 from tests.packaging.packages import Package
 from tests.support.fixtures import REPOSITORY
@@ -15,8 +15,8 @@ from tests.test_boundaries import LIBRARIES, UNTRUSTED
 
 CODE = REPOSITORY / "qubes_restore_svc"
 FOLDERS = {path.parent.name for path in CODE.glob("*/__init__.py")}
-SERVICES = (service.SESSION, service.VOLUME, service.ARCHIVE)
-DOM0_SERVICES = (service.START, service.VERIFY, service.LIST)
+SERVICES = (qrexec_call.SESSION, qrexec_call.VOLUME, qrexec_call.ARCHIVE)
+DOM0_SERVICES = (qrexec_call.START, qrexec_call.VERIFY, qrexec_call.LIST)
 LISTENS_AT = "/run/qubes-restore-worker/calls.sock"
 
 #: All that the packages install beside Python code. A key is the end of a package's name.

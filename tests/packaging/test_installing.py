@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire import qrexec_call
 from tests.packaging.conftest import Packages
 from tests.packaging.packages import Package
 from tests.packaging.scratch_system import ScratchSystem, cannot_become_root
@@ -18,7 +18,7 @@ COMMAND = "usr/local/bin/qvm-backup-restore"
 HOOK = "/etc/qubes/post-install.d/20-qubes-restore-svc.sh"
 ANNOUNCED = [
     f"qvm-features-request supported-rpc.{name}=1"
-    for name in (service.SESSION, service.VOLUME, service.ARCHIVE)
+    for name in (qrexec_call.SESSION, qrexec_call.VOLUME, qrexec_call.ARCHIVE)
 ]
 
 
@@ -82,7 +82,7 @@ def test_what_the_administrator_wrote_and_the_reports_survive_a_removal(
     assert not config.exists()
 
 
-@pytest.mark.parametrize("name", [service.START, service.VERIFY, service.LIST])
+@pytest.mark.parametrize("name", [qrexec_call.START, qrexec_call.VERIFY, qrexec_call.LIST])
 @pytest.mark.parametrize("arguments", [(), ("argument",), ("-c", "import os"), ("", "restore.Start")])
 def test_what_a_caller_says_does_not_reach_the_command_line_of_a_service(
     system: ScratchSystem, rpms: Packages, name: str, arguments: tuple[str, ...]

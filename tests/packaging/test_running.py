@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc import __version__
-from qubes_restore_svc.wire import service
+from qubes_restore_svc.wire import qrexec_call
 from tests.packaging.conftest import Packages
 from tests.packaging.packages import SYSTEM_PYTHON, Package, cannot_build, run_python, together
 from tests.support.fixtures import REPOSITORY
@@ -94,7 +94,7 @@ def test_the_dialogs_command_runs_without_dom0s_package(packages: Packages, tmp_
     assert __version__ in done.stdout
 
 
-@pytest.mark.parametrize("name", [service.START, service.VERIFY, service.LIST])
+@pytest.mark.parametrize("name", [qrexec_call.START, qrexec_call.VERIFY, qrexec_call.LIST])
 def test_a_service_that_is_not_called_by_qrexec_does_nothing(
     rpms: Packages, tmp_path: Path, name: str
 ) -> None:

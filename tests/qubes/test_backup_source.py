@@ -15,8 +15,8 @@ from qubes_restore_svc.qubes.backup_source import (
 )
 from qubes_restore_svc.qubes.qrexec import QrexecCalls
 from qubes_restore_svc.qubes.tags import STORAGE_TAG
-from qubes_restore_svc.wire.location import QubePath
 from qubes_restore_svc.wire.messages import Storage
+from qubes_restore_svc.wire.restore_call import QubePath
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, FakeQubes, Gate, Traces
 
 PATH = QubePath(STORAGE, "/media/usb/my backup")

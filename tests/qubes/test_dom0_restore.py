@@ -15,8 +15,7 @@ from qubes_restore_svc.qubes.config import load_config
 from qubes_restore_svc.qubes.dom0_restore import Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.qrexec_link import QrexecLink
-from qubes_restore_svc.wire.location import QubePath
-from qubes_restore_svc.wire.restore_call import OpenBackup
+from qubes_restore_svc.wire.restore_call import OpenBackup, QubePath
 from tests.cli.plans import plan, source, taken
 from tests.emulation.qubesd import Qubesd
 

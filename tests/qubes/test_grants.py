@@ -12,8 +12,8 @@ from qubes_restore_svc.errors import NotGranted
 from qubes_restore_svc.qubes.config import parse_config
 from qubes_restore_svc.qubes.grants import MODES, Rights
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
 from qubes_restore_svc.wire.restore_call import Choice
-from qubes_restore_svc.wire.service import LIST, START, VERIFY
 from tests.broker.planning import manifest, qube
 
 FILE = Path("/etc/x/config.yaml")

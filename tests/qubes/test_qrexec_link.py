@@ -26,8 +26,8 @@ from qubes_restore_svc.qubes.locks import WORKER, GuardedLock
 from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 from qubes_restore_svc.qubes.worker_vm import worker_properties
-from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Storage
+from qubes_restore_svc.wire.restore_call import QubePath, QubeService
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
 from tests.qubes.qubes_bed import GONE
 

@@ -15,8 +15,7 @@ from qubes_restore_svc.qubes.backup_source import Dom0File, Location
 from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
-from qubes_restore_svc.wire.location import QubePath, QubeService
-from qubes_restore_svc.wire.restore_call import Choice
+from qubes_restore_svc.wire.restore_call import Choice, QubePath, QubeService
 from tests.emulation.emulated import EmulatedQubes
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.bad_medium import PAGE, Medium

@@ -22,8 +22,7 @@ from qubes_restore_svc.qubes.config import Config
 from qubes_restore_svc.qubes.dom0_restore import ACTIVITIES, Dom0Restore, Places
 from qubes_restore_svc.qubes.grants import check_options
 from qubes_restore_svc.qubes.locks import RESTORE, WORKER, Activity, GuardedLock
-from qubes_restore_svc.wire.location import QubePath
-from qubes_restore_svc.wire.restore_call import OpenBackup
+from qubes_restore_svc.wire.restore_call import OpenBackup, QubePath
 from tests.support.thread_link import ThreadLink
 
 #: All qubes that there are, and the only storage pool.

@@ -18,8 +18,8 @@ from typing import TypeVar
 from qubes_restore_svc.service.call import Call
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
+from qubes_restore_svc.wire.qrexec_call import START
 from qubes_restore_svc.wire.report import Observer, Report
-from qubes_restore_svc.wire.service import START
 from tests.support import wire
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.wire import from_dom0, parsed

@@ -7,9 +7,9 @@ import pytest
 from qubes_restore_svc.broker.client import SourceClock
 from qubes_restore_svc.qubes.backup_source import Dom0File
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.location import QubePath, QubeService
 from qubes_restore_svc.wire.messages import Log
-from qubes_restore_svc.wire.service import LIST, START, VERIFY
+from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
+from qubes_restore_svc.wire.restore_call import QubePath, QubeService
 
 from .parts import CALLER, POOL, STORAGE
 from .support import Bed, open_message

@@ -16,7 +16,7 @@ from qubes_restore_svc.service import conversation
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel
 from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.service import LIST, VERIFY
+from qubes_restore_svc.wire.qrexec_call import LIST, VERIFY
 
 from .parts import CALLER, STORAGE
 from .support import PATIENCE_S, Bed, Client, Json, frame, open_message

@@ -13,7 +13,7 @@ from typing import Self
 
 from qubes_restore_svc.errors import WorkerLost
 from qubes_restore_svc.kdf.engine import KdfEngine, OpensslEngine
-from qubes_restore_svc.wire.service import READY, ServiceCall, encode_descriptor
+from qubes_restore_svc.wire.qrexec_call import READY, ServiceCall, encode_descriptor
 from qubes_restore_svc.worker.daemon import Daemon, PassedCalls
 
 MEMORY = 256 << 20  #: bytes; the budget of a worker here, unless the session says otherwise

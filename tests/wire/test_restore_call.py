@@ -8,13 +8,14 @@ from typing import get_args
 
 import pytest
 
-from qubes_restore_svc.errors import ProtocolViolation
+from qubes_restore_svc.errors import ProtocolViolation, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from qubes_restore_svc.wire.models import Message, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
 from qubes_restore_svc.wire.report import QubeReport, VolumeReport
+from qubes_restore_svc.wire.restore_call import QubePath, QubeService
 from tests.support.wire import from_client, from_dom0, parsed
 
 from .alterations import Json, Path, at, changed, dotted, places
@@ -334,3 +335,61 @@ def test_a_cancel_can_cross_everything_that_the_broker_says() -> None:
             call.advance(Cancel())
         call.advance(Log(level="info", text="x"))
         call.advance(Progress(archive_bytes=1))
+
+
+STORAGE = "sys-usb"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("/backups/qubes backup", b"/backups/qubes backup\n"),
+        ("/with\nline\r\nends", b"/withlineends\n"),
+        ("ssh host 'cat \"/x\"' | gpg -d", b"ssh host 'cat \"/x\"' | gpg -d\n"),
+        ("/büro", "/büro\n".encode()),
+        ("/not-utf8-\udcff", b"/not-utf8-\xff\n"),
+        ("x" * 16383, b"x" * 16383 + b"\n"),
+    ],
+)
+def test_a_path_or_command_is_one_line_as_it_stands(text: str, line: bytes) -> None:
+    assert QubePath(STORAGE, text).line == line
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("\r\n", "empty"),
+        ("  ", "empty"),
+        ("/a\x00b", "control character"),
+        ("/a\tb", "control character"),
+        ("/a\x1b[2J", "control character"),
+        ("/a\x85b", "control character"),
+        ("/a\ud800", "UTF-8"),
+        ("x" * 16384, "longer"),
+    ],
+)
+def test_what_is_no_path_and_no_command_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        QubePath(STORAGE, text)
+
+
+@pytest.mark.parametrize("service", ["x", "my.Backup", "my.Backup+", "my.Backup+arg.1_2-3+4"])
+def test_a_service_is_a_name_perhaps_with_an_argument(service: str) -> None:
+    assert QubeService(STORAGE, service).service == service
+
+
+@pytest.mark.parametrize(
+    "service", ["", "+arg", "a b", "a\n", "a;b", "../a", "a+b c", "a+/b", "ä", "DEFAULT:x", "x" * 201]
+)
+def test_what_is_no_service_is_refused(service: str) -> None:
+    with pytest.raises(UsageError, match="not the name of a qrexec service"):
+        QubeService(STORAGE, service)
+
+
+@pytest.mark.parametrize("qube", ["", "dom0", "@dispvm", "a b", "-d", "sys-usb\n", "x" * 32])
+def test_a_backup_lies_in_a_qube(qube: str) -> None:
+    with pytest.raises(UsageError):
+        QubePath(qube, "/x")
+    with pytest.raises(UsageError):
+        QubeService(qube, "x")

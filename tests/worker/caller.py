@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.wire.qrexec_call import READY
 from qubes_restore_svc.worker.daemon import Daemon, PassedCalls
 from qubes_restore_svc.worker.memory import OWN_MEMORY
 from tests.support.wire import framed, from_worker, heard

@@ -15,7 +15,7 @@ import pytest
 
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.wire.qrexec_call import READY
 from qubes_restore_svc.worker import daemon
 from qubes_restore_svc.worker.daemon import ListeningCalls, inherited_listener
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.wire.qrexec_call import READY
 from qubes_restore_svc.worker import daemon
 
 from ..support.damage import sample_backup

@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.service import READY
+from qubes_restore_svc.wire.qrexec_call import READY
 from qubes_restore_svc.worker.__main__ import _advice_in_qube
 from tests.support.wire import framed, from_worker, heard
 

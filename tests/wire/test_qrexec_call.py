@@ -5,8 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_restore_svc.errors import ProtocolViolation
-from qubes_restore_svc.wire import service
-from qubes_restore_svc.wire.service import MAX_DESCRIPTOR, ServiceCall, encode_descriptor, parse_descriptor
+from qubes_restore_svc.wire import qrexec_call
+from qubes_restore_svc.wire.qrexec_call import (
+    MAX_DESCRIPTOR,
+    ServiceCall,
+    encode_descriptor,
+    parse_descriptor,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,10 +33,10 @@ def test_what_qrexec_sends_in_a_vm_is_understood(descriptor: bytes, call: Servic
 
 
 def test_the_descriptor_is_the_command_line_and_a_nul() -> None:
-    call = ServiceCall(service.VOLUME, service.volume_argument("vm10", "private"), "dom0")
+    call = ServiceCall(qrexec_call.VOLUME, qrexec_call.volume_argument("vm10", "private"), "dom0")
     assert encode_descriptor(call) == b"restore.Volume+vm10.private dom0\0"
-    assert encode_descriptor(ServiceCall(service.SESSION, "", "dom0")) == b"restore.Session dom0\0"
-    assert service.ARCHIVE == "restore.Archive"
+    assert encode_descriptor(ServiceCall(qrexec_call.SESSION, "", "dom0")) == b"restore.Session dom0\0"
+    assert qrexec_call.ARCHIVE == "restore.Archive"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_nothing_after_a_long_descriptor_is_overlooked() -> None:
 
 
 def test_every_volume_can_be_asked_for() -> None:
-    call = ServiceCall(service.VOLUME, service.volume_argument("k" * 64, "private"), "d" * 31)
+    call = ServiceCall(qrexec_call.VOLUME, qrexec_call.volume_argument("k" * 64, "private"), "d" * 31)
     assert parse_descriptor(encode_descriptor(call)) == call
 
 
