@@ -37,6 +37,7 @@ READERS = {
     ),
     "wire.names": (
         "-KEPT_VOLUMES", "-MAX_REQUEST", "-MAX_STALL_TIMEOUT", "-MAX_PASSPHRASE", "-LocationId", "-PoolName",
+        "-SettingName",
         "-StallTimeout", "-LocationText", "-_one_line", "-TIMESTAMP", "-Timestamp", "-_moment", "-_seconds",
         "-_QUBE_NAME", "-is_qube_name", "-_LOG_MARKS", "-last_words",
     ),

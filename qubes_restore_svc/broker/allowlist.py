@@ -8,16 +8,21 @@ qube rights, devices, a kernel command line, or a place among the qubes that sta
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from qubes_restore_svc.broker.settings_table import Kind, Rule, Standing, family_rule_for, rule_for
+from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube
 from qubes_restore_svc.wire.names import shortened
 
 #: The entry of a list that stands for all settings of its kind that come back by default.
 DEFAULT = "@default"
+
+#: The classes of devices that can come back.
+Bus = Literal["block", "mic", "pci", "usb", "webcam"]
+BUSES: tuple[Bus, ...] = get_args(Bus)
 
 #: Most settings of one qube that are told one by one.
 MAX_LEFT_OUT = 100
@@ -27,7 +32,8 @@ MAX_LEFT_OUT = 100
 class AllowedSettings:
     """What of a qube's settings is restored; `left_out` names the rest (`property kernelopts`).
 
-    `notes`: what the person should know of those that are.
+    `notes`: what the person should know of those that are. `could`: those of the rest that the person may let
+    come back this time, as `SettingName` has them.
     """
 
     properties: Mapping[str, str] = field(default_factory=dict)
@@ -36,13 +42,18 @@ class AllowedSettings:
     devices: tuple[DeviceInfo, ...] = ()
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    could: tuple[str, ...] = ()
 
 
 class AllowList(Protocol):
     """Decides which settings of a qube are restored."""
 
-    def choose(self, qube: ManifestQube) -> AllowedSettings:
-        """What of `qube`'s properties, features, tags and devices may come back.
+    def check(self, also: Collection[str]) -> None:
+        """Raises UsageError if the person may not let these settings come back."""
+        ...
+
+    def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
+        """What of `qube`'s properties, features, tags and devices may come back; `also`: as the person chose.
 
         The references `netvm` and `default_dispvm`, and `template_for_dispvms` and `provides_network`, on
         which other qubes of the restore may depend, are for the plan: it reads them in the manifest.
@@ -55,6 +66,7 @@ class SettingsPolicy:
 
     `properties`, `features` and `tags` are entries that `check_entry` accepts; `devices` classes of devices;
     the switches let in what starts with the system, and what chooses the kernel and its command line.
+    `choosable` are entries that `check_choosable` accepts: what a person may let in for one restore.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class SettingsPolicy:
         autostart: bool = False,
         kernel: bool = False,
         kernelopts: bool = False,
+        choosable: Iterable[str] = (),
     ) -> None:
         self._properties = _List("property", properties)
         self._features = _List("feature", features)
@@ -78,12 +91,37 @@ class SettingsPolicy:
             Standing.KERNELOPTS: kernelopts,
         }
         self._on = frozenset(standing for standing, is_on in switches.items() if is_on)
+        self._choosable: dict[str, list[str]] = {"property": [], "feature": [], "tag": [], "device": []}
+        for entry in choosable:
+            kind, _, name = check_choosable(entry).partition(":")
+            self._choosable[kind].append(name)
+        self._once: dict[Kind, _List] = {
+            kind: _List(kind, self._choosable[kind], once=True) for kind in _NAMES
+        }
 
-    def choose(self, qube: ManifestQube) -> AllowedSettings:
+    def check(self, also: Collection[str]) -> None:
+        """Raises UsageError if the configuration lets nobody choose one of these settings."""
+        for setting in also:
+            if not self._may_choose(setting):
+                raise UsageError(
+                    f"the configuration does not permit letting {setting} come back for one restore",
+                    advice="An administrator can permit it: restore.choosable.",
+                )
+
+    def _may_choose(self, setting: str) -> bool:
+        before, _, name = setting.partition(":")
+        kind = _KINDS.get(before)
+        if kind is None:
+            return name in self._choosable["device"]
+        rule = rule_for(kind, name)
+        classes = rule.only_on or frozenset({""})
+        return any(self._may(self._once[kind], rule, name, "\0", klass) for klass in classes)
+
+    def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         """What of `qube`'s settings may come back; of dom0's, none, and none is told."""
         if qube.klass == "AdminVM":
             return AllowedSettings()
-        told: dict[str, None] = {}
+        told = _Told(frozenset(also))
         untrusted_properties, notes = _translated(qube)
         properties = dict(self._chosen(self._properties, untrusted_properties.items(), qube.klass, told))
         features = dict(self._chosen(self._features, qube.features.items(), qube.klass, told))
@@ -92,7 +130,13 @@ class SettingsPolicy:
         devices = tuple(self._chosen_devices(qube.devices, told))
         notes += [*_asked_for("property", properties), *_asked_for("feature", features)]
         return AllowedSettings(
-            properties, features, tuple(tags), devices, _shortened(tuple(told)), _shortened(tuple(notes))
+            properties,
+            features,
+            tuple(tags),
+            devices,
+            _shortened(tuple(told.left_out)),
+            _shortened(tuple(notes)),
+            tuple(told.could)[:MAX_LEFT_OUT],
         )
 
     def _chosen(
@@ -100,23 +144,29 @@ class SettingsPolicy:
         allowed: "_List",
         untrusted_settings: Iterable[tuple[str, str]],
         klass: str,
-        told: dict[str, None],
+        told: "_Told",
     ) -> Iterator[tuple[str, str]]:
         """Those that may come back; puts the others into `told`, but for what is not worth it."""
         count: Counter[str] = Counter()
         for name, untrusted_value in untrusted_settings:
             rule = rule_for(allowed.kind, name)
             count[rule.pattern] += 1
-            if not self._may(allowed, rule, name, untrusted_value, klass):
+            setting = f"{allowed.kind}:{name}"
+            once = self._may(self._once[allowed.kind], rule, name, untrusted_value, klass)
+            if not self._may(allowed, rule, name, untrusted_value, klass) and not (
+                once and setting in told.also
+            ):
                 if not rule.silent and untrusted_value not in rule.silent_values:
-                    told[f"{allowed.kind} {rule.pattern if rule.together else name}"] = None
+                    told.left_out[f"{allowed.kind} {rule.pattern if rule.together else name}"] = None
+                    told.could.update({setting: None} if once else {})
             elif rule.names is not None and not rule.names.allow(name):
-                told[f"{allowed.kind} {shortened(name, _MAX_SHOWN)} (only names {rule.names.text})"] = None
+                shown = shortened(name, _MAX_SHOWN)
+                told.left_out[f"{allowed.kind} {shown} (only names {rule.names.text})"] = None
             elif rule.most is not None and count[rule.pattern] > rule.most:
-                told[f"{allowed.kind} {rule.pattern} (only {rule.most} of them)"] = None
+                told.left_out[f"{allowed.kind} {rule.pattern} (only {rule.most} of them)"] = None
             elif rule.values is not None and not rule.values.allow(untrusted_value):
                 now = "" if rule.instead is None else f"; it is {rule.instead!r} now"
-                told[f"{allowed.kind} {name} (only {rule.values.text}{now})"] = None
+                told.left_out[f"{allowed.kind} {name} (only {rule.values.text}{now})"] = None
                 if rule.instead is not None:
                     yield name, rule.instead
             else:
@@ -134,18 +184,21 @@ class SettingsPolicy:
                 return name in allowed.names
             case Standing.NEVER:
                 return False
-            case _:
-                return rule.standing in self._on or untrusted_value in rule.free_values
+            case _:  # only a list of what can be chosen holds such a name
+                is_on = rule.standing in self._on or name in allowed.names
+                return is_on or untrusted_value in rule.free_values
 
-    def _chosen_devices(self, devices: Iterable[DeviceInfo], told: dict[str, None]) -> Iterator[DeviceInfo]:
+    def _chosen_devices(self, devices: Iterable[DeviceInfo], told: "_Told") -> Iterator[DeviceInfo]:
         for device in devices:
             name = f"device {device.bus} {device.backend}:{device.port}"
-            if device.bus not in self._devices:
-                told[name] = None
+            once, setting = device.bus in self._choosable["device"], f"device:{device.bus}"
+            if device.bus not in self._devices and not (once and setting in told.also):
+                told.left_out[name] = None
+                told.could.update({setting: None} if once else {})
                 continue
             known = _DEVICE_OPTIONS.get(device.bus, frozenset())
             for option in device.options.keys() - known:
-                told[f"option {option} of {name}"] = None
+                told.left_out[f"option {option} of {name}"] = None
             options = {key: value for key, value in device.options.items() if key in known}
             yield device.model_copy(update={"options": options})
 
@@ -158,8 +211,27 @@ def check_entry(kind: Kind, entry: str) -> str:
     """
     if entry == DEFAULT:
         return entry
+    return _checked(kind, entry, once=False)
+
+
+def check_choosable(entry: str) -> str:
+    """The same of what a person may choose: `property:autostart`, `feature:my-*`, `device:pci`."""
+    before, _, name = entry.partition(":")
+    if before == "device" and name in BUSES:
+        return entry
+    kind = _KINDS.get(before)
+    if kind is None:
+        raise ValueError(
+            f"expected property:, feature: or tag: and a name, or device: and one of {', '.join(BUSES)}"
+        )
+    _checked(kind, name, once=True)
+    return entry
+
+
+def _checked(kind: Kind, entry: str, *, once: bool) -> str:
     if not _ENTRIES[kind].fullmatch(entry):
-        raise ValueError(f"expected the name of a {kind}, a pattern with * or ?, or {DEFAULT}")
+        other = "" if once else f", or {DEFAULT}"
+        raise ValueError(f"expected the name of a {kind}, a pattern with * or ?{other}")
     fixed = re.split(r"[*?]", entry, maxsplit=1)[0]
     is_pattern = fixed != entry
     rule = family_rule_for(kind, fixed) if is_pattern else rule_for(kind, entry)
@@ -172,6 +244,8 @@ def check_entry(kind: Kind, entry: str) -> str:
             raise ValueError(f"what {entry} stands for must be named one by one: {rule.why}")
         case Standing.NEVER:
             raise ValueError(f"the {kind} {entry} is never restored: {rule.why}")
+        case _ if once and not is_pattern:
+            return entry
         case _:
             switch = rule.standing.value.strip("`")
             raise ValueError(f"on the {kind} {entry} no list decides, but {switch}: {rule.why}")
@@ -189,12 +263,21 @@ def with_wildcards(entry: str) -> re.Pattern[str]:
     return re.compile(f"{first}{middle}.*{rest[-1]}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What one qube's settings come to, beside those that come back; `also`: what the person chose."""
+
+    also: frozenset[str]
+    left_out: dict[str, None] = field(default_factory=dict)
+    could: dict[str, None] = field(default_factory=dict)
+
+
 class _List:
     """One list of the configuration, ready to be asked."""
 
-    def __init__(self, kind: Kind, entries: Iterable[str]) -> None:
+    def __init__(self, kind: Kind, entries: Iterable[str], *, once: bool = False) -> None:
         self.kind: Kind = kind
-        self.names = frozenset(check_entry(kind, entry) for entry in entries)
+        self.names = frozenset(entries if once else (check_entry(kind, entry) for entry in entries))
         self.default = DEFAULT in self.names
         patterns = [with_wildcards(entry) for entry in sorted(self.names - {DEFAULT})]
         self.matches: Callable[[str], bool] = lambda name: any(p.fullmatch(name) for p in patterns)
@@ -236,6 +319,7 @@ _MAX_SHOWN = 60  #: characters of a name or value in a note
 
 #: Characters that qubesd accepts in a name.
 _ALPHABETS: dict[Kind, str] = {"property": "a-z0-9_", "feature": "A-Za-z0-9_.-", "tag": "A-Za-z0-9_-"}
+_KINDS: Mapping[str, Kind] = {kind: kind for kind in _ALPHABETS}
 _NAMES = {kind: re.compile(f"[{alphabet}]+") for kind, alphabet in _ALPHABETS.items()}
 _ENTRIES = {kind: re.compile(f"[*?{alphabet}]{{1,255}}") for kind, alphabet in _ALPHABETS.items()}
 

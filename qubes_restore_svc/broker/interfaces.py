@@ -97,7 +97,8 @@ class Definition:
 class NewQube:
     """A qube that is to be created: the broker's choice of name, and what the backup says of it.
 
-    `definition` is None on a host without a Qubes system (see `HostView`), and for dom0's home.
+    `definition` is None on a host without a Qubes system (see `HostView`), and for dom0's home. `pool` is the
+    storage pool that the person chose; None: the host's own choice.
     """
 
     name: str
@@ -105,6 +106,7 @@ class NewQube:
     backup_id: str
     warnings: tuple[str, ...] = field(default=())
     definition: Definition | None = None
+    pool: str | None = None
 
 
 class VolumeSink(Protocol):
@@ -173,8 +175,8 @@ class Host(Protocol):
         """The host as it is now."""
         ...
 
-    def free_space(self) -> int | None:
-        """Bytes that volumes can still take, if the host knows."""
+    def free_space(self, pool: str | None = None) -> int | None:
+        """Bytes that volumes can still take, in the pool that the person chose if one was, if it is known."""
         ...
 
     def begin(self, qube: NewQube) -> QubeTransaction:

@@ -113,7 +113,7 @@ class _RestoreJob:
             planned = make_plan(manifest, choice, view, allow=allow, number=number)
             plan = planned.plan
             if self.host is not None:
-                self.warn_of_space(plan, await ask(self.host.free_space))
+                self.warn_of_space(plan, await ask(self.host.free_space, choice.pool))
             for remark in () if view is None else view.remarks:
                 self.say("warning", remark)
             self.report.qubes = plan.reports()

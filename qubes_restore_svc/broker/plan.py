@@ -6,19 +6,37 @@ needs of others (see `references`). What one pass does not take, the next does n
 created here, and nothing that is not in the plan will be.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
-from qubes_restore_svc.broker.allowlist import AllowedSettings, AllowList
+from qubes_restore_svc.broker.allowlist import AllowedSettings, AllowList, with_wildcards
 from qubes_restore_svc.broker.interfaces import HostView, QubesView, restored_tag
 from qubes_restore_svc.broker.ledger import believed_error
-from qubes_restore_svc.broker.references import MAX_NUMBERED, Candidate, Missing, SetUp, set_up
+from qubes_restore_svc.broker.references import (
+    MAX_NUMBERED,
+    Candidate,
+    Missing,
+    SetUp,
+    Substitutes,
+    offers,
+    set_up,
+)
 from qubes_restore_svc.errors import MissingDependency, QubeExists, RestoreError, UsageError
 from qubes_restore_svc.wire.messages import ListedQube, Manifest, ManifestQube, RefusedQube
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import is_qube_name
 from qubes_restore_svc.wire.report import remarks
-from qubes_restore_svc.wire.restore_call import Choice, Plan, PlanQube, Problem
+from qubes_restore_svc.wire.restore_call import (
+    MAX_OFFERED,
+    Choice,
+    Offers,
+    Plan,
+    PlanQube,
+    Problem,
+    QubeChoice,
+    Settlement,
+)
 
 _MAX_NAME = 31  #: characters of a qube's name
 _MAX_UNNUMBERED = 29  #: of it without a number
@@ -28,6 +46,9 @@ _DOM0_NAMES = frozenset({"dom0", "domain-0"})
 
 #: Most names that an error lists.
 _MAX_LISTED = 50
+
+#: Most patterns among the names of a choice: each is held against every qube.
+_MAX_PATTERNS = 100
 
 #: Why a qube is not taken, for people.
 _REMARKS: dict[Problem, str] = {
@@ -52,6 +73,7 @@ class Planned:
     plan: Plan
     sources: Mapping[str, ManifestQube]
     set_ups: Mapping[str, SetUp]
+    pool: str | None = None  #: the storage pool that the person chose
 
 
 def make_plan(
@@ -66,31 +88,50 @@ def make_plan(
 
     `allow` says which settings may come back (None: none of them), `number` is that of the plan. dom0's home
     is verified like everything else, but restored only on request. Raises UsageError for names that the
-    backup does not hold.
+    backup does not hold, and for what no plan can be made from.
     """
     in_backup = {qube.name for qube in manifest.qubes} | {qube.name for qube in manifest.refused}
-    _check_known((*choice.names, *choice.exclude), in_backup)
-    names, exclude = frozenset(choice.names), frozenset(choice.exclude)
+    names = _matching(choice.names, in_backup)
+    # A script may leave dom0 out of any backup.
+    exclude = _matching((name for name in choice.exclude if name != "dom0"), in_backup)
+    exclude |= {"dom0"} & set(choice.exclude)
+    _matching((qube.name for qube in choice.qubes), in_backup)
+    chosen = {qube.name: qube for qube in choice.qubes}
+    _check_choices(manifest, chosen)
+    if allow is not None:
+        allow.check(choice.allow)
     qubes = [_selected(PlanQube.taken(qube), names, exclude, choice, view) for qube in manifest.qubes]
     sources = {qube.key: qube for qube in manifest.qubes}
     found: Mapping[str, SetUp | Missing] = {}
+    can_choose = Offers()
     if view is not None:
-        in_use = NamesInUse(view, in_backup)
-        qubes = [_named(qube, in_use, choice, view.qubes_system) for qube in qubes]
+        in_use = NamesInUse(view, in_backup, [one.new_name for one in choice.qubes if one.new_name])
+        qubes = [
+            _named(qube, in_use, choice, chosen.get(qube.name, QubeChoice(name=qube.name)), view.qubes_system)
+            for qube in qubes
+        ]
         if view.qubes_system is not None:
             candidates = [
-                Candidate(source, qube.new_name, allow.choose(source) if allow else AllowedSettings())
+                Candidate(
+                    source,
+                    qube.new_name,
+                    allow.choose(source, choice.allow) if allow else AllowedSettings(),
+                    None if (one := chosen.get(qube.name)) is None else one.template,
+                    None if one is None else one.netvm,
+                )
                 for qube in qubes
                 if qube.decision == "take" and (source := sources[qube.key]).klass != "AdminVM"
             ]
             found = set_up(
                 candidates,
                 view.qubes_system,
-                use_defaults=choice.missing == "default",
+                substitutes=Substitutes(choice.template, choice.netvm, choice.missing == "default"),
                 in_backup=in_backup,
                 restored_tag=restored_tag(manifest.backup_id),
             )
             qubes = [_set_up(qube, found.get(qube.key), choice, view.qubes_system) for qube in qubes]
+            could = dict.fromkeys(name for one in candidates for name in one.allowed.could)
+            can_choose = offers(view.qubes_system).model_copy(update={"settings": tuple(could)[:MAX_OFFERED]})
     plan = Plan(
         number=number,
         mode="verify" if view is None else "restore",
@@ -101,21 +142,56 @@ def make_plan(
             for qube in manifest.refused
             if qube.name not in exclude and (not names or qube.name in names)
         ),
+        offers=can_choose,
     )
     set_ups = {key: one for key, one in found.items() if isinstance(one, SetUp)}
-    return Planned(plan, {qube.key: sources[qube.key] for qube in plan.taken}, set_ups)
+    return Planned(plan, {qube.key: sources[qube.key] for qube in plan.taken}, set_ups, choice.pool)
 
 
 # --- What the person wants -----------------------------------------------------------------------
 
 
-def _check_known(names: Iterable[str], in_backup: set[str]) -> None:
-    unknown = [name for name in names if name not in in_backup]
+def _matching(entries: Iterable[str], in_backup: set[str]) -> frozenset[str]:
+    """The qubes that are meant by names and patterns. Raises UsageError for one that means none."""
+    found, unknown, patterns = set[str](), list[str](), 0
+    for entry in dict.fromkeys(entries):
+        if entry in in_backup:
+            found.add(entry)
+            continue
+        is_pattern = "*" in entry or "?" in entry
+        patterns += is_pattern
+        if patterns > _MAX_PATTERNS:
+            raise UsageError(f"there are more than {_MAX_PATTERNS} patterns", advice="Name the qubes.")
+        matches = with_wildcards(entry).fullmatch
+        fitting = {name for name in in_backup if matches(name)} if is_pattern else None
+        if fitting:
+            found |= fitting
+        else:
+            unknown.append(entry)
     if unknown:
+        is_pattern = any("*" in entry or "?" in entry for entry in unknown)
+        what = "qube that fits" if is_pattern else "qube named"
+        similar = get_close_matches(unknown[0][:_MAX_LISTED], sorted(in_backup), 3, 0.7)
+        meant = f"Did you mean {' or '.join(similar)}? " if similar else ""
         raise UsageError(
-            f"the backup holds no qube named {', '.join(repr(name) for name in unknown)}",
-            advice=f"It holds: {_listed(sorted(in_backup))}.",
+            f"the backup holds no {what} {', '.join(repr(name) for name in unknown)}",
+            advice=f"{meant}It holds: {_listed(sorted(in_backup))}.",
         )
+    return frozenset(found)
+
+
+def _check_choices(manifest: Manifest, chosen: Mapping[str, QubeChoice]) -> None:
+    """Raises UsageError for what cannot be chosen for a qube of its class."""
+    for qube in manifest.qubes:
+        one = chosen.get(qube.name)
+        if one is None:
+            continue
+        if one.template is not None and qube.klass not in ("AppVM", "DispVM"):
+            raise UsageError(f"{qube.name} has no template: it is of the class {qube.klass}", advice="")
+        if one.netvm and qube.klass in ("TemplateVM", "AdminVM"):
+            raise UsageError(f"{qube.name} gets no netvm: it is of the class {qube.klass}", advice="")
+        if one.new_name not in (None, qube.name) and qube.klass == "AdminVM":
+            raise UsageError("dom0's home cannot have another name", advice="")
 
 
 def _selected(
@@ -148,15 +224,34 @@ class NamesInUse:
     number of two digits, we cut one more.)
     """
 
-    def __init__(self, view: HostView, in_backup: Iterable[str]) -> None:
+    def __init__(self, view: HostView, in_backup: Collection[str], chosen: Iterable[str]) -> None:
+        """`chosen`: names that the person has chosen for some."""
         self._is_system = view.qubes_system is not None
         self._on_host = view.names
-        self._unavailable = {name.casefold() for name in (*view.names, *in_backup)} | _DOM0_NAMES
+        self._in_backup = in_backup
+        self._taken: set[str] = set()
+        self._unavailable = {one.casefold() for one in (*view.names, *in_backup, *chosen)} | _DOM0_NAMES
 
     def has(self, qube: ListedQube) -> bool:
         """Is there a qube of this name on the host, or could a person take it for dom0 there?"""
         looks_like_dom0 = qube.klass != "AdminVM" and qube.name.casefold() in _DOM0_NAMES
         return (self._is_system and looks_like_dom0) or qube.name in self._on_host
+
+    def take(self, name: str) -> str | None:
+        """Take a name that the person chose; why it cannot be had, if it cannot.
+
+        The name of another qube of the backup is none: what refers to that would find this one.
+        """
+        if name.casefold() in _DOM0_NAMES:
+            return "that is a name of dom0"
+        if name in self._on_host:
+            return "a qube of this name is there already"
+        if name in self._in_backup:
+            return "the backup has another qube of this name"
+        if name in self._taken:
+            return "another qube of this restore gets this name"
+        self._taken.add(name)
+        return None
 
     def give(self, name: str) -> str | None:
         """A free name for a qube that cannot be called `name`; None if all that it could have are taken.
@@ -178,35 +273,39 @@ def _candidates(name: str) -> Iterator[str]:
         yield name[: _MAX_NAME - len(suffix)] + suffix
 
 
-def _named(qube: PlanQube, in_use: NamesInUse, choice: Choice, system: QubesView | None) -> PlanQube:
+def _named(
+    qube: PlanQube, in_use: NamesInUse, choice: Choice, chosen: QubeChoice, system: QubesView | None
+) -> PlanQube:
     if qube.decision != "take":
         return qube
     is_home = qube.klass == "AdminVM"
     if is_home and system is not None:  # it goes into a new directory beside what is there
         return _home(qube, choice, system)
+    if chosen.new_name not in (None, qube.name):
+        assert chosen.new_name is not None
+        why = in_use.take(chosen.new_name)
+        if why is None:
+            return _with(qube, [f"will be renamed to '{chosen.new_name}'"], new_name=chosen.new_name)
+        reason = f"it cannot be called '{chosen.new_name}': {why}"
+        error = QubeExists(reason, qube=qube.name, advice="")
+        return _refused(qube, "already-exists", error, ("new-name", "leave-out"))
     if not in_use.has(qube):
         return qube
     if choice.conflicts == "skip":
         return _left_out(qube, "already-exists")
-    reason, advice = "a qube of this name is there already", None if system is None else _CONFLICT_ADVICE
+    reason, advice = "a qube of this name is there already", None if system is None else ""
     if system is not None and qube.name not in system.qubes and qube.name in system.policy_names:
-        reason, advice = _has_rules(qube.name, system), _RESERVED_ADVICE
-    if choice.conflicts == "rename" and not is_home:
-        if (name := in_use.give(qube.name)) is not None:
+        reason, advice = _has_rules(qube.name, system), "Restore it in dom0. Or:"
+    settled_by: tuple[Settlement, ...] = ("leave-out",)
+    if not is_home:
+        name = in_use.give(qube.name)
+        if choice.conflicts == "rename" and name is not None:
             return _with(qube, [f"will be renamed to '{name}'"], new_name=name)
-        reason += f", and so are those with a number up to {MAX_NUMBERED}"
-    return _refused(qube, "already-exists", QubeExists(reason, qube=qube.name, advice=advice))
-
-
-_CONFLICT_ADVICE = (
-    "Rename or remove that one, or use --rename-conflicting to restore this one under another name, or"
-    " --skip-conflicting to leave it out."
-)
-
-_RESERVED_ADVICE = (
-    "Restore it in dom0, or use --rename-conflicting to restore it under another name, or --skip-conflicting"
-    " to leave it out."
-)
+        if name is None:
+            reason += f", and so are those with a number up to {MAX_NUMBERED}"
+        settled_by = ("new-name", *(("number",) if name else ()), "leave-out")
+    error = QubeExists(reason, qube=qube.name, advice=advice)
+    return _refused(qube, "already-exists", error, settled_by)
 
 
 def _has_rules(name: str, system: QubesView) -> str:
@@ -220,11 +319,8 @@ def _home(qube: PlanQube, choice: Choice, system: QubesView) -> PlanQube:
     reason = f"it is the home of the user '{there}', and the user here is '{here}'"
     if choice.ignore_username_mismatch:
         return _with(qube, [reason])
-    error = MissingDependency(reason, qube=qube.name, advice=_USER_ADVICE)
-    return _refused(qube, "username-mismatch", error)
-
-
-_USER_ADVICE = "Leave it out, or use --ignore-username-mismatch to restore it all the same."
+    error = MissingDependency(reason, qube=qube.name, advice="")
+    return _refused(qube, "username-mismatch", error, ("ignore", "leave-out"))
 
 
 # --- What a qube needs of others, and its settings ---------------------------------------------------
@@ -235,8 +331,8 @@ def _set_up(qube: PlanQube, found: SetUp | Missing | None, choice: Choice, syste
         problem: Problem = "missing-template" if found.what == "template" else "missing-netvm"
         if choice.missing == "skip":
             return _with(_left_out(qube, problem), [found.reason])
-        error = MissingDependency(found.reason, qube=qube.name, advice=found.advice)
-        return _refused(qube, problem, error)
+        error = MissingDependency(found.reason, qube=qube.name, advice="")
+        return _refused(qube, problem, error, found.settled_by, found.default)
     if found is None:
         return qube
     rules = [_has_rules(qube.new_name, system)] if qube.new_name in system.policy_names else []
@@ -262,8 +358,39 @@ def _left_out(qube: PlanQube, problem: Problem) -> PlanQube:
     return as_it_was.model_copy(update=fields)
 
 
-def _refused(qube: PlanQube, problem: Problem, error: RestoreError) -> PlanQube:
-    fields = {"decision": "refuse", "error": ErrorInfo.of(error)}
+#: What a person does about a problem on the command line; `{default}`: what the system's default is.
+_REMEDIES: dict[tuple[Problem, Settlement], str] = {
+    ("already-exists", "new-name"): "give it another name (--name {name}=NEW)",
+    ("already-exists", "number"): "have a number added to it (--rename-conflicting)",
+    ("already-exists", "leave-out"): "leave it out (--skip-conflicting)",
+    ("missing-template", "template"): "choose one that is here (--template {name}=TEMPLATE)",
+    ("missing-template", "default"): "take the default, {default} (--ignore-missing)",
+    ("missing-template", "leave-out"): "leave it out (--skip-broken)",
+    ("missing-netvm", "netvm"): "choose one that is here, or none (--netvm {name}=NETVM, --netvm {name}=)",
+    ("missing-netvm", "default"): "take the default netvm (--ignore-missing)",
+    ("missing-netvm", "leave-out"): "leave it out (--skip-broken)",
+    ("username-mismatch", "ignore"): "restore it all the same (--ignore-username-mismatch)",
+    ("username-mismatch", "leave-out"): "leave it out",
+}
+
+
+def _advice(qube: PlanQube, problem: Problem, settled_by: Sequence[Settlement], default: str) -> str:
+    """A sentence with all that settles it; the options are those of `qvm-backup-restore`."""
+    remedies = [_REMEDIES[problem, one].format(name=qube.name, default=default) for one in settled_by]
+    text = ", or ".join(remedies)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _refused(
+    qube: PlanQube,
+    problem: Problem,
+    error: RestoreError,
+    settled_by: Sequence[Settlement],
+    default: str | None = None,
+) -> PlanQube:
+    if error.advice != error.default_advice:  # outside of a Qubes system there are no such options
+        error.advice = f"{error.advice} {_advice(qube, problem, settled_by, default or '')}".strip()
+    fields = {"decision": "refuse", "error": ErrorInfo.of(error), "settled_by": tuple(settled_by)}
     return _left_out(qube, problem).model_copy(update=fields)
 
 

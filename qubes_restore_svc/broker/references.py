@@ -7,10 +7,11 @@ looks at each only as often as something it refers to has fallen. What a referen
     first    a qube of this restore, by its name in the backup, if it can serve: under its name here
     then     one that an earlier restore of the same backup brought, under this name or a numbered one
     then     a qube of the host, by the same name, if it can serve
-    else     the system's default, if that was chosen
+    else     what the person chose for all that miss theirs, or the system's default, if that was chosen
 
-The stock command knows the first, the third and the last of these. But it decides in one pass, so that a qube
-can outlive its template, and a default's name leads it to a qube of the backup, if one has that name.
+What the person chose for this very qube goes before all of them. It is a qube of the host. The stock command
+knows the first, the third and the last of these. But it decides in one pass, so that a qube can outlive its
+template, and a default's name leads it to a qube of the backup, if one has that name.
 
 A reference is authority, and a backup has none over the qubes that are here. Template and netvm stand in the
 plan, where the person reads them. Two do not, and are narrower. A `default_dispvm` gives the qube a shell in
@@ -32,6 +33,8 @@ from typing import Literal
 from qubes_restore_svc.broker.allowlist import AllowedSettings
 from qubes_restore_svc.broker.interfaces import Definition, HostQube, QubesView
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube
+from qubes_restore_svc.wire.names import is_qube_name
+from qubes_restore_svc.wire.restore_call import MAX_OFFERED, Offers, Settlement
 
 MAX_NUMBERED = 99  #: the last number that is tried for a qube whose name is taken
 
@@ -52,10 +55,6 @@ _TRUE = "True"
 #: … and in lower case, how it writes that a property names no qube: now, and in R4.0.
 _NONE = ("", "none")
 
-_NO_DEFAULT_ADVICE = (
-    "Choose a default with qubes-prefs (default_template; for disposables default_dispvm), and restore again."
-)
-
 _MAX_SHOWN = 31  #: characters of a name in a note
 
 
@@ -63,12 +62,15 @@ _MAX_SHOWN = 31  #: characters of a name in a note
 class Candidate:
     """A qube that is to be restored under `name`; `allowed`: which of its settings come back.
 
-    Other qubes can depend on its serving as netvm or disposable template only if that may come back.
+    `template` and `netvm` are qubes of the host that the person chose for it; `netvm` "": none. Other
+    qubes can depend on its serving as netvm or disposable template only if that may come back.
     """
 
     source: ManifestQube
     name: str
     allowed: AllowedSettings
+    template: str | None = None
+    netvm: str | None = None
 
     def as_restored(self) -> HostQube:
         """What it will be on the host."""
@@ -113,28 +115,40 @@ class SetUp:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What a qube lacks; `reason` is a clause that names it. `advice`, if the usual one will not do."""
+    """What a qube lacks; `reason` is a clause that names it, `settled_by` what helps here."""
 
     what: Literal["template", "netvm"]
     reason: str
-    advice: str | None = None
+    settled_by: tuple[Settlement, ...]
+    default: str | None = None  #: of the system, in its place
+
+
+@dataclass(frozen=True, slots=True)
+class Substitutes:
+    """What qubes get that miss their template or netvm: what the person chose, or else `default`s.
+
+    Names are those of qubes of the host that may not be there, or unfit; `netvm` "": none at all.
+    """
+
+    template: str | None = None
+    netvm: str | None = None
+    defaults: bool = False
 
 
 def set_up(
     candidates: Sequence[Candidate],
     system: QubesView,
     *,
-    use_defaults: bool,
+    substitutes: Substitutes,
     in_backup: Collection[str],
     restored_tag: str,
 ) -> dict[str, SetUp | Missing]:
     """What becomes of each candidate (none of them dom0), by its key.
 
-    `use_defaults`: a template or netvm that cannot be found is replaced by the system's default.
     `in_backup`: all names in the backup; `restored_tag`: what its qubes are tagged with once they are
     restored. From qube to qube, keys of templates and netvms never lead back.
     """
-    search = _Search(candidates, system, use_defaults, in_backup, restored_tag)
+    search = _Search(candidates, system, substitutes, in_backup, restored_tag)
     search.strike_out()
     search.break_circles()
     return {qube.source.key: search.result(qube) for qube in candidates}
@@ -146,7 +160,7 @@ class _Search:
 
     candidates: Sequence[Candidate]
     qubes_system: QubesView
-    use_defaults: bool
+    substitutes: Substitutes
     in_backup: Collection[str]
     restored_tag: str
 
@@ -198,6 +212,8 @@ class _Search:
         elif source.netvm and not _wanted_netvm(qube):
             then = _afterwards(qube, "netvm", self._find(source.netvm, _NETVM))
             notes.append(f"a template gets no netvm{then}")
+        elif netvm.name != source.netvm and netvm.key is None and self._was_chosen(qube, netvm):
+            notes.append(f"netvm change to {repr(netvm.name) if netvm.name else 'none'}, as you chose")
         elif netvm.name is None and source.netvm is not None:
             notes.append(f"netvm change to the system's default: {self._why(source.netvm, _NETVM)}")
         elif netvm.name and netvm.key is None and netvm.name != source.netvm:
@@ -231,7 +247,7 @@ class _Search:
             template_key=template.key,
             netvm_key=netvm.key,
             default_dispvm_key=dispvm.key,
-            fallback_template=self._default(source) if self.use_defaults and template.key else None,
+            fallback_template=self._substitute(source) if template.key else None,
             notes=tuple(notes),
             left_out=(
                 *allowed.left_out,
@@ -246,28 +262,53 @@ class _Search:
         if source.klass not in _TEMPLATE_ROLES:
             return Target()
         role = _TEMPLATE_ROLES[source.klass]
-        if source.template is not None and (found := self._find(source.template, role)) is not None:
-            return found
         default = self._default(source)
-        if default is not None and (self.use_defaults or source.template is None):
+        if qube.template is not None:
+            if self._serves(qube.template, role):
+                return Target(qube.template)
+            reason = self._unfit(qube.template, role)
+        elif source.template is not None and (found := self._find(source.template, role)) is not None:
+            return found
+        elif (substitute := self._substitute(source)) is not None:
+            return Target(substitute)
+        elif source.template is None and default is not None:
             return Target(default)
-        if source.template is None:
-            reason = "it is based on the system's default, and there is none here"
-            return Missing("template", reason, _NO_DEFAULT_ADVICE)
-        reason = f"its template {self._why(source.template, role)}"
-        if self.use_defaults:
-            return Missing("template", f"{reason}, and there is no default here", _NO_DEFAULT_ADVICE)
-        return Missing("template", reason)
+        else:
+            reason = "it is based on the system's default"
+            if source.template is not None:
+                reason = f"its template {self._why(source.template, role)}"
+            if self.substitutes.template is not None:
+                reason += f", and {self._unfit(self.substitutes.template, role)}"
+            elif default is None and (self.substitutes.defaults or source.template is None):
+                reason += f", and there is no default {role.noun.removeprefix('a ')} here"
+        can_choose = any(role.fits(there) for there in self.qubes_system.qubes.values())
+        has_default = default is not None and not self.substitutes.defaults
+        helps: dict[Settlement, bool] = {"template": can_choose, "default": has_default, "leave-out": True}
+        settled_by = tuple(one for one, is_true in helps.items() if is_true)
+        return Missing("template", reason, settled_by, default)
 
     def _netvm(self, qube: Candidate) -> Target | Missing:
-        netvm = _wanted_netvm(qube)
-        if not netvm:
+        netvm, instead = _wanted_netvm(qube), self.substitutes.netvm
+        if qube.netvm is not None:
+            if not qube.netvm or self._serves(qube.netvm, _NETVM):
+                return Target(qube.netvm)
+            reason = self._unfit(qube.netvm, _NETVM)
+        elif not netvm:
             return Target(netvm)
-        if (found := self._find(netvm, _NETVM)) is not None:
+        elif (found := self._find(netvm, _NETVM)) is not None:
             return found
-        if self.use_defaults:
+        elif instead is not None and (not instead or self._serves(instead, _NETVM)):
+            return Target(instead)
+        elif instead is None and self.substitutes.defaults:
             return Target()
-        return Missing("netvm", f"its netvm {self._why(netvm, _NETVM)}")
+        else:
+            reason = f"its netvm {self._why(netvm, _NETVM)}"
+            if instead is not None:
+                reason += f", and {self._unfit(instead, _NETVM)}"
+        return Missing("netvm", reason, ("netvm", "default", "leave-out"))
+
+    def _was_chosen(self, qube: Candidate, netvm: Target) -> bool:
+        return netvm.name is not None and netvm.name in (qube.netvm, self.substitutes.netvm)
 
     def _default_dispvm(self, qube: Candidate) -> Target:
         untrusted_dispvm = qube.source.properties.get("default_dispvm")
@@ -328,6 +369,24 @@ class _Search:
         also = f" (so were {', '.join(others[:3])})" if others else ""
         return f", which was restored from this backup before{also}"
 
+    def _serves(self, name: str, role: "_Role") -> bool:
+        """Is a qube of this name here, and fit?"""
+        return name in self.qubes_system.qubes and role.fits(self.qubes_system.qubes[name])
+
+    def _unfit(self, name: str, role: "_Role") -> str:
+        """Why a choice of the person is none."""
+        is_here = name in self.qubes_system.qubes
+        return f"'{name}', which you chose, is {f'not {role.noun}' if is_here else 'not here'}"
+
+    def _substitute(self, source: ManifestQube) -> str | None:
+        """The template that it gets if its own cannot be had."""
+        chosen = self.substitutes.template
+        if chosen is not None and self._serves(chosen, _TEMPLATE_ROLES[source.klass]):
+            return chosen
+        # One that does not fit may be for other qubes; one that is not here is a slip, and is told.
+        is_slip = chosen is not None and chosen not in self.qubes_system.qubes
+        return self._default(source) if self.substitutes.defaults and not is_slip else None
+
     def _default(self, source: ManifestQube) -> str | None:
         """The template that the system gives a qube that names none."""
         is_disposable = source.klass == "DispVM"
@@ -381,8 +440,20 @@ _TEMPLATE = _Role("a template", lambda qube: qube.klass == "TemplateVM")
 _DISPVM_TEMPLATE = _Role("a disposable template", lambda qube: qube.template_for_dispvms)
 _NETVM = _Role("a netvm", lambda qube: qube.provides_network)
 
-#: The classes that have a template.
+#: The classes that have a template, and what it must be.
 _TEMPLATE_ROLES = {"AppVM": _TEMPLATE, "DispVM": _DISPVM_TEMPLATE}
+
+
+def offers(system: QubesView) -> Offers:
+    """What of a system can be chosen."""
+
+    def fitting(role: _Role) -> tuple[str, ...]:
+        names = sorted(name for name, qube in system.qubes.items() if role.fits(qube) and is_qube_name(name))
+        return tuple(names[:MAX_OFFERED])
+
+    return Offers(
+        templates=fitting(_TEMPLATE), disposable_templates=fitting(_DISPVM_TEMPLATE), netvms=fitting(_NETVM)
+    )
 
 
 # --- Circles --------------------------------------------------------------------------------------

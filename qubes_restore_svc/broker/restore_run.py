@@ -71,6 +71,7 @@ class RestoreRun:
         self._link = link
         self._client = client
         self._backup_id = planned.plan.backup_id
+        self._pool = planned.pool
         self._host = host
         self._observer = observer
         self._ledger = Ledger(planned.sources.values(), ignore_size_limit=ignore_size_limit)
@@ -194,7 +195,9 @@ class RestoreRun:
         if qube.transaction is not None:
             return qube.transaction
         await self._begin_template(qube, host)
-        new = NewQube(qube.name, qube.source, self._backup_id, qube.report.warnings, qube.definition)
+        new = NewQube(
+            qube.name, qube.source, self._backup_id, qube.report.warnings, qube.definition, self._pool
+        )
 
         def begin() -> QubeTransaction:
             qube.transaction = host.begin(new)  # a cancel meanwhile finds it

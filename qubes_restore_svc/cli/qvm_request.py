@@ -65,6 +65,7 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
         missing=arguments.missing,
         dom0_home=arguments.dom0_home is True,
         ignore_username_mismatch=arguments.ignore_username_mismatch,
+        pool=arguments.pool,
     )
     qube, text = _location(arguments, archive_fd, way)
     try:
@@ -78,7 +79,6 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
                 "ignore_size_limit": arguments.ignore_size_limit,
                 "ignore_cost_limit": arguments.ignore_cost_limit,
                 "stall_timeout": arguments.stall_timeout,
-                "pool": arguments.pool,
                 "worker": {
                     "template": arguments.template,
                     "memory": arguments.memory,

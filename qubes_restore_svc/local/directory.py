@@ -101,7 +101,7 @@ class DirectoryHost:
         """What lies in a directory has no network."""
         return False
 
-    def free_space(self) -> int | None:
+    def free_space(self, pool: str | None = None) -> int | None:
         """Bytes that an ordinary user can still write, as far as the file system tells."""
         with self._mutex, reporting(f"asking for the free space of {self._shown}"):
             try:

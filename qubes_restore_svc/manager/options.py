@@ -72,6 +72,7 @@ def choice_from(
         missing="default" if both else "refuse",
         dom0_home=dom0_home,
         ignore_username_mismatch=options.ignore_username_mismatch,
+        pool=options.override_pool,
     )
 
 
@@ -89,7 +90,6 @@ def open_request(
             choice=choice,
             compression_filter=source.force_compression_filter,
             ignore_size_limit=options.ignore_size_limit,
-            pool=options.override_pool,
         )
     except ValidationError as error:
         raise UsageError(_what_is_wrong(error)) from None

@@ -8,11 +8,11 @@ of a mistake in it, is in `config_file`.
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qubes_restore_svc.broker.allowlist import DEFAULT, SettingsPolicy, check_entry
+from qubes_restore_svc.broker.allowlist import DEFAULT, Bus, SettingsPolicy, check_choosable, check_entry
 from qubes_restore_svc.qubes.config_file import for_people, parse, read_private_text
 from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, QubeName, is_qube_name
 
@@ -46,8 +46,8 @@ _Path = Annotated[Path, BeforeValidator(_absolute)]
 _PropertyEntry = Annotated[str, AfterValidator(partial(check_entry, "property"))]
 _FeatureEntry = Annotated[str, AfterValidator(partial(check_entry, "feature"))]
 _TagEntry = Annotated[str, AfterValidator(partial(check_entry, "tag"))]
+_Choosable = Annotated[str, AfterValidator(check_choosable)]
 _PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)]
-_Bus = Literal["block", "mic", "pci", "usb", "webcam"]
 
 #: Whose rights are those of every caller that has none of its own.
 ANY_CALLER = "default"
@@ -76,6 +76,7 @@ def _pattern(alphabet: str, what: str) -> AfterValidator:
 _Caller = Annotated[str, AfterValidator(_caller)]
 _QubePattern = Annotated[str, _pattern("a-zA-Z0-9_.-", "a qube")]
 _PoolPattern = Annotated[str, _pattern("a-zA-Z0-9_.-", "a storage pool")]
+_SettingPattern = Annotated[str, _pattern("a-zA-Z0-9_.:-", "a setting")]
 _ServicePattern = Annotated[str, _pattern("a-zA-Z0-9_.+-", "a service")]
 
 
@@ -136,10 +137,16 @@ class RestoreConfig(_Section):
     kernelopts: bool = _key(
         False, _SWITCH, "Whether kernel command lines come back, and boot modes, which are parts of them."
     )
-    devices: tuple[_Bus, ...] = _key(
+    devices: tuple[Bus, ...] = _key(
         (),
         "a list of block, mic, pci, usb and webcam",
         "Classes of devices that are assigned again. The same port may be another device on this machine.",
+    )
+    choosable: tuple[_Choosable, ...] = _key(
+        (),
+        "a list such as property:autostart, feature:my-*, tag:my-tag, device:pci",
+        "Settings that stay behind by the keys above, and that a person may let come back for one restore"
+        " (`--allow`, or in the dialog).",
     )
     pool: _PoolName | None = _key(
         None,
@@ -226,6 +233,9 @@ class GrantConfig(_Section):
     )
     templates: tuple[_QubePattern, ...] = _key(
         (), _LIST, "Disposable templates that it may choose for the worker, beside `worker.template`."
+    )
+    choosable: tuple[_SettingPattern, ...] = _key(
+        (), _LIST, "Those of `restore.choosable` that it may choose (`property:autostart`, `feature:*`)."
     )
     max_memory: int | None = _number(
         None,

@@ -82,10 +82,10 @@ class Dom0Restore:
     client: str = "dom0"
     note: Callable[[str], None] | None = None
 
-    async def check(self) -> None:
+    async def check(self, pool: str | None = None) -> None:
         """Find out early what would fail late (no such pool, no worker). Raises RestoreError."""
         await self.link.check()
-        await ask(self.host.free_space)
+        await ask(self.host.free_space, pool)
 
     def excess(self, plan: Plan) -> RestoreError | None:
         """How the plan is beyond the administrator's limits, if it is."""
@@ -175,7 +175,7 @@ def dom0_restore(
     )
     host = QubesHost(
         system,
-        pool=request.pool or config.restore.pool,
+        pool=config.restore.pool,
         home=places.home or dom0_home(dom0_user()),
         lock_path=places.restore_lock,
         stock_lock_path=places.stock_lock,

@@ -18,7 +18,15 @@ from qubes_restore_svc.errors import NotGranted, UsageError
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, LimitsConfig
 from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
-from qubes_restore_svc.wire.restore_call import BackupLocation, Choice, Mode, OpenBackup, Plan, WorkerWishes
+from qubes_restore_svc.wire.restore_call import (
+    BackupLocation,
+    Choice,
+    Mode,
+    Offers,
+    OpenBackup,
+    Plan,
+    WorkerWishes,
+)
 
 DOM0 = "dom0"
 
@@ -67,7 +75,6 @@ class Rights:
             self._refuse(f"{self.caller} may verify backups, but restore none", "verify_only", "false")
         self._check_location(request.location)
         self._check_wishes(request.worker)
-        self._check_pool(request.pool)
         if request.ignore_size_limit and self._config.limits.of_sizes:
             raise NotGranted(
                 "sizes are limited here, so no image may be larger than the backup says",
@@ -78,13 +85,26 @@ class Rights:
 
     def check_choice(self, mode: Mode, choice: Choice) -> None:
         """May this be chosen?"""
+        if self.unlimited:
+            return
         if mode == "restore" and (choice.dom0_home or DOM0 in choice.names):
             self._refuse_home()
+        self._check_pool(choice.pool)
+        for setting in choice.allow:
+            if not _matches(setting, self._grant.choosable):
+                self._refuse(f"the qube {self.caller} may not let {setting} come back", "choosable", setting)
 
     def check_plan(self, mode: Mode, plan: Plan) -> None:
         """The same for what has come of a choice, whatever it is called in the backup."""
-        if mode == "restore" and any(qube.klass == "AdminVM" for qube in plan.taken):
+        if mode == "restore" and not self.unlimited and any(one.klass == "AdminVM" for one in plan.taken):
             self._refuse_home()
+
+    def narrowed(self, plan: Plan) -> Plan:
+        """The plan as the caller may see it: what qubes there are here is told to nobody outside dom0."""
+        if self.unlimited:
+            return plan
+        settings = (one for one in plan.offers.settings if _matches(one, self._grant.choosable))
+        return plan.model_copy(update={"offers": Offers(settings=tuple(settings))})
 
     # --- One thing each --------------------------------------------------------------------------
 
@@ -139,8 +159,6 @@ class Rights:
     # --- Refusing --------------------------------------------------------------------------------
 
     def _refuse_home(self) -> None:
-        if self.unlimited:
-            return
         raise NotGranted(
             f"dom0's home is not restored for the qube {self.caller}, nor for any other",
             advice="Restore it in dom0 itself, or leave it out. It can be verified.",

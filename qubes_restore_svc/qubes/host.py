@@ -33,8 +33,8 @@ _NO_QUBES = frozenset({"allow", "deny", "ask", "dom0"})
 class QubesHost:
     """A `Host` that creates qubes in `system`.
 
-    `pool` takes their volumes, in place of the system's default; `home` is where dom0's home goes. `client`
-    is the domain that restores. `policy` are the directories of the policy.
+    `pool` takes their volumes if no other is chosen, in place of the system's default; `home` is where dom0's
+    home goes. `client` is the domain that restores. `policy` are the directories of the policy.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class QubesHost:
         reserved = frozenset[str]() if self._client == "dom0" else frozenset(system.policy_names)
         return HostView(frozenset(qubes) | reserved, system, _policy_remarks(unread))
 
-    def free_space(self) -> int | None:
+    def free_space(self, pool: str | None = None) -> int | None:
         """Bytes that are free in the storage pool, if it tells."""
-        return self._system.free_space(self._pool)
+        return self._system.free_space(pool or self._pool)
 
     def begin(self, qube: NewQube) -> QubeTransaction:
         """Start a qube, under the lock; raises QubeExists, NoSpace or HostFailed."""
@@ -120,7 +120,7 @@ class QubesHost:
                     self._system,
                     qube,
                     qube.definition,
-                    pool=self._pool,
+                    pool=qube.pool or self._pool,
                     something_freed=self._remove_condemned,
                 )
             self._qubes.append(transaction)

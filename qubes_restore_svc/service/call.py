@@ -140,7 +140,7 @@ class Call:
         with self._located(request.location, rights) as location:
             self._note(f"{request.mode} of a backup in {request.location.qube or self._caller}")
             restore = self._assemble(location, request, self._places, config, self._caller, self._note)
-            await restore.check()
+            await restore.check(request.choice.pool)
             if self._handed.passphrase is not None:
                 secret = await _passphrase_from(self._handed.passphrase)
                 request = request.model_copy(update={"passphrase": SecretStr(secret)})
@@ -163,7 +163,7 @@ class Call:
             excess = None if request.mode == "verify" else restore.excess(plan)
             told = None if excess is None else ErrorInfo.of(excess)  # another choice may be within them
             shown = plan.model_copy(update={"archive_size": archive_size, "excess": told})
-            answer = await conversation.ask(shown.fitting())
+            answer = await conversation.ask(rights.narrowed(shown).fitting())
             if isinstance(answer, c.Choose):
                 rights.check_choice(request.mode, answer.choice)
                 return answer.choice

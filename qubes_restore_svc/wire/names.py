@@ -78,6 +78,8 @@ FeatureName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+:-]+$", 255)]
 #: Values of properties and features: printable ASCII on one line, as much as qubesd takes in one request.
 SettingValue = Annotated[str, _pattern(r"^[\x20-\x7e]*$", MAX_REQUEST)]
 TagName = Annotated[str, _pattern(r"^[a-zA-Z0-9_-]+$", 255)]
+#: A setting of a qube: `property:autostart`, `feature:…`, `tag:…`; `device:pci` is a class of devices.
+SettingName = Annotated[str, _pattern(r"^(property|feature|tag|device):[A-Za-z0-9_.-]+$", 263)]
 #: What `qubes.RegisterBackupLocation` answers with: the argument of `qubes.RestoreById`.
 LocationId = Annotated[str, _pattern(r"^[A-Za-z0-9]+$", 64)]
 #: What qubes.xml calls a class of devices (`pci`), and one of them within its backend (`00_14.0`).

@@ -50,6 +50,7 @@ from qubes_restore_svc.wire.names import (
     NetvmName,
     PoolName,
     QubeName,
+    SettingName,
     Size,
     StallTimeout,
     VolumeName,
@@ -63,6 +64,11 @@ _Received = TypeVar("_Received", bound=Message)
 Mode = Literal["list", "verify", "restore"]
 
 _Names = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
+
+MAX_OFFERED = 1000  #: names in one list of what can be chosen
+
+_Settings = Annotated[tuple[SettingName, ...], Field(fail_fast=True, max_length=MAX_OFFERED)]
+_Offered = Annotated[tuple[QubeName, ...], Field(fail_fast=True, max_length=MAX_OFFERED)]
 
 
 # --- Client to broker ----------------------------------------------------------------------------
@@ -85,23 +91,61 @@ class BackupLocation(Model):
         return self
 
 
+class QubeChoice(Model):
+    """What the person chose for one qube, instead of what the backup says. None: nothing was chosen.
+
+    What cannot be (a name that is taken, a template that is not here) makes the plan refuse the qube.
+    """
+
+    name: QubeName  #: as it is called in the backup
+    new_name: QubeName | None = None  #: the name that it gets; references of other qubes follow it
+    template: QubeName | None = None  #: a template that is here
+    netvm: NetvmName | None = None  #: a netvm that is here; "": no netvm
+
+
 class Choice(Model):
     """What the person selected, and how what does not fit is to be settled."""
 
-    names: _Names = ()  #: as they are called in the backup; none: all, and dom0's home if `dom0_home` says so
-    exclude: _Names = ()  #: leave these out
+    #: As they are called in the backup, or patterns with * and ?; none: all, and dom0's home if `dom0_home`
+    #: says so.
+    names: _Names = ()
+    exclude: _Names = ()  #: leave these out; patterns too
     conflicts: Literal["refuse", "skip", "rename"] = "refuse"  #: a name that is taken
     missing: Literal["refuse", "skip", "default"] = "refuse"  #: a template or netvm that is nowhere
     dom0_home: bool = False  #: restore dom0's home, even if it is not named
     ignore_username_mismatch: bool = False  #: …, even if it is that of another user name
+    #: What was chosen for single qubes; it goes before all that follows.
+    qubes: Annotated[tuple[QubeChoice, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    template: QubeName | None = None  #: for all qubes that miss their template, and that it fits
+    netvm: NetvmName | None = None  #: for all qubes that miss their netvm; "": no netvm
+    pool: PoolName | None = None  #: storage pool of the restored qubes; None: as the configuration says
+    allow: _Settings = ()  #: settings that come back this time; the configuration says which can be allowed
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len({qube.name for qube in self.qubes}) < len(self.qubes):
+            raise ValueError("two choices for one qube")
+        return self
 
     @classmethod
     def asked(cls, **fields: object) -> "Choice":
         """From what a person asked for. Raises UsageError for what no message can say."""
         try:
             return cls.model_validate(fields)
-        except ValidationError:
-            raise UsageError("a list of qubes that holds something else than names") from None
+        except ValidationError as error:
+            place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
+            field = str(place[0]) if place else "qubes"
+            unfit = "a list of qubes that holds something else than names"
+            raise UsageError(_UNFIT.get(field, unfit)) from None
+
+
+_UNFIT = {
+    "pool": "the storage pool has a name that none can have",
+    "template": "the template has a name that no qube can have",
+    "netvm": "the netvm has a name that no qube can have",
+    "qubes": "a choice for a qube that holds something else than one name of each kind",
+    "allow": "a setting that is none: expected property:, feature:, tag: or device: and a name",
+}
 
 
 class WorkerWishes(Model):
@@ -125,7 +169,6 @@ class OpenBackup(Message):
     ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
     ignore_cost_limit: bool = False  #: accept key derivations of more work than the fixed ceiling
     stall_timeout: StallTimeout | None = None  #: without data, in seconds; at most the configured time
-    pool: PoolName | None = None  #: of the restored qubes; None: as the configuration says
     worker: WorkerWishes = WorkerWishes()
     max_size: ClassVar[int] = 1 << 20
 
@@ -162,6 +205,10 @@ Problem = Literal[
     "username-mismatch",
     "home-not-asked-for",
 ]
+#: What would settle a problem: another name (`QubeChoice.new_name`), a number after its name (`conflicts`
+#: rename), a template or netvm that is here, the system's default (`missing` default), leaving the qube out,
+#: or `ignore_username_mismatch`.
+Settlement = Literal["new-name", "number", "template", "netvm", "default", "leave-out", "ignore"]
 
 
 class PlanQube(ListedQube):
@@ -174,6 +221,7 @@ class PlanQube(ListedQube):
     problem: Problem | None = None  #: why it is not taken
     remark: FreeText = ""  #: the same, for people
     error: ErrorInfo | None = None  #: the same, if it was wanted: what is wrong, and what to do
+    settled_by: Annotated[tuple[Settlement, ...], Field(max_length=8)] = ()  #: what can be done here about it
     notes: Remarks = ()  #: what to know of it: renamed, another template
     settings_left_out: Remarks = ()  #: settings that do not come back
 
@@ -210,6 +258,15 @@ class PlanQube(ListedQube):
         return self.model_copy(update=update)
 
 
+class Offers(Model):
+    """What can be chosen on this system; dom0's broker tells only programs of dom0 the names of qubes."""
+
+    templates: _Offered = ()  #: for an AppVM
+    disposable_templates: _Offered = ()  #: for a DispVM
+    netvms: _Offered = ()  #: qubes that provide network
+    settings: _Settings = ()  #: those that stay behind by this plan, and that `Choice.allow` may name
+
+
 #: Characters of a text and notes on a qube in a plan that would be too large, from the most to the least.
 _PLAN_ROOMS = ((MAX_TEXT, 10), (300, 10), (100, 0), (20, 0))
 
@@ -224,6 +281,7 @@ class Plan(Message):
     archive_size: Size | None = None  #: bytes, if it is known in advance
     qubes: Annotated[tuple[PlanQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
     unlisted: Annotated[tuple[RefusedQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    offers: Offers = Offers()  #: what can be chosen
     excess: ErrorInfo | None = None  #: why it will be refused if it is confirmed: the administrator's limits
     max_size: ClassVar[int] = MAX_FRAME
 

@@ -1,6 +1,6 @@
 """Manifests and systems to plan with, and a plan's lines in a form to compare."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,10 @@ class AllowAll:
     def __init__(self, *forbidden: str) -> None:
         self.forbidden = forbidden
 
-    def choose(self, qube: ManifestQube) -> AllowedSettings:
+    def check(self, also: Collection[str]) -> None:
+        pass
+
+    def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         properties = {name: value for name, value in qube.properties.items() if name not in self.forbidden}
         left_out = tuple(f"property {name}" for name in qube.properties if name in self.forbidden)
         return AllowedSettings(properties, qube.features, qube.tags, qube.devices, left_out)

@@ -1,6 +1,6 @@
 """Qubes that need other qubes of the same restore, in whichever order the archive holds them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -62,7 +62,10 @@ class _RememberingQube(TroubledQube):
 
 
 class _AllowAll:
-    def choose(self, qube: m.ManifestQube) -> AllowedSettings:
+    def check(self, also: Collection[str]) -> None:
+        pass
+
+    def choose(self, qube: m.ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         return AllowedSettings(properties=qube.properties)
 
 

@@ -62,6 +62,48 @@ def test_a_name_that_the_backup_lacks_is_a_usage_error_that_lists_its_names(
     assert caught.value.advice == "It holds: a, b, lost."
 
 
+@pytest.mark.parametrize(
+    ("names", "exclude", "expected"),
+    [
+        (["work-*"], [], ["work-a", "work-b"]),
+        (["work-?"], ["*-b"], ["work-a"]),
+        (["*"], [], ["dom0", "work-a", "work-b", "Work-c"]),
+        (["[w]ork-*", "vault"], [], None),  # a bracket is no pattern
+        (["vault*"], [], None),
+        ([], ["vault?"], None),
+    ],
+)
+def test_stars_and_question_marks_stand_for_characters_of_names(
+    names: list[str], exclude: list[str], expected: list[str] | None
+) -> None:
+    held = backup("dom0", "work-a", "work-b", "Work-c")
+    if expected is not None:
+        assert taken(plan_for(held, names=names, exclude=exclude, existing=())) == expected
+    else:
+        with pytest.raises(UsageError, match="the backup holds no qube that fits"):
+            plan_for(held, names=names, exclude=exclude)
+
+
+def test_a_pattern_takes_qubes_that_cannot_be_listed_too() -> None:
+    plan = plan_for(backup("work", refused=["work-lost", "lost"]), names=["work*"])
+    assert [qube.name for qube in plan.unlisted] == ["work-lost"]
+
+
+def test_a_name_with_a_slip_in_it_is_answered_with_those_like_it() -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_for(backup("personal-email", "vault", "work"), names=["pesonal-email"])
+    assert caught.value.advice.startswith("Did you mean personal-email? It holds: ")
+
+
+def test_patterns_are_few() -> None:
+    with pytest.raises(UsageError, match="more than 100 patterns"):
+        plan_for(backup("work"), names=[f"*{number}" for number in range(101)])
+
+
+def test_dom0_can_be_left_out_of_a_backup_that_does_not_hold_it() -> None:
+    assert taken(plan_for(backup("work"), exclude=["dom0"], existing=())) == ["work"]
+
+
 def test_a_usage_error_does_not_list_thousands() -> None:
     with pytest.raises(UsageError) as caught:
         plan_for(backup(*(f"q{n:04}" for n in range(4000))), names=["x"])

@@ -1,5 +1,7 @@
 """Template, netvm and default_dispvm: found here, found in the restore, replaced, or missing."""
 
+import re
+
 import pytest
 
 from qubes_restore_svc.broker.allowlist import SettingsPolicy
@@ -38,7 +40,8 @@ def test_what_is_no_template_here_is_missing(name: str, default: str | None) -> 
     assert isinstance(refused.error, MissingDependency)
     assert (refused.error.qube, refused.remark) == ("work", "no template")
     assert f"its template '{name}' is " in refused.error.reason
-    assert "--ignore-missing" in refused.error.advice
+    assert ("--ignore-missing" in refused.error.advice) is (default is not None)
+    assert "--template work=TEMPLATE" in refused.error.advice
     skipped = plan_of(qube("work", template=name), view=view, missing="skip")["work"]
     assert (skipped.decision, skipped.problem) == ("leave-out", "missing-template")
     assert (skipped.error, skipped.notes) == (None, (refused.error.reason,))
@@ -61,9 +64,9 @@ def test_without_a_default_that_will_do_it_stays_missing(klass: str, default: st
     planned = plan_of(qube("work", klass, template="gone"), view=view, missing="default")["work"]
     assert (planned.decision, planned.problem) == ("refuse", "missing-template")
     assert planned.error is not None
-    assert planned.error.reason.endswith("and there is no default here")
+    assert re.search("and there is no default (disposable )?template here$", planned.error.reason)
     assert "--ignore-missing" not in planned.error.advice
-    assert "qubes-prefs" in planned.error.advice
+    assert "--template work=TEMPLATE" in planned.error.advice
 
 
 @pytest.mark.parametrize("missing", ["refuse", "skip", "default"])

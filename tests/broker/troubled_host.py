@@ -46,9 +46,9 @@ class TroubledHost:
         self.call(f"disconnect {qube} {backup_id}")
         return True
 
-    def free_space(self) -> int | None:
+    def free_space(self, pool: str | None = None) -> int | None:
         self.call("free_space")
-        return self._directory.free_space()
+        return self._directory.free_space(pool)
 
     def begin(self, qube: NewQube) -> "TroubledQube":
         self.call(f"begin {qube.name}")

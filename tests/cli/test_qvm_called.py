@@ -85,10 +85,10 @@ def test_everything_that_was_asked_for_reaches_dom0() -> None:
         asked = await peer.hear(c.OpenBackup)
         assert isinstance(asked, c.OpenBackup)
         assert asked.location == c.BackupLocation(qube="sys-usb", text="/media/bc")
-        assert asked.choice == c.Choice(names=("work",), exclude=("vault",), conflicts="rename")
+        assert asked.choice == c.Choice(names=("work",), exclude=("vault",), conflicts="rename", pool="p")
         assert asked.passphrase.get_secret_value() == PASSPHRASE
         assert (asked.mode, asked.compression_filter, asked.ignore_size_limit) == ("restore", "zstd", False)
-        assert (asked.pool, asked.worker) == ("p", c.WorkerWishes(template="dvm", memory=9, vcpus=3))
+        assert (asked.choice.pool, asked.worker) == ("p", c.WorkerWishes(template="dvm", memory=9, vcpus=3))
         await peer.say(refused(NotGranted("no", advice="ask")))
 
     line = "-d sys-usb --pool p --mgmt-template dvm --memory 9 --vcpus 3 /media/bc"
@@ -213,7 +213,7 @@ def test_cancelled_while_it_opens() -> None:
     ("line", "reason"),
     [
         ("--mgmt-template a~b b", "the qube that reads the backup cannot be as it was asked for (template: "),
-        ("--pool a~b b", "what was asked for cannot be told to dom0 (pool: "),
+        ("--pool a~b b", "the storage pool has a name that none can have"),
         ("a~b\udcff", "the location of the backup cannot be told to dom0 (text: "),
         ("b a~b\udcff", "a list of qubes that holds something else than names"),
     ],

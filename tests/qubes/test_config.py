@@ -72,6 +72,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
           kernel: true
           kernelopts: on
           devices: [pci, block]
+          choosable: ["property:debug", "feature:my-*", "device:usb"]
           pool: vm-pool_2
         limits: {qubes: 20, volume_size: 500, total_size: 2000, stall_timeout: 600}
         report: {directory: /srv/reports, keep: 5}
@@ -84,6 +85,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
             dom0_directories: [/srv/backups]
             pools: ["*"]
             templates: [dvm]
+            choosable: ["property:debug"]
             max_memory: 8192
             max_vcpus: 4
         """,
@@ -102,6 +104,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
         "kernel": True,
         "kernelopts": True,
         "devices": ("pci", "block"),
+        "choosable": ("property:debug", "feature:my-*", "device:usb"),
         "pool": "vm-pool_2",
     }
     assert config.limits.stall_timeout == 600
@@ -116,6 +119,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
         "dom0_directories": (Path("/srv/backups"),),
         "pools": ("*",),
         "templates": ("dvm",),
+        "choosable": ("property:debug",),
         "max_memory": 8192,
         "max_vcpus": 4,
     }
@@ -512,7 +516,7 @@ def test_every_key_is_explained() -> None:
     for section in pages.SECTIONS.values():
         assert (section.__doc__ or "").endswith(".")
     keys = dict(keys_of(Config))
-    assert len(keys) == 27
+    assert len(keys) == 29
     for name, key in keys.items():
         assert (key.description or "").endswith("."), name
         assert hints(key)[0], name

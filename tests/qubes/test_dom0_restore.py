@@ -126,9 +126,8 @@ def test_the_configuration_is_obeyed(places: Places, made: Made) -> None:
 
 def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
     configure(places, CONFIG)
-    parts(places, request(worker={"template": "mine", "memory": 9000, "vcpus": 8}, pool="vault"))
+    parts(places, request(worker={"template": "mine", "memory": 9000, "vcpus": 8}))
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
-    assert made.host["pool"] == "vault"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_what_it_is_for_is_told_and_only_where_all_is_wanted_keys_are_derived_ah
     [
         (request(worker={"template": "nowhere"}), None, UsageError, "there is no qube nowhere"),
         (request(worker={"template": NETVM}), None, UsageError, f"no disposables can be made from {NETVM}"),
-        (request(pool="nowhere"), None, HostFailed, "there is no storage pool 'nowhere'"),
+        (request(choice={"pool": "nowhere"}), None, HostFailed, "there is no storage pool 'nowhere'"),
         (request(), "nowhere", UsageError, "there is no qube nowhere"),
     ],
 )
@@ -189,7 +188,7 @@ def test_what_is_not_here_is_found_out_early(
 ) -> None:
     with open(os.devnull) as nothing, pytest.raises(error, match=reason):
         location = Dom0File(nothing.fileno()) if qube is None else QubePath(qube, "b")
-        asyncio.run(parts(places, asked, location).check())
+        asyncio.run(parts(places, asked, location).check(asked.choice.pool))
 
 
 def test_a_template_without_the_worker_is_found_out_early(places: Places, qubesd: Qubesd) -> None:

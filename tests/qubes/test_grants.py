@@ -52,7 +52,8 @@ CASES: list[tuple[dict[str, object], str, str]] = [
     (at(None, "my.Backup+x", service=True), "services: ['my.Backup+*']", "services: [myxBackup+x]"),
     (at("dom0", "/srv/b"), "dom0_directories: [/srv]", "dom0_directories: [/sr, /srv/b]"),
     (at("dom0", "/srv/a/b"), "dom0_directories: [/x, /srv]", "storage: [dom0, '*']"),
-    ({"pool": "slow"}, "pools: [slow]", "pools: [slower]"),
+    ({"choice": {"pool": "slow"}}, "pools: [slow]", "pools: [slower]"),
+    ({"choice": {"allow": ("property:debug",)}}, "choosable: ['property:*']", "choosable: ['tag:debug']"),
     ({"worker": {"template": "dvm"}}, "templates: ['d*m']", "templates: [d]"),
     ({"worker": {"memory": 5000}}, "max_memory: 5000", "max_memory: 4999"),
     ({"worker": {"vcpus": 3}}, "max_vcpus: 3", "max_vcpus: 2"),
@@ -83,7 +84,7 @@ def test_each_key_grants_what_it_names_and_nothing_else(
 def test_dom0_may_ask_for_everything(fields: dict[str, object], _allowing: str, _other: str) -> None:
     found = Rights("dom0", parse_config("grants: {default: {verify_only: true}}"), FILE)
     for mode in ALL_MODES:
-        found.check_request(START, request(mode, choice={"dom0_home": True}, **fields))
+        found.check_request(START, request(mode, **{"choice": {"dom0_home": True}, **fields}))
     assert found.unlimited
     assert not rights().unlimited
 
@@ -92,7 +93,7 @@ def test_without_any_grant_a_caller_restores_its_own_backups() -> None:
     for location in ({"text": "/b"}, {"qube": "sys-gui", "text": "/b"}):
         rights().check_request(START, request(location=location))
     rights(more="worker: {template: dvm, memory: 8000, vcpus: 4}\nrestore: {pool: slow}").check_request(
-        START, request(pool="slow", worker={"template": "dvm", "memory": 8000, "vcpus": 4})
+        START, request(choice={"pool": "slow"}, worker={"template": "dvm", "memory": 8000, "vcpus": 4})
     )
     rights("max_memory: 300").check_request(START, request(worker={"memory": 4000}))
 
@@ -134,6 +135,14 @@ def test_a_plan_with_dom0s_home_is_not_carried_out_however_it_came_about() -> No
     rights().check_plan("verify", plan)
     rights(caller="dom0").check_plan("restore", plan)
     rights().check_plan("restore", make_plan(manifest(qube("work")), Choice(), None).plan)
+
+
+def test_what_is_here_is_offered_to_nobody_outside_dom0() -> None:
+    offers = c.Offers(templates=("debian",), netvms=("sys-net",), settings=("tag:a", "device:pci"))
+    plan = make_plan(manifest(qube("work")), Choice(), None).plan.model_copy(update={"offers": offers})
+    assert rights(caller="dom0").narrowed(plan) == plan
+    assert rights().narrowed(plan).offers == c.Offers()
+    assert rights("choosable: ['device:*']").narrowed(plan).offers == c.Offers(settings=("device:pci",))
 
 
 @pytest.mark.parametrize("limits", ["volume_size: 5", "total_size: 5"])

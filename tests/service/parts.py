@@ -72,7 +72,7 @@ class Parts:
         check_options(config.limits, ignore_size_limit=request.ignore_size_limit)
         self.made.append((location, request, client))
         link = _Link(self, location, where, client, ACTIVITIES[request.mode])
-        return Dom0Restore(link, _Host(self, where, request.pool, client), config, client, note)
+        return Dom0Restore(link, _Host(self, where, client), config, client, note)
 
 
 class _Link(ThreadLink):
@@ -121,17 +121,16 @@ class _Link(ThreadLink):
 
 
 class _Host(DirectoryHost):
-    def __init__(self, parts: Parts, where: Places, pool: str | None, client: str) -> None:
+    def __init__(self, parts: Parts, where: Places, client: str) -> None:
         super().__init__(parts.target)
         self._parts = parts
         self._where = where
-        self._pool = pool
         self._client = client
 
-    def free_space(self) -> int | None:
-        if self._pool not in (None, POOL):
-            raise HostFailed(f"there is no storage pool '{self._pool}'")
-        return super().free_space()
+    def free_space(self, pool: str | None = None) -> int | None:
+        if pool not in (None, POOL):
+            raise HostFailed(f"there is no storage pool '{pool}'")
+        return super().free_space(pool)
 
     @contextmanager
     def lock(self) -> Iterator[tuple[str, ...]]:

@@ -202,7 +202,7 @@ async def test_what_is_wished_for_and_granted_is_passed_on(bed: Bed) -> None:
         f"grants: {{{CALLER}: {{storage: [{STORAGE}], services: ['my.*'], pools: ['*'], templates: [mine],"
         f" max_memory: 9000, max_vcpus: 8, dom0_directories: [{bed.backup.parent}]}}}}"
     )
-    wishes = {"worker": {"template": "mine", "memory": 9000, "vcpus": 8}, "pool": POOL}
+    wishes = {"worker": {"template": "mine", "memory": 9000, "vcpus": 8}, "choice": {"pool": POOL}}
     locations = [
         ({"qube": STORAGE, "text": str(bed.backup)}, QubePath(STORAGE, str(bed.backup))),
         ({"qube": STORAGE, "text": "my.Backup+x", "service": True}, QubeService(STORAGE, "my.Backup+x")),
@@ -219,7 +219,7 @@ async def test_what_is_wished_for_and_granted_is_passed_on(bed: Bed) -> None:
         found, request, _ = bed.parts.made[-1]
         assert found == expected or (expected is None and isinstance(found, Dom0File))
         assert request.worker == c.WorkerWishes(template="mine", memory=9000, vcpus=8)
-        assert (request.pool, request.ignore_size_limit) == (POOL, True)
+        assert (request.choice.pool, request.ignore_size_limit) == (POOL, True)
 
 
 async def test_dom0_itself_may_do_everything(bed: Bed) -> None:

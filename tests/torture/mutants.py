@@ -187,7 +187,7 @@ _ROWS = (
     ),
     (
         "service/call.py",
-        "            await restore.check()\n",
+        "            await restore.check(request.choice.pool)\n",
         "",
         "tests/service/test_program.py",
     ),
@@ -360,7 +360,7 @@ _ROWS = (
     ),
     (
         "broker/allowlist.py",
-        "if device.bus not in self._devices:",
+        "if device.bus not in self._devices and not (once and setting in told.also):",
         "if False:",
         "tests/broker/test_allowlist.py",
     ),

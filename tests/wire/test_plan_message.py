@@ -1,5 +1,6 @@
 """A plan on its way to a client: what does not fit into a message is shortened, and what is said stays."""
 
+from collections.abc import Collection
 from typing import get_args
 
 import pytest
@@ -98,7 +99,10 @@ def test_a_plan_too_large_for_a_message_loses_the_settings_and_says_so() -> None
 
 def test_of_thousands_of_settings_that_stay_behind_the_plan_tells_some() -> None:
     class Strict(AllowAll):
-        def choose(self, qube: ManifestQube) -> AllowedSettings:
+        def check(self, also: Collection[str]) -> None:
+            pass
+
+        def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
             return AllowedSettings(left_out=tuple(f"feature {number}" for number in range(4096)))
 
     (work,) = make_plan(manifest(qube("work")), c.Choice(), system(), allow=Strict()).plan.qubes

@@ -25,13 +25,19 @@ ERROR: Json = {"kind": "bad-image", "reason": "r", "qube": "q", "volume": "v", "
 CHOICE: Json = {
     "names": ["work"], "exclude": ["vault"], "conflicts": "rename", "missing": "default", "dom0_home": True,
     "ignore_username_mismatch": True,
+    "qubes": [{"name": "work", "new_name": "work-2", "template": "debian-13", "netvm": "sys-firewall"}],
+    "template": "debian-13", "netvm": "", "pool": "vm-pool", "allow": ["property:autostart"],
+}  # fmt: skip
+OFFERS: Json = {
+    "templates": ["debian-13"], "disposable_templates": ["dvm"], "netvms": ["sys-net"],
+    "settings": ["device:pci"],
 }  # fmt: skip
 QUBE: Json = {
     "key": "dom0-home", "name": "dom0", "klass": "AdminVM", "label": "red", "template": "debian-12",
     "netvm": "sys-firewall", "home_user": "user", "backup_size": 10,
     "volumes": [{"name": "home", "size": 5}], "decision": "refuse", "new_name": "work1",
     "new_template": "debian-13", "new_netvm": "", "problem": "already-exists", "remark": "m",
-    "error": ERROR, "notes": ["n"], "settings_left_out": ["s"],
+    "error": ERROR, "settled_by": ["new-name"], "notes": ["n"], "settings_left_out": ["s"],
 }  # fmt: skip
 RESULT: Json = {
     "name": "work1", "name_in_backup": "work", "klass": "AppVM", "outcome": "restored", "remark": "m",
@@ -47,7 +53,7 @@ FULL: dict[str, Json] = {
         "type": "open", "protocol": 1, "mode": "restore", "passphrase": PASSPHRASE,
         "location": {"qube": "sys-usb", "text": "/media/usb/a b.qbackup", "service": True},
         "choice": CHOICE, "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
-        "stall_timeout": 600, "pool": "vm-pool", "worker": {"template": "my-dvm", "memory": 4000, "vcpus": 2},
+        "stall_timeout": 600, "worker": {"template": "my-dvm", "memory": 4000, "vcpus": 2},
     },
     "choose": {"type": "choose", "choice": CHOICE},
     "confirm": {"type": "confirm", "plan": 1},
@@ -59,7 +65,7 @@ FULL: dict[str, Json] = {
     "plan": {
         "type": "plan", "number": 1, "mode": "restore", "backup_id": "20260101T010203-1234",
         "archive_size": 7, "qubes": [QUBE], "unlisted": [{"name": "bad\u00e9", "error": ERROR}],
-        "excess": ERROR,
+        "offers": OFFERS, "excess": ERROR,
     },
     "volume_started": {"type": "volume_started", "qube": "work", "volume": "private", "image_size": 5},
     "qube_finished": {"type": "qube_finished", "qube": RESULT},
@@ -101,6 +107,8 @@ def test_the_tests_know_every_message_and_every_field() -> None:
         (c.BackupLocation, FULL["open"]["location"]),
         (c.WorkerWishes, FULL["open"]["worker"]),
         (c.Choice, CHOICE),
+        (c.QubeChoice, CHOICE["qubes"][0]),
+        (c.Offers, OFFERS),
         (c.PlanQube, QUBE),
         (QubeReport, RESULT),
         (VolumeReport, RESULT["volumes"][0]),
@@ -180,8 +188,18 @@ BOUNDS: list[tuple[str, Path, object, object]] = [
     ("open", ("location", "qube"), None, "Domain-0"),
     ("open", ("location", "qube"), "work-2", "dom0"),  # which has no service that brings one
     ("open", ("compression_filter",), "g" * 32, "g" * 33),
-    ("open", ("pool",), "p" * 64, "p" * 65),
-    ("open", ("pool",), "p", "p q"),
+    ("open", ("choice", "pool"), "p" * 64, "p" * 65),
+    ("open", ("choice", "pool"), "p", "p q"),
+    ("open", ("choice", "qubes"), [{"name": "a"}, {"name": "b"}], [{"name": "a"}, {"name": "a"}]),
+    ("open", ("choice", "qubes", 0, "new_name"), "n" * 31, "n" * 32),
+    ("open", ("choice", "qubes", 0, "new_name"), "work-3", "Domain-0"),
+    ("open", ("choice", "qubes", 0, "netvm"), "", "a b"),
+    ("open", ("choice", "template"), "debian.13", ""),
+    ("open", ("choice", "allow"), ["tag:t"] * c.MAX_OFFERED, ["tag:t"] * (c.MAX_OFFERED + 1)),
+    ("open", ("choice", "allow", 0), "feature:a.b-c_D", "feature:*"),
+    ("open", ("choice", "allow", 0), "device:pci", "label:red"),
+    ("plan", ("offers", "templates"), ["t"] * c.MAX_OFFERED, ["t"] * (c.MAX_OFFERED + 1)),
+    ("plan", ("qubes", 0, "settled_by"), ["leave-out"] * 8, ["leave-out"] * 9),
     ("open", ("worker", "template"), "n" * 31, "n" * 32),
     ("open", ("worker", "memory"), 1 << 24, (1 << 24) + 1),
     ("open", ("worker", "memory"), 1, 0),
