@@ -17,10 +17,16 @@ from pydantic import SecretStr
 from qubes_restore_svc.cli.displays import make_display, with_clock
 from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
 from qubes_restore_svc.cli.process import Interruption, carry_out
-from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_request import check_way, is_file_here, restore_request, way_to_dom0
+from qubes_restore_svc.cli.qvm_arguments import (
+    RestoreArguments,
+    check_way,
+    is_file_here,
+    parse_restore_arguments,
+    restore_request,
+    way_to_dom0,
+)
 from qubes_restore_svc.cli.qvm_review import PlanReview, can_ask
-from qubes_restore_svc.cli.reports import check_report_path, keep_report, show_error, show_report
+from qubes_restore_svc.cli.report_output import check_report_path, keep_report, show_error, show_report
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.transports import Handed, ProgramTransport, Transport
 from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, UsageError

@@ -21,7 +21,7 @@ from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.qrexec_call import QFILE_ARGUMENT
 from qubes_restore_svc.worker.source import ArchivePass, ArchiveSource
-from qubes_restore_svc.worker.storage import BEGINNING, Peer, RestoreById, StoragePass, show_end
+from qubes_restore_svc.worker.storage_qube import BEGINNING, Peer, RestoreById, StoragePass, show_end
 
 _PASSES = 2
 

@@ -25,7 +25,7 @@ from qubes_restore_svc.worker.opening import OpenedBackup, open_backup
 from qubes_restore_svc.worker.pipeline import Announce, Emit, Pipeline
 from qubes_restore_svc.worker.selection import Selection, Wanted
 from qubes_restore_svc.worker.source import ArchivePass, ArchiveSource, MemberStream
-from qubes_restore_svc.worker.storage import paths_of
+from qubes_restore_svc.worker.storage_qube import paths_of
 from qubes_restore_svc.worker.threads import Stop, as_restore_error
 
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from qubes_restore_svc.cli import qvm_request
+from qubes_restore_svc.cli import qvm_arguments
 from qubes_restore_svc.cli.qvm_restore import main
 
 _QREXEC = """\
@@ -34,6 +34,6 @@ def install(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    qvm_request.QUBESD_SOCKET = Path("/nowhere")
-    qvm_request.QREXEC_CLIENT = install(Path(sys.argv[1]))
+    qvm_arguments.QUBESD_SOCKET = Path("/nowhere")
+    qvm_arguments.QREXEC_CLIENT = install(Path(sys.argv[1]))
     main(sys.argv[2:])

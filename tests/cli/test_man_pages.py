@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
-from qubes_restore_svc.local.arguments import parse_arguments
+from qubes_restore_svc.local.command import parse_arguments
 from qubes_restore_svc.manager import launcher
 from tests.support.fixtures import REPOSITORY
 

@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from qubes_restore_svc.cli import qvm_request
+from qubes_restore_svc.cli import qvm_arguments
 from qubes_restore_svc.cli.displays import QuietDisplay
-from qubes_restore_svc.cli.qvm_arguments import RestoreArguments, parse_restore_arguments
-from qubes_restore_svc.cli.qvm_request import check_way, restore_request, way_to_dom0
+from qubes_restore_svc.cli.qvm_arguments import (
+    RestoreArguments,
+    check_way,
+    parse_restore_arguments,
+    restore_request,
+    way_to_dom0,
+)
 from qubes_restore_svc.cli.qvm_restore import called
 from qubes_restore_svc.client.transports import Handed, ProgramTransport, QrexecTransport, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, NotGranted, QubeExists, UsageError
@@ -230,8 +235,8 @@ def test_what_fits_into_no_message_is_told_without_its_value(line: str, reason: 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     found = (tmp_path / "qubesd.sock", tmp_path / "qrexec-client-vm")
-    monkeypatch.setattr(qvm_request, "QUBESD_SOCKET", found[0])
-    monkeypatch.setattr(qvm_request, "QREXEC_CLIENT", found[1])
+    monkeypatch.setattr(qvm_arguments, "QUBESD_SOCKET", found[0])
+    monkeypatch.setattr(qvm_arguments, "QREXEC_CLIENT", found[1])
     return found
 
 
@@ -262,12 +267,12 @@ def test_in_dom0_a_file_is_handed_over_and_not_named(line: str, location: c.Back
 def test_a_file_of_dom0_is_one_here_only_in_dom0(places: tuple[Path, Path]) -> None:
     qubesd, qrexec = places
     there, here = arguments("-d dom0 b"), arguments("b")
-    assert qvm_request.is_file_here(there) and qvm_request.is_file_here(here)
+    assert qvm_arguments.is_file_here(there) and qvm_arguments.is_file_here(here)
     qrexec.touch()
-    assert not qvm_request.is_file_here(there) and qvm_request.is_file_here(here)
+    assert not qvm_arguments.is_file_here(there) and qvm_arguments.is_file_here(here)
     qubesd.touch()
-    assert qvm_request.is_file_here(there)
-    assert not qvm_request.is_file_here(arguments("-d sys-usb b"))
+    assert qvm_arguments.is_file_here(there)
+    assert not qvm_arguments.is_file_here(arguments("-d sys-usb b"))
 
 
 def test_without_the_program_it_is_said_before_the_passphrase(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Never
 import qubesadmin
 from qubesadmin import exc
 
-from qubes_restore_svc.cli import qvm_request, qvm_restore
+from qubes_restore_svc.cli import qvm_arguments, qvm_restore
 from qubes_restore_svc.client.sync import BlockingRestoreCall, list_backup_blocking
 from qubes_restore_svc.client.transports import QrexecTransport
 from qubes_restore_svc.errors import RestoreError
@@ -55,8 +55,8 @@ def _qrexec() -> str:
 
 
 def _command(words: list[str]) -> Never:
-    qvm_request.QUBESD_SOCKET = Path("/nowhere")
-    qvm_request.QREXEC_CLIENT = Path(_qrexec())
+    qvm_arguments.QUBESD_SOCKET = Path("/nowhere")
+    qvm_arguments.QREXEC_CLIENT = Path(_qrexec())
     qvm_restore.main(words)
 
 

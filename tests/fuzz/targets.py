@@ -35,7 +35,7 @@ from qubes_restore_svc.cli.inputs import read_passphrase
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.kdf.engine import KdfEngine, OpensslEngine, best_engine
-from qubes_restore_svc.local.arguments import parse_arguments
+from qubes_restore_svc.local.command import parse_arguments
 from qubes_restore_svc.qubes.config import parse_config
 from qubes_restore_svc.wire import messages, restore_call
 from qubes_restore_svc.wire.connection import Connection

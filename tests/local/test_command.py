@@ -16,7 +16,7 @@ import pytest
 
 from qubes_restore_svc.cli import process as process_module
 from qubes_restore_svc.cli.process import Interruption, carry_out
-from qubes_restore_svc.cli.reports import check_report_path
+from qubes_restore_svc.cli.report_output import check_report_path
 from qubes_restore_svc.errors import Cancelled, ExitStatus, UsageError
 from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.wire.report import Report

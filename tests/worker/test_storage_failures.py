@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.worker import storage as storage_module
+from qubes_restore_svc.worker import storage_qube as storage_module
 
 from ..support.backup_writer import PASSPHRASE
 from . import stock_storage

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qubes_restore_svc.archive.qubes_xml import BackupQube
 from qubes_restore_svc.errors import BadMetadata
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.worker.storage import BEGINNING, paths_of, request_line
+from qubes_restore_svc.worker.storage_qube import BEGINNING, paths_of, request_line
 
 from ..support.damage import sample_backup
 from .stock_storage import tar2qfile

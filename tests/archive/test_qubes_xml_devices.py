@@ -7,7 +7,7 @@ from defusedxml.ElementTree import fromstring
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_restore_svc.archive.devices import MAX_DEVICES, read_devices
+from qubes_restore_svc.archive.qubes_xml import MAX_DEVICES, read_devices
 from qubes_restore_svc.wire.messages import DeviceInfo
 
 

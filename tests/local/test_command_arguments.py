@@ -8,8 +8,8 @@ from qubes_restore_svc import __version__
 from qubes_restore_svc.archive.filters import FILTERS
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.kdf.engine import best_engine
-from qubes_restore_svc.local import arguments as arguments_module
-from qubes_restore_svc.local.arguments import parse_arguments
+from qubes_restore_svc.local import command as arguments_module
+from qubes_restore_svc.local.command import parse_arguments
 
 
 def test_everything_at_once() -> None:
