@@ -260,7 +260,7 @@ def test_a_part_imports_only_parts_above_it_in_the_documentation() -> None:
 
 
 #: What brings a chunk to those who unpack it. They take what comes, and call nobody who stands before them.
-_BEFORE_THE_UNPACKING = ("archive_access", "intake", "keys", "memory", "source", "storage")
+_BEFORE_THE_UNPACKING = ("archive_access", "intake", "keys", "memory", "source", "storage_qube")
 
 
 @pytest.mark.parametrize(
