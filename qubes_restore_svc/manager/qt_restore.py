@@ -19,6 +19,7 @@ from PyQt6.QtWidgets import QApplication, QProgressDialog, QWidget
 from qubes_restore_svc.manager import restore
 from qubes_restore_svc.manager.entries import VMToRestore
 from qubes_restore_svc.manager.restore import BackupCanceledError, BackupRestoreOptions
+from qubes_restore_svc.manager.wording import translate
 
 __all__ = ["BackupCanceledError", "BackupRestore", "BackupRestoreOptions"]
 
@@ -26,6 +27,11 @@ _T = TypeVar("_T")
 
 #: Milliseconds before the window shows: most answers of an open backup come sooner.
 _SHOWN_AFTER_MS = 400
+
+
+def title() -> str:
+    """Of all our windows."""
+    return translate("Restore", "Restore Backup (isolated)")
 
 
 class BackupRestore(restore.BackupRestore):
@@ -129,7 +135,7 @@ def _waiting_window(parent: QWidget | None) -> QProgressDialog:
     window = QProgressDialog(
         "Opening the backup in a disposable qube.\nThis can take a minute.", "Cancel", 0, 0, parent
     )
-    window.setWindowTitle("Restore Backup (isolated)")
+    window.setWindowTitle(title())
     window.setWindowModality(Qt.WindowModality.ApplicationModal)
     window.setAutoReset(False)
     window.setMinimumDuration(_SHOWN_AFTER_MS)

@@ -1,46 +1,42 @@
 """The restore dialog of the installed Qubes Manager, on the isolated restore, with a page that shows it.
 
-Strategy: a subclass of the stock wizard. Its pages for location, selection and summary stay as they are; its
-last page gets our progress page in place of the bar and of the message box at the end, and its log below.
-Only names of its .ui file and methods that it connects by itself are used. Texts that came with the backup
-are never shown as HTML.
+Strategy: a subclass of the stock wizard, with its pages, its order and its names. Below each page stands why
+one cannot go on from it. The last page gets our progress page in place of the bar and of the message box at
+the end, and its log below. Only names of its .ui file and methods that it connects by itself are used. Texts
+that came with the backup are never shown as HTML.
 """
 
 import logging
+import os
+import sys
 from queue import Empty
+from types import TracebackType
 
-from PyQt6.QtCore import QSize, Qt
-from PyQt6.QtGui import QCloseEvent, QKeyEvent, QTextCharFormat, QTextCursor
-from PyQt6.QtWidgets import QApplication, QLabel, QMessageBox, QTextEdit, QWidget, QWizard
+from PyQt6.QtCore import QSize, Qt, QTimer
+from PyQt6.QtGui import QCloseEvent, QFont, QTextCharFormat, QTextCursor
+from PyQt6.QtWidgets import (
+    QApplication,
+    QBoxLayout,
+    QGridLayout,
+    QLabel,
+    QListWidgetItem,
+    QMessageBox,
+    QTextEdit,
+    QWidget,
+    QWizard,
+    QWizardPage,
+)
 from qubesadmin import exc
 from qubesadmin.app import QubesBase
 from qubesmanager import backup_utils
 from qubesmanager import restore as stock
 
-from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.manager import qt_restore
+from qubes_restore_svc.errors import RestoreError, WrongPassphrase, unforeseen
+from qubes_restore_svc.manager import qt_restore, wording
+from qubes_restore_svc.manager.entries import VMToRestore
 from qubes_restore_svc.manager.progress_page import ProgressPage
 from qubes_restore_svc.manager.qube_table import text_colours
-
-TITLE = "Restore Backup (isolated)"
-
-_HOME_NOTE = (
-    "dom0's home comes as one archive file, in a new directory “home-restore-…” in dom0's home. It is not"
-    " unpacked: move it to a qube that you trust it with, and look at it there."
-)
-_ODD = "Look for the reason in the messages below, and in dom0's report."
-#: The question before a cancel, and its two answers.
-_CANCEL_RESTORE = (
-    "The restore is still running.\n\nIf you cancel it, the qube that is under way is removed again. Qubes"
-    " that are complete stay.",
-    "Cancel the restore",
-    "Continue restoring",
-)
-_CANCEL_VERIFICATION = (
-    "The verification is still running.\n\nIf you cancel it, you do not know whether the rest is good.",
-    "Cancel the verification",
-    "Continue verifying",
-)
+from qubes_restore_svc.manager.wording import translate
 
 
 class IsolatedRestoreWindow(stock.RestoreVMsWindow):
@@ -51,32 +47,108 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         super().__init__(qt_app, qubes_app, parent)
         self._closing = False
         self._question: QMessageBox | None = None
-        self.setWindowTitle(TITLE)
+        self.setWindowTitle(qt_restore.title())
         self.setSizeGripEnabled(True)
-        self.resize(self.size().expandedTo(self.sizeHint()).expandedTo(_least_size(self)))
         self.progress_page = ProgressPage()
-        self.progress_bar.hide()
-        self.verticalLayout_3.insertWidget(0, self.progress_page, 1)
-        self.confirm_text_edit.setLineWrapMode(QTextEdit.LineWrapMode.NoWrap)  # it shows a table
-        self.commit_text_edit.setReadOnly(True)
-        self.commit_text_edit.setAccessibleName("Messages")
-        self.commit_text_edit.setPlaceholderText("Messages of the restore appear here.")
-        self.commit_text_edit.setMaximumHeight(6 * self.fontMetrics().lineSpacing())
-        self.dom0_restored_label.setTextFormat(Qt.TextFormat.PlainText)
-        self.dom0_restored_label.setWordWrap(True)
-        self.dom0_restored_label.setText(_HOME_NOTE)
-        for label in self.select_dir_page.findChildren(QLabel):
-            if "qubes.xml" in label.text():  # formats of that time are not read here
-                label.setText("Backup file:")
+        self._set_up_location()
+        self._set_up_summary()
+        self._set_up_restore()
+        self._why_not = {
+            page: _add_line(page) for page in (self.select_dir_page, self.select_vms_page, self.confirm_page)
+        }
+        for page in self._why_not:
+            page.completeChanged.connect(self._show_why_not)
         self._name_this_qube()
+        self._show_why_not()
+        self.resize(_size(self))
 
     def setup_application(self) -> None:
-        """The name that the window is known by."""
+        """The name that the window is known by, and what is shown of a mistake of ours."""
         super().setup_application()
-        self.qt_app.setApplicationName(TITLE)
+        self.qt_app.setApplicationName(qt_restore.title())
         self.qt_app.setDesktopFileName("qubes-restore-manager")
+        sys.excepthook = self._tell_unforeseen
+
+    def _set_up_location(self) -> None:
+        for label in self.select_dir_page.findChildren(QLabel):
+            if "qubes.xml" in label.text():  # formats of that time are not read here
+                label.setText(translate("Restore", "Backup file:"))
+        self.label_4.hide()  # every backup that is read here is encrypted
+        self.encryption_checkbox.hide()
+        self.gridLayout_2.addWidget(self.verify_only, self.gridLayout_2.rowCount(), 0)  # too wide for beside
+        for widget in self.findChildren(QWidget):
+            if widget.font().weight() < QFont.Weight.Normal:  # a number that meant normal to Qt 5
+                widget.setFont(QFont())
+        self.appvm_combobox.currentIndexChanged.connect(lambda: self.backup_location_changed())
+
+    def _set_up_summary(self) -> None:
+        self.confirm_text_edit.setLineWrapMode(QTextEdit.LineWrapMode.NoWrap)  # it shows a table
+        self.confirm_text_edit.setTabChangesFocus(True)
+        self.label_7.hide()
+
+    def _set_up_restore(self) -> None:
+        self.progress_bar.hide()
+        self.verticalLayout_3.insertWidget(0, self.progress_page, 1)
+        self.commit_text_edit.setReadOnly(True)
+        self.commit_text_edit.setTabChangesFocus(True)
+        self.commit_text_edit.setAccessibleName(translate("Restore", "Messages"))
+        self.commit_text_edit.setPlaceholderText(translate("Restore", "Messages of the restore appear here."))
+        lines = self.fontMetrics().lineSpacing()
+        self.commit_text_edit.setMinimumHeight(2 * lines)
+        self.commit_text_edit.setMaximumHeight(6 * lines)
+        self.showFileDialog.setText(
+            translate("Restore", "When I press “Finish”, open the file selection, to unmount the disk.")
+        )
+        self.dom0_restored_label.setTextFormat(Qt.TextFormat.PlainText)
+        self.dom0_restored_label.setWordWrap(True)
+        self.dom0_restored_label.setText(
+            translate(
+                "Restore",
+                "dom0's home comes as one archive file, in a new directory “home-restore-…” in dom0's home."
+                " It is not unpacked: move it to a qube that you trust it with, and look at it there.",
+            )
+        )
 
     # --- Steps of the wizard ---
+
+    def __fill_vms_list__(self) -> None:
+        """Called by the stock dialog for the page of the qubes: opens the backup, and lists what is in it."""
+        if self.vms_to_restore is not None:
+            return
+        self.select_vms_widget.clear()
+        try:
+            found = self.vms_to_restore = self._open_backup()
+        except exc.BackupCancelledError as error:
+            if not self._is_cancelled:
+                self._warn(translate("Restore", "The backup was not opened"), str(error))
+            self.restart()
+        except (exc.QubesException, exc.PermissionDenied, KeyError) as error:
+            self._warn(translate("Restore", "The backup cannot be opened"), _words(error))
+            self.restart()
+            if isinstance(error.__cause__, WrongPassphrase):
+                QTimer.singleShot(0, self._ask_for_passphrase_again)
+        else:
+            for name, entry in found.items():
+                item = QListWidgetItem(name)  # and no more: the stock dialog takes its text for the name
+                item.setToolTip(wording.qube_text(entry.planned))
+                self.select_vms_widget.available_list.addItem(item)
+
+    def _open_backup(self) -> dict[str, VMToRestore]:
+        self._close_backup()
+        chosen = self.appvm_combobox.currentText() if self.appvm_combobox.currentIndex() > 0 else None
+        self.target_appvm = None if chosen is None else self.qubes_app.domains[chosen]
+        self.backup_restore = qt_restore.BackupRestore(
+            self.qubes_app, self.dir_line_edit.text(), self.target_appvm, self.passphrase_line_edit.text()
+        )
+        options = self.backup_restore.options
+        options.use_default_template = options.use_default_netvm = self.ignore_missing.isChecked()
+        options.ignore_username_mismatch = self.ignore_uname_mismatch.isChecked()
+        options.verify_only = self.verify_only.isChecked()
+        return self.backup_restore.get_restore_info()
+
+    def _ask_for_passphrase_again(self) -> None:
+        self.passphrase_line_edit.setFocus()
+        self.passphrase_line_edit.selectAll()
 
     def current_page_changed(self, page_id: int) -> None:
         """Called by the stock dialog for each page that shows."""
@@ -86,8 +158,11 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             self.backup_restore.listener = self.progress_page.feed
         try:
             super().current_page_changed(page_id)
+        except exc.BackupCancelledError:
+            self.restart()  # what was cancelled is begun anew
+            return
         except exc.QubesException as error:
-            self._warn("The backup cannot be restored like this", str(error))
+            self._warn(translate("Restore", "The backup cannot be restored like this"), str(error))
             self.back()
             return
         if self.currentPage() is self.commit_page:
@@ -100,18 +175,70 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         """Called by the stock dialog when its thread has ended; the page has been told by its own feed."""
         self.update_log()
         if not self.progress_page.is_over:  # something went wrong that nobody has foreseen
-            self.progress_page.feed.ended(None, RestoreError("the restore ended unexpectedly", advice=_ODD))
+            odd = translate("Restore", "Look for the reason in the messages below, and in dom0's report.")
+            what = translate("Restore", "the restore ended unexpectedly")
+            self.progress_page.feed.ended(None, RestoreError(what, advice=odd))
         if self._question is not None:
             self._question.reject()
         self._set_button(QWizard.WizardButton.FinishButton, enabled=True)
         self._set_button(QWizard.WizardButton.CancelButton, enabled=False)
         if self._closing:
             self.done(0)
-            return
+
+    def accept(self) -> None:
+        """Finish: whoever wants to unmount the disk has seen by now what came of the restore."""
         if self.showFileDialog.isChecked():
-            self.append_plain("Please unmount the disk with the backup, and cancel the file selection.")
-            backup_utils.select_path_button_clicked(self, False, True)
-        self.showFileDialog.setEnabled(False)
+            try:
+                backup_utils.select_path_button_clicked(self, False, True)
+            except (exc.QubesException, KeyError):  # the qube is gone, and the disk with it
+                logging.getLogger(__name__).info("there is nothing to unmount any more")
+        super().accept()
+
+    # --- Why there is no going on ---
+
+    def has_selected_dir(self) -> bool:
+        """Called by the stock dialog: can what is given be a backup?"""
+        return not self._why_no_location()
+
+    def _why_no_location(self) -> str:
+        path = self.dir_line_edit.text()
+        if not path:
+            return translate("Restore", "Next: choose the file of the backup.")
+        if self.appvm_combobox.currentIndex() > 0 or os.path.isfile(path):
+            return ""
+        if os.path.isdir(path):
+            return translate("Restore", "This is a directory. Choose the file of the backup in it.")
+        return translate("Restore", "There is no file “{path}” in {qube}.").format(
+            path=path, qube=self.appvm_combobox.currentText()
+        )
+
+    def _why_nothing_selected(self) -> str:
+        if self.has_selected_vms():
+            return ""
+        return translate(
+            "Restore",
+            "Next: move what you want to the list on the right. Rest the pointer on a qube to see more.",
+        )
+
+    def _why_no_restore(self) -> str:
+        entries = (self.vms_to_restore or {}).values()
+        bad = [entry for entry in entries if not entry.good_to_go]
+        if not bad:
+            return ""
+        names = ", ".join(wording.plain(entry.vm.name) for entry in bad)
+        return translate(
+            "Restore", "This cannot be restored as it is: {names}. Settle it, or go back and leave it out."
+        ).format(names=names)
+
+    def _show_why_not(self) -> None:
+        reasons = {
+            self.select_dir_page: self._why_no_location,
+            self.select_vms_page: self._why_nothing_selected,
+            self.confirm_page: self._why_no_restore,
+        }
+        for page, line in self._why_not.items():
+            line.setText(reasons[page]())
+            line.setVisible(bool(line.text()))
 
     # --- Ending it early ---
 
@@ -121,55 +248,42 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         return self.currentPage() is self.commit_page and self.thread is not None and self.thread.isRunning()
 
     def reject(self) -> None:
-        """The Cancel button: at once, and it is said."""
-        if self.is_restoring:
-            self._cancel_restore()
-            return
-        self._close_backup()
-        self.done(0)
+        """The Cancel button, the Escape key, and the window's own button: a restore is not ended unasked."""
+        if not self.is_restoring:
+            self._close_backup()
+            self.done(0)
+        elif not self._is_cancelled:
+            self._ask_whether_to_cancel()
 
     def closeEvent(self, event: QCloseEvent | None) -> None:
-        """The window's own button: not without asking, and not before all is undone."""
-        if not self.is_restoring or event is None:
-            self._close_backup()
-            super().closeEvent(event)
-            return
-        event.ignore()
-        self._closing = self._closing or self._is_cancelled
-        if not self._closing:
-            self._ask_whether_to_cancel(close=True)
+        """The window's own button: it goes, but not before all is undone."""
+        self._closing = self.is_restoring
+        super().closeEvent(event)  # rejects, and stays if it is still there
 
-    def keyPressEvent(self, event: QKeyEvent | None) -> None:
-        """Escape is pressed by mistake too easily to end hours of work."""
-        if event is not None and event.key() == Qt.Key.Key_Escape and self.is_restoring:
-            if not self._is_cancelled:
-                self._ask_whether_to_cancel(close=False)
-            return
-        super().keyPressEvent(event)
-
-    def _ask_whether_to_cancel(self, *, close: bool) -> None:
+    def _ask_whether_to_cancel(self) -> None:
         """Ask; the restore goes on meanwhile, and the question goes away if it ends."""
         if self._question is not None:
             return
         question = QMessageBox(self)
         question.setIcon(QMessageBox.Icon.Question)
-        question.setWindowTitle(TITLE)
+        question.setWindowTitle(qt_restore.title())
         question.setTextFormat(Qt.TextFormat.PlainText)
-        text, cancel, go_on = _CANCEL_VERIFICATION if self.verify_only.isChecked() else _CANCEL_RESTORE
+        text, cancel, go_on = _cancel_question(verify=self.verify_only.isChecked())
         question.setText(text)
         yes = question.addButton(cancel, QMessageBox.ButtonRole.DestructiveRole)
         no = question.addButton(go_on, QMessageBox.ButtonRole.RejectRole)
         question.setDefaultButton(no)
         question.setEscapeButton(no)
-        question.finished.connect(lambda: self._answered(cancel=question.clickedButton() is yes, close=close))
+        question.finished.connect(lambda: self._answered(cancel=question.clickedButton() is yes))
         self._question = question
         question.open()
 
-    def _answered(self, *, cancel: bool, close: bool) -> None:
+    def _answered(self, *, cancel: bool) -> None:
         self._question = None
         if cancel and self.is_restoring:
-            self._closing = close
             self._cancel_restore()
+        else:
+            self._closing = False
 
     @property
     def _is_cancelled(self) -> bool:
@@ -209,9 +323,17 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             self.append_plain(record.getMessage(), record.levelno)
 
     def _warn(self, what: str, text: str) -> None:
-        box = QMessageBox(QMessageBox.Icon.Warning, TITLE, f"{what}.\n\n{text}", parent=self)
+        box = QMessageBox(QMessageBox.Icon.Warning, qt_restore.title(), f"{what}.\n\n{text}", parent=self)
         box.setTextFormat(Qt.TextFormat.PlainText)
         box.exec()
+
+    def _tell_unforeseen(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Instead of the stock text, which takes it for a mistake of Qubes Manager."""
+        sys.__excepthook__(kind, error, trace)
+        what = translate("Restore", "Something went wrong in this dialog")
+        self._warn(what, wording.error_text(unforeseen(error)))
 
     def _name_this_qube(self) -> None:
         """Outside dom0, the first of the qubes is the one that the dialog runs in; it is called dom0."""
@@ -229,6 +351,58 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             button.setEnabled(enabled)
 
 
-def _least_size(window: QWidget) -> QSize:
+def _words(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return translate("Restore", "The qube that holds the backup is not there any more.")
+    return str(error)
+
+
+def _cancel_question(*, verify: bool) -> tuple[str, str, str]:
+    """The question before a cancel, and its two answers."""
+    if verify:
+        return (
+            translate(
+                "Restore",
+                "The verification is still running.\n\nIf you cancel it, you do not know whether the rest is"
+                " good.",
+            ),
+            translate("Restore", "Cancel the verification"),
+            translate("Restore", "Continue verifying"),
+        )
+    return (
+        translate(
+            "Restore",
+            "The restore is still running.\n\nIf you cancel it, the qube that is under way is removed again."
+            " Qubes that are complete stay.",
+        ),
+        translate("Restore", "Cancel the restore"),
+        translate("Restore", "Continue restoring"),
+    )
+
+
+def _add_line(page: QWizardPage) -> QLabel:
+    """A line at the bottom of a page, just above the buttons."""
+    line = QLabel()
+    line.setTextFormat(Qt.TextFormat.PlainText)
+    line.setWordWrap(True)
+    layout = page.layout()
+    if isinstance(layout, QGridLayout):
+        layout.addWidget(line, layout.rowCount(), 0)
+    elif isinstance(layout, QBoxLayout):
+        layout.addWidget(line)
+    return line
+
+
+def _size(window: QWidget) -> QSize:
+    """Room for what is shown, within the screen: its buttons must be reached."""
     letter = window.fontMetrics()
-    return QSize(104 * letter.averageCharWidth(), 38 * letter.lineSpacing())
+    wanted = QSize(104 * letter.averageCharWidth(), 38 * letter.lineSpacing())
+    wanted = wanted.expandedTo(window.size()).expandedTo(window.sizeHint())
+    screen = window.screen()
+    if screen is None:
+        return wanted
+    return wanted.boundedTo(screen.availableGeometry().size() - _FRAME)
+
+
+#: What a window manager may take around a window, in pixels.
+_FRAME = QSize(16, 48)

@@ -6,9 +6,11 @@ commands is put in the dialog's terms.
 """
 
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qubes_restore_svc.cli.tables import size_text
 from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
@@ -59,6 +61,12 @@ class Outcome:
         return " ".join(part for part in (sentence(self.reason), self.advice) if part)
 
 
+def translate(context: str, text: str) -> str:
+    """`text` in the person's language, where Qt is loaded and has a translation; it has lupdate's name."""
+    qt = sys.modules.get("PyQt6.QtCore")
+    return text if qt is None else str(qt.QCoreApplication.translate(context, text))
+
+
 def plain(text: str) -> str:
     """`text`, such that no reader takes it for HTML."""
     return text.replace("<", "‹").replace(">", "›")
@@ -83,6 +91,19 @@ def advice(kind: str, text: str) -> str:
     if not _OPTION.search(text):
         return text
     return _ADVICE.get(kind, _OTHER_ADVICE)
+
+
+def qube_text(planned: c.PlanQube) -> str:
+    """What a qube of the backup is: class, label, size, and what it needs."""
+    lines = [
+        f"{planned.klass}, {planned.label}",
+        translate("Restore", "Size in the backup: {size}").format(size=size_text(planned.backup_size)),
+    ]
+    if planned.template is not None:
+        lines.append(translate("Restore", "Template: {name}").format(name=planned.template))
+    if planned.netvm and planned.klass != "AdminVM":
+        lines.append(translate("Restore", "Network: {name}").format(name=planned.netvm))
+    return plain("\n".join(lines))
 
 
 def problem_text(planned: c.PlanQube) -> str:

@@ -1,6 +1,7 @@
 import logging
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,27 +9,61 @@ import qubesadmin
 
 from tests.manager import qt  # first: without Qt, all of this is skipped
 
-from PyQt6.QtCore import QEvent, Qt  # isort: skip
+from PyQt6.QtCore import QEvent, QPoint, QRect, QSize, Qt  # isort: skip
 from PyQt6.QtGui import QKeyEvent  # isort: skip
-from PyQt6.QtWidgets import QMessageBox, QWizard  # isort: skip
+from PyQt6.QtWidgets import QAbstractButton, QMessageBox, QToolButton, QWidget, QWizard  # isort: skip
 from qubesmanager import backup_utils  # isort: skip
 
-from qubes_restore_svc.errors import AuthenticationFailed, HostFailed, WrongPassphrase
+from qubes_restore_svc.errors import (
+    AuthenticationFailed,
+    Cancelled,
+    HostFailed,
+    RestoreError,
+    WrongPassphrase,
+)
 from qubes_restore_svc.manager import restore
 from qubes_restore_svc.manager.window import IsolatedRestoreWindow
 from tests.emulation.small_system import small_system
-from tests.manager.script import LONG_S, Script, Step, begin, finish, qube, undo_when, wait_for
+from tests.manager.script import LONG_S, Script, Step, begin, finish, qube, refused, undo_when, wait_for
 
 QUBES = (qube("debian-12", "TemplateVM"), qube("work"), qube("vault"))
 FINISH, CANCEL = QWizard.WizardButton.FinishButton, QWizard.WizardButton.CancelButton
+NEXT = QWizard.WizardButton.NextButton
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     played = Script(QUBES)
     monkeypatch.setattr(restore, "call_dom0", played)
-    backup_utils.asked.clear()
+    monkeypatch.setattr(sys, "argv", ["qubes-restore-manager", "--log", "INFO"])
     return played
+
+
+@pytest.fixture
+def choosers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """File selections that were opened; each is closed at once."""
+    opened: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(backup_utils, "select_path_button_clicked", lambda _, *how: opened.append(how))
+    return opened
+
+
+@pytest.fixture
+def large_letters() -> Iterator[None]:
+    usual, large = qt.application().font(), qt.application().font()
+    large.setPointSize(14)
+    qt.application().setFont(large)
+    yield
+    qt.application().setFont(usual)
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Texts of message boxes that wait for a person; each is closed at once."""
+    texts: list[str] = []
+    monkeypatch.setattr(QMessageBox, "exec", lambda box: texts.append(box.text()))
+    for name in ("warning", "information"):
+        monkeypatch.setattr(QMessageBox, name, lambda *words: texts.append(words[-1]))
+    return texts
 
 
 @pytest.fixture
@@ -36,11 +71,15 @@ def window(script: Script, tmp_path: Path) -> Iterator[IsolatedRestoreWindow]:
     qt.application()
     logger = logging.getLogger("qubesadmin.backup")
     handlers = list(logger.handlers)
+    backup = tmp_path / "backup"
+    backup.touch()
     with small_system(tmp_path):
         shown = IsolatedRestoreWindow(qt.application(), qubesadmin.Qubes())
+        hook = sys.excepthook
         shown.setup_application()
+        sys.excepthook = hook  # that of the tests
         shown.show()
-        shown.dir_line_edit.setText("/home/user/backup")
+        shown.dir_line_edit.setText(str(backup))
         yield shown
         if shown.backup_restore is not None:
             shown.backup_restore.canceled = True
@@ -55,14 +94,35 @@ def window(script: Script, tmp_path: Path) -> Iterator[IsolatedRestoreWindow]:
 def start(window: IsolatedRestoreWindow, *names: str) -> None:
     """Through the wizard up to the restore."""
     window.next()
-    window.select(*names)
+    select(window, *names)
     window.next()
     window.next()
+
+
+def select(window: IsolatedRestoreWindow, *names: str) -> None:
+    """What the person does on the second page."""
+    available = window.select_vms_widget.available_list
+    available.clearSelection()
+    for name in names:
+        (item,) = available.findItems(name, Qt.MatchFlag.MatchExactly)
+        item.setSelected(True)
+    window.select_vms_widget.add_selected_button.click()
 
 
 def enabled(window: IsolatedRestoreWindow, which: QWizard.WizardButton) -> bool:
     button = window.button(which)
     return button is not None and button.isEnabled()
+
+
+def why_not(window: IsolatedRestoreWindow) -> str:
+    """The line above the buttons."""
+    return "".join(line.text() for line in window._why_not.values() if line.isVisible())
+
+
+def press_button(window: IsolatedRestoreWindow, which: QWizard.WizardButton) -> None:
+    button = window.button(which)
+    assert button is not None
+    button.click()
 
 
 def is_over(window: IsolatedRestoreWindow) -> bool:
@@ -80,9 +140,10 @@ def answer(window: IsolatedRestoreWindow, text: str) -> None:
     next(button for button in buttons if button.text() == text).click()
 
 
-def press_escape(window: IsolatedRestoreWindow) -> None:
-    kind, no_modifier = QEvent.Type.KeyPress, Qt.KeyboardModifier.NoModifier
-    qt.application().sendEvent(window, QKeyEvent(kind, Qt.Key.Key_Escape.value, no_modifier))
+def press(widget: QWidget, key: Qt.Key) -> None:
+    for kind in (QEvent.Type.KeyPress, QEvent.Type.KeyRelease):
+        event = QKeyEvent(kind, key.value, Qt.KeyboardModifier.NoModifier)
+        qt.application().sendEvent(widget, event)
 
 
 def held(at: str = "work") -> tuple[threading.Event, list[Step]]:
@@ -92,24 +153,28 @@ def held(at: str = "work") -> tuple[threading.Event, list[Step]]:
 
 
 def test_a_restore_goes_through_the_wizard_and_its_result_stands(
-    window: IsolatedRestoreWindow, script: Script
+    window: IsolatedRestoreWindow, script: Script, told: list[str]
 ) -> None:
     mac = AuthenticationFailed("the MAC does not match")
     script.steps = [finish("work", mac), finish("vault")]
     window.next()
-    assert (window.available_list.count(), script.opens[0].location.text) == (3, "/home/user/backup")
-    window.select("work", "vault")
+    assert (window.select_vms_widget.available_list.count(), script.opens[0].location.text) == (
+        3,
+        window.dir_line_edit.text(),
+    )
+    select(window, "work", "vault")
     window.next()
     assert "vault" in window.confirm_text_edit.toPlainText()
     window.next()
     qt.until(lambda: is_over(window))
     assert script.chosen[-1].names == ("work", "vault")
     assert window.progress_page.headline.text() == "1 of 2 qubes restored"
-    assert "work: not restored. The MAC does not match." in window.commit_text_edit.toPlainText()
+    failed = "work: not restored. The MAC does not match."
+    qt.until(lambda: failed in window.commit_text_edit.toPlainText())
     everything = window.commit_text_edit.toPlainText() + window.progress_page.table.as_text()
     assert "QubesIncoming" not in everything
     assert not window.progress_bar.isVisible()
-    assert backup_utils.asked == []
+    assert told == []
 
 
 def test_the_dialogs_own_options_arrive(window: IsolatedRestoreWindow, script: Script) -> None:
@@ -122,29 +187,169 @@ def test_the_dialogs_own_options_arrive(window: IsolatedRestoreWindow, script: S
     assert opened.passphrase.get_secret_value() == "secret"
 
 
-def test_a_wrong_passphrase_leads_back_to_the_first_page(
-    window: IsolatedRestoreWindow, script: Script, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_passphrase_leads_back_to_the_passphrase_and_to_nothing_else(
+    window: IsolatedRestoreWindow, script: Script, told: list[str]
 ) -> None:
-    told: list[object] = []
-    monkeypatch.setattr(QMessageBox, "warning", lambda *words: told.append(words[-1]))
+    place = window.dir_line_edit.text()
+    window.passphrase_line_edit.setText("wrong")
     script.refusal = WrongPassphrase("the passphrase does not open it")
     window.next()
     assert window.currentPage() is window.select_dir_page
     assert told == [
-        "The passphrase does not open it. Check the keyboard layout and Caps Lock, and try again."
+        "The backup cannot be opened.\n\nThe passphrase does not open it. Check the keyboard layout and Caps"
+        " Lock, and try again."
     ]
+    qt.until(lambda: window.focusWidget() is window.passphrase_line_edit)
+    assert window.passphrase_line_edit.selectedText() == "wrong"
+    assert window.dir_line_edit.text() == place
     script.refusal = None
+    press(window.passphrase_line_edit, Qt.Key.Key_Return)
+    assert window.select_vms_widget.available_list.count() == 3
+
+
+@pytest.mark.parametrize("page", ["selection", "summary"])
+def test_a_cancel_while_the_backup_is_asked_is_no_error(
+    window: IsolatedRestoreWindow, script: Script, told: list[str], page: str
+) -> None:
+    if page == "summary":
+        window.next()
+        select(window, "work")
+        assert window.backup_restore is not None
+        window.backup_restore.close()  # it is opened anew
+    script.hold_opening = True
+    script.opening.clear()
+
+    def cancel() -> None:
+        assert script.opening.wait(LONG_S)
+        assert window.backup_restore is not None
+        window.backup_restore.canceled = True
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
     window.next()
-    assert window.available_list.count() == 3
+    canceller.join()
+    assert told == []
+    assert window.currentPage() is window.select_dir_page
+    script.hold_opening = False
+    window.next()
+    assert window.select_vms_widget.available_list.count() == 3
+
+
+def test_a_cancel_that_came_from_dom0_is_told(
+    window: IsolatedRestoreWindow, script: Script, told: list[str]
+) -> None:
+    script.refusal = Cancelled("somebody in dom0 said no", advice="")
+    window.next()
+    assert told == ["The backup was not opened.\n\nSomebody in dom0 said no."]
+
+
+def test_what_a_qube_is_can_be_seen_where_it_is_selected(
+    window: IsolatedRestoreWindow, script: Script
+) -> None:
+    window.next()
+    item = window.select_vms_widget.available_list.item(1)
+    assert item is not None
+    assert (item.text(), item.toolTip()) == (
+        "work",
+        "AppVM, red\nSize in the backup: 100 MiB\nTemplate: debian-12",
+    )
+
+
+def test_a_page_says_why_there_is_no_going_on(window: IsolatedRestoreWindow, script: Script) -> None:
+    missing = RestoreError("its template is nowhere", advice="")
+    script.qubes = (qube("work"), refused(qube("vault"), "missing-template", missing))
+    place = window.dir_line_edit.text()
+    for path, told in (
+        ("", "choose the file"),
+        (place + "x", "There is no file"),
+        (str(Path(place).parent), "is a directory"),
+        (place, ""),
+    ):
+        window.dir_line_edit.setText(path)
+        assert told in why_not(window)
+        assert bool(why_not(window)) == bool(told) != enabled(window, NEXT)
+    window.next()
+    assert "list on the right" in why_not(window)
+    select(window, "work", "vault")
+    assert why_not(window) == ""
+    window.next()
+    assert why_not(window).startswith("This cannot be restored as it is: vault.")
+    assert not enabled(window, NEXT)
+
+
+def test_another_qube_has_other_files(window: IsolatedRestoreWindow, script: Script) -> None:
+    window.dir_line_edit.setText("/nowhere/backup")
+    assert not enabled(window, NEXT)
+    window.appvm_combobox.addItem("sys-usb")
+    window.appvm_combobox.setCurrentIndex(window.appvm_combobox.count() - 1)
+    assert enabled(window, NEXT)
+
+
+def test_tab_goes_on_from_everything_that_shows_text(window: IsolatedRestoreWindow, script: Script) -> None:
+    script.steps = [finish("work")]
+    window.next()
+    select(window, "work")
+    window.next()
+    leaves(window.confirm_text_edit)
+    window.next()
+    qt.until(lambda: is_over(window))
+    leaves(window.progress_page.table)
+    leaves(window.commit_text_edit)
+
+
+def leaves(widget: QWidget) -> None:
+    widget.setFocus()
+    press(widget, Qt.Key.Key_Tab)
+    assert not widget.hasFocus()
+
+
+def test_with_large_letters_on_a_small_screen_everything_can_be_reached(
+    large_letters: None, window: IsolatedRestoreWindow, script: Script
+) -> None:
+    script.steps = [finish("work", RestoreError("its image is damaged", advice="Look for another copy."))]
+    steps: tuple[Callable[[], object], ...] = (
+        lambda: window.next(),
+        lambda: select(window, "work"),
+        lambda: window.next(),
+        lambda: window.next(),
+        lambda: qt.until(lambda: is_over(window)),
+    )
+    screen = window.screen()
+    assert screen is not None
+    for step in steps:
+        qt.process_events()
+        assert screen.availableGeometry().contains(QRect(QPoint(), window.frameSize()))
+        window.resize(window.size().boundedTo(QSize(1024, 700)))
+        qt.process_events()
+        assert window.height() <= 700
+        for part in (part for part in window.findChildren(QAbstractButton) if part.isVisible()):
+            assert window.rect().contains(QRect(part.mapTo(window, QPoint()), part.size()))
+            if part.text() and not isinstance(part, QToolButton):
+                assert part.width() >= part.minimumSizeHint().width(), part.text()
+        step()
+
+
+def test_a_mistake_of_ours_is_told_in_a_sentence_and_not_blamed_on_qubes_manager(
+    window: IsolatedRestoreWindow, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "__excepthook__", lambda *_: None)
+    hook = sys.excepthook
+    window.setup_application()
+    try:
+        sys.excepthook(ZeroDivisionError, ZeroDivisionError("<b>x</b>"), None)
+    finally:
+        sys.excepthook = hook
+    assert told == [
+        "Something went wrong in this dialog.\n\nSomething failed that must not fail (ZeroDivisionError)."
+        " This is a mistake of the program; please report it."
+    ]
 
 
 def test_an_error_on_the_summary_is_told_and_leads_back(
-    window: IsolatedRestoreWindow, script: Script, monkeypatch: pytest.MonkeyPatch
+    window: IsolatedRestoreWindow, script: Script, told: list[str]
 ) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(QMessageBox, "exec", lambda box: told.append(box.text()))
     window.next()
-    window.select("work")
+    select(window, "work")
     assert window.backup_restore is not None
     window.backup_restore.close()
     script.refusal = HostFailed("dom0 is busy", advice="Wait.")
@@ -157,7 +362,7 @@ def test_the_lines_of_the_summary_are_not_broken(window: IsolatedRestoreWindow, 
     renamed = "will be renamed to 'work-1', and everything else that there is to say of it, in one line"
     script.qubes = (qube("work").model_copy(update={"notes": (renamed,)}),)
     window.next()
-    window.select("work")
+    select(window, "work")
     window.next()
     qt.process_events()
     document = window.confirm_text_edit.document()
@@ -169,11 +374,13 @@ def test_the_lines_of_the_summary_are_not_broken(window: IsolatedRestoreWindow, 
         block = block.next()
 
 
-def test_cancel_cancels_at_once_and_says_so(window: IsolatedRestoreWindow, script: Script) -> None:
+def test_a_cancel_is_asked_for_and_said_at_once(window: IsolatedRestoreWindow, script: Script) -> None:
     undone, script.steps = held()
     start(window, "work", "vault")
     assert script.calls[0].confirmed.wait(LONG_S)
-    window.reject()
+    press_button(window, CANCEL)
+    assert not script.calls[0].cancelled.is_set()
+    answer(window, "Cancel the restore")
     assert script.calls[0].cancelled.is_set()
     qt.until(lambda: window.progress_page.headline.text() == "Cancelling…")
     assert not enabled(window, CANCEL)
@@ -220,18 +427,22 @@ def test_of_a_verification_it_is_asked_whether_to_cancel_that(
     assert "removed" not in window.commit_text_edit.toPlainText()
 
 
-@pytest.mark.parametrize("by_key", [False, True])
+ENDINGS: dict[str, Callable[[IsolatedRestoreWindow], object]] = {
+    "Escape": lambda window: press(window, Qt.Key.Key_Escape),
+    "Cancel": lambda window: press_button(window, CANCEL),
+    "X": lambda window: window.close(),
+}
+
+
+@pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS)
 def test_the_question_can_be_answered_with_no(
-    window: IsolatedRestoreWindow, script: Script, by_key: bool
+    window: IsolatedRestoreWindow, script: Script, end: Callable[[IsolatedRestoreWindow], object]
 ) -> None:
     go_on = threading.Event()
     script.steps = [begin("work"), wait_for(go_on), finish("work")]
     start(window, "work")
     assert script.calls[0].confirmed.wait(LONG_S)
-    if by_key:
-        press_escape(window)
-    else:
-        window.close()
+    end(window)
     answer(window, "Continue restoring")
     go_on.set()
     qt.until(lambda: is_over(window))
@@ -264,14 +475,27 @@ def test_closing_the_window_before_the_restore_closes_the_call(
     assert script.is_closed
 
 
-def test_the_file_dialog_to_unmount_comes_if_it_was_asked_for(
-    window: IsolatedRestoreWindow, script: Script
+@pytest.mark.parametrize("ticked", [True, False])
+def test_the_file_selection_to_unmount_comes_when_the_result_has_been_seen(
+    window: IsolatedRestoreWindow,
+    script: Script,
+    choosers: list[tuple[bool, bool]],
+    tmp_path: Path,
+    ticked: bool,
 ) -> None:
     script.steps = [finish("work")]
-    window.showFileDialog.setChecked(True)
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "backup").touch()
+    window.dir_line_edit.setText(str(tmp_path / "media" / "backup"))
     start(window, "work")
-    qt.until(lambda: backup_utils.asked == [(False, True)])
-    assert "unmount" in window.commit_text_edit.toPlainText()
+    assert window.showFileDialog.isChecked()
+    qt.until(lambda: is_over(window))
+    assert choosers == []
+    assert window.showFileDialog.isEnabled()
+    window.showFileDialog.setChecked(ticked)
+    press_button(window, FINISH)
+    assert choosers == ([(False, True)] if ticked else [])
+    assert not window.isVisible()
 
 
 def test_what_is_logged_is_shown_as_it_is(window: IsolatedRestoreWindow) -> None:
