@@ -52,7 +52,7 @@ class AllowList(Protocol):
         """Raises UsageError if the person may not let these settings come back."""
         ...
 
-    def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
+    def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         """What of `qube`'s properties, features, tags and devices may come back; `also`: as the person chose.
 
         The references `netvm` and `default_dispvm`, and `template_for_dispvms` and `provides_network`, on
@@ -117,7 +117,7 @@ class SettingsPolicy:
         classes = rule.only_on or frozenset({""})
         return any(self._may(self._once[kind], rule, name, "\0", klass) for klass in classes)
 
-    def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
+    def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         """What of `qube`'s settings may come back; of dom0's, none, and none is told."""
         if qube.klass == "AdminVM":
             return AllowedSettings()

@@ -40,7 +40,7 @@ VOLUME_FILES: dict[VolumeName, str] = {"root": "root.img", "private": "private.i
 WRITEBACK_STEP = 32 << 20
 
 
-class State(enum.Enum):
+class BuildState(enum.Enum):
     """How far a qube or a volume has come; only `OPEN` is ever left."""
 
     OPEN = "open"
@@ -62,7 +62,7 @@ class ImageFile:
         self._wanted_out = 0
         self._mutex = threading.Lock()
         self._abandoned = False
-        self._state = State.OPEN
+        self._state = BuildState.OPEN
         if not 0 <= image_size <= MAX_NUMBER:
             raise self._failure(f"{image_size} bytes is not the size of an image")
         with reporting(f"creating {self._name}", qube=qube, volume=volume):
@@ -72,13 +72,13 @@ class ImageFile:
             if volume != "home":  # its size is a ceiling
                 self._check_capacity()
         except BaseException:
-            self._leave(State.GONE)
+            self._leave(BuildState.GONE)
             raise
 
     @property
     def size(self) -> int | None:
         """Bytes of the finished file; None before that."""
-        return self._end if self._state is State.COMPLETE else None
+        return self._end if self._state is BuildState.COMPLETE else None
 
     def write(self, offset: int, data: memoryview) -> None:
         """Put `data` at `offset`, in bytes; raises HostFailed or NoSpace, and then takes no more."""
@@ -106,7 +106,7 @@ class ImageFile:
             if actual != size:
                 raise self._failure(f"{self._name} has {actual} bytes instead of {size}")
             self._end = size
-            self._leave(State.COMPLETE)
+            self._leave(BuildState.COMPLETE)
 
     def abandon(self) -> None:
         """Close the file, unfinished; the transaction's rollback removes it. Harmless after `finish`.
@@ -116,8 +116,8 @@ class ImageFile:
         self._abandoned = True
         if self._mutex.acquire(blocking=False):
             try:
-                if self._state is State.OPEN:
-                    self._leave(State.GONE)
+                if self._state is BuildState.OPEN:
+                    self._leave(BuildState.GONE)
             finally:
                 self._mutex.release()
 
@@ -130,13 +130,13 @@ class ImageFile:
     def _step(self, doing: str) -> Iterator[None]:
         try:
             with self._mutex:
-                if self._state is not State.OPEN or self._abandoned:
+                if self._state is not BuildState.OPEN or self._abandoned:
                     raise self._failure(f"{self._name} takes no more data")
                 try:
                     with reporting(f"{doing} {self._name}", qube=self._qube, volume=self._volume):
                         yield
                 except BaseException:
-                    self._leave(State.GONE)
+                    self._leave(BuildState.GONE)
                     raise
         finally:
             if self._abandoned:  # meanwhile, perhaps
@@ -164,7 +164,7 @@ class ImageFile:
             os.posix_fadvise(self._file, self._handed_over, length, os.POSIX_FADV_DONTNEED)
         self._handed_over, self._wanted_out = self._wanted_out, self._end
 
-    def _leave(self, state: State) -> None:
+    def _leave(self, state: BuildState) -> None:
         self._state = state
         with suppress(OSError):  # what matters has been synced or is given up
             os.close(self._file)
@@ -188,7 +188,7 @@ class ImageDirectory:
         self._files = files
         self._sinks: dict[VolumeName, ImageFile] = {}
         self._mutex = threading.Lock()
-        self._state = State.OPEN
+        self._state = BuildState.OPEN
         self._inside = make_directory(self._partial, dir_fd=parent)
 
     def create_volume(self, volume: VolumeName, image_size: int) -> ImageFile:
@@ -205,7 +205,7 @@ class ImageDirectory:
         Does nothing after a commit, or a second time.
         """
         with self._mutex:
-            if self._state is not State.OPEN:
+            if self._state is not BuildState.OPEN:
                 return
             for sink in self._sinks.values():
                 sink.abandon()
@@ -215,10 +215,10 @@ class ImageDirectory:
                 with reporting(f"removing {self._partial}", qube=self._qube_name):
                     _remove(self._partial, self._inside, self._files, dir_fd=self._parent)
             finally:
-                self._leave(State.GONE)
+                self._leave(BuildState.GONE)
 
     def _check_open(self) -> None:
-        if self._state is not State.OPEN:
+        if self._state is not BuildState.OPEN:
             raise self._failure("it has been committed or rolled back")
 
     def _sizes(self) -> dict[VolumeName, int]:
@@ -254,11 +254,11 @@ class ImageDirectory:
                 # Not known to be there, or to last, so not a success: back to where a rollback finds it.
                 os.rename(name, self._partial, src_dir_fd=self._parent, dst_dir_fd=self._parent)
                 raise
-            self._leave(State.COMPLETE)
+            self._leave(BuildState.COMPLETE)
             return name
         return None
 
-    def _leave(self, state: State) -> None:
+    def _leave(self, state: BuildState) -> None:
         self._state = state
         close_read(self._inside)
 

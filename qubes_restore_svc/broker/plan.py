@@ -115,7 +115,7 @@ def make_plan(
                 Candidate(
                     source,
                     qube.new_name,
-                    allow.choose(source, choice.allow) if allow else AllowedSettings(),
+                    allow.let_through(source, choice.allow) if allow else AllowedSettings(),
                     None if (one := chosen.get(qube.name)) is None else one.template,
                     None if one is None else one.netvm,
                 )

@@ -16,9 +16,9 @@ from pathlib import Path
 from qubes_restore_svc.broker.filesystem import reporting
 from qubes_restore_svc.broker.image_directory import (
     VOLUME_FILES,
+    BuildState,
     ImageDirectory,
     ImageFile,
-    State,
     clear_partials,
 )
 from qubes_restore_svc.broker.interfaces import Definition, NewQube
@@ -113,7 +113,7 @@ class Dom0Home(ImageDirectory):
             os.chown(ARCHIVE_NAME, owner.st_uid, owner.st_gid, dir_fd=self._inside, follow_symlinks=False)
             os.fchown(self._inside, owner.st_uid, owner.st_gid)
 
-    def _leave(self, state: State) -> None:
+    def _leave(self, state: BuildState) -> None:
         super()._leave(state)
         close_read(self._parent)
 

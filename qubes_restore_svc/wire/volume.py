@@ -1,8 +1,8 @@
 """The stream of `restore.Volume`: one volume as a header, extents in rising order, and an end.
 
-Strategy: the decoder is given exactly the `wanted` bytes of the next header and says whether
-data follows. The data never passes through it: after an `Extent` the caller takes `length` bytes from the
-stream itself, straight to where they belong. All integers are big-endian.
+Strategy: the decoder is given exactly the `wanted` bytes of the next header and says whether data follows.
+The data never passes through it: after a `RecordHeader` the caller takes `length` bytes from the stream
+itself, straight to where they belong. All integers are big-endian.
 
     header  8 bytes "QRSVOLUM", u32 version (1), u64 image size
     record  u64 offset, u32 length (1 to 1 MiB), then `length` bytes of data
@@ -43,7 +43,7 @@ def encode_end(data_bytes: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class RecordHeader:
     """`length` bytes of data follow in the stream; they belong at `offset`."""
 
     offset: int
@@ -63,7 +63,7 @@ class VolumeDecoder:
         self._position = 0
         self.data_bytes = 0
 
-    def feed(self, untrusted_header: bytes | memoryview) -> Extent | None:
+    def feed(self, untrusted_header: bytes | memoryview) -> RecordHeader | None:
         """The extent whose data follows these `wanted` bytes, if any does; raises ProtocolViolation."""
         if not self.wanted or len(untrusted_header) != self.wanted:
             raise ProtocolViolation("a volume stream that ends early, or goes on after its end")
@@ -81,7 +81,7 @@ class VolumeDecoder:
             self.wanted = 0
         return None
 
-    def _record(self, untrusted_offset: int, untrusted_length: int) -> Extent | None:
+    def _record(self, untrusted_offset: int, untrusted_length: int) -> RecordHeader | None:
         if (untrusted_offset, untrusted_length) == (_END_OFFSET, 0):
             self.wanted = _TOTAL.size
             return None
@@ -93,4 +93,4 @@ class VolumeDecoder:
             raise ProtocolViolation("a volume record that reaches past the end of the image")
         self._position = untrusted_offset + untrusted_length
         self.data_bytes += untrusted_length
-        return Extent(untrusted_offset, untrusted_length)
+        return RecordHeader(untrusted_offset, untrusted_length)

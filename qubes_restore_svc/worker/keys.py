@@ -1,7 +1,7 @@
 """Key derivations: several at once, out of order, in the memory that the budget leaves.
 
 Strategy: requests queue in archive order. Each thread has lanes of its own in the engine; whenever one is
-free it looks at the first request that waits, and `memory.choose` says whether to begin it and how
+free it looks at the first request that waits, and `memory.choose_stride` says whether to begin it and how
 much memory it gets. A result is a future; nobody waits for the others. What goes wrong with a request fails
 it; what goes wrong in the lanes fails what runs in them, and the thread goes on with new ones.
 
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine, KdfLanes, KdfRequest, OpensslEngine
-from qubes_restore_svc.worker.memory import Budget, Situation, choose, least_stride
+from qubes_restore_svc.worker.memory import Budget, Situation, choose_stride, least_stride
 
 #: The thread that what is urgent has for itself.
 _URGENT_THREAD = 0
@@ -273,7 +273,7 @@ class KeyScheduler:
         if self._more_to_come:
             waiting = max(waiting, self._threads * self._engine.lanes - self._running)
         uses = max(1.0, (waiting + self._running) / (self._threads * self._engine.lanes))
-        index = choose(
+        index = choose_stride(
             Situation(
                 sizes=sizes,
                 waiting=waiting,

@@ -7,9 +7,9 @@ the largest of them is kept from the moment it is known. What remains is for are
 is admitted only while that stays enough for the largest derivation that waits or runs, in its smallest form.
 So whatever was admitted can be derived in the end, and nothing waits for itself.
 
-`choose` shares out the room for arenas. Measured, four derivations in one vector register take little longer
-than one, and to store fewer blocks costs less than to leave a lane empty. So memory is shared evenly among
-all lanes that have something to do, and only then each share is used as well as it can be. Not better,
+`choose_stride` shares out the room for arenas. Measured, four derivations in one vector register take little
+longer than one, and to store fewer blocks costs less than to leave a lane empty. So memory is shared evenly
+among all lanes that have something to do, and only then each share is used as well as it can be. Not better,
 though: memory that was never touched is paid for page by page, so what a larger share saves can be less than
 it costs.
 """
@@ -230,7 +230,7 @@ class Situation:
     avoiding: bool = False
 
 
-def choose(situation: Situation) -> int | None:
+def choose_stride(situation: Situation) -> int | None:
     """The index of the stride with which to begin the first waiting derivation now; None: do not yet."""
     total = min(situation.running + situation.waiting, situation.threads * situation.lanes)
     if not situation.avoiding and situation.running_here >= -(-total // situation.threads):

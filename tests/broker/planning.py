@@ -53,7 +53,7 @@ class AllowAll:
     def check(self, also: Collection[str]) -> None:
         pass
 
-    def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
+    def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         properties = {name: value for name, value in qube.properties.items() if name not in self.forbidden}
         left_out = tuple(f"property {name}" for name in qube.properties if name in self.forbidden)
         return AllowedSettings(properties, qube.features, qube.tags, qube.devices, left_out)

@@ -42,15 +42,15 @@ def qube(
 
 
 def properties(given: dict[str, str], policy: SettingsPolicy | None = None) -> AllowedSettings:
-    return (policy or SettingsPolicy()).choose(qube(properties=given))
+    return (policy or SettingsPolicy()).let_through(qube(properties=given))
 
 
 def features(given: dict[str, str], policy: SettingsPolicy | None = None) -> AllowedSettings:
-    return (policy or SettingsPolicy()).choose(qube(features=given))
+    return (policy or SettingsPolicy()).let_through(qube(features=given))
 
 
 def tags(*given: str, policy: SettingsPolicy | None = None, klass: VmClass = "AppVM") -> AllowedSettings:
-    return (policy or SettingsPolicy()).choose(qube(klass, tags=given))
+    return (policy or SettingsPolicy()).let_through(qube(klass, tags=given))
 
 
 # --- What comes back by default ------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_what_a_template_says_of_itself_comes_back() -> None:
         "menu-items": "firefox.desktop org.gnome.Terminal.desktop",
         "whonix-ws": "1",
     }
-    chosen = SettingsPolicy().choose(qube("TemplateVM", features=given))
+    chosen = SettingsPolicy().let_through(qube("TemplateVM", features=given))
     assert chosen == AllowedSettings(features=given)
 
 
@@ -165,7 +165,7 @@ def test_nothing_of_dom0_comes_back_and_nothing_is_told() -> None:
         label="black",
         volumes=(VolumeInfo(name="home"),),
     ).model_copy(update={"features": {"service.x": "1"}, "tags": ("a",), "properties": {"memory": "1"}})
-    assert EVERYTHING.choose(dom0) == AllowedSettings()
+    assert EVERYTHING.let_through(dom0) == AllowedSettings()
 
 
 # --- What is not worth telling ---------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_what_every_backup_holds_and_what_the_host_decides_is_left_out_silently(
         },
         tags=("guivm-dom0", "audiovm-dom0", "created-by-dom0", "restored-from-backup-2024-01-01"),
     )  # fmt: skip
-    assert policy.choose(silent) == AllowedSettings()
+    assert policy.let_through(silent) == AllowedSettings()
 
 
 def test_members_of_a_family_are_told_once() -> None:
@@ -265,7 +265,7 @@ def test_what_guards_the_qube_is_not_lost_for_its_value() -> None:
     given = ManifestQube.model_copy(
         qube(properties={"devices_denied": "u03"}), update={"features": {"prohibit-start": "x" * 1025}}
     )
-    chosen = SettingsPolicy().choose(given)
+    chosen = SettingsPolicy().let_through(given)
     assert (chosen.properties, chosen.features) == ({"devices_denied": "*******"}, {"prohibit-start": "1"})
     assert chosen.left_out == (
         "property devices_denied (only codes of device interfaces; it is '*******' now)",
@@ -298,15 +298,15 @@ def test_a_family_of_features_is_bounded_in_number_and_length(family: str, longe
 @pytest.mark.parametrize("maxmem", [{}, {"maxmem": "4000"}])
 def test_memory_that_was_not_balanced_is_not_balanced_again(maxmem: dict[str, str]) -> None:
     source = qube(properties=maxmem, features={"service.meminfo-writer": ""})
-    chosen = SettingsPolicy().choose(source)
+    chosen = SettingsPolicy().let_through(source)
     assert chosen == AllowedSettings(
         properties={"maxmem": "0"},
         notes=("maxmem is 0: its memory was not balanced (service.meminfo-writer)",),
     )
     source = qube(properties={"maxmem": "0"}, features={"service.meminfo-writer": ""})
-    assert SettingsPolicy().choose(source) == AllowedSettings(properties={"maxmem": "0"})
+    assert SettingsPolicy().let_through(source) == AllowedSettings(properties={"maxmem": "0"})
     source = qube(properties=maxmem, features={"service.meminfo-writer": "1"})
-    assert SettingsPolicy().choose(source) == AllowedSettings(properties=maxmem)
+    assert SettingsPolicy().let_through(source) == AllowedSettings(properties=maxmem)
 
 
 def test_properties_that_had_other_names_in_r4_0_come_back() -> None:
@@ -348,14 +348,14 @@ def test_no_manifest_holds_a_feature_that_is_not_plain(name: str) -> None:
 def test_a_feature_that_qubesd_would_not_take_is_left_out_whatever_is_listed(name: str) -> None:
     forged = qube().model_copy(update={"features": {name: "1"}})
     for policy in (SettingsPolicy(), EVERYTHING):
-        assert policy.choose(forged).features == {}
+        assert policy.let_through(forged).features == {}
 
 
 def test_a_pattern_does_not_reach_past_a_new_line() -> None:
     forged = qube().model_copy(update={"tags": ("sd-a\n", "sd-a\nguivm-x", "\nsd-a", "sd-a")})
-    assert SettingsPolicy(tags=["sd-*"]).choose(forged).tags == ("sd-a",)
+    assert SettingsPolicy(tags=["sd-*"]).let_through(forged).tags == ("sd-a",)
     forged = qube().model_copy(update={"properties": {"mem\n": "1", "memo": "1"}})
-    assert SettingsPolicy(properties=["mem?", "mem*"]).choose(forged).properties == {"memo": "1"}
+    assert SettingsPolicy(properties=["mem?", "mem*"]).let_through(forged).properties == {"memo": "1"}
 
 
 # --- Lists -------------------------------------------------------------------------------------------
@@ -415,10 +415,10 @@ def test_no_pattern_reaches_what_has_to_be_named(standing: Standing) -> None:
 def chosen(kind: Kind, name: str, policy: SettingsPolicy, value: str) -> tuple[str, ...]:
     """The settings that come back if a qube has only this one."""
     if kind == "property":
-        return tuple(policy.choose(qube(properties={name: value})).properties)
+        return tuple(policy.let_through(qube(properties={name: value})).properties)
     if kind == "feature":
-        return tuple(policy.choose(qube(features={name: value})).features)
-    return policy.choose(qube(tags=(name,))).tags
+        return tuple(policy.let_through(qube(features={name: value})).features)
+    return policy.let_through(qube(tags=(name,))).tags
 
 
 def test_what_is_named_in_full_comes_back() -> None:
@@ -542,17 +542,17 @@ DISK = DeviceInfo(bus="block", backend="sys-usb", port="sda1", options={"read-on
 
 def test_no_device_comes_back_by_default_whatever_the_lists_say() -> None:
     for policy in (SettingsPolicy(), EVERYTHING):
-        assert policy.choose(qube(devices=(CONTROLLER, DISK))) == AllowedSettings(
+        assert policy.let_through(qube(devices=(CONTROLLER, DISK))) == AllowedSettings(
             left_out=("device pci dom0:00_14.0", "device block sys-usb:sda1")
         )
 
 
 def test_devices_of_a_class_that_is_allowed_come_back_without_what_weakens() -> None:
-    chosen = SettingsPolicy(devices=["pci"]).choose(qube(devices=(CONTROLLER, DISK)))
+    chosen = SettingsPolicy(devices=["pci"]).let_through(qube(devices=(CONTROLLER, DISK)))
     (device,) = chosen.devices
     assert device == DeviceInfo(bus="pci", backend="dom0", port="00_14.0", required=True)
     assert chosen.left_out == ("option permissive of device pci dom0:00_14.0", "device block sys-usb:sda1")
-    assert SettingsPolicy(devices=["block"]).choose(qube(devices=(DISK,))).devices == (DISK,)
+    assert SettingsPolicy(devices=["block"]).let_through(qube(devices=(DISK,))).devices == (DISK,)
 
 
 # --- The tables --------------------------------------------------------------------------------------

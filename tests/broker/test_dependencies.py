@@ -65,7 +65,7 @@ class _AllowAll:
     def check(self, also: Collection[str]) -> None:
         pass
 
-    def choose(self, qube: m.ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
+    def let_through(self, qube: m.ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         return AllowedSettings(properties=qube.properties)
 
 

@@ -42,7 +42,13 @@ from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.models import Message
 from qubes_restore_svc.wire.names import strip_control, strip_control_lines
 from qubes_restore_svc.wire.qrexec_call import ServiceCall, encode_descriptor, parse_descriptor
-from qubes_restore_svc.wire.volume import Extent, VolumeDecoder, encode_end, encode_header, encode_record
+from qubes_restore_svc.wire.volume import (
+    RecordHeader,
+    VolumeDecoder,
+    encode_end,
+    encode_header,
+    encode_record,
+)
 from tests.support.containers import compress, container_head, header_text, scrypt_container
 from tests.support.format3_writer import Format3Writer
 from tests.support.inner_archives import directory_tar, inner_tar, plain_tar
@@ -297,7 +303,7 @@ def _volume(data: bytes) -> None:
     while wanted := decoder.wanted:
         event = decoder.feed(data[position : position + wanted])
         position += wanted
-        if isinstance(event, Extent):
+        if isinstance(event, RecordHeader):
             assert end <= event.offset
             end = event.offset + event.length
             position += event.length

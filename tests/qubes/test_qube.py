@@ -187,7 +187,7 @@ def chosen(kind: Kind, name: str, value: str) -> AllowedSettings:
         qube = ManifestQube.model_validate_json(json.dumps(source))
     except ValidationError:
         return AllowedSettings()
-    return SettingsPolicy(features=["*"], tags=["*"]).choose(qube)
+    return SettingsPolicy(features=["*"], tags=["*"]).let_through(qube)
 
 
 def test_settings_come_back_that_qubesd_takes_and_those_that_it_refuses_harm_no_qube(

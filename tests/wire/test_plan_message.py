@@ -102,7 +102,7 @@ def test_of_thousands_of_settings_that_stay_behind_the_plan_tells_some() -> None
         def check(self, also: Collection[str]) -> None:
             pass
 
-        def choose(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
+        def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
             return AllowedSettings(left_out=tuple(f"feature {number}" for number in range(4096)))
 
     (work,) = make_plan(manifest(qube("work")), c.Choice(), system(), allow=Strict()).plan.qubes

@@ -12,7 +12,7 @@ from qubes_restore_svc.wire.volume import (
     MAX_IMAGE_SIZE,
     MAX_RECORD,
     VERSION,
-    Extent,
+    RecordHeader,
     VolumeDecoder,
     encode_end,
     encode_header,
@@ -22,7 +22,7 @@ from qubes_restore_svc.wire.volume import (
 U64 = (1 << 64) - 1
 
 
-def decode(stream: bytes, image_size: int | None = None) -> tuple[list[Extent], bytes]:
+def decode(stream: bytes, image_size: int | None = None) -> tuple[list[RecordHeader], bytes]:
     """All extents of a stream whose data is left out, and what follows the end.
 
     Without an `image_size` it is announced with that of its header.
@@ -38,14 +38,14 @@ def decode(stream: bytes, image_size: int | None = None) -> tuple[list[Extent], 
     return extents, stream
 
 
-def model(stream: bytes, announced: int) -> list[Extent] | None:
+def model(stream: bytes, announced: int) -> list[RecordHeader] | None:
     """What `stream`, without its data, means by the format's description; None when it is not valid."""
     if len(stream) < 20 or stream[:12] != b"QRSVOLUM\0\0\0\1":
         return None
     size = int.from_bytes(stream[12:20], "big")
     if size != announced:
         return None
-    events: list[Extent] = []
+    events: list[RecordHeader] = []
     covered = 0
     at = 20
     while at + 12 <= len(stream):
@@ -63,7 +63,7 @@ def model(stream: bytes, announced: int) -> list[Extent] | None:
         if not 1 <= length <= 1048576 or offset < covered or offset + length > size:
             return None
         covered = offset + length
-        events.append(Extent(offset, length))
+        events.append(RecordHeader(offset, length))
     return None
 
 
@@ -94,7 +94,7 @@ def test_the_bytes_are_those_of_the_format() -> None:
 @given(volumes())
 def test_what_was_encoded_is_decoded(volume: tuple[int, list[tuple[int, int]]]) -> None:
     size, extents = volume
-    assert decode(encoded(size, extents)) == ([Extent(*extent) for extent in extents], b"")
+    assert decode(encoded(size, extents)) == ([RecordHeader(*extent) for extent in extents], b"")
 
 
 @given(
@@ -149,8 +149,8 @@ def test_an_image_without_data_is_a_volume() -> None:
 def test_extents_may_touch_and_may_end_with_the_image() -> None:
     events, _ = decode(encoded(MAX_RECORD + 1, [(0, MAX_RECORD), (MAX_RECORD, 1)]))
     assert events == [
-        Extent(0, MAX_RECORD),
-        Extent(MAX_RECORD, 1),
+        RecordHeader(0, MAX_RECORD),
+        RecordHeader(MAX_RECORD, 1),
     ]
 
 
@@ -214,7 +214,7 @@ def test_an_end_that_counts_wrongly_is_refused(claimed: int) -> None:
     stream = encode_header(100) + encode_record(0, 2) + encode_record(50, 3)
     with pytest.raises(ProtocolViolation, match="is not that of 5 data bytes"):
         decode(stream + encode_end(claimed))
-    assert decode(stream + encode_end(5)) == ([Extent(0, 2), Extent(50, 3)], b"")
+    assert decode(stream + encode_end(5)) == ([RecordHeader(0, 2), RecordHeader(50, 3)], b"")
 
 
 @pytest.mark.parametrize("cut", range(1, 53))

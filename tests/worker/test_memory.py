@@ -14,7 +14,7 @@ from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
 from qubes_restore_svc.system_memory import MemoryRoom
 from qubes_restore_svc.worker.keys import KeyScheduler
-from qubes_restore_svc.worker.memory import MAX_LOCATED, Budget, Situation, choose, least_stride
+from qubes_restore_svc.worker.memory import MAX_LOCATED, Budget, Situation, choose_stride, least_stride
 from qubes_restore_svc.worker.threads import Stop
 
 from .lanes import LanesEngine, ManualLanes
@@ -382,7 +382,7 @@ ALONE = Situation(sizes=SIZES, waiting=1, running=0, running_here=0, threads=2, 
     ],
 )
 def test_the_share_that_a_derivation_gets(situation: Situation, index: int | None) -> None:
-    assert choose(situation) == index
+    assert choose_stride(situation) == index
 
 
 @pytest.mark.parametrize(("uses", "stride"), [(1, 2), (3, 2), (4, 1), (100, 1)])
@@ -420,21 +420,21 @@ def situations(draw: st.DrawFn) -> Situation:
 
 @given(situation=situations())
 def test_whatever_begins_has_its_memory(situation: Situation) -> None:
-    index = choose(situation)
+    index = choose_stride(situation)
     assert index is None or situation.sizes[index] <= situation.free
 
 
 @given(situation=situations())
 def test_where_nothing_runs_the_first_begins_if_its_smallest_form_fits(situation: Situation) -> None:
     assume(situation.running == 0)
-    assert (choose(situation) is not None) == (situation.sizes[-1] <= situation.free)
+    assert (choose_stride(situation) is not None) == (situation.sizes[-1] <= situation.free)
 
 
 @given(situation=situations())
 def test_more_memory_never_makes_one_wait_that_would_have_begun(situation: Situation) -> None:
-    assume(choose(situation) is not None)
+    assume(choose_stride(situation) is not None)
     more = replace(situation, room=situation.room + 4096, free=situation.free + 4096)
-    assert choose(more) is not None
+    assert choose_stride(more) is not None
 
 
 @given(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(1, 20), st.integers(0, 1 << 16))
@@ -450,7 +450,7 @@ def test_threads_take_turns_and_all_lanes_get_something(
             here = (turn + order) % threads
             if running[here] < lanes and waiting:
                 situation = Situation([1], waiting, sum(running), running[here], threads, lanes, 1000, 1000)
-                if choose(situation) is not None:
+                if choose_stride(situation) is not None:
                     running[here], waiting, begun = running[here] + 1, waiting - 1, True
     assert waiting == 0 or sum(running) == threads * lanes
     assert max(running) - min(running) <= 1
