@@ -23,6 +23,7 @@ static void prepare_fill(struct romix *m);
 static void prepare_mix(struct romix *m, uint32_t integer);
 static void prepare_recompute(struct romix *m, const uint32_t *add, int drops_x);
 static void set_step(struct group *group, size_t lane, const struct romix *m);
+static void prefetch_v(struct romix *const m[], size_t active);
 static uint32_t *piece(uint32_t *const pieces[], size_t in_group, size_t lane, size_t row);
 static void get_lane(uint32_t *words, const struct group *group, size_t in_group, size_t lane);
 static void put_lane(const struct group *group, size_t in_group, size_t lane, const uint32_t *words);
@@ -95,6 +96,7 @@ romix_advance(const struct kernels *kernels, struct romix *const lanes[], size_t
 		kernels->for_lanes[all].blockmix(groups);
 		for (i = 0; i < all; i += in_group)
 			finished |= end_step(&groups[i / in_group], m, active, in_group, i);
+		prefetch_v(m, active);
 	}
 	for (i = 0; i < all; i += in_group)
 		leave_group(&groups[i / in_group], m, active, in_group, i);
@@ -268,12 +270,6 @@ prepare_mix(struct romix *m, uint32_t integer)
 {
 	uint64_t j = integer & (m->n - 1);
 	const uint32_t *stored = m->v + (j >> m->log_stride) * BLOCK_WORDS(m->r);
-	size_t word;
-
-	/* The kernel begins with the last block of 64 bytes; all of them are on their way before it runs. */
-	__builtin_prefetch(stored + BLOCK_WORDS(m->r) - SALSA_WORDS);
-	for (word = 0; word < BLOCK_WORDS(m->r) - SALSA_WORDS; word += SALSA_WORDS)
-		__builtin_prefetch(stored + word);
 
 	m->missing = (unsigned)(j & (((uint64_t)1 << m->log_stride) - 1));
 	if (m->missing > 0) {
@@ -308,6 +304,30 @@ set_step(struct group *group, size_t lane, const struct romix *m)
 	group->does |= (m->add != m->zero ? GROUP_ADDS : 0) | (m->copy != NULL ? GROUP_COPIES : 0) |
 	               (m->drops_x ? GROUP_DROPS : 0);
 	group->past_cache |= (unsigned)(m->past_cache != 0) << lane;
+}
+
+/*
+ * Let the blocks of V that the lanes add in their next step be on their way, in the order in which the kernel
+ * takes them: of every lane the last 64 bytes, then the first, and so on.  They are brought into the second-level
+ * cache: more of them can be under way there at once than into the first.
+ */
+static void
+prefetch_v(struct romix *const m[], size_t active)
+{
+	const uint32_t *from_v[MAX_LANES];
+	const size_t last = BLOCK_WORDS(m[0]->r) - SALSA_WORDS;
+	size_t count = 0, word, i;
+
+	for (i = 0; i < active; i++)
+		if (m[i]->add != m[i]->zero && m[i]->add != m[i]->saved)
+			from_v[count++] = m[i]->add;
+	if (count == 0)
+		return;
+	for (i = 0; i < count; i++)
+		__builtin_prefetch(from_v[i] + last, 0, 2);
+	for (word = 0; word < last; word += SALSA_WORDS)
+		for (i = 0; i < count; i++)
+			__builtin_prefetch(from_v[i] + word, 0, 2);
 }
 
 /* Where a lane's row lies in the first block of a group's x or y; in the others, as many blocks further. */
