@@ -38,7 +38,7 @@ OURS: dict[str, set[str]] = {
     "worker": {"worker", "archive", "kdf", "wire", "errors", "system_memory", "hardening"},
     "broker": {"broker", "wire", "errors", "waiting", "hardening"},
     "qubes": {"qubes", "broker", "wire", "errors", "owners", "waiting", "hardening", "report_file"},
-    "service": {"service", "qubes", "wire", "errors", "hardening"},
+    "dom0_service": {"dom0_service", "qubes", "wire", "errors", "hardening"},
     "client": {"client", "wire", "errors", "waiting", "hardening"},
     "cli": {"cli", "client", "wire", "errors", "hardening", "report_file", "__init__"},
     "local": {
@@ -60,7 +60,7 @@ LIBRARIES: dict[str, set[str]] = {
     "broker": {"pydantic"},
     "qubes": {"qubesadmin", "pydantic", "yaml"},
     "report_file": {"pydantic"},
-    "service": {"pydantic"},
+    "dom0_service": {"pydantic"},
     "cli": {"tqdm", "pydantic"},
     "manager": {"PyQt6", "pydantic", "qubesadmin", "qubesmanager"},
 }
@@ -351,7 +351,7 @@ def run_time_violations(loaded: dict[str, str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("command", ["local.command", "cli.qvm_restore", "service.program"])
+@pytest.mark.parametrize("command", ["local.command", "cli.qvm_restore", "dom0_service.program"])
 def test_a_command_runs_without_a_parser_in_memory(command: str) -> None:
     loaded = loaded_by(f"{PACKAGE}.{command}")
     assert f"{PACKAGE}.{command}" in loaded

@@ -28,8 +28,8 @@ run(sys.argv[0], run_name="__main__")
         (f"{REPOSITORY}/bin/qvm-backup-restore", "qvm-backup-restore"),
         (f"{REPOSITORY}/bin/qubes-restore-manager", "qubes-restore-manager"),
         ("qubes_restore_svc", "qubes-restore-svc"),
-        ("qubes_restore_svc.service", "qubes-restore-svc"),
-        ("qubes_restore_svc.service.local", "qubes-restore-svc"),
+        ("qubes_restore_svc.dom0_service", "qubes-restore-svc"),
+        ("qubes_restore_svc.dom0_service.child", "qubes-restore-svc"),
         ("qubes_restore_svc.worker", "qubes-restore-worker"),
     ],
 )

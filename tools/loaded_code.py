@@ -20,8 +20,8 @@ PACKAGE = "qubes_restore_svc"
 #: The programs, each with the modules that it begins with.
 PROGRAMS = {
     "dom0: command": ("cli.qvm_backup_restore",),
-    "dom0: service": ("service.__main__", "service.local"),
-    "dom0: command and service": ("cli.qvm_backup_restore", "service.__main__", "service.local"),
+    "dom0: service": ("dom0_service.__main__", "dom0_service.child"),
+    "dom0: command and service": ("cli.qvm_backup_restore", "dom0_service.__main__", "dom0_service.child"),
     "dom0: dialog": ("manager.launcher",),
     "worker": ("worker.__main__",),
     "any machine: command": ("__main__",),

@@ -35,8 +35,8 @@ QUBESD_SOCKET = Path("/var/run/qubesd.sock")
 GRANTS = "/etc/qubes/policy.d/include/qubes-restore-svc"
 
 #: The service's own program, for dom0. -I: neither environment nor working directory decides what it is.
-SERVICE_PROGRAM = (sys.executable, "-I", "-m", "qubes_restore_svc.service.local")
-_SERVICE_FILE = Path(__file__).parents[1] / "service" / "local.py"
+SERVICE_PROGRAM = (sys.executable, "-I", "-m", "qubes_restore_svc.dom0_service.child")
+_SERVICE_FILE = Path(__file__).parents[1] / "dom0_service" / "child.py"
 
 
 #: Seconds that a qrexec call may take to end by itself; dom0 knows that it is closed, however it ends.

@@ -20,7 +20,7 @@ if test -e {folder}/refused; then
     echo "Request refused" >&2
     exit "$(cat {folder}/refused)"
 fi
-QREXEC_REMOTE_DOMAIN=sys-gui exec {python} -m tests.service.driver {folder} threads remote "$2"
+QREXEC_REMOTE_DOMAIN=sys-gui exec {python} -m tests.dom0_service.driver {folder} threads remote "$2"
 """
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.parts import NO_WORKER
+from tests.dom0_service.parts import NO_WORKER
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.fixtures import REPOSITORY
 from tests.system.support import costly_backup, passphrase_file, small_backup

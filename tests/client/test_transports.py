@@ -274,7 +274,7 @@ async def test_where_dom0s_service_is_not_installed_it_is_said(
 
 async def test_the_program_of_dom0_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transports, "QUBESD_SOCKET", tmp_path)
-    assert (Path(transports.__file__).parents[1] / "service" / "local.py").exists()
+    assert (Path(transports.__file__).parents[1] / "dom0_service" / "child.py").exists()
     with contextlib.suppress(RestoreError):
         connection = await system_transport().connect("restore.List")
         await connection.close()

@@ -24,11 +24,11 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
 from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
 from qubes_restore_svc.wire.report import Report
+from tests.dom0_service.support import frame, open_message
 from tests.emulation.dom0 import Dom0, wait_until
 from tests.emulation.domain import REPOSITORY
 from tests.emulation.emulated import EmulatedQubes
 from tests.emulation.snapshot import Snapshot
-from tests.service.support import frame, open_message
 from tests.support.backup_writer import PASSPHRASE, BackupWriter, ImagePlan, QubePlan
 from tests.support.wire import from_dom0, parsed
 from tests.system.support import offsets

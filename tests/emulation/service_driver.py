@@ -7,9 +7,9 @@ in dom0 starts. All of it is real but the places of configuration, locks and dom
 import sys
 from pathlib import Path
 
+from qubes_restore_svc.dom0_service.program import carry_out, handed_over, main, service_of
 from qubes_restore_svc.qubes.dom0_restore import Places
 from qubes_restore_svc.qubes.grants import DOM0
-from qubes_restore_svc.service.program import carry_out, handed_over, main, service_of
 
 
 def places(folder: Path) -> Places:

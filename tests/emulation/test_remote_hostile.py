@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.wire.models import ErrorInfo
+from tests.dom0_service.support import frame
 from tests.emulation.remote_bench import (
     GUI,
     LIST,
@@ -20,7 +21,6 @@ from tests.emulation.remote_bench import (
     open_remote,
     two_qubes,
 )
-from tests.service.support import frame
 
 BACKUP = Path("/backup")
 CONFIRM: Json = {"type": "confirm", "plan": 1}

@@ -78,9 +78,9 @@ MODULES = {
     "common": code("", "client", "wire") | {"py.typed"},
     "tools": code("cli"),
     "manager": code("manager"),
-    "dom0": code("broker", "qubes", "service"),
+    "dom0": code("broker", "qubes", "dom0_service"),
     "vm": code("archive", "kdf", "worker"),
-    "": code("", *(FOLDERS - {"manager", "qubes", "service"})) | {"__main__.py", "py.typed"},
+    "": code("", *(FOLDERS - {"manager", "qubes", "dom0_service"})) | {"__main__.py", "py.typed"},
 }
 #: Those that are installed in dom0; a GUI domain has no "dom0".
 FOR_DOM0 = ("common", "tools", "manager", "dom0")
@@ -297,7 +297,7 @@ def test_a_service_of_dom0_runs_its_program_and_passes_nothing_of_the_callers(
     first, *lines = (rpms["dom0"].root / path.lstrip("/")).read_text().splitlines()
     assert first == "#!/bin/sh"
     commands = [line for line in lines if not line.startswith("#")]
-    assert commands == [f"exec /usr/bin/python3 -I -m qubes_restore_svc.service {name}"]
+    assert commands == [f"exec /usr/bin/python3 -I -m qubes_restore_svc.dom0_service {name}"]
 
 
 def test_the_services_of_dom0_run_as_whom_qrexec_runs_them(rpms: Packages) -> None:

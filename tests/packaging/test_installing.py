@@ -89,7 +89,7 @@ def test_what_a_caller_says_does_not_reach_the_command_line_of_a_service(
 ) -> None:
     system.install(rpms["common"], rpms["dom0"])
     system.run(f"/etc/qubes-rpc/{name}", *arguments)
-    assert system.calls() == [f"python3 -I -m qubes_restore_svc.service {name}"]
+    assert system.calls() == [f"python3 -I -m qubes_restore_svc.dom0_service {name}"]
 
 
 # --- dom0 and GUI domains ------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_a_service_that_is_not_called_by_qrexec_does_nothing(
     rpms: Packages, tmp_path: Path, name: str
 ) -> None:
     site = together([rpms["common"], rpms["tools"], rpms["dom0"]], tmp_path)
-    done = run_python("-m", "qubes_restore_svc.service", name, path=[site, STANDIN])
+    done = run_python("-m", "qubes_restore_svc.dom0_service", name, path=[site, STANDIN])
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr and "Traceback" not in done.stderr
 

@@ -180,16 +180,16 @@ _ROWS = (
     ),
     # The command in dom0 and its service
     (
-        "service/program.py",
+        "dom0_service/program.py",
         "            if name not in named or int(number) <= 2:\n                raise ValueError(name)\n",
         "",
-        "tests/service/test_program.py",
+        "tests/dom0_service/test_program.py",
     ),
     (
-        "service/call.py",
+        "dom0_service/call.py",
         "            await restore.check(request.choice.pool)\n",
         "",
-        "tests/service/test_program.py",
+        "tests/dom0_service/test_program.py",
     ),
     (
         "cli/qvm_review.py",
@@ -243,10 +243,10 @@ _ROWS = (
     ("wire/models.py", "strict=True, frozen=True", "strict=False, frozen=True", "tests/wire"),
     ("wire/models.py", "if size > kind.max_size:", "if False:", "tests/wire"),
     (
-        "service/conversation.py",
+        "dom0_service/conversation.py",
         "        if self.ended is not None:\n            return\n",
         "",
-        "tests/service/test_hostile_client.py -k nonsense",
+        "tests/dom0_service/test_hostile_client.py -k nonsense",
     ),
     ("wire/volume.py", "if untrusted_offset < self._position:", "if False:", "tests/wire/test_volume.py"),
     (

@@ -25,6 +25,7 @@ from typing import Protocol
 
 from pydantic import SecretStr
 
+from qubes_restore_svc.dom0_service.conversation import Conversation, Final
 from qubes_restore_svc.errors import (
     BadConfiguration,
     Cancelled,
@@ -38,7 +39,6 @@ from qubes_restore_svc.qubes.backup_source import Dom0File, Location
 from qubes_restore_svc.qubes.config import Config, load_config
 from qubes_restore_svc.qubes.dom0_restore import PLACES, Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.grants import DOM0, Rights
-from qubes_restore_svc.service.conversation import Conversation, Final
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE, strip_control

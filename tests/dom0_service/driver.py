@@ -1,4 +1,4 @@
-"""`python -m tests.service.driver FOLDER remote|local SERVICE`: the service, with its files in FOLDER.
+"""`python -m tests.dom0_service.driver FOLDER remote|local SERVICE`: the service, with its files in FOLDER.
 
 All of it is real but the places of configuration, locks and dom0's home. With `threads` after FOLDER, the
 worker is a thread and the host a directory (see `parts`).
@@ -7,10 +7,10 @@ worker is a thread and the host a directory (see `parts`).
 import sys
 from pathlib import Path
 
+from qubes_restore_svc.dom0_service.call import Assemble
+from qubes_restore_svc.dom0_service.program import carry_out, handed_over, main, service_of
 from qubes_restore_svc.qubes.dom0_restore import dom0_restore
 from qubes_restore_svc.qubes.grants import DOM0
-from qubes_restore_svc.service.call import Assemble
-from qubes_restore_svc.service.program import carry_out, handed_over, main, service_of
 
 from .parts import Parts, places
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from qubes_restore_svc.dom0_service import conversation as module
+from qubes_restore_svc.dom0_service.conversation import Channel
 from qubes_restore_svc.errors import HostFailed
-from qubes_restore_svc.service import conversation as module
-from qubes_restore_svc.service.conversation import Channel
 from qubes_restore_svc.wire.messages import Cancel, Log, Progress
 from tests.support.wire import framed
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.dom0_service.program import caller_of, main
 from qubes_restore_svc.errors import UsageError
-from qubes_restore_svc.service.program import caller_of, main
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import Report
 from tests.support.backup_writer import PASSPHRASE
@@ -63,7 +63,7 @@ def start(
 ) -> "subprocess.Popen[bytes]":
     bare = {name: value for name, value in os.environ.items() if not name.startswith("QREXEC_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.service.driver", str(bed.folder), "threads", *words],
+        [sys.executable, "-m", "tests.dom0_service.driver", str(bed.folder), "threads", *words],
         env={**bare, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -233,7 +233,7 @@ async def test_what_stands_for_the_backup_that_is_handed_over_is_nothing_to_a_qu
 def test_no_service_of_qrexec_starts_the_program_with_all_rights() -> None:
     for path in (REPOSITORY / "qubes-rpc").iterdir():
         (line,) = [line for line in path.read_text().splitlines() if line.startswith("exec")]
-        assert line == f"exec /usr/bin/python3 -I -m qubes_restore_svc.service {path.name}"
+        assert line == f"exec /usr/bin/python3 -I -m qubes_restore_svc.dom0_service {path.name}"
     entry = (REPOSITORY / "qubes_restore_svc" / "service" / "__main__.py").read_text()
     assert "import main\n    main(sys.argv[1:])" in entry
     assert not re.search(r"local|handed|DOM0", entry + inspect.getsource(main))
@@ -271,7 +271,7 @@ def test_a_client_that_is_gone_leaves_status_1_and_no_traceback(bed: Bed) -> Non
 def test_a_file_for_standard_input_is_no_call(bed: Bed) -> None:
     with open(os.devnull, "r+b") as nothing:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.service.driver", str(bed.folder), "local", "restore.List"],
+            [sys.executable, "-m", "tests.dom0_service.driver", str(bed.folder), "local", "restore.List"],
             stdin=nothing, stdout=nothing, stderr=subprocess.PIPE, cwd=REPOSITORY, check=False, timeout=30,
         )  # fmt: skip
     assert done.returncode == 1
@@ -282,8 +282,8 @@ def test_a_file_for_standard_input_is_no_call(bed: Bed) -> None:
 _CHATTERBOX = """
 import os, subprocess, sys
 from pathlib import Path
-from qubes_restore_svc.service.program import carry_out
-from tests.service.parts import Parts, places
+from qubes_restore_svc.dom0_service.program import carry_out
+from tests.dom0_service.parts import Parts, places
 
 class Loud(Parts):
     def __call__(self, *arguments, **keywords):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.dom0_service import conversation
 from qubes_restore_svc.errors import ProtocolViolation
-from qubes_restore_svc.service import conversation
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel
 from qubes_restore_svc.wire.models import ErrorInfo

@@ -1,4 +1,4 @@
-"""`python -m qubes_restore_svc.service.local SERVICE [archive=FD] [passphrase=FD]`: for programs of dom0.
+"""`python -m qubes_restore_svc.dom0_service.child SERVICE [archive=FD] [passphrase=FD]`: for dom0's programs.
 
 The same service, with all rights, for whoever starts it as a child and hands descriptors over. A module of
 its own, which no qrexec service starts: nothing that a caller says can lead here.
@@ -10,6 +10,6 @@ from qubes_restore_svc.hardening import loading
 
 if __name__ == "__main__":
     with loading("qubes-restore-svc"):
+        from qubes_restore_svc.dom0_service.program import carry_out, handed_over, service_of
         from qubes_restore_svc.qubes.grants import DOM0
-        from qubes_restore_svc.service.program import carry_out, handed_over, service_of
     carry_out(service_of(sys.argv[1:2]), DOM0, handed=handed_over(sys.argv[2:]))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from qubes_restore_svc.service.call import Call
+from qubes_restore_svc.dom0_service.call import Call
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Log, Progress
 from qubes_restore_svc.wire.qrexec_call import START

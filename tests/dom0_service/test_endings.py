@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qubes_restore_svc.service import conversation
+from qubes_restore_svc.dom0_service import conversation
 from qubes_restore_svc.wire import restore_call as c
 from tests.support.descriptors import open_descriptors, until_closed
 

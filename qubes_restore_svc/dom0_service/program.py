@@ -23,11 +23,11 @@ from typing import Never
 
 from pydantic import TypeAdapter, ValidationError
 
+from qubes_restore_svc.dom0_service.call import NOTHING, Assemble, Call, HandedOver
 from qubes_restore_svc.errors import ExitStatus, UsageError, unforeseen
 from qubes_restore_svc.hardening import close_read, prepare_process
 from qubes_restore_svc.qubes.dom0_restore import PLACES, Places, dom0_restore
 from qubes_restore_svc.qubes.grants import DOM0, MODES
-from qubes_restore_svc.service.call import NOTHING, Assemble, Call, HandedOver
 from qubes_restore_svc.wire.names import QubeName, strip_control
 
 _QUBE: TypeAdapter[str] = TypeAdapter(QubeName)
@@ -48,7 +48,7 @@ def main(words: Sequence[str], places: Places = PLACES, assemble: Assemble = dom
 def caller_of(environment: Mapping[str, str]) -> str:
     """The domain that calls. Raises UsageError if that is not known, or if the call has an argument.
 
-    dom0 is none: its programs start the service themselves (see `local`).
+    dom0 is none: its programs start the service themselves (see `child`).
     """
     try:
         caller = _QUBE.validate_python(environment.get("QREXEC_REMOTE_DOMAIN", ""))
