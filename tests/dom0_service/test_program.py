@@ -234,9 +234,9 @@ def test_no_service_of_qrexec_starts_the_program_with_all_rights() -> None:
     for path in (REPOSITORY / "qubes-rpc").iterdir():
         (line,) = [line for line in path.read_text().splitlines() if line.startswith("exec")]
         assert line == f"exec /usr/bin/python3 -I -m qubes_restore_svc.dom0_service {path.name}"
-    entry = (REPOSITORY / "qubes_restore_svc" / "service" / "__main__.py").read_text()
+    entry = (REPOSITORY / "qubes_restore_svc" / "dom0_service" / "__main__.py").read_text()
     assert "import main\n    main(sys.argv[1:])" in entry
-    assert not re.search(r"local|handed|DOM0", entry + inspect.getsource(main))
+    assert not re.search(r"child|handed|DOM0", entry + inspect.getsource(main))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
