@@ -4,6 +4,7 @@ A shell without job control starts what runs in the background with SIGINT ignor
 with SIGHUP; every child inherits it, and a command that was told to ignore Ctrl-C rightly does so.
 """
 
+import gc
 import signal
 
 for _number, _handler in (
@@ -13,3 +14,9 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+def pytest_collection_finish() -> None:
+    """Twelve thousand tests are a lot of objects: no collection of garbage is to look through them again."""
+    gc.collect()
+    gc.freeze()

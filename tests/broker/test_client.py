@@ -199,7 +199,7 @@ async def test_skips_and_cancels_are_sent_while_there_is_somebody_to_hear_them()
 async def test_leaving_does_not_wait_for_a_worker_that_takes_nothing() -> None:
     keys = tuple(f"{n:064}" for n in range(4000))
     link = FakeLink(honest((WORK,)).until(2), deaf=True)
-    async with asyncio.timeout(3), link:
+    async with asyncio.timeout(30), link:
         async with SessionClient(link, 0.1) as client:
             await opened(client)
             with pytest.raises(WorkerStalled, match="takes no messages"):

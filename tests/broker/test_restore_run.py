@@ -207,7 +207,7 @@ def test_a_mistake_of_ours_is_not_hidden_but_cleaned_up(
     if call.startswith("write"):
         script = script.until(script.find("volume_done", "vm2", call.split()[1].split("/")[1]))
     with pytest.raises(mistake, match="oops"):
-        run(script, target, host=troubled(target, {call: make}), heartbeat_s=0.05, limit_s=2)
+        run(script, target, host=troubled(target, {call: make}), heartbeat_s=0.05)
     assert not target.exists()
 
 
@@ -218,7 +218,7 @@ def test_a_mistake_of_ours_is_not_hidden_but_cleaned_up(
 def test_a_worker_that_is_killed_leaves_what_was_finished_and_nothing_else(target: Path, place: str) -> None:
     script = honest(QUBES)
     at = script.find(place) if place == "finished" else script.find(place, "vm2")
-    outcome = run(script.until(at, Die()), target, limit_s=2)
+    outcome = run(script.until(at, Die()), target)
     done = QUBES if place == "finished" else (WORK,)
     check_restored(target, *done)
     assert outcome.error == "worker-lost: the worker was killed (SIGKILL)"
@@ -232,7 +232,7 @@ def test_a_worker_that_is_killed_leaves_what_was_finished_and_nothing_else(targe
 @pytest.mark.parametrize("place", ["stream", "volume_done"])
 def test_a_worker_that_is_killed_in_the_first_qube_leaves_nothing(target: Path, place: str) -> None:
     script = honest(QUBES)
-    outcome = run(script.until(script.find(place), Die()), target, limit_s=2)
+    outcome = run(script.until(script.find(place), Die()), target)
     assert outcome.status == 1
     assert not target.exists()
     assert outcome.qube("work").volumes[0].outcome == ("failed" if place == "volume_done" else "not reached")
@@ -242,7 +242,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_large_volume(target: Path) -> Non
     script = honest((LARGE,))
     step = LARGE.volumes["root"].stream[: 2 << 20]
     cut = script.streaming("vm2", "root", step)
-    outcome = run(cut.until(cut.find("volume_done"), Die()), target, limit_s=2)
+    outcome = run(cut.until(cut.find("volume_done"), Die()), target)
     assert outcome.error.startswith("worker-lost")
     assert not target.exists()
 
@@ -250,7 +250,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_large_volume(target: Path) -> Non
 def test_a_full_disk_stays_the_reason_when_the_worker_dies_meanwhile(target: Path) -> None:
     script = honest(QUBES)
     script = script.until(script.find("volume_done", "vm2", "root"), Pause(0.1), Die())
-    outcome = run(script, target, host=troubled(target, {"write vault/root 1": fails()}), limit_s=2)
+    outcome = run(script, target, host=troubled(target, {"write vault/root 1": fails()}))
     check_restored(target, WORK)
     assert outcome.error.startswith("worker-lost")
     vault = outcome.qube("vault")

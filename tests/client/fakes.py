@@ -19,7 +19,7 @@ from tests.support.reports import NOON
 from tests.support.wire import framed, from_client, heard
 
 PASSPHRASE = "correct horse battery staple"
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 QUBE = c.PlanQube(key="vm1", name="work", klass="AppVM", label="red", decision="take", new_name="work")
 OTHER = c.PlanQube(

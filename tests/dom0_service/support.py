@@ -26,7 +26,7 @@ from tests.support.wire import from_dom0, parsed
 
 from .parts import CALLER, Parts, places
 
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 Json = dict[str, object]
 _Answer = TypeVar("_Answer", c.Plan, c.VolumeStarted, c.Refused, Report)

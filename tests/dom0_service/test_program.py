@@ -99,7 +99,7 @@ def test_a_verification_from_a_qube(bed: Bed) -> None:
     while not isinstance(answers[-1], Report):
         answers.append(hear(process))
     assert answers[-1].status == 0
-    rest, errors = process.communicate(timeout=15)
+    rest, errors = process.communicate(timeout=60)
     assert (process.returncode, rest) == (0, b"")
     assert errors.decode().splitlines() == [
         "restore.Verify for sys-gui: verify of a backup in sys-gui",
@@ -129,7 +129,7 @@ def test_what_cannot_be_a_call_ends_with_a_line(
     bed: Bed, words: list[str], environment: dict[str, str], status: int, line: str
 ) -> None:
     process = start(bed, words, environment)
-    answer, errors = process.communicate(frame(open_message(bed.backup)), timeout=15)
+    answer, errors = process.communicate(frame(open_message(bed.backup)), timeout=60)
     assert (process.returncode, answer, errors.decode()) == (status, b"", f"{line}\n")
     assert not bed.parts.target.exists()
 
@@ -143,7 +143,7 @@ def test_a_program_of_dom0_has_all_rights_whatever_the_environment_says(bed: Bed
     while not isinstance(answer := hear(process), Report):
         pass
     assert answer.status == 0
-    _, errors = process.communicate(timeout=15)
+    _, errors = process.communicate(timeout=60)
     assert "restore of a backup in dom0" in errors.decode()
     assert bed.restored == ["vault"]
 
@@ -152,7 +152,7 @@ def test_a_program_of_dom0_has_all_rights_whatever_the_environment_says(bed: Bed
 def handing_over(bed: Bed) -> "Iterator[tuple[subprocess.Popen[bytes], socket.socket]]":
     """The program with the backup and the socket for the passphrase, of which this is the other end."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(15)
+    ours.settimeout(60)
     with bed.backup.open("rb") as backup, ours, theirs:
         fds = (backup.fileno(), theirs.fileno())
         words = ["local", "restore.Verify", f"archive={fds[0]}", f"passphrase={fds[1]}"]
@@ -163,7 +163,7 @@ def handing_over(bed: Bed) -> "Iterator[tuple[subprocess.Popen[bytes], socket.so
         patience.start()
         try:
             yield process, ours
-            process.communicate(timeout=15)
+            process.communicate(timeout=60)
         finally:
             patience.cancel()
             process.kill()
@@ -248,7 +248,7 @@ def test_a_signal_ends_the_call_in_good_order(bed: Bed, number: signal.Signals) 
     while not isinstance(answer := hear(process), c.Refused):
         pass
     assert answer.error.reason == "dom0 ended it"
-    process.communicate(timeout=15)
+    process.communicate(timeout=60)
     assert process.returncode == 0
     bed.check_nothing_is_left()
 
@@ -309,7 +309,7 @@ def test_nothing_but_the_protocol_is_on_standard_output_or_read_from_standard_in
         ours.sendall(frame(open_message(bed.backup, "list")))
         with ours.makefile("rb") as stream:
             said = stream.read()
-        _, errors = process.communicate(timeout=15)
+        _, errors = process.communicate(timeout=60)
     assert b"from " not in said
     for words in (b"from the interpreter", b"from below", b"from a child"):
         assert words in errors
@@ -328,6 +328,6 @@ def test_the_passphrase_is_in_no_command_line_and_no_core_dump(bed: Bed) -> None
         line.split()[:6] == ["Max", "core", "file", "size", "0", "0"] for line in limits
     )
     say(process, {"type": "cancel"})
-    _, errors = process.communicate(timeout=15)
+    _, errors = process.communicate(timeout=60)
     assert PASSPHRASE not in errors.decode()
     assert PASSPHRASE not in json.dumps(bed.reports)

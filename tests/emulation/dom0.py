@@ -18,7 +18,7 @@ LOCATIONS: tuple[LocationKind, ...] = ("dom0", "path", "command", "service")
 STORAGE = "sys-usb"
 TEMPLATE = "fedora-41-xfce"
 #: Seconds in which whatever must happen happens, however slow the machine is.
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 
 class Dom0:

@@ -22,6 +22,9 @@ from tests.support.fixtures import REPOSITORY
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
+#: Seconds after which what should have happened did not.
+PATIENCE_S = 60.0
+
 READY = """
 import ctypes, errno, fcntl, json, mmap, os, signal, socket, sys, threading, time
 calls = socket.socket(fileno=int(sys.argv[sys.argv.index('--calls-fd') + 1]))
@@ -98,7 +101,7 @@ async def inside(link: LocalLink, text: str) -> object:
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
     answer = await asyncio.to_thread(converse)
-    assert answer, f"the probe failed: {await asyncio.wait_for(link.wait_gone(), 5)}"
+    assert answer, f"the probe failed: {await asyncio.wait_for(link.wait_gone(), PATIENCE_S)}"
     result: object = json.loads(answer)
     return result
 

@@ -24,6 +24,7 @@ from qubes_restore_svc.system_memory import MemoryRoom
 from tests.local.probes import (
     ACCEPT,
     INTERPRETER,
+    PATIENCE_S,
     READY,
     SLEEPER,
     UNFILTERED,
@@ -69,8 +70,8 @@ def _descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
-def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    end = time.monotonic() + timeout_s
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > end:
             return False
@@ -148,7 +149,7 @@ async def test_without_a_sandbox_environment_and_terminal_are_still_not_passed_o
 async def test_a_call_to_a_worker_that_is_gone_is_an_error(archive_fd: int, sandbox: bool) -> None:
     command = program(READY, "os._exit(0)")
     async with LocalLink(archive_fd, sandbox=sandbox, command=command) as link:
-        await asyncio.wait_for(link.wait_gone(), 5)
+        await asyncio.wait_for(link.wait_gone(), PATIENCE_S)
         with pytest.raises(WorkerLost, match="cannot be called"):
             await link.call("restore.Session")
     with pytest.raises(WorkerLost, match="not running"):
@@ -187,7 +188,7 @@ async def test_a_link_that_was_not_entered_cannot_be_called(archive_fd: int) -> 
 async def test_the_end_of_a_worker_is_told_with_its_last_words(archive_fd: int, sandbox: bool) -> None:
     command = program(READY, r"sys.stderr.write('first\nlast \x1b[2J\u202ewords\n\n')", "sys.exit(7)")
     async with LocalLink(archive_fd, sandbox=sandbox, command=command) as link:
-        text = await asyncio.wait_for(link.wait_gone(), 5)
+        text = await asyncio.wait_for(link.wait_gone(), PATIENCE_S)
     assert text == "the worker ended with status 7: last \ufffd[2J\ufffdwords"
     assert await link.wait_gone() == text
 
@@ -206,7 +207,7 @@ async def test_the_signal_that_killed_a_worker_is_told(
     # A fault, and not kill(): the first processes of a process namespace are protected from those.
     deed = f"os.kill(os.getpid(), {int(number)})"
     async with LocalLink(archive_fd, sandbox=sandbox, command=program(READY, deed)) as link:
-        assert await asyncio.wait_for(link.wait_gone(), 5) == words
+        assert await asyncio.wait_for(link.wait_gone(), PATIENCE_S) == words
 
 
 @both_ways
@@ -215,7 +216,7 @@ async def test_a_worker_that_floods_standard_error_neither_blocks_nor_fills_memo
 ) -> None:
     flood = "sys.stderr.write('x' * (8 << 20)); sys.stderr.flush(); os._exit(0)"
     async with LocalLink(archive_fd, sandbox=sandbox, command=program(READY, flood)) as link:
-        text = await asyncio.wait_for(link.wait_gone(), 10)
+        text = await asyncio.wait_for(link.wait_gone(), PATIENCE_S)
         assert len(text) < 400
         assert link._worker is not None and link._worker._stderr is not None
         assert len(link._worker._stderr.content) == 4096
@@ -286,11 +287,11 @@ async def test_a_bubblewrap_that_is_killed_leaves_no_child_and_nobody_waits_for_
     ours = f"time.sleep({3600 + os.getpid()})"  # other tests, that run beside this one, sleep as well
     _install_bubblewrap(tmp_path, f"{sys.executable} -c 'import time; {ours}' & kill -9 $$", monkeypatch)
     with pytest.raises(SandboxUnavailable):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             async with LocalLink(archive_fd, command=SLEEPER):
                 pass
     assert descendants() == []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while processes_with(ours):  # it was killed; the kernel takes a moment
             await asyncio.sleep(0.01)
 
@@ -381,7 +382,7 @@ async def test_what_a_worker_must_not_have_is_refused_as_archive(tmp_path: Path,
 
 
 @both_ways
-async def test_leaving_ends_the_most_stubborn_worker_within_a_second(
+async def test_leaving_ends_the_most_stubborn_worker_at_once(
     archive_fd: int, sandbox: bool, mark: str
 ) -> None:
     before = _descriptors()
@@ -390,7 +391,7 @@ async def test_leaving_ends_the_most_stubborn_worker_within_a_second(
     ) as link:
         assert processes_with(mark)
         started = time.monotonic()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < PATIENCE_S / 10
     assert processes_with(mark) == [] and descendants() == []
     assert _descriptors() == before
     assert await link.wait_gone() == "the worker was ended"
@@ -401,7 +402,7 @@ async def test_processes_that_a_worker_started_and_left_end_with_it(archive_fd: 
     fork = "os.fork(); os.fork(); os.setsid() if os.getpid() != 2 else None"
     command = program(READY.replace("calls.send", f"{fork}\ncalls.send"), STUBBORN, f"# {mark}")
     async with LocalLink(archive_fd, command=command):
-        assert _wait_until(lambda: len(processes_with(mark)) >= 4, 5)
+        assert _wait_until(lambda: len(processes_with(mark)) >= 4)
     assert processes_with(mark) == []
 
 
@@ -410,7 +411,7 @@ async def test_processes_that_outlive_the_worker_end_with_the_link(archive_fd: i
     # Its memory takes the kernel a while to free.
     leave = "if os.fork():\n    os._exit(0)\nballast = bytearray(400 << 20)"
     async with LocalLink(archive_fd, command=program(READY, leave, STUBBORN, f"# {mark}")) as link:
-        await asyncio.wait_for(link.wait_gone(), 5)
+        await asyncio.wait_for(link.wait_gone(), PATIENCE_S)
     assert processes_with(mark) == []
 
 
@@ -479,7 +480,7 @@ def test_nothing_is_left_when_the_broker_is_killed(mode: str, deed: str, tmp_pat
         assert len(processes_with(mark)) > 1
         broker.kill()
         broker.wait()
-        assert _wait_until(lambda: processes_with(mark) == [], 2)
+        assert _wait_until(lambda: processes_with(mark) == [])
 
 
 @needs_bubblewrap
@@ -496,10 +497,10 @@ def test_nothing_is_left_when_the_broker_is_killed_during_the_start(
         command[-1] = f"import time; time.sleep(0.5)\n{command[-1]}"
         begun = 4  # … the first process in the sandbox, and the worker
     with _start_broker("sandbox", command, tmp_path / "backup") as broker:
-        assert _wait_until(lambda: len(processes_with(mark)) >= begun, 10)
+        assert _wait_until(lambda: len(processes_with(mark)) >= begun)
         broker.kill()
         broker.wait()
-        assert _wait_until(lambda: processes_with(mark) == [], 5)
+        assert _wait_until(lambda: processes_with(mark) == [])
 
 
 async def test_errors_of_the_link_are_errors_that_a_person_can_read(

@@ -19,7 +19,7 @@ from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 
 TEMPLATE = "restore-dvm"
 STORAGE = "sys-usb"
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 #: What a worker does, by service: it is ready, and repeats what it gets.
 WORKER = {

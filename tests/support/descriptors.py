@@ -10,7 +10,7 @@ import os
 
 Descriptors = frozenset[tuple[str, str]]
 
-_PATIENCE_S = 15.0
+_PATIENCE_S = 60.0
 
 
 def open_descriptors() -> Descriptors:

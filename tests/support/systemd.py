@@ -13,7 +13,7 @@ import pytest
 
 _SYSTEMD = Path("/usr/lib/systemd/systemd")
 _NAMESPACES = ("--mount", "--pid", "--mount-proc", "--ipc", "--uts", "--net", "--cgroup")
-_TIMEOUT_S = 20
+_TIMEOUT_S = 60
 #: The topmost control groups that a systemd makes.
 _GROUPS = frozenset({"init.scope", "system.slice"})
 

@@ -67,7 +67,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     finally:
         holder.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            holder.communicate(timeout=5)
+            holder.communicate(timeout=30)
 
 
 def extract(disk: Disk, backup: Path, tmp_path: Path, *options: str) -> Outcome:

@@ -33,7 +33,7 @@ from ..support.backup_writer import PASSPHRASE
 
 MIB = 1 << 20
 #: Seconds after which something that should have ended counts as hanging.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Hanging(AssertionError):

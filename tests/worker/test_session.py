@@ -382,7 +382,7 @@ async def test_the_session_ends_at_once_whenever_the_broker_wants(stage: str, ho
                 peer.writer.close()
             else:
                 peer.say(m.Cancel())
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(PATIENCE_S / 4):
                 await caller.ended()
             if how == "cancel":
                 messages = await peer.rest()
@@ -401,7 +401,7 @@ async def test_a_broker_that_does_not_read_and_cancels_is_not_waited_for() -> No
         await asyncio.sleep(0.1)
         peer.say(m.Cancel())
         peer.writer.transport.abort()  # as the broker does right after it
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_S / 4):
             await caller.ended()
 
 
@@ -423,7 +423,7 @@ async def test_a_broker_that_has_much_to_read_and_does_not_is_not_waited_for_eit
         peer.say(m.Start(mode="verify", keys=tuple(f"vm{number}" for number in range(10, 40))))
         await stuck(caller.engine)
         peer.say(m.Cancel())
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_S / 4):
             await caller.ended()
 
 
