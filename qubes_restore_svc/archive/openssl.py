@@ -1,8 +1,8 @@
 """What `openssl dgst -hmac` and `openssl enc` wrote, in backups of format 3 (Qubes R2 to R3.2).
 
 Strategy: a piece of the backup is stored with a second member behind it, the line that `openssl dgst`
-printed over the piece. `VerifiedPiece` is the only way to the content of a piece, and to make one is to
-check that line. The pieces of one file are together one stream of `openssl enc`; `decrypt` reads it as a
+printed over the piece. `open_piece` is the only way to the content of a piece, and checks that line. The
+pieces of one file are together one stream of `openssl enc`; `decrypt` reads it as a
 generator, so nothing of it is there before the pieces that it needs are verified.
 
 The MAC is an HMAC whose key is the passphrase itself. It binds neither the name of a piece nor its place.
@@ -37,7 +37,6 @@ _LINE = re.compile(rb"(?:[\x20-\x7e]* )?([0-9A-Fa-f]{2,256})\r?\n?")
 _BLOCK = 16  # bytes, of AES
 _SALTED = b"Salted__"
 _SALT_SIZE = 8
-_PIECE_SIZE = 1 << 20  # bytes that are decrypted at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +101,18 @@ def parse_mac(untrusted_line: Buffer, digest: str | None = None) -> PieceMac:
     return PieceMac(found, bytes.fromhex(match[1].decode("ascii")))
 
 
-class VerifiedPiece:
-    """A piece of the backup whose MAC has been checked; to make one is to check it.
+def open_piece(untrusted_piece: Buffer, mac: PieceMac, passphrase: bytes) -> memoryview:
+    """The content of a piece as it was stored: a view of the caller's buffer, once its MAC has been checked.
 
-    Invariant: no content is parsed before its MAC has been checked. It keeps a view of the caller's buffer,
-    not a copy: the buffer must stay as it is for as long as the content is being read. Raises
-    AuthenticationFailed if the MAC is that of other content.
+    Raises AuthenticationFailed if the MAC is that of other content.
     """
-
-    __slots__ = ("_content",)
-
-    def __init__(self, untrusted_piece: Buffer, mac: PieceMac, passphrase: bytes) -> None:
-        expected = hmac.new(passphrase, untrusted_piece, mac.digest).digest()
-        if not hmac.compare_digest(expected, mac.value):
-            raise AuthenticationFailed("its content is not what was written (wrong MAC)")
-        self._content = memoryview(untrusted_piece)
-
-    def plaintext(self, piece_size: int = _PIECE_SIZE) -> Iterator[bytes]:
-        """The content as it was stored, in pieces of `piece_size` bytes, the last one shorter."""
-        for start in range(0, len(self._content), piece_size):
-            yield bytes(self._content[start : start + piece_size])
+    expected = hmac.new(passphrase, untrusted_piece, mac.digest).digest()
+    if not hmac.compare_digest(expected, mac.value):
+        raise AuthenticationFailed("its content is not what was written (wrong MAC)")
+    return memoryview(untrusted_piece).toreadonly()
 
 
-def decrypt(pieces: Iterable[bytes], cipher: StreamCipher, passphrase: bytes) -> Iterator[bytes]:
+def decrypt(pieces: Iterable[Buffer], cipher: StreamCipher, passphrase: bytes) -> Iterator[bytes]:
     """The plaintext of one `openssl enc` stream, whose bytes come in `pieces`, cut anywhere.
 
     Raises BadContainer if the stream does not begin like one, or does not end with a last block: pieces of

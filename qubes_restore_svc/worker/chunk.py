@@ -19,12 +19,11 @@ from qubes_restore_svc.archive.container import (
     HEAD_SIZE,
     OVERHEAD,
     ContainerHead,
-    VerifiedContainer,
     keys_match,
+    open_container,
     parse_head,
-    verify,
 )
-from qubes_restore_svc.archive.openssl import MAX_MAC_LINE, PieceMac, VerifiedPiece, parse_mac
+from qubes_restore_svc.archive.openssl import MAX_MAC_LINE, PieceMac, open_piece, parse_mac
 from qubes_restore_svc.errors import (
     ArchiveTruncated,
     AuthenticationFailed,
@@ -41,10 +40,6 @@ from qubes_restore_svc.worker.source import MemberStream
 Remark = Callable[[str], None]
 
 
-#: A chunk whose MAC has been checked: `plaintext` gives its content, piece by piece.
-Verified = VerifiedContainer | VerifiedPiece
-
-
 @dataclass(eq=False, slots=True)
 class Chunk:
     """`size` bytes of the archive before position `end`, not authenticated; who has it must `release` it."""
@@ -57,7 +52,7 @@ class Chunk:
     _store: "ChunkStore" = field(repr=False)
     _released: bool = False
 
-    def open(self, remark: Remark) -> Verified:
+    def open(self, remark: Remark) -> memoryview:
         """Wait for the key and check the MAC. A key that does not fit is derived once more, which `remark` is
         told of if it was the fault of this computer.
 
@@ -214,12 +209,12 @@ class ContainerProof:
         """Does the key, as it was derived first, fit the head? Blocks, and raises what engines raise."""
         return keys_match(self._head, self._key.result())
 
-    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> Verified:
+    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> memoryview:
         """Check the MAC over the content, which is asked for when the key is there."""
         key = self.fitting_key(remark)
         if key is None:
             raise AuthenticationFailed("it does not belong to this backup, or not to this place in it")
-        return verify(untrusted_content(), key)
+        return open_container(untrusted_content(), key)
 
     def fitting_key(self, remark: Remark) -> bytes | None:
         """The key; None if none fits the head, whoever derives it. Blocks. Raises what `Chunk.open` raises.
@@ -295,8 +290,8 @@ class MacLineProof:
             members.push_back(member)
         raise BadContainer("its MAC does not follow it", chunk=self._name.number)
 
-    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> Verified:
-        return VerifiedPiece(untrusted_content(), self.mac, self._proofs.passphrase)
+    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> memoryview:
+        return open_piece(untrusted_content(), self.mac, self._proofs.passphrase)
 
     def withdraw(self) -> None:
         """Nothing runs for it."""

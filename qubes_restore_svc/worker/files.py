@@ -21,6 +21,9 @@ from qubes_restore_svc.worker.chunk import Chunk, Remark
 #: Events that may wait. The budget bounds the chunks, and this the files that come without any.
 _MAX_EVENTS = 64
 
+#: Content is handed on in pieces of this size, bytes, so that a cancel is noticed.
+_PIECE = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class FileStart:
@@ -107,7 +110,7 @@ class PlaintextFiles:
         self.damage = None
         return event.name
 
-    def pieces(self, check: Callable[[], None], remark: Remark) -> Generator[bytes, None, None]:
+    def pieces(self, check: Callable[[], None], remark: Remark) -> Generator[memoryview, None, None]:
         """The content of the current file. Raises what is wrong with its chunks, and what `check` raises.
 
         `check` is called often, and may raise to stop the file; `remark` gets lines for the person.
@@ -121,8 +124,10 @@ class PlaintextFiles:
             self._position = max(self._position, dealt_with)
             try:
                 check()
-                for piece in event.open(remark).plaintext():
+                content = event.open(remark)
+                for start in range(0, len(content), _PIECE):
                     check()
+                    piece = content[start : start + _PIECE]
                     yield piece
                     dealt_with += len(piece)
                     self._position = max(self._position, dealt_with)

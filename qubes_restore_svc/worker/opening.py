@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from qubes_restore_svc.archive import header as header_format
 from qubes_restore_svc.archive import openssl
 from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence
-from qubes_restore_svc.archive.container import verify
+from qubes_restore_svc.archive.container import open_small
 from qubes_restore_svc.archive.filters import check_filter, decompress
 from qubes_restore_svc.archive.header import HEADER_HMAC_MEMBER, MAX_HEADER_SIZE, BackupHeader
 from qubes_restore_svc.archive.inner_tar import read_small_file
-from qubes_restore_svc.archive.members import shown
+from qubes_restore_svc.archive.members import Buffer, shown
 from qubes_restore_svc.archive.qubes_xml import MAX_QUBES_XML, BackupContent, parse_qubes_xml
 from qubes_restore_svc.errors import (
     AuthenticationFailed,
@@ -48,7 +48,7 @@ _QUBES_XML = "qubes.xml"
 _QUBES_XML_CHUNK = f"{_QUBES_XML}."
 
 
-def _as_it_is(stored: Iterable[bytes]) -> Iterable[bytes]:
+def _as_it_is(stored: Iterable[Buffer]) -> Iterable[Buffer]:
     return stored
 
 
@@ -61,9 +61,9 @@ class OpenedBackup:
     content: BackupContent
     filter: str
     proofs: Proofs = field(repr=False)
-    decrypt: Callable[[Iterable[bytes]], Iterable[bytes]] = field(default=_as_it_is, repr=False)
+    decrypt: Callable[[Iterable[Buffer]], Iterable[Buffer]] = field(default=_as_it_is, repr=False)
 
-    def decode(self, stored: Iterable[bytes]) -> Iterator[bytes]:
+    def decode(self, stored: Iterable[Buffer]) -> Iterator[bytes]:
         """The inner archive of a file, from the content of its chunks."""
         return decompress(self.filter, self.decrypt(stored))
 
@@ -133,7 +133,7 @@ def _open_format_3(
     proofs = MacLineProofs(openssl.check_digest(header.hmac_algorithm), key)
     filter_name = check_filter(compression_filter or header.effective_filter)
 
-    def decrypt(stored: Iterable[bytes]) -> Iterable[bytes]:
+    def decrypt(stored: Iterable[Buffer]) -> Iterable[Buffer]:
         return stored if cipher is None else openssl.decrypt(stored, cipher, key)
 
     xml = _QubesXml(store, proofs, lambda _: None)
@@ -156,7 +156,7 @@ def _authentic_header(members: MemberStream, untrusted_text: bytes, key: bytes) 
     if member.size > openssl.MAX_MAC_LINE:
         raise BadHeader(f"the header's MAC has {member.size} bytes")
     try:
-        openssl.VerifiedPiece(untrusted_text, openssl.parse_mac(members.read_content(member.size)), key)
+        openssl.open_piece(untrusted_text, openssl.parse_mac(members.read_content(member.size)), key)
     except BadContainer:
         raise BadHeader("what follows the header is not a MAC that openssl prints") from None
     except AuthenticationFailed:
@@ -164,7 +164,7 @@ def _authentic_header(members: MemberStream, untrusted_text: bytes, key: bytes) 
     return header_format.parse_header(untrusted_text)
 
 
-def _read_qubes_xml(stored: Iterable[bytes], filter_name: str, backup_format: int) -> BackupContent:
+def _read_qubes_xml(stored: Iterable[Buffer], filter_name: str, backup_format: int) -> BackupContent:
     try:
         text = read_small_file(decompress(filter_name, stored), _QUBES_XML, MAX_QUBES_XML)
         return parse_qubes_xml(text, backup_format)
@@ -214,7 +214,7 @@ class _Header:
         key = self._proof.fitting_key(remark)
         if key is None:
             raise BadHeader("the header's authenticated copy does not open, though the passphrase is right")
-        text = b"".join(verify(self._container, key).plaintext())
+        text = open_small(self._container, key)
         return header_format.open_header(self._untrusted_text, text)
 
     def release(self) -> None:
@@ -266,12 +266,12 @@ class _QubesXml:
         proof = None if self._next is None else self._next.proof
         return proof.mac.value.hex()[:32] if isinstance(proof, MacLineProof) else ""
 
-    def pieces(self) -> Generator[bytes, None, None]:
+    def pieces(self) -> Generator[memoryview, None, None]:
         """The verified content, piece by piece."""
         if self._error is not None:
             raise self._error
         while self._next is not None:
-            yield from self._next.open(self._remark).plaintext()
+            yield self._next.open(self._remark)
             self.release()
             self._next = None if self._over else self._take()
 

@@ -19,7 +19,7 @@ from qubes_restore_svc.archive.inner_tar import (
     read_small_file,
     without_zeros,
 )
-from qubes_restore_svc.archive.members import Damage, shown
+from qubes_restore_svc.archive.members import Buffer, Damage, shown
 from qubes_restore_svc.errors import (
     ArchiveDamaged,
     ArchiveTruncated,
@@ -167,7 +167,7 @@ class Pipeline:
         if self._restoring:
             qube.give_up(error)
 
-    def _volume(self, place: WantedFile, volume: VolumeName, file: str, pieces: Iterable[bytes]) -> None:
+    def _volume(self, place: WantedFile, volume: VolumeName, file: str, pieces: Iterable[Buffer]) -> None:
         blocks = self._backup.decode(pieces)
         if volume == "home":
             self._pass_on(place.qube, volume, MAX_IMAGE_SIZE, _opaque(blocks, MAX_IMAGE_SIZE))
@@ -254,7 +254,7 @@ class Pipeline:
             return MAX_IMAGE_SIZE
         return min(promised, MAX_IMAGE_SIZE)
 
-    def _directory(self, qube: SelectedQube, pieces: Iterable[bytes]) -> None:
+    def _directory(self, qube: SelectedQube, pieces: Iterable[Buffer]) -> None:
         """All of a template's directory, in one archive: its images, and the settings files beside them."""
         directory = qube.backup.path
         for name, image in read_directory(self._backup.decode(pieces), directory):
@@ -289,7 +289,7 @@ class Pipeline:
                 text += "; the qube comes back with a firewall that lets nothing through"
             self._warn(qube, text)
 
-    def _late_file(self, place: WantedFile, pieces: Iterator[bytes]) -> None:
+    def _late_file(self, place: WantedFile, pieces: Iterator[Buffer]) -> None:
         """A file of a qube that is closed. If it is authentic and worth it, the qube was not all there."""
         qube = place.qube
         if not self._selection.is_missed(place):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qubes_restore_svc.archive import header as header_format
 from qubes_restore_svc.archive.chunks import parse_chunk_name
-from qubes_restore_svc.archive.container import HEAD_SIZE, ContainerHead, parse_head, verify
+from qubes_restore_svc.archive.container import HEAD_SIZE, ContainerHead, open_container, parse_head
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest
 from qubes_restore_svc.system_memory import memory_room
@@ -109,13 +109,13 @@ def derive_keys(engine: KdfEngine, containers: Iterable[Container]) -> dict[Cont
 
 def opened(
     archive: Path, containers: Iterable[Container], keys: Mapping[Container, bytes]
-) -> Iterator[bytes]:
+) -> Iterator[memoryview]:
     """The content of containers, verified and decrypted, in pieces."""
     with archive_source(archive) as source:
         for container in containers:
             view = memoryview(bytearray(container.size))
             source.read_at(container.offset, view)
-            yield from verify(view, keys[container]).plaintext()
+            yield open_container(view, keys[container])
 
 
 @contextmanager

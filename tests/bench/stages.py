@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qubes_restore_svc.archive.container import verify
+from qubes_restore_svc.archive.container import open_container
 from qubes_restore_svc.archive.filters import decompress
 from qubes_restore_svc.archive.inner_tar import Extent, read_image, without_zeros
 from qubes_restore_svc.broker.image_directory import ImageFile
@@ -35,8 +35,7 @@ from .samples import MIB, Sample
 #: The stages after the derivations, in order, and what they do.
 STAGES = {
     "read": "containers from the page cache",
-    "MAC": "HMAC-SHA-256 over them",
-    "AES": "decryption",
+    "open": "HMAC-SHA-256 over them, then decryption",
     "inflate": "decompression",
     "tar": "inner tar, zero runs",
     "SHA-256": "digests of the images, holes included",
@@ -45,7 +44,7 @@ STAGES = {
     "write": "files and fsync, in the broker",
 }
 #: Those that one thread of the worker does one after the other.
-ONE_THREAD = ("read", "MAC", "AES", "inflate", "tar", "send")
+ONE_THREAD = ("read", "open", "inflate", "tar", "send")
 #: Those that a verify does not need.
 ONLY_RESTORE = ("send", "receive", "write")
 
@@ -156,16 +155,16 @@ class _Unpacking:
 
     def _pieces(
         self, backup: Path, containers: list[Container], keys: Mapping[Container, bytes]
-    ) -> Iterator[bytes]:
+    ) -> Iterator[memoryview]:
         buffer = bytearray(max(container.size for container in containers))
         with archive_source(backup) as source:
             for container in containers:
                 view = memoryview(buffer)[: container.size]
                 with self._meter.stage("read"):
                     source.read_at(container.offset, view)
-                with self._meter.stage("MAC"):
-                    verified = verify(view, keys[container])
-                yield from self._meter.through("AES", verified.plaintext())
+                with self._meter.stage("open"):
+                    content = open_container(view, keys[container])
+                yield content
 
     def _hash(self, extents: Iterator[Extent], size: int) -> str:
         digest, position = hashlib.sha256(), 0
