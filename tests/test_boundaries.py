@@ -259,6 +259,15 @@ def test_a_part_imports_only_parts_above_it_in_the_documentation() -> None:
         above.add(part)
 
 
+def test_every_module_that_the_documentation_names_exists() -> None:
+    named = re.findall(
+        r"`(\w+/\w+\.py)(?::\w+)?`", "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
+    )
+    assert len(named) > 20
+    missing = {n for n in named if not (ROOT / PACKAGE / n).exists() and not (ROOT / n).exists()}
+    assert missing == set()
+
+
 #: What brings a chunk to those who unpack it. They take what comes, and call nobody who stands before them.
 _BEFORE_THE_UNPACKING = ("archive_access", "intake", "keys", "memory", "source", "storage_qube")
 
