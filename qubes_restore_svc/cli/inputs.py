@@ -13,6 +13,7 @@ from qubes_restore_svc.cli.terminal import say
 from qubes_restore_svc.errors import Cancelled, UsageError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE, MAX_STALL_TIMEOUT, strip_control
+from qubes_restore_svc.wire.restore_call import AUTO, Auto
 
 _PROMPT = "Passphrase of the backup: "
 _BYTE_ORDER_MARK = "\ufeff"  #: some editors put it at the beginning of a file
@@ -156,6 +157,11 @@ def number_up_to(highest: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def auto_or(number: Callable[[str], int]) -> Callable[[str], int | Auto]:
+    """A `type` for argparse: a `number`, or the word auto."""
+    return lambda text: AUTO if text == AUTO else number(text)
 
 
 def path(text: str) -> Path:

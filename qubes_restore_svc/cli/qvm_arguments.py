@@ -27,6 +27,7 @@ from qubes_restore_svc.cli.inputs import (
     add_limits,
     add_passphrase_file,
     add_stall_timeout,
+    auto_or,
     not_empty,
     number_up_to,
     path,
@@ -37,7 +38,7 @@ from qubes_restore_svc.errors import HostFailed, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.qrexec_call import HANDED_OVER
-from qubes_restore_svc.wire.restore_call import QubePath, QubeService
+from qubes_restore_svc.wire.restore_call import Auto, QubePath, QubeService
 
 _MAX_VCPUS = 1024
 
@@ -94,8 +95,8 @@ class RestoreArguments(argparse.Namespace):
     passphrase_file: str | None
     yes: bool
     template: str | None
-    memory: int | None
-    vcpus: int | None
+    memory: int | Auto | None
+    vcpus: int | Auto | None
     pool: str | None
     report: Path | None
     loudness: int
@@ -245,10 +246,15 @@ def _add_worker(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--memory",
         metavar="MIB",
-        type=number_up_to(MAX_MIB),
-        help="its memory; more of it derives more keys at once",
+        type=auto_or(number_up_to(MAX_MIB)),
+        help="its memory, or auto for what there is; more of it derives more keys at once",
     )
-    group.add_argument("--vcpus", metavar="N", type=number_up_to(_MAX_VCPUS), help="its virtual processors")
+    group.add_argument(
+        "--vcpus",
+        metavar="N",
+        type=auto_or(number_up_to(_MAX_VCPUS)),
+        help="its virtual processors, or auto for as many as there are",
+    )
 
 
 def _add_rest(group: "argparse._ArgumentGroup") -> None:

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qubes_restore_svc.broker.allowlist import DEFAULT, Bus, SettingsPolicy, check_choosable, check_entry
-from qubes_restore_svc.qubes.config_file import for_people, parse, read_private_text
+from qubes_restore_svc.qubes.config_file import for_people, parse, read_private_text, shown
 from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, QubeName, is_qube_name
+from qubes_restore_svc.wire.restore_call import AUTO, Auto
 
 CONFIG_PATH = Path("/etc/qubes-restore-svc/config.yaml")
 
@@ -93,6 +94,33 @@ def _number(default: int | None, low: int, high: int, meaning: str, unit: str = 
     return Field(default=default, ge=low, le=high, description=meaning, json_schema_extra=hints)
 
 
+def _number_or_auto(low: int, high: int, unit: str = "") -> BeforeValidator:
+    def check(value: object) -> object:
+        if isinstance(value, bool) or not (isinstance(value, int) or value == AUTO):
+            raise ValueError(f"expected {_size_expected(low, high, unit)}, found {shown(value)}")
+        if isinstance(value, int) and not low <= value <= high:
+            than = f"less than {low}" if value < low else f"more than {high}"
+            raise ValueError(f"{value} is {than}{unit and f' ({unit})'}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _size_expected(low: int, high: int, unit: str) -> str:
+    return f"{low} to {high}{unit and ' ' + unit}, or {AUTO}"
+
+
+def _size(low: int, high: int, meaning: str, unit: str = "") -> Any:
+    hints = for_people(_size_expected(low, high, unit), unit)
+    return Field(default=AUTO, description=meaning, json_schema_extra=hints)
+
+
+#: Of a worker: MiB, and processors.
+_MEMORY = (256, 1 << 20)
+_VCPUS = (1, 128)
+#: What a caller may ask for who was granted nothing of it, where the worker's size is not a number.
+UNGRANTED_MEMORY, UNGRANTED_VCPUS = 4000, 2
+
 _SWITCH = "true or false"
 _LIST = "a list of names and patterns"
 _PATH_OR_NULL = "an absolute path, or null"
@@ -106,16 +134,17 @@ class WorkerConfig(_Section):
         "the name of a qube, or null",
         "Disposable template of the worker. null: the system's `management_dispvm`.",
     )
-    memory: int = _number(
-        4000,
-        256,
-        1 << 20,
-        "Memory of the worker, which has to be free when a restore starts. To derive a key takes 512 MiB to"
-        " 2 GiB; with more memory, more are derived at once.",
+    memory: Annotated[int | Auto, _number_or_auto(*_MEMORY, "MiB")] = _size(
+        *_MEMORY,
+        "Memory of the worker. To derive a key takes 512 MiB to 2 GiB; with more memory, more are derived at"
+        " once. auto: as much as its processors can use, at most half of the computer's; where less is free,"
+        " what there is. A number has to be free when a restore starts.",
         "MiB",
     )
-    vcpus: int = _number(
-        2, 1, 128, "Processors of the worker: as many keys are derived at once, as far as the memory goes."
+    vcpus: Annotated[int | Auto, _number_or_auto(*_VCPUS)] = _size(
+        *_VCPUS,
+        "Processors of the worker: each derives several keys at once, as far as the memory goes. auto: as"
+        " many as dom0 has, at most 8.",
     )
     start_timeout: int = _number(
         120, 1, 3600, "How long the worker may take to answer once its qube runs.", "s"
@@ -239,13 +268,16 @@ class GrantConfig(_Section):
     )
     max_memory: int | None = _number(
         None,
-        256,
-        1 << 20,
-        "Most memory that it may ask for for the worker. null: no more than `worker.memory`.",
+        *_MEMORY,
+        "Most memory that it may ask for for the worker. null: no more than `worker.memory`, or"
+        f" {UNGRANTED_MEMORY} if that is auto.",
         "MiB",
     )
     max_vcpus: int | None = _number(
-        None, 1, 128, "Most processors that it may ask for for the worker. null: no more than `worker.vcpus`."
+        None,
+        *_VCPUS,
+        "Most processors that it may ask for for the worker. null: no more than `worker.vcpus`, or"
+        f" {UNGRANTED_VCPUS} if that is auto.",
     )
 
 

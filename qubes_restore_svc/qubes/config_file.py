@@ -275,7 +275,7 @@ def _reason(
             expected = f"keys, each on a line of its own below {whose} name"
         case _ if isinstance(place[-1], int):
             expected = "a text"
-    return f"expected {expected}, found {_shown(value)}"
+    return f"expected {expected}, found {shown(value)}"
 
 
 def _unknown(model: type[BaseModel], section: type[BaseModel], key: str) -> str:
@@ -288,7 +288,8 @@ def _unknown(model: type[BaseModel], section: type[BaseModel], key: str) -> str:
     return f"there is no such {what}; there are {', '.join(section.model_fields)}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """What stands there, as people are told of it."""
     if isinstance(value, str):
         return repr(_shortened(value))
     if isinstance(value, dict | tuple):
@@ -297,5 +298,5 @@ def _shown(value: object) -> str:
 
 
 def _shortened(text: str) -> str:
-    shown = strip_control(text)
-    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}…"
+    line = strip_control(text)
+    return line if len(line) <= _MAX_SHOWN else f"{line[:_MAX_SHOWN]}…"

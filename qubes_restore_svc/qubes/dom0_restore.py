@@ -61,7 +61,9 @@ ACTIVITIES: dict[Mode, Activity] = {
 
 
 class Dom0Link(Link, Protocol):
-    """A link that can be tried before anything is done."""
+    """A link that can be tried before anything is done. `log` gets lines for the person in dom0."""
+
+    log: Callable[[str, str], None]
 
     async def check(self) -> object:
         """Raises RestoreError for what would fail later."""
@@ -114,6 +116,11 @@ class Dom0Restore:
             log = LogFile(self.config.log.file, warn)
             log.write(f"{mode}: begun" + (f" for {self.client}" if self.client != "dom0" else ""))
             watched = LoggedObserver(observer, log)
+        # How much memory the computer has is nobody's business but dom0's.
+        if self.client == "dom0":
+            self.link.log = watched.log
+        elif log is not None:
+            self.link.log = LoggedObserver(Observer(), log).log
         report = await run_job(
             self.link,
             None if mode == "verify" else self.host,

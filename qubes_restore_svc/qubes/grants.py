@@ -15,10 +15,17 @@ from typing import Never
 
 from qubes_restore_svc.broker.allowlist import with_wildcards
 from qubes_restore_svc.errors import NotGranted, UsageError
-from qubes_restore_svc.qubes.config import CONFIG_PATH, Config, LimitsConfig
+from qubes_restore_svc.qubes.config import (
+    CONFIG_PATH,
+    UNGRANTED_MEMORY,
+    UNGRANTED_VCPUS,
+    Config,
+    LimitsConfig,
+)
 from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
 from qubes_restore_svc.wire.restore_call import (
+    AUTO,
     BackupLocation,
     Choice,
     Mode,
@@ -140,12 +147,21 @@ class Rights:
             self._refuse(
                 f"the qube {self.caller} may not have the worker made from {template}", "templates", template
             )
-        for key, what, wanted, usual, granted in (
-            ("max_memory", "MiB of memory", wishes.memory, configured.memory, grant.max_memory),
-            ("max_vcpus", "processors", wishes.vcpus, configured.vcpus, grant.max_vcpus),
+        memory = wishes.memory, configured.memory, UNGRANTED_MEMORY, grant.max_memory
+        vcpus = wishes.vcpus, configured.vcpus, UNGRANTED_VCPUS, grant.max_vcpus
+        for key, what, (wanted, usual, ungranted, granted) in (
+            ("max_memory", "MiB of memory", memory),
+            ("max_vcpus", "processors", vcpus),
         ):
-            most = max(usual, granted or 0)
-            if wanted is not None and wanted > most:
+            if wanted == AUTO and usual != AUTO:
+                raise NotGranted(
+                    f"the worker's {what} are a number here, and the qube {self.caller} may not change that",
+                    advice="Ask for a number, or for none.",
+                )
+            if wanted is None or wanted == AUTO:
+                continue
+            most = max(ungranted if usual == AUTO else usual, granted or 0)
+            if wanted > most:
                 reason = f"the qube {self.caller} may not give the worker more than {most} {what}"
                 self._refuse(reason, key, str(wanted))
 

@@ -8,6 +8,7 @@ broker's. The archive never passes through this process; `backup_source` says ho
 
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,13 +28,14 @@ from qubes_restore_svc.qubes.worker_vm import (
 from qubes_restore_svc.waiting import ask, when_cleared
 from qubes_restore_svc.wire.messages import Storage
 from qubes_restore_svc.wire.qrexec_call import CONNECTION_BROKE, SESSION, ServiceCall, encode_descriptor
+from qubes_restore_svc.wire.restore_call import Auto
 
 #: Seconds that a worker whose qube has started may take to answer: a Python's start on a busy machine.
 READY_TIMEOUT_S = 60.0
 
 
 class QrexecLink:
-    """The link to a worker on a Qubes system; to be entered once. `memory` in MiB, all of it from the start.
+    """The link to a worker on a Qubes system; to be entered once. For `memory` and `vcpus` see `WorkerVm`.
 
     `location` is where the backup lies; `template` a disposable template, None for the system's own.
     `ready_timeout_s`: seconds that the worker may take to answer once its qube has started. `client` is the
@@ -46,8 +48,8 @@ class QrexecLink:
         location: Location,
         *,
         template: str | None,
-        memory: int,
-        vcpus: int,
+        memory: int | Auto,
+        vcpus: int | Auto,
         ready_timeout_s: float = READY_TIMEOUT_S,
         lock_path: Path = WORKER_LOCK,
         client: str = "dom0",
@@ -62,6 +64,7 @@ class QrexecLink:
         self._lock = GuardedLock(WORKER, lock_path, clear_up_after_kill, client, activity)
         self._held: contextlib.AsyncExitStack | None = None
         self._qube = ""  #: the worker's, while it may be called
+        self.log: Callable[[str, str], None] = lambda level, text: None  #: gets a line for the person
         self._calls: QrexecCalls
         self._source: Source
         self._session: QrexecCall | None = None
@@ -100,6 +103,7 @@ class QrexecLink:
             source = source_of(self._system, self._calls, self._location)
             self._source = await held.enter_async_context(source)
             self._qube = vm.name
+            self.log("info", vm.size)
             self._held = held.pop_all()
         return self
 

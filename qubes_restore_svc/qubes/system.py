@@ -45,6 +45,10 @@ class QubeInUse(HostFailed):
     """A qube cannot be removed because others refer to it (as template, netvm or default)."""
 
 
+class NotEnoughMemory(HostFailed):
+    """A qube was not started, because its memory is not there."""
+
+
 class CreationWatcher(Protocol):
     """Is told which qubes come into being, so that none is lost if this process is killed meanwhile."""
 
@@ -161,6 +165,14 @@ class QubesSystem:
         """Bytes that are free in `pool` (None: the default pool), if its driver tells."""
         room = self._pool_room(pool)
         return None if room is None else room[0]
+
+    def memory(self) -> int | None:
+        """MiB of memory that the computer has, used or not; None where the system does not tell."""
+        with suppress(HostFailed, KeyError, ValueError), asking("asking for the computer's memory"):
+            # Of dom0 it is the computer's (qubes/vm/adminvm.py there). The library has no name for it.
+            answer = self._app.qubesd_call("dom0", "admin.vm.CurrentState").decode("ascii", "replace")
+            return int(dict(part.split("=", 1) for part in answer.split())["mem_static_max"]) or None
+        return None
 
     def volume_room(self, name: str, volume: str) -> tuple[int, int] | None:
         """Free bytes and size of the pool in which the volume lies, as far as they can be known."""
@@ -291,7 +303,8 @@ class QubesSystem:
             raise HostFailed("removing the qube failed: it is still there", qube=name)
 
     def start(self, name: str) -> None:
-        """Start a qube and wait until it is up. Raises HostFailed."""
+        """Start a qube and wait until it is up. Raises HostFailed; NotEnoughMemory if its memory is not
+        there, and then a disposable is removed."""
         with asking("starting the qube", qube=name):
             self._qube(name).start()
 
@@ -518,7 +531,7 @@ def insist(action: Callable[[], _Answer], timeout_s: float) -> _Answer:
 def asking(doing: str, *, qube: str | None = None, volume: str | None = None) -> Iterator[None]:
     """Translate what a call to qubesd in the block raises; `doing` reads like "removing the qube".
 
-    Raises QubeInUse, NoSpace or HostFailed; a RestoreError of the block passes.
+    Raises QubeInUse, NotEnoughMemory, NoSpace or HostFailed; a RestoreError of the block passes.
     """
     try:
         yield
@@ -529,6 +542,8 @@ def asking(doing: str, *, qube: str | None = None, volume: str | None = None) ->
         kind = HostFailed
         if "QubesVMInUseError" in classes:
             kind = QubeInUse
+        elif "QubesMemoryError" in classes:
+            kind = NotEnoughMemory
         elif _NO_ROOM.search(str(error)):
             kind = NoSpace
         unclear = "QubesDaemonCommunicationError" in classes or "QubesException" not in classes

@@ -1,12 +1,16 @@
 """The worker's DisposableVM: a qube of its own for one restore, without network.
 
 Strategy: it is created under a name that nobody has, with its memory all at once (keys need it at once) and
-with the tag that the policy knows. On leaving, the tag goes first, and with it all that the policy grants,
-then the qube. What a restore that was killed has left behind goes before the next one begins.
+with the tag that the policy knows. How much memory is free, nothing in dom0 tells: qmemman takes from other
+qubes what they do not use. So where nobody has said how much it is to be, it is tried: qubesd refuses a start
+whose memory it cannot get, and the next attempt asks for less. On leaving, the tag goes first, and with it
+all that the policy grants, then the qube. What a restore that was killed has left behind goes before the next
+one begins.
 """
 
 import asyncio
 import contextlib
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 
@@ -20,7 +24,7 @@ from qubes_restore_svc.qubes.qrexec import (
     undo,
     worker_called,
 )
-from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.system import NotEnoughMemory, QubesSystem
 from qubes_restore_svc.qubes.tags import (
     WORKER_NAME,
     WORKER_PREFIX,
@@ -30,12 +34,39 @@ from qubes_restore_svc.qubes.tags import (
 )
 from qubes_restore_svc.waiting import ask, in_thread, started, to_the_end
 from qubes_restore_svc.wire.qrexec_call import NO_SERVICE, READY, READY_ARGUMENT, SESSION
+from qubes_restore_svc.wire.restore_call import AUTO, Auto
 
 PACKAGE = "qubes-restore-svc-vm"
 
 _NAME_ATTEMPTS = 100
 #: Seconds until a process whose stream has ended has ended as well.
 _SHORTLY_S = 1.0
+
+
+#: MiB for each processor beyond which memory gains little: four lanes, each with a whole table at N = 2^19,
+#: or with every second block at 2^20. And MiB for the chunks and the qube's own system.
+MIB_A_PROCESSOR, _MIB_BESIDE = 2048, 1024
+#: MiB with which no template of today starts, or no backup is restored.
+LEAST_MIB = 400
+#: Most processors that are taken: the unpacking keeps pace with no more (docs/performance.md).
+MOST_VCPUS = 8
+
+
+def automatic_vcpus() -> int:
+    """As many as dom0 has: Xen gives it one for each core of the computer, unless it is told otherwise."""
+    return min(len(os.sched_getaffinity(0)), MOST_VCPUS)
+
+
+def automatic_sizes(vcpus: int, total: int | None) -> list[int]:
+    """MiB to be tried, from what is of use down to the least. `total` is what the computer has; half of it is
+    for others."""
+    most = MIB_A_PROCESSOR * vcpus + _MIB_BESIDE
+    size = most if total is None else min(most, total // 2)
+    sizes = []
+    while size > LEAST_MIB:
+        sizes.append(size)
+        size = size * 2 // 3
+    return [*sizes, LEAST_MIB]
 
 
 def worker_properties(memory: int, vcpus: int) -> Mapping[str, str]:
@@ -50,19 +81,40 @@ def worker_properties(memory: int, vcpus: int) -> Mapping[str, str]:
 
 
 class WorkerVm(Undoable):
-    """The qube, started when this is entered and gone when it is left; `memory` in MiB."""
+    """The qube, started when this is entered and gone when it is left; `memory` in MiB.
 
-    def __init__(self, system: QubesSystem, template: str, memory: int, vcpus: int) -> None:
+    With `auto` it has as many processors, or as much memory, as there is and is of use.
+    """
+
+    def __init__(self, system: QubesSystem, template: str, memory: int | Auto, vcpus: int | Auto) -> None:
         self._system = system
         self._template = template
-        self._memory = memory
-        self._vcpus = vcpus
+        self._automatic = memory == AUTO
+        self._memory = 0 if memory == AUTO else memory
+        self._vcpus = automatic_vcpus() if vcpus == AUTO else vcpus
         self.name = ""  #: the qube's name, empty as long as there is none
+
+    @property
+    def size(self) -> str:
+        """What it has, as a clause."""
+        return f"the worker has {self._memory} MiB of memory and {self._vcpus} processors"
 
     async def set_up(self) -> None:
         """Create and start it. Raises HostFailed."""
-        await to_the_end(self._create())
-        await self._start()
+        sizes = [self._memory]
+        if self._automatic:
+            sizes = automatic_sizes(self._vcpus, await ask(self._system.memory))
+        for self._memory in sizes:
+            await to_the_end(self._create())
+            try:
+                await self._start()
+                return
+            except NotEnoughMemory as error:
+                if self._memory == sizes[-1]:
+                    raise self._failed("started", error) from error
+                left = await self.take_down(error)
+                if left:
+                    raise HostFailed("; ".join(left)) from error
 
     async def take_down(self, error: BaseException | None) -> list[str]:
         """Take its tag, then the qube itself away."""
@@ -116,15 +168,17 @@ class WorkerVm(Undoable):
                 await to_the_end(starting)
             raise
         error = starting.exception()
-        if isinstance(error, RestoreError):
+        if isinstance(error, RestoreError) and not isinstance(error, NotEnoughMemory):
             raise self._failed("started", error) from error
         starting.result()
 
     def _failed(self, done: str, error: RestoreError) -> HostFailed:
-        if "memory" in error.reason.lower():
+        if isinstance(error, NotEnoughMemory) and self._automatic:
+            advice = f"Not even {self._memory} MiB are free. Shut some qubes down."
+        elif isinstance(error, NotEnoughMemory):
             advice = (
-                f"It needs {self._memory} MiB. Shut some qubes down, or give it less with --memory MIB"
-                f" (or in {CONFIG_PATH})."
+                f"It needs {self._memory} MiB. Shut some qubes down, or let it have what there is: --memory"
+                f" auto (or in {CONFIG_PATH})."
             )
         else:
             advice = f"See whether other disposables of it start: qvm-run --dispvm={self._template} true."

@@ -148,12 +148,17 @@ _UNFIT = {
 }
 
 
+#: A size of the worker that follows the machine.
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+
+
 class WorkerWishes(Model):
     """How the disposable that reads the backup is to be; None: as the configuration says."""
 
     template: QubeName | None = None  #: a disposable template
-    memory: Annotated[int, Field(strict=True, ge=1, le=1 << 24)] | None = None  #: MiB
-    vcpus: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
+    memory: Annotated[int, Field(strict=True, ge=1, le=1 << 24)] | Auto | None = None  #: MiB
+    vcpus: Annotated[int, Field(strict=True, ge=1, le=1024)] | Auto | None = None
 
 
 class OpenBackup(Message):

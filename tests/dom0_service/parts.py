@@ -84,6 +84,7 @@ class _Link(ThreadLink):
         self._location = location
         self._lock = GuardedLock(WORKER, where.worker_lock, lambda names: None, client, activity)
         self._held = ExitStack()
+        self.log: Callable[[str, str], None] = lambda level, text: None
 
     async def check(self) -> None:
         await self._parts.check.wait()

@@ -2,6 +2,7 @@
 report calls restored, and a second run works at once."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -291,6 +292,22 @@ def test_a_worker_whose_qube_dies_costs_what_was_not_restored(dom0: Dom0, backup
     left = new_qubes(dom0, before)
     assert left == ({"first"} if process.returncode else {"first", "second"})
     remove(dom0, left)
+    dom0.check_as_before(before)
+
+
+def test_a_worker_takes_what_memory_the_system_has(dom0: Dom0, backup: Path) -> None:
+    words = ["-v", "--memory", "auto", *dom0.location(backup, "path")]
+    before = dom0.qubes.snapshot()
+    dom0.qubes.qubesd.system.free_memory = 399
+    stderr = dom0.restore(words, PASSPHRASE, 1).stderr
+    assert "Not enough memory to start domain 'disp-restore-" in stderr
+    assert "Not even 400 MiB are free. Shut some qubes down." in stderr
+    dom0.check_as_before(before)
+    dom0.qubes.qubesd.system.free_memory = 1000
+    stderr = dom0.restore(words, PASSPHRASE).stderr
+    assert re.search("the worker has [0-9]{3} MiB of memory and [1-8] processors", stderr)
+    assert dom0.outcomes() == {"first": "restored", "second": "restored"}
+    remove(dom0, {"first", "second"})
     dom0.check_as_before(before)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from qubes_restore_svc.errors import HostFailed, RestoreError
-from qubes_restore_svc.qubes.system import QubesSystem
+from qubes_restore_svc.qubes.system import NotEnoughMemory, QubesSystem
 from qubes_restore_svc.qubes.tags import STORAGE_TAG, WORKER_TAG
 
 TEMPLATE = "restore-dvm"
@@ -78,6 +78,8 @@ class FakeQubes(QubesSystem):
         self.gates: dict[str, Gate] = {}
         self.processes: list[Process] = []
         self.by_qube: dict[str, list[Process]] = {}
+        self.total_memory: int | None = None  # MiB
+        self.free_memory = 1 << 30
         self.worker = dict(WORKER)
         self.management: str | None = TEMPLATE
         self.there = {
@@ -138,10 +140,16 @@ class FakeQubes(QubesSystem):
             klass, template, tags=set(tags), services=self.worker, properties=dict(properties)
         )
 
+    def memory(self) -> int | None:
+        return self.total_memory
+
     def start(self, name: str) -> None:
         self._enter("start", name)
         if name not in self.there:
             raise HostFailed(f"{name} was killed")
+        if int(self.there[name].properties.get("memory", 0)) > self.free_memory:
+            self.vanish(name)  # as qubesd does with a disposable that does not start
+            raise NotEnoughMemory(f"Not enough memory to start domain {name!r}")
         self.there[name].running = True
 
     def destroy(self, name: str) -> None:

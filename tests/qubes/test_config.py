@@ -21,6 +21,8 @@ from qubes_restore_svc.qubes.config_file import hints, keys_of
 from qubes_restore_svc.wire.messages import ManifestQube
 from tests.qubes import configuration_pages as pages
 
+_NO_MEMORY = "line 1, worker.memory: expected 256 to 1048576 MiB, or auto, found "
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -90,6 +92,7 @@ def test_what_stands_in_the_file_holds(file: Path) -> None:
             max_vcpus: 4
         """,
     )
+    assert load(file, "worker: {memory: auto, vcpus: auto}") == Config()
     assert config.worker.model_dump() == {
         "template": "mgmt-dvm",
         "memory": 8192,
@@ -199,13 +202,14 @@ def test_each_key_of_the_restore_section_reaches_the_allow_list() -> None:
         ("\n\nworker:\n  memory: 12", "line 4, worker.memory: 12 is less than 256 (MiB)"),
         ("worker:\n  memory: 2000000", "line 2, worker.memory: 2000000 is more than 1048576 (MiB)"),
         ("worker:\n  vcpus: 0", "line 2, worker.vcpus: 0 is less than 1"),
-        ("worker: {memory: '4000'}", "line 1, worker.memory: expected 256 to 1048576 MiB, found '4000'"),
-        ("worker: {memory: 4 GiB}", "line 1, worker.memory: expected 256 to 1048576 MiB, found '4 GiB'"),
-        ("worker: {memory: true}", "line 1, worker.memory: expected 256 to 1048576 MiB, found true"),
-        ("worker: {memory: null}", "line 1, worker.memory: expected 256 to 1048576 MiB, found nothing"),
-        ("worker:\n  memory:", "line 2, worker.memory: expected 256 to 1048576 MiB, found nothing"),
-        ("worker: {memory: [1]}", "line 1, worker.memory: expected 256 to 1048576 MiB, found a list"),
-        ("worker: {memory: {a: 1}}", "line 1, worker.memory: expected 256 to 1048576 MiB, found keys"),
+        ("worker: {memory: '4000'}", _NO_MEMORY + "'4000'"),
+        ("worker: {vcpus: all}", "line 1, worker.vcpus: expected 1 to 128, or auto, found 'all'"),
+        ("worker: {memory: 4 GiB}", _NO_MEMORY + "'4 GiB'"),
+        ("worker: {memory: true}", _NO_MEMORY + "true"),
+        ("worker: {memory: null}", _NO_MEMORY + "nothing"),
+        ("worker:\n  memory:", "line 2, worker.memory: expected 256 to 1048576 MiB, or auto, found nothing"),
+        ("worker: {memory: [1]}", _NO_MEMORY + "a list"),
+        ("worker: {memory: {a: 1}}", _NO_MEMORY + "keys"),
         ("worker:\n  template: my dvm",
          "line 2, worker.template: expected the name of a qube, or null, found 'my dvm'"),
         ("worker: {template: no}",
@@ -326,6 +330,7 @@ def test_a_mistake_is_one_of_usage_with_advice() -> None:
 
 # --- Mistakes in the YAML ----------------------------------------------------------------------------
 
+_NO_MEMORY = "line 1, worker.memory: expected 256 to 1048576 MiB, or auto, found "
 _QUOTES = 'a text that begins with *, &, ! or @ has to stand in quotes, as "*"'
 
 
@@ -353,7 +358,7 @@ _QUOTES = 'a text that begins with *, &, ! or @ has to stand in quotes, as "*"'
         ("worker: {memory: 1:30}", "line 1, worker.memory: 1:30 is not a whole number in plain digits"),
         ("worker: {memory: 0x1000}", "line 1, worker.memory: 0x1000 is not a whole number in plain digits"),
         ("worker: {memory: 010000}", "line 1, worker.memory: 010000 is not a whole number in plain digits"),
-        ("worker: {memory: 4e3}", "line 1, worker.memory: expected 256 to 1048576 MiB, found '4e3'"),
+        ("worker: {memory: 4e3}", _NO_MEMORY + "'4e3'"),
         ("worker: {memory: 4000.0}", "line 1, worker.memory: 4000.0 is not a whole number in plain digits"),
         ("worker: {memory: " + "9" * 5000 + "}", "line 1, worker.memory: 9999"),
         ("a: " + "[" * 100_000, "line 1: it is nested too deep"),

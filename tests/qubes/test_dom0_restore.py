@@ -94,8 +94,8 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
     assert made.link == {
         "location": Dom0File(5),
         "template": None,
-        "memory": 4000,
-        "vcpus": 2,
+        "memory": "auto",
+        "vcpus": "auto",
         "ready_timeout_s": 120,
         "lock_path": places.worker_lock,
         "client": "dom0",
@@ -128,6 +128,8 @@ def test_the_person_has_the_last_word(places: Places, made: Made) -> None:
     configure(places, CONFIG)
     parts(places, request(worker={"template": "mine", "memory": 9000, "vcpus": 8}))
     assert (made.link["template"], made.link["memory"], made.link["vcpus"]) == ("mine", 9000, 8)
+    parts(places, request(worker={"memory": "auto", "vcpus": "auto"}))
+    assert (made.link["memory"], made.link["vcpus"]) == ("auto", "auto")
 
 
 @pytest.mark.parametrize(

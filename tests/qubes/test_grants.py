@@ -98,6 +98,16 @@ def test_without_any_grant_a_caller_restores_its_own_backups() -> None:
     rights("max_memory: 300").check_request(START, request(worker={"memory": 4000}))
 
 
+def test_the_size_of_the_worker_follows_the_machine_only_where_it_was_configured_so() -> None:
+    asked = request(worker={"memory": "auto", "vcpus": "auto"})
+    rights().check_request(START, asked)
+    for configured in ("memory: 3000", "vcpus: 1"):
+        more = f"worker: {{{configured}}}"
+        with pytest.raises(NotGranted, match="are a number here"):
+            rights("max_memory: 90000, max_vcpus: 9", more=more).check_request(START, asked)
+        rights(caller="dom0", more=more).check_request(START, asked)
+
+
 @pytest.mark.parametrize(("service", "mode"), list(itertools.product((START, VERIFY, LIST), ALL_MODES)))
 def test_what_each_service_does(service: str, mode: c.Mode) -> None:
     allowed = {START: ALL_MODES, VERIFY: ("verify", "list"), LIST: ("list",)}[service]

@@ -1,6 +1,7 @@
 """The worker's qube: there for one restore, and gone after it."""
 
 import asyncio
+import os
 import re
 import secrets
 from pathlib import Path
@@ -9,9 +10,17 @@ from typing import Any
 import pytest
 
 from qubes_restore_svc.errors import HostFailed, UsageError, WorkerMissing
+from qubes_restore_svc.kdf.engine import KdfParameters
 from qubes_restore_svc.qubes import qrexec
 from qubes_restore_svc.qubes.tags import WORKER_TAG
-from qubes_restore_svc.qubes.worker_vm import WorkerVm, choose_template, clear_worker_left, worker_properties
+from qubes_restore_svc.qubes.worker_vm import (
+    LEAST_MIB,
+    MIB_A_PROCESSOR,
+    WorkerVm,
+    choose_template,
+    clear_worker_left,
+    worker_properties,
+)
 from tests.qubes.fake_qubes import PATIENCE_S, STORAGE, TEMPLATE, FakeQube, FakeQubes, Gate, Traces
 
 
@@ -45,6 +54,48 @@ async def test_it_is_created_as_configured_and_started(system: FakeQubes, traces
         assert qube.properties == worker_properties(4096, 3)
         assert qube.running
     assert traces.left() == []
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "total", "free", "memory"),
+    [
+        (2, None, 1 << 20, 5120),  # what two processors can use
+        (8, 1 << 17, 1 << 20, 17408),
+        (8, 16384, 1 << 20, 8192),  # half of the computer
+        (8, 16384, 8191, 5461),
+        (8, 16384, 3000, 2426),
+        (1, 4096, 900, 606),
+        (1, 4096, 420, 404),
+        (1, 4096, 400, 400),
+        (1, 512, 1 << 20, 400),
+    ],
+)
+async def test_it_takes_as_much_memory_as_is_of_use_and_the_system_gives(
+    system: FakeQubes, traces: Traces, vcpus: int, total: int | None, free: int, memory: int
+) -> None:
+    system.total_memory, system.free_memory = total, free
+    async with WorkerVm(system, TEMPLATE, "auto", vcpus) as worker:
+        (name,) = system.workers  # and none of the others that were tried
+        assert system.there[name].properties == worker_properties(memory, vcpus)
+        assert worker.size == f"the worker has {memory} MiB of memory and {vcpus} processors"
+    assert traces.left() == []
+
+
+@pytest.mark.parametrize(("cores", "vcpus"), [(1, 1), (4, 4), (8, 8), (32, 8)])
+async def test_it_gets_as_many_processors_as_dom0_has(
+    system: FakeQubes, monkeypatch: pytest.MonkeyPatch, cores: int, vcpus: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    async with WorkerVm(system, TEMPLATE, 600, "auto") as worker:
+        assert system.there[worker.name].properties == worker_properties(600, vcpus)
+
+
+def test_what_a_processor_can_use_is_what_its_lanes_take() -> None:
+    native = pytest.importorskip("qubes_restore_svc.kdf.native", reason="the C extension was not built")
+    kdf = native.NativeEngine()
+    whole, half = KdfParameters(19, 8, 1), KdfParameters(20, 8, 1)
+    for lanes in (kdf.lanes * kdf.memory(whole, 1), kdf.lanes * kdf.memory(half, 2)):
+        assert lanes <= (MIB_A_PROCESSOR << 20) * 1.01
 
 
 async def test_what_the_tag_grants_ends_before_the_qube_does(system: FakeQubes) -> None:
@@ -111,10 +162,16 @@ async def test_a_qube_that_somebody_else_makes_under_the_same_name_is_not_touche
     assert len(system.workers) == 1
 
 
-async def test_too_little_memory_is_told_with_the_options_that_help(system: FakeQubes) -> None:
-    system.faults["start"] = HostFailed("Not enough memory to start domain 'disp-restore-1'")
-    with pytest.raises(HostFailed, match=r"could not be started: Not enough memory.*4096 MiB.*--memory MIB"):
+async def test_too_little_memory_is_told_with_the_options_that_help(
+    system: FakeQubes, traces: Traces
+) -> None:
+    system.free_memory = 4095
+    with pytest.raises(HostFailed, match=r"could not be started: Not enough memory.*4096 MiB.*--memory auto"):
         await _worker(system).__aenter__()
+    system.free_memory = LEAST_MIB - 1
+    with pytest.raises(HostFailed, match=r"Not enough memory.*Not even 400 MiB are free"):
+        await WorkerVm(system, TEMPLATE, "auto", 1).__aenter__()
+    assert traces.left() == []
     system.faults["start"] = HostFailed("something else")
     with pytest.raises(HostFailed, match=f"could not be started: something else.*--dispvm={TEMPLATE}"):
         await _worker(system).__aenter__()

@@ -210,9 +210,13 @@ class Lifecycle:
         self._machines.removed(domain.name)
 
     def _memory(self, domain: Domain) -> int:
-        memory = properties.read(self._system, domain, "memory")
-        assert isinstance(memory, int)
-        return memory
+        """MiB that a start asks qmemman for: Xen needs something beside what the qube sees
+        (qubes/vm/qubesvm.py:request_mem)."""
+        memory, vcpus = (properties.read(self._system, domain, name) for name in ("memory", "vcpus"))
+        assert isinstance(memory, int) and isinstance(vcpus, int)
+        maxmem = properties.read(self._system, domain, "maxmem") or memory
+        assert isinstance(maxmem, int)
+        return memory + 4 + vcpus * 3 // 2 + maxmem * 8192 // (1 << 20)
 
 
 def _creation_options(

@@ -67,7 +67,9 @@ def _shutdown(call: Call) -> Answer:
 
 @method("admin.vm.CurrentState")
 def _state(call: Call) -> Answer:
-    return f"mem=0 mem_static_max=0 cputime=0 power_state={call.dest.power_state}"
+    # Of dom0 it is what the computer has, in MiB (qubes/vm/adminvm.py).
+    most = call.parts.system.memory if call.dest.klass == "AdminVM" else 0
+    return f"mem=0 mem_static_max={most} cputime=0 power_state={call.dest.power_state}"
 
 
 @method("admin.vm.notes.Get", dom0=False)
