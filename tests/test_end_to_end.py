@@ -13,7 +13,7 @@ from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.restore_call import Choice
 
 from .support.backup_writer import BackupWriter, RawMember, Replacements, join_members
-from .support.compare import differences, sha256
+from .support.compare import differences, fsverity, sha256
 from .support.damage import DAMAGES, Damage, cut_off, flip_bit, sample_backup
 from .support.fixtures import expectation, shared_fixture
 from .support.plans import sample_qube
@@ -58,7 +58,7 @@ def check_hashes(report: Report, backup: Path) -> None:
 def test_a_recorded_backup_is_restored_bit_by_bit_through_the_sandbox(name: str, tmp_path: Path) -> None:
     backup = shared_fixture(f"{name}.qbackup")
     # The derivations of `real-cost` take 2 GiB and a second each.
-    report = restore(backup, tmp_path / "out", make_link=LocalLink, memory=3 << 30)
+    report = restore(backup, tmp_path / "out", make_link=LocalLink, memory=3 << 30, digest="sha256")
     check_hashes(report, backup)
     assert not differences(backup.with_name(backup.name + ".json"), tmp_path / "out")
     if name not in RECORDED_3:
@@ -68,7 +68,7 @@ def test_a_recorded_backup_is_restored_bit_by_bit_through_the_sandbox(name: str,
 @pytest.mark.parametrize("name", RECORDED + RECORDED_3)
 def test_a_recorded_backup_verifies_with_the_recorded_hashes(name: str) -> None:
     backup = shared_fixture(f"{name}.qbackup")
-    check_hashes(restore(backup, None), backup)
+    check_hashes(restore(backup, None, digest="sha256"), backup)
 
 
 @pytest.mark.parametrize("sparse", ["gnu", "pax", "none"])
@@ -118,7 +118,7 @@ def test_dom0s_home_is_extracted_only_when_it_is_named_and_stays_closed(tmp_path
     assert report.status == ExitStatus.COMPLETE
     home = tmp_path / "named/dom0/home.tar"
     (volume,) = report.qubes[[qube.name for qube in report.qubes].index("dom0")].volumes
-    assert (home.stat().st_size, sha256(home)) == (volume.size, volume.sha256)
+    assert (home.stat().st_size, fsverity(home)) == (volume.size, volume.fsverity)
 
 
 @pytest.mark.parametrize("behind", ["vm10/private.img.000.enc", "vm10/private.img.003.enc", "the last one"])

@@ -41,6 +41,7 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import qrexec_call
+from qubes_restore_svc.wire.names import DigestKind
 
 #: Seconds of silence after which a worker counts as stalled; it says something every half second.
 STALL_S = 60.0
@@ -97,6 +98,7 @@ class SessionOptions:
     compression_filter: str | None = None
     ignore_size_limit: bool = False
     ignore_cost_limit: bool = False
+    digest: DigestKind = "fsverity"  #: which one of each volume is wanted
     ahead: bool = False
     stall_timeout_s: int | None = None  #: without data from the source, after which it ends; None: never
 
@@ -289,7 +291,7 @@ class SessionClient:
 def _open_message(options: SessionOptions, storage: m.Storage | None) -> m.Open:
     """The request; raises UsageError for an option that cannot even be sent."""
     fields = {**asdict(options), "storage": storage}
-    del fields["stall_timeout_s"]
+    del fields["stall_timeout_s"], fields["digest"]
     try:
         return m.Open.model_validate(fields)
     except ValidationError as error:

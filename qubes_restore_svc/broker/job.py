@@ -135,6 +135,7 @@ class _RestoreJob:
             self.host,
             self.observer,
             self.report,
+            digest=self.options.digest,
             ignore_size_limit=self.options.ignore_size_limit,
             tail_timeout_s=self.stall_s,
         )

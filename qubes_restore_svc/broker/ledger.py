@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from qubes_restore_svc.errors import ProtocolViolation, RestoreError
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName, shortened
+from qubes_restore_svc.wire.names import KEPT_VOLUMES, DigestKind, VolumeName, shortened
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE
 
 #: Characters of a text of the worker's; its own longest have 400 at the most.
@@ -19,9 +19,10 @@ _MAX_PHRASE = 500
 
 
 class Ledger:
-    """The open claims of one session over the selected qubes."""
+    """The open claims of one session over the selected qubes, whose digests are of the kind `digest`."""
 
-    def __init__(self, qubes: Iterable[m.ListedQube], *, ignore_size_limit: bool) -> None:
+    def __init__(self, qubes: Iterable[m.ListedQube], digest: DigestKind, *, ignore_size_limit: bool) -> None:
+        self._digest = digest
         self._unpromised: set[tuple[str, VolumeName]] = set()
         self._limits: dict[tuple[str, VolumeName], int] = {}
         self._unannounced: set[tuple[str, VolumeName]] = set()
@@ -69,6 +70,9 @@ class Ledger:
             raise ProtocolViolation("an answer for a volume that was not asked for, or not any more")
         if message.outcome == "ok" and not self._is_as_announced(claim, message.image_size):
             raise ProtocolViolation(f"a volume of {message.image_size} bytes, other than was announced")
+        digest = message.fsverity if self._digest == "fsverity" else message.sha256
+        if message.outcome == "ok" and digest is None:
+            raise ProtocolViolation(f"a volume without the digest that was asked for, {self._digest}")
         self._unanswered.remove(claim)
         self._unannounced.discard(claim)
 

@@ -37,7 +37,7 @@ from qubes_restore_svc.waiting import in_thread, to_the_end
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.names import DigestKind, VolumeName
 from qubes_restore_svc.wire.report import Observer, Report, warn
 
 _TOO_MUCH_WAITS = (
@@ -63,6 +63,7 @@ class RestoreRun:
         observer: Observer,
         report: Report,
         *,
+        digest: DigestKind = "fsverity",
         ignore_size_limit: bool = False,
         tail_timeout_s: float = STALL_S,
     ) -> None:
@@ -74,14 +75,16 @@ class RestoreRun:
         self._pool = planned.pool
         self._host = host
         self._observer = observer
-        self._ledger = Ledger(planned.sources.values(), ignore_size_limit=ignore_size_limit)
+        self._digest: DigestKind = digest
+        self._ledger = Ledger(planned.sources.values(), digest, ignore_size_limit=ignore_size_limit)
         self._qubes = QubeRuns(planned, report)
         self._begun: list[QubeRun] = []
         self._copy: VolumeCopy | None = None
 
     async def run(self) -> None:
         """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
-        request = m.Start(mode="verify" if self._host is None else "restore", keys=self._qubes.keys)
+        mode: Literal["restore", "verify"] = "verify" if self._host is None else "restore"
+        request = m.Start(mode=mode, keys=self._qubes.keys, digest=self._digest)
         try:
             async with contextlib.aclosing(self._client.start(request)) as messages:
                 async for message in messages:
@@ -181,7 +184,8 @@ class RestoreRun:
         if done.outcome == "ok" and host_error is None and not qube.finished:
             volume = qube.volume(done.volume)
             volume.outcome = "ok"
-            volume.size, volume.data_bytes, volume.sha256 = done.image_size, done.data_bytes, done.sha256
+            volume.size, volume.data_bytes = done.image_size, done.data_bytes
+            volume.fsverity, volume.sha256 = done.fsverity, done.sha256
         elif host_error is not None:  # the reason why the worker stopped, whatever it says
             await self._volume_failed(qube, done.volume, host_error)
         else:

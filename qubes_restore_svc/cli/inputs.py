@@ -12,7 +12,7 @@ from pathlib import Path
 from qubes_restore_svc.cli.terminal import say
 from qubes_restore_svc.errors import Cancelled, UsageError
 from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.wire.names import MAX_PASSPHRASE, MAX_STALL_TIMEOUT, strip_control
+from qubes_restore_svc.wire.names import MAX_PASSPHRASE, MAX_STALL_TIMEOUT, DigestKind, strip_control
 from qubes_restore_svc.wire.restore_call import AUTO, Auto
 
 _PROMPT = "Passphrase of the backup: "
@@ -206,6 +206,14 @@ def add_limits(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--ignore-size-limit", action="store_true", help=text)
     text = "accept keys that take longer to derive than a fast computer's backup asks for: minutes each"
     parser.add_argument("--ignore-cost-limit", action="store_true", help=text)
+
+
+def add_digest(parser: "argparse._ActionsContainer", default: DigestKind | None) -> None:
+    """`--sha256`."""
+    text = "tell the SHA-256 of each volume, which goes over every zero, instead of its fs-verity digest"
+    parser.add_argument(
+        "--sha256", dest="digest", action="store_const", const="sha256", default=default, help=text
+    )
 
 
 def add_stall_timeout(parser: "argparse._ActionsContainer") -> None:

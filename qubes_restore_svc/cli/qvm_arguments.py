@@ -23,6 +23,7 @@ from qubes_restore_svc import __version__
 from qubes_restore_svc.cli.inputs import (
     MAX_MIB,
     add_compression_filter,
+    add_digest,
     add_exclude,
     add_limits,
     add_passphrase_file,
@@ -36,7 +37,7 @@ from qubes_restore_svc.client import transports
 from qubes_restore_svc.client.transports import Handed, ProgramTransport, QrexecTransport, Transport
 from qubes_restore_svc.errors import HostFailed, UsageError
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.names import strip_control
+from qubes_restore_svc.wire.names import DigestKind, strip_control
 from qubes_restore_svc.wire.qrexec_call import HANDED_OVER
 from qubes_restore_svc.wire.restore_call import Auto, QubePath, QubeService
 
@@ -99,6 +100,7 @@ class RestoreArguments(argparse.Namespace):
     vcpus: int | Auto | None
     pool: str | None
     report: Path | None
+    digest: DigestKind | None
     loudness: int
     in_dom0: bool
     dest_vm: str | None  #: as it was given, and so are the next two
@@ -260,6 +262,7 @@ def _add_worker(group: "argparse._ArgumentGroup") -> None:
 def _add_rest(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--yes", action="store_true", help="create the qubes without asking")
     group.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")
+    add_digest(group, default=None)
     group.add_argument("-v", "--verbose", action="count", default=0, help="say more")
     group.add_argument(
         "-q",
@@ -345,6 +348,7 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
                 "compression_filter": arguments.compression_filter,
                 "ignore_size_limit": arguments.ignore_size_limit,
                 "ignore_cost_limit": arguments.ignore_cost_limit,
+                "digest": arguments.digest,
                 "stall_timeout": arguments.stall_timeout,
                 "worker": {
                     "template": arguments.template,

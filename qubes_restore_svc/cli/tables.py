@@ -14,6 +14,8 @@ from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+#: What a digest is, and how it is made of an image file.
+_FS_VERITY, _SHA256 = "DIGEST (fsverity digest FILE)", "DIGEST (sha256sum FILE)"
 _MOST_NAMES = 8  #: in a line that says something of several qubes
 
 
@@ -71,24 +73,25 @@ def netvm_text(qube: ManifestQube) -> str:
 def report_table(report: Report, width: int | None = None) -> str:
     """One row a volume, and one for each qube that has none; qubes that were not wanted have no row.
 
-    A SHA-256 has 64 characters. Where the rows would be wider than the terminal, it stands in a line of
-    its own when verifying, which is about these sums, and only in the JSON report when restoring.
+    A digest has 64 characters. Where the rows would be wider than the terminal, it stands in a line of its
+    own when verifying, which is about these digests, and only in the JSON report when restoring.
     """
     rows = [row for qube in report.qubes if qube.outcome != "left out" for row in _rows(report, qube)]
     if not rows:
         return ""
-    headings = ("QUBE", "VOLUME", "SIZE", "RESULT", "SHA-256")
+    plain = any(volume.sha256 for qube in report.qubes for volume in qube.volumes)
+    headings = ("QUBE", "VOLUME", "SIZE", "RESULT", _SHA256 if plain else _FS_VERITY)
     text = table(headings, rows)
     if width is None or max(map(len, text.splitlines())) <= width:
         return text
     head, *lines = table(headings[:-1], [row[:-1] for row in rows]).splitlines()
     if report.mode == "restore":
         return "\n".join([head, *lines])
-    sums = [f"  sha256 {row[-1]}" for row in rows]
-    with_sums = [
-        f"{line}\n{sha256}" if row[-1] else line for line, sha256, row in zip(lines, sums, rows, strict=True)
-    ]
-    return "\n".join([head, *with_sums])
+    digests = [headings[-1], *(row[-1] for row in rows)]
+    return "\n".join(
+        f"{line}\n  {digest}" if digest else line
+        for line, digest in zip([head, *lines], digests, strict=True)
+    )
 
 
 def failures(report: Report, width: int | None = None) -> list[str]:
@@ -130,7 +133,7 @@ def _rows(report: Report, qube: QubeReport) -> list[tuple[str, str, str, str, st
             volume.name,
             "-" if volume.size is None else size_text(volume.size),
             _volume_result(report, qube, volume),
-            volume.sha256 or "",
+            volume.fsverity or volume.sha256 or "",
         )
         for volume in qube.volumes
     ]

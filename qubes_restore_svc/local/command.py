@@ -26,6 +26,7 @@ from qubes_restore_svc.cli.displays import make_display, with_clock
 from qubes_restore_svc.cli.inputs import (
     MAX_MIB,
     add_compression_filter,
+    add_digest,
     add_exclude,
     add_limits,
     add_passphrase_file,
@@ -47,6 +48,7 @@ from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.sandbox import find_bubblewrap, worker_engine
 from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.wire.messages import Manifest
+from qubes_restore_svc.wire.names import DigestKind
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.restore_call import Choice
 
@@ -82,6 +84,7 @@ class Arguments(argparse.Namespace):
     verbose: bool
     quiet: bool
     report: Path | None = None
+    digest: DigestKind = "fsverity"
     qubes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     target: Path | None = None
@@ -164,6 +167,7 @@ def _prepare(arguments: Arguments) -> SessionOptions:
         compression_filter=arguments.compression_filter,
         ignore_size_limit=arguments.ignore_size_limit,
         ignore_cost_limit=arguments.ignore_cost_limit,
+        digest=arguments.digest,
         stall_timeout_s=arguments.stall_timeout,
         ahead=arguments.command != "list" and not arguments.qubes,
     )
@@ -303,3 +307,4 @@ def _add_selection(parser: argparse.ArgumentParser, verb: str) -> None:
     )
     add_exclude(parser)
     parser.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")
+    add_digest(parser, default="fsverity")

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qubes_restore_svc.broker.allowlist import DEFAULT, Bus, SettingsPolicy, check_choosable, check_entry
 from qubes_restore_svc.qubes.config_file import for_people, parse, read_private_text, shown
-from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, QubeName, is_qube_name
+from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, DigestKind, QubeName, is_qube_name
 from qubes_restore_svc.wire.restore_call import AUTO, Auto
 
 CONFIG_PATH = Path("/etc/qubes-restore-svc/config.yaml")
@@ -226,6 +226,12 @@ class ReportConfig(_Section):
         " null: nowhere.",
     )
     keep: int = _number(100, 1, 100_000, "How many are kept; older ones are deleted.")
+    digest: DigestKind = _key(
+        "fsverity",
+        "fsverity or sha256",
+        "Which digest of each volume is told. fsverity: the one of `fsverity digest FILE`, for which holes"
+        " cost nothing. sha256: the one of `sha256sum FILE`, which goes over every zero.",
+    )
 
 
 class LogConfig(_Section):

@@ -153,6 +153,7 @@ class Dom0Restore:
             compression_filter=request.compression_filter,
             ignore_size_limit=request.ignore_size_limit,
             ignore_cost_limit=request.ignore_cost_limit,
+            digest=request.digest or self.config.report.digest,
             stall_timeout_s=stall_timeout,
             ahead=request.mode != "list" and not request.choice.names,
         )

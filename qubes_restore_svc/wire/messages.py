@@ -33,6 +33,7 @@ from qubes_restore_svc.wire.names import (
     DeviceClass,
     DeviceIdentity,
     DevicePort,
+    DigestKind,
     FeatureName,
     FilterName,
     FreeText,
@@ -173,6 +174,7 @@ class Start(Message):
     type: Literal["start"] = "start"
     mode: Literal["restore", "verify"]
     keys: Annotated[tuple[QubeKey, ...], Field(fail_fast=True, min_length=1, max_length=MAX_QUBES)]
+    digest: DigestKind = "fsverity"  #: which one of each volume is wanted
     max_size: ClassVar[int] = 512 << 10
 
 
@@ -231,13 +233,15 @@ class VolumeDone(Message):
     outcome: Outcome
     image_size: Size = 0  #: bytes
     data_bytes: Size = 0  #: bytes of it that travelled
+    fsverity: Sha256 | None = None  #: the image's fs-verity digest (SHA-256, blocks of 4 KiB, no salt)
     sha256: Sha256 | None = None  #: over the whole image, holes as zeros
     error: ErrorInfo | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.outcome == "ok") == (self.sha256 is not None) == (self.error is None):
-            raise ValueError("a volume that is ok has a SHA-256, any other an error, and none has both")
+        digests = 2 - (self.fsverity, self.sha256).count(None)
+        if digests != (self.outcome == "ok") or (self.error is None) != (self.outcome == "ok"):
+            raise ValueError("a volume that is ok has one digest, any other an error, and none has both")
         if self.data_bytes > self.image_size:
             raise ValueError("more data than the image has room for")
         return self

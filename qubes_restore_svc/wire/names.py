@@ -94,6 +94,9 @@ ErrorKind = Annotated[str, _pattern(r"^[a-z-]+$", 64)]
 PoolName = Annotated[str, _pattern(r"^[A-Za-z0-9_.-]+$", 64)]
 #: A moment, in UTC: `2026-11-23T14:05:59Z` (RFC 3339).
 Timestamp = Annotated[datetime, BeforeValidator(_moment), PlainSerializer(_seconds, when_used="json")]
+#: What the digest of a volume is: its fs-verity digest, which knows holes for nothing, or plain SHA-256.
+DigestKind = Literal["fsverity", "sha256"]
+#: A digest of either kind; the one of fs-verity is a SHA-256 as well.
 Sha256 = Annotated[str, _pattern(r"^[0-9a-f]{64}$", 64)]
 #: A menu entry: the name of a .desktop file.
 AppmenuName = Annotated[str, _pattern(r"^[a-zA-Z0-9_.+@ -]+$", 255)]

@@ -51,12 +51,17 @@ def remarks(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 class VolumeReport(Model):
-    """What came of a volume. `sha256` is over the whole image, holes as zeros."""
+    """What came of a volume. One that is ok has one digest, over the whole image, holes as zeros.
+
+    `fsverity` is the one that `fsverity digest FILE` prints (SHA-256, blocks of 4 KiB, no salt), `sha256` the
+    one that `sha256sum FILE` prints.
+    """
 
     name: VolumeName
     outcome: Literal["ok", "failed", "skipped", "not reached"]
     size: Size | None = None  #: bytes
     data_bytes: Size | None = None  #: bytes of it that travelled
+    fsverity: Sha256 | None = None
     sha256: Sha256 | None = None
     error: ErrorInfo | None = None
     model_config = _FILLED

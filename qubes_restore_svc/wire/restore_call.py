@@ -44,6 +44,7 @@ from qubes_restore_svc.wire.names import (
     QUBE_NAME,
     BackupId,
     Count,
+    DigestKind,
     FilterName,
     FreeText,
     LocationText,
@@ -173,6 +174,7 @@ class OpenBackup(Message):
     compression_filter: FilterName | None = None  #: instead of the header's
     ignore_size_limit: bool = False  #: accept images larger than qubes.xml says
     ignore_cost_limit: bool = False  #: accept key derivations of more work than the fixed ceiling
+    digest: DigestKind | None = None  #: which one of each volume is wanted; None: as the configuration says
     stall_timeout: StallTimeout | None = None  #: without data, in seconds; at most the configured time
     worker: WorkerWishes = WorkerWishes()
     max_size: ClassVar[int] = 1 << 20

@@ -1,9 +1,10 @@
 """Where a volume's extents go: into a hash, and to the broker if it fetches them.
 
 Strategy: one volume is on offer at a time, and one call takes it. One object takes (offset, data) in rising
-order and sees to the holes itself: the hash is over the whole image, so a hole is hashed as zeros; the stream
-to the broker leaves it out. Both can be ended from outside, a hole of a tebibyte as well as a broker that has
-stopped reading. Hashing costs about as much as unpacking, and has a thread of its own.
+order and sees to the holes itself: the hash is over the whole image, holes as zeros; the stream to the broker
+leaves them out. The fs-verity digest knows a hole for nothing, plain SHA-256 goes over every zero. Both hash
+and stream can be ended from outside, a hole of a tebibyte as well as a broker that has stopped reading.
+Hashing costs about as much as unpacking, and has a thread of its own.
 """
 
 import contextlib
@@ -16,8 +17,10 @@ from concurrent.futures import Future
 from typing import Self
 
 from qubes_restore_svc.errors import SkippedOnRequest, exhausted
+from qubes_restore_svc.fs_verity import FsVerityDigest
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire import qrexec_call
+from qubes_restore_svc.wire.names import DigestKind
 from qubes_restore_svc.wire.volume import MAX_RECORD, encode_end, encode_header, encode_record
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -28,15 +31,15 @@ _PATIENCE_S = 0.1
 
 
 class ImageHash:
-    """SHA-256 of an image that comes as extents; to be used in a `with`, which ends its thread.
+    """The digest of an image that comes as extents; to be used in a `with`, which ends its thread.
 
     `check` is called for every extent, and again and again while the hashing is waited for; what it raises
     passes through. The data of an extent must stay as it is until it has been hashed.
     """
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, kind: DigestKind, check: Callable[[], None]) -> None:
         self._check = check
-        self._digest = hashlib.sha256()
+        self._digest = FsVerityDigest() if kind == "fsverity" else PlainDigest()
         self._pieces: queue.Queue[memoryview | int | None] = queue.Queue(_AHEAD)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._hash, name="hash", daemon=True)
@@ -91,17 +94,31 @@ class ImageHash:
             if piece is None:
                 return
             if isinstance(piece, int):
-                self._hash_zeros(piece)
+                self._skip(piece)
             else:
                 self._digest.update(piece)
                 self.hashed += len(piece)
 
-    def _hash_zeros(self, size: int) -> None:
+    def _skip(self, size: int) -> None:
         while size and not self._ended.is_set():
-            count = min(size, len(_ZEROS))
-            self._digest.update(_ZEROS[:count])
+            count = min(size, self._digest.longest_hole)
+            self._digest.skip(count)
             self.hashed += count
             size -= count
+
+
+class PlainDigest:
+    """SHA-256 of an image; see `FsVerityDigest`."""
+
+    longest_hole = len(_ZEROS)
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.update, self.hexdigest = self._digest.update, self._digest.hexdigest
+
+    def skip(self, size: int) -> None:
+        """A hole of `size` bytes, of `longest_hole` at the most."""
+        self._digest.update(_ZEROS[:size])
 
 
 class VolumeStream:

@@ -32,7 +32,7 @@ from qubes_restore_svc.errors import (
     SkippedOnRequest,
 )
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.names import DigestKind, VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
 from qubes_restore_svc.worker.files import ArchiveEnd, Damaged, EventQueue, Passed, PlaintextFiles
 from qubes_restore_svc.worker.opening import OpenedBackup
@@ -61,6 +61,7 @@ class Pipeline:
         stop: Stop,
         *,
         restoring: bool,
+        digest: DigestKind,
         ignore_size_limit: bool,
         emit: Emit,
         announce: Announce,
@@ -70,6 +71,7 @@ class Pipeline:
         self._files = PlaintextFiles(events)
         self._selection = selection
         self._restoring = restoring
+        self._digest: DigestKind = digest
         self._ignore_size_limit = ignore_size_limit
         self._emit = emit
         self._announce = announce
@@ -190,7 +192,7 @@ class Pipeline:
             self._check(qube)
             self._image_bytes = start + digest.hashed
 
-        digest = ImageHash(check)
+        digest = ImageHash(self._digest, check)
         ready = m.VolumeReady(key=info.key, volume=volume, image_size=size)
         if volume not in qube.volumes_left:  # nobody has promised it; from here on somebody has
             qube.volumes_left.append(volume)
@@ -200,7 +202,7 @@ class Pipeline:
                 if stream is not None:
                     stream.write(offset, data)
             size = digest.position if volume == "home" else size
-            sha256 = digest.finish(size)
+            found = digest.finish(size)
             if stream is not None:
                 stream.finish(digest.data_bytes)
         self._image_bytes = start + size
@@ -212,7 +214,8 @@ class Pipeline:
                 outcome="ok",
                 image_size=size,
                 data_bytes=digest.data_bytes,
-                sha256=sha256,
+                fsverity=found if self._digest == "fsverity" else None,
+                sha256=found if self._digest == "sha256" else None,
             )
         )
 

@@ -176,6 +176,7 @@ class Work:
             intake.events,
             self._stop,
             restoring=start.mode == "restore",
+            digest=start.digest,
             ignore_size_limit=request.ignore_size_limit,
             emit=self._emit,
             announce=self._announce,

@@ -22,6 +22,7 @@ from qubes_restore_svc.archive.filters import decompress
 from qubes_restore_svc.archive.inner_tar import Extent, read_image, without_zeros
 from qubes_restore_svc.broker.image_directory import ImageFile
 from qubes_restore_svc.broker.receiver import receive_volume
+from qubes_restore_svc.fs_verity import FsVerityDigest
 from qubes_restore_svc.kdf.engine import KdfParameters, best_engine
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD, encode_end, encode_header, encode_record
 from qubes_restore_svc.worker.memory import OWN_MEMORY
@@ -38,7 +39,7 @@ STAGES = {
     "open": "HMAC-SHA-256 over them, then decryption",
     "inflate": "decompression",
     "tar": "inner tar, zero runs",
-    "SHA-256": "digests of the images, holes included",
+    "digest": "fs-verity digests of the images",
     "send": "the worker's side of the boundary",
     "receive": "the broker's side",
     "write": "files and fsync, in the broker",
@@ -134,7 +135,7 @@ def measure_stages(sample: Sample, directory: Path) -> StageCosts:
 
 
 class _Unpacking:
-    """One image: its digest, the bytes of its data, and the records that carry them."""
+    """One image: its SHA-256, the bytes of its data, and the records that carry them."""
 
     def __init__(
         self,
@@ -167,23 +168,28 @@ class _Unpacking:
                 yield content
 
     def _hash(self, extents: Iterator[Extent], size: int) -> str:
-        digest, position = hashlib.sha256(), 0
+        """Measure the digest that a restore makes, and give the SHA-256, which is known of every backup."""
+        digest, known, position = FsVerityDigest(), hashlib.sha256(), 0
         zeros = memoryview(bytes(MIB))
 
-        def hash_hole(length: int) -> None:
-            for start in range(0, length, MIB):
-                digest.update(zeros[: length - start])
+        def know(hole: int, data: memoryview = zeros[:0]) -> None:
+            for start in range(0, hole, MIB):
+                known.update(zeros[: hole - start])
+            known.update(data)
 
         for extent in extents:
-            with self._meter.stage("SHA-256"):
-                hash_hole(extent.offset - position)
+            know(extent.offset - position, extent.data)
+            with self._meter.stage("digest"):
+                digest.skip(extent.offset - position)
                 digest.update(extent.data)
             position = extent.offset + len(extent.data)
             self.data += len(extent.data)
             self.records += -(-len(extent.data) // MAX_RECORD)
-        with self._meter.stage("SHA-256"):
-            hash_hole(size - position)
-        return digest.hexdigest()
+        know(size - position)
+        with self._meter.stage("digest"):
+            digest.skip(size - position)
+            digest.hexdigest()
+        return known.hexdigest()
 
 
 class _Receiver(threading.Thread):

@@ -185,7 +185,7 @@ def honest(
                 "outcome": "ok",
                 "image_size": image.size,
                 "data_bytes": image.data_bytes,
-                "sha256": hashlib.sha256(image.content).hexdigest(),
+                "fsverity": hashlib.sha256(image.content).hexdigest(),
             }
             steps.append(Say(done))
         steps.append(Say({"type": "qube_settings", "key": qube.key}))

@@ -242,7 +242,7 @@ def test_a_worker_is_told_no_name_of_a_qube_but_that_of_the_one_that_holds_the_b
         )
     }
     of_the_storage = {"Open.storage", "Storage.qube", "Storage.location_id"}
-    assert said == of_the_archive | of_the_person | of_the_storage | {"Start.mode"}
+    assert said == of_the_archive | of_the_person | of_the_storage | {"Start.mode", "Start.digest"}
 
 
 # --- A source that stalls ------------------------------------------------------------------------------

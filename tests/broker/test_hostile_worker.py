@@ -152,7 +152,7 @@ MESSAGES: dict[type[m.Message], Json] = {
         "outcome": "ok",
         "image_size": 0,
         "data_bytes": 0,
-        "sha256": _HASH,
+        "fsverity": _HASH,
     },
     m.QubeIncomplete: {"type": "qube_incomplete", "key": "vm1", "error": {"kind": "error", "reason": "?"}},
     m.QubeSettings: {"type": "qube_settings", "key": "vm2"},
@@ -363,14 +363,14 @@ CLAIMS: dict[str, tuple[Lie, str]] = {
         lambda s: s.changed("volume_done", *R, data_bytes=4001),
         "not what was announced and sent",
     ),
-    "ok without a hash": (lambda s: s.changed("volume_done", *R, sha256=...), "validate"),
+    "ok without a hash": (lambda s: s.changed("volume_done", *R, fsverity=...), "validate"),
     "ok with an error": (
         lambda s: s.changed("volume_done", *R, error={"kind": "error", "reason": "?"}),
         "does not validate",
     ),
     "failed with a hash": (lambda s: s.changed("volume_done", *R, outcome="failed"), "does not validate"),
     "failed without an error": (
-        lambda s: s.changed("volume_done", *R, outcome="failed", sha256=...),
+        lambda s: s.changed("volume_done", *R, outcome="failed", fsverity=...),
         "does not validate",
     ),
     "an outcome of its own": (lambda s: s.changed("volume_done", *R, outcome="fine"), "does not validate"),
@@ -540,7 +540,7 @@ def test_a_worker_cannot_choose_the_exit_status_by_the_kind_of_its_error(target:
     at = script.find("volume_ready", *R)
     outcome = run(script.until(at, Say({"type": "failed", "error": error})), target)
     assert (outcome.status, outcome.error) == (3, "error: as it likes")
-    failed = {"outcome": "failed", "error": error, "sha256": ..., "image_size": 0, "data_bytes": 0}
+    failed = {"outcome": "failed", "error": error, "fsverity": ..., "image_size": 0, "data_bytes": 0}
     outcome = run(script.changed("volume_done", *R, **failed), target / "2", stall_s=0.5)
     assert outcome.qube("vault").error is not None
     assert outcome.qube("vault").error.kind == "error"  # type: ignore[union-attr]  # it is not None

@@ -18,7 +18,9 @@ def entry(key: str, **sizes: int | None) -> m.ManifestQube:
 
 
 def ledger(*qubes: m.ManifestQube, ignore_size_limit: bool = False) -> Ledger:
-    return Ledger(qubes or (entry("a", root=100, private=200),), ignore_size_limit=ignore_size_limit)
+    return Ledger(
+        qubes or (entry("a", root=100, private=200),), "sha256", ignore_size_limit=ignore_size_limit
+    )
 
 
 def ready(key: str, volume: VolumeName, size: int = 100) -> m.VolumeReady:
@@ -52,6 +54,14 @@ def test_an_honest_worker_gets_through() -> None:
     book.answer(failed("d", "root"))  # missing: never announced
     book.settle(settings("d"))
     book.finish()
+
+
+def test_a_volume_without_the_digest_that_was_asked_for_is_refused() -> None:
+    book = ledger()
+    book.announce(ready("a", "root"))
+    with pytest.raises(ProtocolViolation, match="without the digest that was asked for, sha256"):
+        book.answer(ok("a", "root").model_copy(update={"fsverity": HASH, "sha256": None}))
+    book.answer(ok("a", "root"))
 
 
 @pytest.mark.parametrize(

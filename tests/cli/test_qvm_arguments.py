@@ -58,6 +58,7 @@ def test_every_option_of_the_stock_command() -> None:
         "vcpus": None,
         "pool": None,
         "report": None,
+        "digest": None,
         "loudness": 1,
     }
     assert {name: getattr(arguments, name) for name in expected} == expected

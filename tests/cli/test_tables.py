@@ -91,7 +91,7 @@ def volume(
         return VolumeReport(name=name, outcome="failed", error=ErrorInfo.of(error).without_place())
     if outcome == "not reached":
         return VolumeReport(name=name, outcome="not reached")
-    return VolumeReport(name=name, outcome="ok", size=8 << 20, data_bytes=5, sha256=SUM)
+    return VolumeReport(name=name, outcome="ok", size=8 << 20, data_bytes=5, fsverity=SUM)
 
 
 def report(
@@ -115,12 +115,21 @@ def qube(
 def test_where_there_is_room_a_volume_is_one_line() -> None:
     found = report(qube("work", "verified", volume("root"), volume()), mode="verify")
     expected = [
-        "QUBE  VOLUME   SIZE     RESULT    SHA-256",
+        "QUBE  VOLUME   SIZE     RESULT    DIGEST (fsverity digest FILE)",
         f"work  root     8.0 MiB  verified  {SUM}",
         f"work  private  8.0 MiB  verified  {SUM}",
     ]
     assert report_table(found).splitlines() == expected
     assert report_table(found, max(map(len, expected))).splitlines() == expected
+
+
+def test_a_table_says_when_its_digests_are_plain_sha_256() -> None:
+    plain = volume().model_copy(update={"fsverity": None, "sha256": SUM})
+    found = report(qube("work", "verified", plain), mode="verify")
+    assert report_table(found).splitlines() == [
+        "QUBE  VOLUME   SIZE     RESULT    DIGEST (sha256sum FILE)",
+        f"work  private  8.0 MiB  verified  {SUM}",
+    ]
 
 
 def test_on_a_narrow_terminal_a_verified_sum_has_a_line_of_its_own() -> None:
@@ -132,8 +141,9 @@ def test_on_a_narrow_terminal_a_verified_sum_has_a_line_of_its_own() -> None:
     lines = report_table(found, 80).splitlines()
     assert lines == [
         "QUBE                             VOLUME   SIZE     RESULT",
+        "  DIGEST (fsverity digest FILE)",
         "work                             private  8.0 MiB  verified",
-        f"  sha256 {SUM}",
+        f"  {SUM}",
         "a-name-of-exactly-31-characters  private  -        not reached",
     ]
     assert max(map(len, lines)) < 80

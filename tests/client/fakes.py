@@ -28,7 +28,7 @@ OTHER = c.PlanQube(
 )  # fmt: skip
 RESULT = QubeReport(
     name="work", klass="AppVM", outcome="restored",
-    volumes=(VolumeReport(name="private", outcome="ok", size=5, data_bytes=4, sha256="a" * 64),),
+    volumes=(VolumeReport(name="private", outcome="ok", size=5, data_bytes=4, fsverity="a" * 64),),
 )  # fmt: skip
 
 

@@ -83,7 +83,8 @@ def test_a_restore_for_a_gui_domain_makes_what_one_in_dom0_makes(
     assert {event["name"] for event in events if event["event"] == "volume"} == RESTORED
     report = events[-1]["report"]
     assert (report["status"], report["error"]) == (0, None)
-    assert {volume["sha256"] for qube in report["qubes"] for volume in qube["volumes"]} == {IMAGE.sha256()}
+    digests = {volume["fsverity"] for qube in report["qubes"] for volume in qube["volumes"]}
+    assert digests == {IMAGE.fsverity()}
     for volume in RESTORED:
         assert bench.dom0.sha256(volume) == (IMAGE.size, IMAGE.sha256())
     Path(path).unlink()
@@ -113,7 +114,7 @@ def test_a_verification_for_a_gui_domain_reads_everything_and_changes_nothing(
     verified = {qube["name"]: qube["outcome"] for qube in report["qubes"]}
     assert verified == dict.fromkeys(("mine", "work", "personal", "dom0"), "verified")
     volumes = [volume for qube in report["qubes"] for volume in qube["volumes"] if volume["name"] != "home"]
-    assert {volume["sha256"] for volume in volumes} == {IMAGE.sha256()}
+    assert {volume["fsverity"] for volume in volumes} == {IMAGE.fsverity()}
     assert {call.service for call in bench.qubes.switchboard.calls if call.target == "dom0"} == {VERIFY}
     bench.check_as_before(before)
 

@@ -46,12 +46,13 @@ def test_verify_on_a_narrow_terminal(backup: Path) -> None:
     assert seen.status == 0
     assert PASSPHRASE not in seen.raw
     assert max(map(len, seen.screen)) <= NARROW
-    prompt, qube, head, row, sha256, rest, end, nothing = seen.screen
+    prompt, qube, head, kind, row, digest, rest, end, nothing = seen.screen
     assert prompt.startswith("Passphrase of the backup:")
     assert qube == "work: verified"
     assert head.split() == ["QUBE", "VOLUME", "SIZE", "RESULT"]
     assert row.split() == ["work", "private", "1.0", "MiB", "verified"]
-    assert sha256.startswith("  sha256 ") and len(sha256) == 9 + 64
+    assert kind == "  DIGEST (fsverity digest FILE)"
+    assert len(digest) == 2 + 64
     assert rest == "left out (not selected): dom0, vault, debian"
     assert end == "1 of 1 qube verified."
     assert nothing == ""

@@ -154,6 +154,23 @@ def test_dom0_has_the_last_word_on_a_stalled_backup_and_a_qube_can_only_shorten_
 
 
 @pytest.mark.parametrize(
+    ("configured", "asked", "holds"),
+    [
+        ("", None, "fsverity"),
+        ("report: {digest: sha256}", None, "sha256"),
+        ("", "sha256", "sha256"),
+        ("report: {digest: sha256}", "fsverity", "fsverity"),
+    ],
+)
+def test_which_digest_is_told_is_configured_and_whoever_asks_for_another_gets_that(
+    configured: str, asked: str | None, holds: str, places: Places, made: Made
+) -> None:
+    configure(places, configured)
+    wanted = request(digest=asked)
+    assert parts(places, wanted).session_options(wanted).digest == holds
+
+
+@pytest.mark.parametrize(
     ("mode", "names", "activity", "ahead"),
     [
         ("restore", (), "restoring", True),

@@ -5,10 +5,17 @@
 Exits with 1 and a line for each difference.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from qubes_restore_svc.fs_verity import FsVerityDigest
+
+_PIECE = 1 << 20
 
 
 def differences(expected: Path, directory: Path) -> list[str]:
@@ -28,9 +35,32 @@ def differences(expected: Path, directory: Path) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsverity(path: Path) -> str:
+    """The fs-verity digest of a file, in hexadecimal; its holes are not read."""
+    digest, position = FsVerityDigest(), 0
+    with path.open("rb") as file:
+        for start, end in _data_of(file.fileno()):
+            digest.skip(start - position)
+            for offset in range(start, end, _PIECE):
+                digest.update(os.pread(file.fileno(), min(_PIECE, end - offset), offset))
+            position = end
+        digest.skip(os.fstat(file.fileno()).st_size - position)
+    return digest.hexdigest()
+
+
+def _data_of(fd: int) -> Iterator[tuple[int, int]]:
+    """Where the file has data: from, to."""
+    end = 0
+    with contextlib.suppress(OSError):  # there is no more
+        while True:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            yield start, end
 
 
 def main() -> None:

@@ -9,11 +9,13 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from qubes_restore_svc.fs_verity import FsVerityDigest
 
 FIRST_QID = 10  # of the first qube in a backup; lower numbers are dom0 and the qubes only referred to
 DEFAULT_TEMPLATE = "fedora-41"
@@ -31,15 +33,29 @@ class ImagePlan:
 
     def sha256(self) -> str:
         """SHA-256, in hex, of the whole image, holes as zeros."""
-        digest, position, zeros = hashlib.sha256(), 0, bytes(1 << 20)
+        digest, zeros = hashlib.sha256(), bytes(1 << 20)
+        for hole, data in self._runs():
+            for start in range(0, hole, len(zeros)):
+                digest.update(zeros[: hole - start])
+            digest.update(data)
+        return digest.hexdigest()
+
+    def fsverity(self) -> str:
+        """Its fs-verity digest."""
+        digest = FsVerityDigest()
+        for hole, data in self._runs():
+            digest.skip(hole)
+            digest.update(data)
+        return digest.hexdigest()
+
+    def _runs(self) -> Iterator[tuple[int, bytes]]:
+        """Bytes of a hole, and the data behind it."""
+        position = 0
         for offset, data in itertools.chain(self.extents, [(self.size, b"")]):
             if not position <= offset <= offset + len(data) <= self.size:
                 raise ValueError(f"extent of {len(data)} bytes at {offset} in an image of {self.size}")
-            for start in range(position, offset, len(zeros)):
-                digest.update(zeros[: offset - start])
-            digest.update(data)
+            yield offset - position, data
             position = offset + len(data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

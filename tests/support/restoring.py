@@ -10,6 +10,7 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.interfaces import Link
 from qubes_restore_svc.broker.job import run_job
 from qubes_restore_svc.local.directory import DirectoryHost
+from qubes_restore_svc.wire.names import DigestKind
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 from qubes_restore_svc.wire.restore_call import Choice
 
@@ -46,9 +47,10 @@ def restore(
     memory: int | None = None,
     observer: Recorder | None = None,
     ignore_size_limit: bool = False,
+    digest: DigestKind = "fsverity",
 ) -> Report:
     """Restore `backup` to the directory `target`, or verify it if that is None."""
-    options = SessionOptions(passphrase, memory=memory, ignore_size_limit=ignore_size_limit)
+    options = SessionOptions(passphrase, memory=memory, ignore_size_limit=ignore_size_limit, digest=digest)
     fd = os.open(backup, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return asyncio.run(

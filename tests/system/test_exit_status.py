@@ -61,10 +61,13 @@ def test_0_and_a_full_report_when_everything_is_restored(
     assert {name: qube["outcome"] for name, qube in qubes.items()} == {
         "dom0": "left out", "work": "restored", "vault": "restored", "debian": "restored",
     }  # fmt: skip
-    expected = small_backup().expectation()["volumes"]
-    assert isinstance(expected, dict)
+    expected = {
+        f"{qube.name}/{volume}": (image.size, image.fsverity(), None)
+        for qube in small_backup().qubes
+        for volume, image in qube.volumes.items()
+    }
     found = {
-        f"{qube['name']}/{volume['name']}": {"size": volume["size"], "sha256": volume["sha256"]}
+        f"{qube['name']}/{volume['name']}": (volume["size"], volume["fsverity"], volume["sha256"])
         for qube in facts["qubes"]
         for volume in qube["volumes"]
     }
@@ -72,8 +75,20 @@ def test_0_and_a_full_report_when_everything_is_restored(
     volume = qubes["work"]["volumes"][0]
     assert (volume["outcome"], volume["error"]) == ("ok", None)
     assert 0 < volume["data_bytes"] <= volume["size"]
-    for sha256 in (volume["sha256"] for volume in expected.values()):
-        assert sha256 in outcome.output
+    for _, fsverity, _ in expected.values():
+        assert fsverity in outcome.output
+
+
+def test_plain_sha_256_is_told_in_its_place_when_it_is_asked_for(
+    backup: Path, passphrase: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    outcome = finished("verify", backup, "vault", "-p", passphrase, "--sha256", report=report)
+    assert outcome.report is not None and isinstance(outcome.report["qubes"], list)
+    (vault,) = (qube for qube in outcome.report["qubes"] if qube["name"] == "vault")
+    sha256 = small_backup().qubes[1].volumes["private"].sha256()
+    assert [(one["fsverity"], one["sha256"]) for one in vault["volumes"]] == [(None, sha256)]
+    assert "DIGEST (sha256sum FILE)" in outcome.output and sha256 in outcome.output
 
 
 def test_0_for_a_part_when_only_that_part_was_asked_for(backup: Path, passphrase: Path) -> None:

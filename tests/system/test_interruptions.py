@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.compare import sha256
+from tests.support.compare import fsverity
 from tests.support.fixtures import REPOSITORY
 
 from .support import (
@@ -79,7 +79,7 @@ def assert_only_finished_qubes(target: Path, outcome: Outcome) -> None:
     assert there == set(restored)
     for name, qube in restored.items():
         for volume in qube["volumes"]:
-            assert sha256(target / name / f"{volume['name']}.img") == volume["sha256"]
+            assert fsverity(target / name / f"{volume['name']}.img") == volume["fsverity"]
 
 
 def assert_cancelled(run: Run, took: float, target: Path) -> Outcome:

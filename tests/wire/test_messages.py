@@ -46,7 +46,7 @@ FULL: dict[str, Json] = {
         "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
         "storage": STORAGE, "ahead": True,
     },
-    "start": {"type": "start", "mode": "verify", "keys": ["vm10", "vm11"]},
+    "start": {"type": "start", "mode": "verify", "keys": ["vm10", "vm11"], "digest": "sha256"},
     "skip_qube": {"type": "skip_qube", "key": "vm10"},
     "cancel": {"type": "cancel"},
     "manifest": {
@@ -56,7 +56,7 @@ FULL: dict[str, Json] = {
     "volume_ready": {"type": "volume_ready", "key": "vm10", "volume": "private", "image_size": 7},
     "volume_done": {
         "type": "volume_done", "key": "vm10", "volume": "root", "outcome": "failed", "image_size": 9,
-        "data_bytes": 8, "sha256": None, "error": ERROR,
+        "data_bytes": 8, "fsverity": None, "sha256": None, "error": ERROR,
     },
     "qube_settings": {
         "type": "qube_settings", "key": "vm10", "firewall": [RULE], "notes": "one\n\ttwo",
@@ -77,7 +77,7 @@ OPTIONAL: dict[str, set[str]] = {
         "protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "ignore_cost_limit",
         "storage", "ahead",
     },
-    "start": set(),
+    "start": {"digest"},
     "skip_qube": set(),
     "cancel": set(),
     "manifest": {
@@ -91,7 +91,7 @@ OPTIONAL: dict[str, set[str]] = {
     },
     "volume_ready": set(),
     "volume_done": {
-        "data_bytes", "sha256", "error.qube", "error.volume", "error.chunk", "error.advice",
+        "data_bytes", "fsverity", "sha256", "error.qube", "error.volume", "error.chunk", "error.advice",
     },
     "qube_settings": {
         "firewall", "notes", "appmenus", "error", "error.qube", "error.volume", "error.chunk", "error.advice",
@@ -112,7 +112,7 @@ NULLABLE = {
         "qubes.0.devices.0.identity",
         "refused.0.error.qube", "refused.0.error.volume", "refused.0.error.chunk",
     },
-    "volume_done": {"sha256", "error.qube", "error.volume", "error.chunk"},
+    "volume_done": {"fsverity", "sha256", "error.qube", "error.volume", "error.chunk"},
     "qube_settings": {
         "firewall", "notes", "appmenus", "error", "error.qube", "error.volume", "error.chunk",
         *(f"firewall.0.{key}" for key in RULE if key != "action"),
@@ -460,13 +460,19 @@ def test_dom0_is_the_one_admin_vm_and_has_a_home() -> None:
         {"error": None},
         {"sha256": "0" * 64},
         {"outcome": "skipped", "sha256": "0" * 64},
+        {"fsverity": "0" * 64},
+        {"outcome": "skipped", "error": None, "fsverity": "0" * 64, "sha256": "0" * 64},
+        {"outcome": "ok", "error": None, "fsverity": "0" * 64, "sha256": "0" * 64},
+        {"outcome": "ok", "error": None, "fsverity": "0" * 64, "sha256": "1" * 64},
+        {"outcome": "ok", "error": None, "fsverity": "g" * 64},
         {"outcome": "skipped", "error": None},
         {"outcome": "ok", "error": None, "sha256": "0" * 63},
         {"image_size": 7},
     ],
 )
 def test_an_outcome_that_contradicts_itself_is_refused(fields: Json) -> None:
-    assert is_taken({**FULL["volume_done"], "outcome": "ok", "error": None, "sha256": "0" * 64})
+    for kind in ("fsverity", "sha256"):
+        assert is_taken({**FULL["volume_done"], "outcome": "ok", "error": None, kind: "0" * 64})
     refusal({**FULL["volume_done"], **fields})
 
 

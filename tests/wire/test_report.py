@@ -44,7 +44,7 @@ WHOLE = (
         warnings=("w",),
         settings_left_out=("property kernelopts",),
         volumes=(
-            VolumeReport(name="private", outcome="ok", size=9, data_bytes=8, sha256="a" * 64),
+            VolumeReport(name="private", outcome="ok", size=9, data_bytes=8, fsverity="a" * 64),
             VolumeReport(name="root", outcome="failed", error=ERROR),
         ),
     ),
@@ -175,7 +175,7 @@ def the_longest_report() -> Report:
             error=LONG_ERROR,
             warnings=(LONG, LONG),
             volumes=tuple(
-                VolumeReport(name=name, outcome="failed", size=1 << 62, sha256="f" * 64, error=LONG_ERROR)
+                VolumeReport(name=name, outcome="failed", size=1 << 62, fsverity="f" * 64, error=LONG_ERROR)
                 for name in names
             ),
         )

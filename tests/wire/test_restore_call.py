@@ -43,7 +43,10 @@ RESULT: Json = {
     "name": "work1", "name_in_backup": "work", "klass": "AppVM", "outcome": "restored", "remark": "m",
     "error": ERROR, "warnings": ["w"], "settings_left_out": ["s"],
     "volumes": [
-        {"name": "private", "outcome": "ok", "size": 5, "data_bytes": 4, "sha256": "a" * 64, "error": ERROR}
+        {
+            "name": "private", "outcome": "ok", "size": 5, "data_bytes": 4, "fsverity": "a" * 64,
+            "sha256": None, "error": ERROR,
+        }
     ],
 }  # fmt: skip
 
@@ -53,6 +56,7 @@ FULL: dict[str, Json] = {
         "type": "open", "protocol": 1, "mode": "restore", "passphrase": PASSPHRASE,
         "location": {"qube": "sys-usb", "text": "/media/usb/a b.qbackup", "service": True},
         "choice": CHOICE, "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
+        "digest": "sha256",
         "stall_timeout": 600, "worker": {"template": "my-dvm", "memory": 4000, "vcpus": 2},
     },
     "choose": {"type": "choose", "choice": CHOICE},
@@ -224,6 +228,7 @@ BOUNDS: list[tuple[str, Path, object, object]] = [
     ("report", ("qubes", 0, "klass"), "?", "RootVM"),
     ("report", ("qubes", 0, "outcome"), "left out", "fine"),
     ("report", ("qubes", 0, "volumes", 0, "sha256"), "0" * 64, "0" * 63),
+    ("report", ("qubes", 0, "volumes", 0, "fsverity"), "0" * 64, "g" * 64),
 ]
 
 

@@ -23,7 +23,7 @@ MESSAGES: dict[str, m.Message] = {
     "manifest": m.Manifest(backup_id="b", format=4, compression_filter="gzip", qubes=()),
     "volume_ready": m.VolumeReady(key="vm1", volume="private", image_size=1),
     "volume_done": m.VolumeDone(key="vm1", volume="private", outcome="failed", error=ERROR),
-    "volume_done ok": m.VolumeDone(key="vm1", volume="private", outcome="ok", sha256="0" * 64),
+    "volume_done ok": m.VolumeDone(key="vm1", volume="private", outcome="ok", fsverity="0" * 64),
     "volume_done skipped": m.VolumeDone(key="vm1", volume="private", outcome="skipped", error=ERROR),
     "qube_settings": m.QubeSettings(key="vm1"),
     "qube_incomplete": m.QubeIncomplete(key="vm1", error=ERROR),
@@ -120,7 +120,11 @@ def test_a_volume_is_done_only_if_it_is_the_one_that_was_announced(
     session = session_in("volume")
     ok = outcome == "ok"
     done = m.VolumeDone(
-        key=key, volume=volume, outcome=outcome, sha256="0" * 64 if ok else None, error=None if ok else ERROR
+        key=key,
+        volume=volume,
+        outcome=outcome,
+        fsverity="0" * 64 if ok else None,
+        error=None if ok else ERROR,
     )
     with pytest.raises(ProtocolViolation, match="another volume than the one that was announced"):
         session.advance(done)
@@ -147,7 +151,7 @@ def test_the_next_volume_can_be_announced_when_one_is_done() -> None:
     session = session_in("volume")
     session.advance(MESSAGES["volume_done"])
     session.advance(m.VolumeReady(key="vm2", volume="root", image_size=1))
-    session.advance(m.VolumeDone(key="vm2", volume="root", outcome="ok", sha256="0" * 64))
+    session.advance(m.VolumeDone(key="vm2", volume="root", outcome="ok", fsverity="0" * 64))
     session.advance(MESSAGES["finished"])
     assert session.state is State.CLOSED
 

@@ -18,6 +18,7 @@ from typing import Literal
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest, OpensslEngine
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.names import DigestKind
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, VolumeDecoder, encode_header
 from qubes_restore_svc.worker.chunk import ChunkStore
 from qubes_restore_svc.worker.intake import Intake
@@ -189,6 +190,7 @@ class Pass:
         *,
         mode: Literal["restore", "verify"] = "verify",
         receiver: "Receiver | None" = None,
+        digest: DigestKind = "sha256",
         ignore_size_limit: bool = False,
         ahead: bool = False,
     ) -> None:
@@ -204,6 +206,7 @@ class Pass:
             self.intake.events,
             self.stop,
             restoring=mode == "restore",
+            digest=digest,
             ignore_size_limit=ignore_size_limit,
             emit=self.messages.append,
             announce=(receiver or Receiver(self.messages.append)).announce,

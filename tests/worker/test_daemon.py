@@ -151,7 +151,7 @@ async def test_a_volume_can_be_fetched_once_by_its_name_while_it_is_announced() 
     with file_with(ARCHIVE) as archive:
         async with Caller(archive) as caller:
             peer = await caller.opened()
-            peer.say(m.Start(mode="restore", keys=("vm11",)))
+            peer.say(m.Start(mode="restore", keys=("vm11",), digest="sha256"))
             ready = await peer.expect(m.VolumeReady)
             assert (ready.key, ready.volume) == ("vm11", "private")
             for argument in (b"vm11.root", b"vm10.private", b"vm11", b"vm11.private.x", b"VM11.private"):

@@ -4,7 +4,8 @@ import errno
 import hashlib
 import socket
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import given
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.members import Buffer
 from qubes_restore_svc.errors import Cancelled, ResourcesExhausted, SkippedOnRequest
+from qubes_restore_svc.fs_verity import FsVerityDigest
+from qubes_restore_svc.wire.names import DigestKind
 from qubes_restore_svc.wire.volume import MAX_RECORD
-from qubes_restore_svc.worker.output import ImageHash, VolumeOffers, VolumeStream
+from qubes_restore_svc.worker.output import ImageHash, PlainDigest, VolumeOffers, VolumeStream
 
 from .support import MIB, in_thread, join, receive
 
@@ -22,10 +25,24 @@ def nothing() -> None:
     pass
 
 
-@given(st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=3000)), max_size=8))
-def test_the_hash_is_that_of_the_whole_image(runs: list[tuple[int, bytes]]) -> None:
+DIGESTS: dict[DigestKind, Callable[[], FsVerityDigest | PlainDigest]] = {
+    "fsverity": FsVerityDigest,
+    "sha256": PlainDigest,
+}
+EITHER = pytest.mark.parametrize("kind", DIGESTS)
+
+
+def digest_of(kind: DigestKind, image: bytes) -> str:
+    digest = DIGESTS[kind]()
+    digest.update(image)
+    return digest.hexdigest()
+
+
+@EITHER
+@given(runs=st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=3000)), max_size=8))
+def test_the_hash_is_that_of_the_whole_image(kind: DigestKind, runs: list[tuple[int, bytes]]) -> None:
     image = b""
-    with ImageHash(nothing) as digest:
+    with ImageHash(kind, nothing) as digest:
         for hole, data in runs:
             image += bytes(hole)
             digest.write(len(image), memoryview(data))
@@ -33,15 +50,25 @@ def test_the_hash_is_that_of_the_whole_image(runs: list[tuple[int, bytes]]) -> N
             assert digest.position == len(image)
         assert digest.data_bytes == sum(len(data) for _, data in runs)
         image += bytes(5000)
-        assert digest.finish(len(image)) == hashlib.sha256(image).hexdigest()
+        assert digest.finish(len(image)) == digest_of(kind, image)
     assert digest.hashed == len(image)
 
 
-def test_a_hole_of_many_mebibytes_is_hashed_as_zeros() -> None:
-    with ImageHash(nothing) as digest:
+@EITHER
+def test_a_hole_of_many_mebibytes_is_hashed_as_zeros(kind: DigestKind) -> None:
+    with ImageHash(kind, nothing) as digest:
         digest.write(3 * MIB + 1, memoryview(b"x"))
         image = bytes(3 * MIB + 1) + b"x" + bytes(2 * MIB - 2)
-        assert digest.finish(5 * MIB) == hashlib.sha256(image).hexdigest()
+        assert digest.finish(5 * MIB) == digest_of(kind, image)
+
+
+def test_a_hole_of_a_tebibyte_costs_the_fs_verity_digest_nothing() -> None:
+    with ImageHash("fsverity", nothing) as digest:
+        digest.write(1 << 40, memoryview(b"x"))
+        began = time.process_time()
+        digest.finish(1 << 44)
+        assert time.process_time() - began < 1
+    assert digest.hashed == 1 << 44
 
 
 @pytest.mark.parametrize("place", ["before data", "at the end"])
@@ -54,7 +81,7 @@ def test_the_hashing_of_a_hole_of_a_tebibyte_can_be_stopped(place: str) -> None:
         if calls == 5:
             raise Cancelled("enough")
 
-    with pytest.raises(Cancelled), ImageHash(check) as digest:
+    with pytest.raises(Cancelled), ImageHash("sha256", check) as digest:
         if place == "before data":
             digest.write(1 << 40, memoryview(b"x"))
         digest.finish((1 << 40) + 1)
@@ -80,7 +107,7 @@ def test_data_that_comes_faster_than_it_is_hashed_waits_and_can_be_stopped(
     monkeypatch.setattr(ImageHash, "_hash", hash_nothing)
     monkeypatch.setattr("qubes_restore_svc.worker.output._PATIENCE_S", 0.001)
     written = 0
-    with pytest.raises(Cancelled), ImageHash(check) as digest:
+    with pytest.raises(Cancelled), ImageHash("fsverity", check) as digest:
         try:
             while True:
                 digest.write(written, memoryview(b"x"))

@@ -119,7 +119,7 @@ class Outcome:
         return (
             self.manifest,
             self.failed.kind if self.failed else None,
-            {name: (kind, self.volumes[name].sha256) for name, kind in self.kinds.items()},
+            {name: (kind, self.volumes[name].fsverity) for name, kind in self.kinds.items()},
             {
                 key: (one.firewall, one.notes, one.appmenus, one.error.kind if one.error else None)
                 for key, one in self.settings.items()
