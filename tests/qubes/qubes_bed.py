@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -113,7 +114,10 @@ def stopped_program(script: str, place: Path, step: str) -> Iterator["subprocess
         assert process.stdout is not None
         assert process.stdout.readline() == b"here\n"
         yield process
-        # With what it has started; its guard has a session of its own.
+        # With what it has started; its guard has a session of its own, as soon as it runs.
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not any(os.getsid(int(child)) == int(child) for child in children.read_text().split()):
+            time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -20,12 +20,12 @@ from .support import finished, passphrase_file, running, wait_for
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 #: With letters that are written in several ways in JSON and in Python.
-SECRET = 'zebra-"çrossing\\-9f3a'
+SECRET = 'zebra-"çrossing\\-9f3ac07e51d6'
 FORMS = [
     SECRET,
     SECRET.encode().decode("latin-1"),
     SECRET.replace("\\", "\\\\").replace('"', '\\"'),
-    "9f3a",
+    "9f3ac07e51d6",
     "zebra",
     SECRET.encode().hex(),
 ]
