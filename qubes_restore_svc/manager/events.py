@@ -12,7 +12,7 @@ from collections.abc import Callable
 from qubes_restore_svc.cli.displays import Rate
 from qubes_restore_svc.cli.tables import duration_text, size_text
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.manager.wording import outcome, plain
+from qubes_restore_svc.manager.wording import outcome, plain, planned_name, translate
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 
@@ -53,11 +53,13 @@ class Events(Observer):
         self._progress = PlanProgress(None)
         self._percent = -1
         self._announced: set[str] = set()
+        self._names: dict[str, str] = {}  # as they are shown
 
     def started(self, plan: c.Plan) -> None:
         """This plan is about to be carried out."""
         self._plan, self._progress, self._percent = plan, PlanProgress(plan), -1
         self._announced.clear()
+        self._names = {qube.new_name: planned_name(qube) for qube in plan.taken}
         self._tell(lambda listener: listener.started(plan))
 
     def progress(self, archive_bytes: int, image_bytes: int) -> None:
@@ -77,7 +79,12 @@ class Events(Observer):
         """The first volume of a qube is its beginning."""
         if qube not in self._announced:
             self._announced.add(qube)
-            LOG.info("%s %s…", "Verifying" if self._mode == "verify" else "Restoring", plain(qube))
+            text = (
+                translate("Restore", "Verifying {name}…")
+                if self._mode == "verify"
+                else translate("Restore", "Restoring {name}…")
+            )
+            LOG.info("%s", text.format(name=self._names.get(qube, plain(qube))))
         self._tell(lambda listener: listener.volume_started(qube, volume, image_size))
 
     def qube_finished(self, report: QubeReport) -> None:
@@ -85,7 +92,7 @@ class Events(Observer):
         if report.outcome != "left out":
             found = outcome(report, self._mode)
             if found.succeeded:
-                LOG.info("%s: %s", found.name, found.word)
+                LOG.info("%s: %s", found.name, ". ".join(filter(None, (found.word, found.advice))))
             else:
                 LOG.error("%s: %s. %s", found.name, found.word, found.explanation)
         for warning in report.warnings:
@@ -95,8 +102,12 @@ class Events(Observer):
     def cancelling(self) -> None:
         """The person has cancelled."""
         restoring = self._plan is not None and self._mode != "verify"
-        undone = ": the qube that is under way is removed, finished ones stay" if restoring else ""
-        LOG.warning("Cancelling%s…", undone)
+        text = (
+            translate("Restore", "Cancelling: the qube that is under way is removed, finished ones stay…")
+            if restoring
+            else translate("Restore", "Cancelling…")
+        )
+        LOG.warning("%s", text)
         self._tell(lambda listener: listener.cancelling())
 
     def ended(self, report: Report | None, error: RestoreError | None) -> None:
@@ -128,7 +139,7 @@ def _guarded(tell: Callable[[], None]) -> None:
     try:
         tell()
     except Exception:
-        LOG.exception("what shows the restore failed; the restore goes on")
+        LOG.exception("%s", translate("Restore", "what shows the restore failed; the restore goes on"))
 
 
 # --- How far it is ---------------------------------------------------------------------------------

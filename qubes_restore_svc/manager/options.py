@@ -40,6 +40,8 @@ class BackupRestoreOptions:
         self.override_pool: str | None = None
         #: accept images larger than the backup's own list says
         self.ignore_size_limit = False
+        #: what was chosen for single qubes, by their names in the backup (not in the stock class)
+        self.qubes: dict[str, c.QubeChoice] = {}
 
 
 class RestoreSource(Protocol):
@@ -73,6 +75,7 @@ def choice_from(
         dom0_home=dom0_home,
         ignore_username_mismatch=options.ignore_username_mismatch,
         pool=options.override_pool,
+        qubes=tuple(options.qubes.values()),
     )
 
 

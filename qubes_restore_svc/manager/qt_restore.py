@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from PyQt6 import sip
 from PyQt6.QtCore import QCoreApplication, QEvent, QEventLoop, QObject, Qt, QThread, pyqtSignal
-from PyQt6.QtWidgets import QApplication, QProgressDialog, QWidget
+from PyQt6.QtGui import QKeyEvent
+from PyQt6.QtWidgets import QApplication, QLineEdit, QProgressDialog, QWidget
 
 from qubes_restore_svc.manager import restore
 from qubes_restore_svc.manager.entries import VMToRestore
@@ -109,6 +110,8 @@ class _Deaf(QObject):
             return False
         if sip.isdeleted(self._window) or self._window.isVisible():
             return False
+        if isinstance(event, QKeyEvent) and isinstance(QApplication.focusWidget(), QLineEdit):
+            return not event.text().isprintable()  # a letter starts nothing, and is not to get lost
         if event.type() is QEvent.Type.Close:
             event.ignore()  # otherwise it counts as taken, and the window goes
         return True
@@ -133,7 +136,11 @@ _INPUT = frozenset(
 
 def _waiting_window(parent: QWidget | None) -> QProgressDialog:
     window = QProgressDialog(
-        "Opening the backup in a disposable qube.\nThis can take a minute.", "Cancel", 0, 0, parent
+        translate("Restore", "Opening the backup in a disposable qube.\nThis can take a minute."),
+        translate("Restore", "Cancel"),
+        0,
+        0,
+        parent,
     )
     window.setWindowTitle(title())
     window.setWindowModality(Qt.WindowModality.ApplicationModal)
@@ -144,6 +151,6 @@ def _waiting_window(parent: QWidget | None) -> QProgressDialog:
 
 def _say_cancelling(window: QProgressDialog, cancel: Callable[[], None]) -> None:
     cancel()
-    window.setLabelText("Cancelling: the disposable qube is being removed.")
+    window.setLabelText(translate("Restore", "Cancelling: the disposable qube is being removed."))
     window.setCancelButton(None)
     window.show()  # its Cancel has hidden it

@@ -5,6 +5,7 @@ stands, and the same table is the result at the end. All cells are plain text.
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PyQt6.QtCore import QEvent, QModelIndex, QSize, Qt
@@ -20,10 +21,8 @@ from PyQt6.QtWidgets import (
     QWidget,
 )
 
-from qubes_restore_svc.manager.wording import Outcome, volume_text
+from qubes_restore_svc.manager.wording import Outcome, planned_name, translate, volume_text
 from qubes_restore_svc.wire import restore_call as c
-
-_HEADINGS = ("Qube", "State", "What happened, and what to do")
 
 
 class _Tone(enum.Enum):
@@ -33,13 +32,13 @@ class _Tone(enum.Enum):
     BAD = enum.auto()
 
 
-class QubeTable(QTableWidget):
-    """The table. `begin` fills it; a row is known by the name that the qube gets."""
+class TextTable(QTableWidget):
+    """A table to be read: rows of plain text as high as they need, and the last column takes what is left."""
 
-    def __init__(self, parent: QWidget | None = None) -> None:
-        super().__init__(0, len(_HEADINGS), parent)
-        self.setHorizontalHeaderLabels(_HEADINGS)
-        self.setAccessibleName("Qubes of this restore")
+    def __init__(self, headings: Sequence[str], name: str, parent: QWidget | None = None) -> None:
+        super().__init__(0, len(headings), parent)
+        self.setHorizontalHeaderLabels(headings)
+        self.setAccessibleName(name)
         self.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
         self.setSelectionMode(QAbstractItemView.SelectionMode.NoSelection)
         self.setFocusPolicy(Qt.FocusPolicy.TabFocus)
@@ -56,9 +55,52 @@ class QubeTable(QTableWidget):
         if (columns := self.horizontalHeader()) is not None:
             columns.setDefaultAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter)
             columns.setHighlightSections(False)
-            columns.setSectionResizeMode(0, QHeaderView.ResizeMode.ResizeToContents)
-            columns.setSectionResizeMode(1, QHeaderView.ResizeMode.ResizeToContents)
-            columns.setSectionResizeMode(2, QHeaderView.ResizeMode.Stretch)
+            for column in range(len(headings) - 1):
+                columns.setSectionResizeMode(column, QHeaderView.ResizeMode.ResizeToContents)
+            columns.setSectionResizeMode(len(headings) - 1, QHeaderView.ResizeMode.Stretch)
+
+    def as_text(self) -> str:
+        """All of it, a line for a qube."""
+        lines = []
+        for row in range(self.rowCount()):
+            items = (self.item(row, column) for column in range(self.columnCount()))
+            lines.append("\t".join(item.text() for item in items if item is not None and item.text()))
+        return "\n".join(lines)
+
+    def sizeHint(self) -> QSize:
+        """Room for some rows; more is scrolled to."""
+        return QSize(560, 180)
+
+    def resizeEvent(self, event: QResizeEvent | None) -> None:
+        """Text that wraps elsewhere needs other heights."""
+        super().resizeEvent(event)
+        self.resizeRowsToContents()
+
+    def add_row(self) -> int:
+        """A row of empty cells at the end; brings its number."""
+        row = self.rowCount()
+        self.insertRow(row)
+        for column in range(self.columnCount()):
+            self.setItem(row, column, _cell())
+        return row
+
+    def set_text(self, row: int, column: int, text: str) -> None:
+        """What stands in a cell."""
+        item = self.item(row, column)
+        if item is not None and item.text() != text:
+            item.setText(text)
+
+
+class QubeTable(TextTable):
+    """The table. `begin` fills it; a row is known by the name that the qube gets."""
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        headings = (
+            translate("Restore", "Qube"),
+            translate("Restore", "State"),
+            translate("Restore", "What happened, and what to do"),
+        )
+        super().__init__(headings, translate("Restore", "Qubes of this restore"), parent)
         self._tones: dict[int, _Tone] = {}
         self._rows: dict[str, int] = {}
         self._settled: set[int] = set()
@@ -70,24 +112,23 @@ class QubeTable(QTableWidget):
         self._tones.clear()
         self._settled.clear()
         for qube in plan.taken:
-            renamed = qube.new_name != qube.name
-            name = f"{qube.new_name} (was {qube.name})" if renamed else qube.name
-            self._set(self._row(qube.new_name), name, "waiting", "", _Tone.QUIET)
+            waiting = translate("Restore", "waiting")
+            self._set(self._row(qube.new_name), planned_name(qube), waiting, "", _Tone.QUIET)
 
     def set_running(self, qube: str, volume: str) -> None:
         """It is this qube's turn. It comes into view when it begins, and then the person may scroll."""
         row = self._row(qube)
         if self._tones[row] is not _Tone.PLAIN and (item := self.item(row, 0)) is not None:
             self.scrollToItem(item)
-        self._set(row, None, "▸ in progress", volume_text(volume), _Tone.PLAIN)
+        self._set(row, None, translate("Restore", "▸ in progress"), volume_text(volume), _Tone.PLAIN)
 
     def set_undoing(self) -> None:
         """What is under way is being undone, and what waits will not come."""
         for row in range(self.rowCount()):
             if self._tones[row] is _Tone.PLAIN:
-                self._set(row, None, "▸ stopping", "", _Tone.PLAIN)
+                self._set(row, None, translate("Restore", "▸ stopping"), "", _Tone.PLAIN)
             elif row not in self._settled:
-                self._set(row, None, "– not begun", "", _Tone.QUIET)
+                self._set(row, None, translate("Restore", "– not begun"), "", _Tone.QUIET)
 
     def set_outcome(self, qube: str, outcome: Outcome) -> None:
         """What came of it. `qube`: the name that it got, `outcome.name` the one to show."""
@@ -112,18 +153,6 @@ class QubeTable(QTableWidget):
                 self.scrollToItem(item, QAbstractItemView.ScrollHint.PositionAtTop)
                 return
 
-    def as_text(self) -> str:
-        """All of it, a line for a qube."""
-        lines = []
-        for row in range(self.rowCount()):
-            cells = [item.text() for column in range(3) if (item := self.item(row, column)) is not None]
-            lines.append("\t".join(cell for cell in cells if cell))
-        return "\n".join(lines)
-
-    def sizeHint(self) -> QSize:
-        """Room for some rows; more is scrolled to."""
-        return QSize(560, 180)
-
     def changeEvent(self, event: QEvent | None) -> None:
         """Another palette has other colours."""
         super().changeEvent(event)
@@ -131,26 +160,17 @@ class QubeTable(QTableWidget):
             for row, tone in self._tones.items():
                 self._paint(row, tone)
 
-    def resizeEvent(self, event: QResizeEvent | None) -> None:
-        """Text that wraps elsewhere needs other heights."""
-        super().resizeEvent(event)
-        self.resizeRowsToContents()
-
     def _row(self, qube: str) -> int:
         """The qube's row; one is added for a qube that the plan did not hold."""
         if qube not in self._rows:
-            self._rows[qube] = self.rowCount()
-            self.insertRow(self._rows[qube])
-            for column in range(len(_HEADINGS)):
-                self.setItem(self._rows[qube], column, _cell())
+            self._rows[qube] = self.add_row()
             self._set(self._rows[qube], qube, "", "", _Tone.QUIET)
         return self._rows[qube]
 
     def _set(self, row: int, name: str | None, state: str, text: str, tone: _Tone) -> None:
         for column, cell in enumerate((name, state, text)):
-            item = self.item(row, column)
-            if item is not None and cell is not None and item.text() != cell:
-                item.setText(cell)
+            if cell is not None:
+                self.set_text(row, column, cell)
         self._tones[row] = tone
         self._paint(row, tone)
 

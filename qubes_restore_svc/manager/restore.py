@@ -25,13 +25,14 @@ from typing import Literal, Protocol, Self
 
 from qubesadmin import exc
 
-from qubes_restore_svc.cli.tables import plan_table
+from qubes_restore_svc.cli.tables import plan_table, settings_left_behind
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
 from qubes_restore_svc.manager import entries, wording
 from qubes_restore_svc.manager.call import KeptCall, OpenCall, call_dom0
 from qubes_restore_svc.manager.events import LOG, Events, RestoreListener
 from qubes_restore_svc.manager.options import BackupRestoreOptions, choice_from, open_request
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.messages import RefusedQube
 from qubes_restore_svc.wire.report import Report
 
 __all__ = ["BackupCanceledError", "BackupRestore", "BackupRestoreOptions"]
@@ -101,6 +102,9 @@ class BackupRestore:
         self.header_data: HeaderData | None = None
         #: what came of `restore_do`, once it is through
         self.report: Report | None = None
+        #: what can be chosen by the last plan, and the qubes of the backup that cannot be listed
+        self.offers = c.Offers()
+        self.unlisted: tuple[RefusedQube, ...] = ()
         self._events = Events()
         self._call = KeptCall(call_dom0 if open_call is None else open_call, self._events)
         # The worker's qube lives as long as the call: also a dialog that is just dropped ends it.
@@ -140,6 +144,7 @@ class BackupRestore:
             home = self.options.dom0_home and self._may_have_home
             plan = self._call.plan(self._request(choice_from(self.options, dom0_home=home)))
             self.header_data = HeaderData(plan.backup_id)
+            self.offers, self.unlisted = plan.offers, plan.unlisted
             for qube in plan.unlisted:
                 LOG.error("not listed: %s: %s", wording.plain(qube.name), wording.plain(qube.error.reason))
             info = entries.restore_info(plan)
@@ -158,22 +163,25 @@ class BackupRestore:
             names = entries.checked_names(restore_info)
             if names:  # to dom0, no names would mean all
                 plan = self._call.plan(self._request(choice_from(self.options, names)))
+                self.offers = plan.offers
                 entries.update_entries(restore_info, plan)
             return restore_info
 
     @staticmethod
     def get_restore_summary(restore_info: Mapping[str, entries.VMToRestore]) -> str:
-        """The table that the stock command shows, and why a qube in it is not restored."""
+        """Why qubes are not restored, the table that the stock command shows, and what stays behind."""
         with _qubes_exceptions():
             entries.checked_names(restore_info)
             planned = tuple(entry.planned for entry in restore_info.values())
             plan = c.Plan(number=1, mode="restore", backup_id="0", qubes=planned)
-            lines = [plan_table(plan, _COLUMNS).replace(" <-- ", " ← ")]  # no "<": see `wording`
-            lines += [
-                "\n" + _below(f"{entry.vm.name}: {wording.problem_text(entry.planned)}")
+            lines = [
+                _wrapped(f"{entry.vm.name}: {wording.problem_text(entry.planned)}") + "\n"
                 for entry in restore_info.values()
                 if entry.planned.error is not None
             ]
+            lines.append(plan_table(plan, _COLUMNS).replace(" <-- ", " ← "))  # no "<": see `wording`
+            if behind := settings_left_behind(plan, everything=True):
+                lines += ["", *map(_wrapped, behind)]
             return wording.plain("\n".join(lines)) + "\n"
 
     def restore_do(self, restore_info: Mapping[str, entries.VMToRestore]) -> None:
@@ -265,8 +273,8 @@ class BackupRestore:
         return self._here == "dom0" or self.options.verify_only
 
 
-def _below(text: str) -> str:
-    """`text` in lines, below the table."""
+def _wrapped(text: str) -> str:
+    """`text` in lines, as wide as the table."""
     return textwrap.fill(text, _COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
 
 

@@ -21,7 +21,6 @@ from PyQt6.QtWidgets import (
     QLabel,
     QListWidgetItem,
     QMessageBox,
-    QTextEdit,
     QWidget,
     QWizard,
     QWizardPage,
@@ -33,10 +32,12 @@ from qubesmanager import restore as stock
 
 from qubes_restore_svc.errors import RestoreError, WrongPassphrase, unforeseen
 from qubes_restore_svc.manager import qt_restore, wording
+from qubes_restore_svc.manager.choice_table import ChoiceTable
 from qubes_restore_svc.manager.entries import VMToRestore
 from qubes_restore_svc.manager.progress_page import ProgressPage
 from qubes_restore_svc.manager.qube_table import text_colours
 from qubes_restore_svc.manager.wording import translate
+from qubes_restore_svc.wire import restore_call as c
 
 
 class IsolatedRestoreWindow(stock.RestoreVMsWindow):
@@ -82,8 +83,15 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         self.appvm_combobox.currentIndexChanged.connect(lambda: self.backup_location_changed())
 
     def _set_up_summary(self) -> None:
-        self.confirm_text_edit.setLineWrapMode(QTextEdit.LineWrapMode.NoWrap)  # it shows a table
-        self.confirm_text_edit.setTabChangesFocus(True)
+        self.choices = ChoiceTable()
+        self.choices.changed.connect(self._on_choice)
+        self._stale = False  # is something chosen that the plan does not know yet?
+        self._choosing = QTimer(self)
+        self._choosing.setSingleShot(True)
+        self._choosing.setInterval(_TYPING_MS)
+        self._choosing.timeout.connect(self._plan_again)
+        self.verticalLayout_2.insertWidget(1, self.choices, 1)
+        self.confirm_text_edit.hide()
         self.label_7.hide()
 
     def _set_up_restore(self) -> None:
@@ -165,11 +173,43 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             self._warn(translate("Restore", "The backup cannot be restored like this"), str(error))
             self.back()
             return
-        if self.currentPage() is self.commit_page:
+        if self.currentPage() is self.confirm_page:
+            self._stale = False
+            self.choices.begin(self.vms_to_restore or {})
+            self._show_plan()
+        elif self.currentPage() is self.commit_page:
             self.dom0_restored_label.setVisible(
                 "dom0" in (self.vms_to_restore or {}) and not self.verify_only.isChecked()
             )
             self.setOption(QWizard.WizardOption.NoBackButtonOnLastPage)
+
+    def _show_plan(self) -> None:
+        backup = self.backup_restore
+        if backup is not None and self.vms_to_restore is not None:
+            offers = _with_qubes_of(self.qubes_app, backup.offers)
+            self.choices.show_plan(self.vms_to_restore, offers, verify=backup.options.verify_only)
+        self.confirm_page.completeChanged.emit()
+
+    def _on_choice(self) -> None:
+        """Nothing goes on before dom0 has said what comes of it."""
+        self._stale = True
+        self.confirm_page.completeChanged.emit()
+        self._choosing.start()
+
+    def _plan_again(self) -> None:
+        if self.currentPage() is not self.confirm_page or self.backup_restore is None:
+            return
+        choices = self.backup_restore.options.qubes = self.choices.choices
+        try:
+            self.vms_to_restore = self.backup_restore.restore_info_verify(self.vms_to_restore or {})
+        except exc.BackupCancelledError:
+            self.restart()
+        except exc.QubesException as error:
+            self._warn(translate("Restore", "The backup cannot be restored like this"), str(error))
+            self.restart()
+        else:
+            self._stale = self.choices.choices != choices
+            self._show_plan()
 
     def thread_finished(self) -> None:
         """Called by the stock dialog when its thread has ended; the page has been told by its own feed."""
@@ -223,12 +263,18 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
     def _why_no_restore(self) -> str:
         entries = (self.vms_to_restore or {}).values()
         bad = [entry for entry in entries if not entry.good_to_go]
+        if reserved := self.choices.reserved_names:
+            return translate("Restore", "No qube can have the name “{name}”.").format(name=reserved[0])
         if not bad:
             return ""
-        names = ", ".join(wording.plain(entry.vm.name) for entry in bad)
+        names = ", ".join(entry.vm.name for entry in bad)
         return translate(
-            "Restore", "This cannot be restored as it is: {names}. Settle it, or go back and leave it out."
+            "Restore", "This does not fit yet: {names}. Choose in the table, or go back and leave it out."
         ).format(names=names)
+
+    def all_vms_good(self) -> bool:
+        """Called by the stock dialog: can it begin?"""
+        return not self._stale and not self._why_no_restore()
 
     def _show_why_not(self) -> None:
         reasons = {
@@ -380,6 +426,22 @@ def _cancel_question(*, verify: bool) -> tuple[str, str, str]:
     )
 
 
+def _with_qubes_of(app: QubesBase, offers: c.Offers) -> c.Offers:
+    """What can be chosen: a GUI domain is not told it by the plan, but may look for itself."""
+    if offers.templates or offers.netvms:
+        return offers
+    domains = tuple(app.domains)
+    return offers.model_copy(
+        update={
+            "templates": tuple(vm.name for vm in domains if vm.klass == "TemplateVM"),
+            "disposable_templates": tuple(
+                vm.name for vm in domains if getattr(vm, "template_for_dispvms", False)
+            ),
+            "netvms": tuple(vm.name for vm in domains if getattr(vm, "provides_network", False)),
+        }
+    )
+
+
 def _add_line(page: QWizardPage) -> QLabel:
     """A line at the bottom of a page, just above the buttons."""
     line = QLabel()
@@ -404,5 +466,7 @@ def _size(window: QWidget) -> QSize:
     return wanted.boundedTo(screen.availableGeometry().size() - _FRAME)
 
 
+#: Milliseconds after the last letter of a name, until dom0 is asked what comes of it.
+_TYPING_MS = 500
 #: What a window manager may take around a window, in pixels.
 _FRAME = QSize(16, 48)

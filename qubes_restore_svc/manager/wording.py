@@ -7,7 +7,7 @@ commands is put in the dialog's terms.
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qubes_restore_svc.cli.tables import size_text
@@ -16,32 +16,17 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.report import QubeReport, Report
 
-_CONFIG = "/etc/qubes-restore-svc/config.yaml"
-#: Instead of an advice that names options of a command line, which a dialog does not have.
-_ADVICE = {
-    "missing-dependency": "Restore or install it first, or tick “Ignore missing templates and net qubes”.",
-    "qube-exists": "Rename or remove the one that is here, or leave this one out.",
-    "username-mismatch": "Leave dom0 out, or tick “Ignore dom0 username mismatch”.",
-    "budget-too-small": f"Give the worker more memory: worker.memory in {_CONFIG} in dom0.",
-    "image-too-large": (
-        "If you trust this backup, restore it in a terminal with"
-        " “qvm-backup-restore --mgmt-vm --ignore-size-limit”."
-    ),
-    "excessive-cost": (
-        "The file is damaged or was made to attack. If you know that a computer as fast as that wrote it,"
-        " restore it in a terminal with “qvm-backup-restore --mgmt-vm --ignore-cost-limit”."
-    ),
-    "unknown-filter": (
-        "If you know how it was compressed, restore it in a terminal with"
-        " “qvm-backup-restore --mgmt-vm --compression-filter”."
-    ),
-    "bad-compression": "The backup is damaged here; look for another copy.",
+#: Errors that an option of the command settles, which is dangerous enough not to be in a dialog.
+_IN_A_TERMINAL = {
+    "image-too-large": "--ignore-size-limit",
+    "excessive-cost": "--ignore-cost-limit",
+    "unknown-filter": "--compression-filter",
 }
+_CONFIG = "/etc/qubes-restore-svc/config.yaml"
 #: Classes of qubes that have software of their own, as old as the backup.
 _TO_BE_UPDATED = ("TemplateVM", "StandaloneVM")
 #: An option of a command, long or short.
 _OPTION = re.compile(r"(?<![\w-])--?[A-Za-z]")
-_OTHER_ADVICE = "“qvm-backup-restore --mgmt-vm --help” in a terminal tells of options that may help."
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +73,32 @@ def error_text(error: RestoreError) -> str:
 
 def advice(kind: str, text: str) -> str:
     """An advice in terms of a dialog."""
-    if not _OPTION.search(text):
-        return text
-    return _ADVICE.get(kind, _OTHER_ADVICE)
+    return _advice(kind) if _OPTION.search(text) else text
+
+
+def _advice(kind: str) -> str:
+    """Instead of an advice that names options of a command line, which a dialog does not have."""
+    if kind == "missing-dependency":
+        return translate(
+            "Restore", "Restore or install it first, or tick “Ignore missing templates and net qubes”."
+        )
+    if kind == "qube-exists":
+        return translate("Restore", "Rename or remove the one that is here, or leave this one out.")
+    if kind == "username-mismatch":
+        return translate("Restore", "Leave dom0 out, or tick “Ignore dom0 username mismatch”.")
+    if kind == "budget-too-small":
+        return translate("Restore", "Give the worker more memory: worker.memory in {path} in dom0.").format(
+            path=_CONFIG
+        )
+    if kind == "bad-compression":
+        return translate("Restore", "The backup is damaged here; look for another copy.")
+    if kind in _IN_A_TERMINAL:
+        return translate(
+            "Restore", "If you trust this backup, restore it in a terminal with “{command}”."
+        ).format(command=f"qvm-backup-restore --mgmt-vm {_IN_A_TERMINAL[kind]}")
+    return translate(
+        "Restore", "“qvm-backup-restore --mgmt-vm --help” in a terminal tells of options that may help."
+    )
 
 
 def qube_text(planned: c.PlanQube) -> str:
@@ -109,10 +117,55 @@ def qube_text(planned: c.PlanQube) -> str:
 def problem_text(planned: c.PlanQube) -> str:
     """Why a qube of the plan is not taken, and what to do."""
     if planned.error is None:
-        return plain(sentence(planned.remark or planned.problem or "it cannot be restored"))
+        return plain(
+            sentence(planned.remark or planned.problem or translate("Restore", "it cannot be restored"))
+        )
     kind = planned.error.kind if planned.problem != "username-mismatch" else planned.problem
-    reason = sentence(planned.error.reason)
-    return plain(f"{reason} {advice(kind, planned.error.advice)}".rstrip())
+    what_to_do = settlement_text(planned) or advice(kind, planned.error.advice)
+    return plain(f"{sentence(planned.error.reason)} {what_to_do}".rstrip())
+
+
+def settlement_text(planned: c.PlanQube) -> str:
+    """What can be done about a qube that is refused, as far as it is true here; may be empty."""
+    settled_by, remedies = planned.settled_by, []
+    if "new-name" in settled_by:
+        remedies.append(translate("Restore", "give it another name"))
+    if "template" in settled_by:
+        remedies.append(translate("Restore", "choose a template"))
+    if "netvm" in settled_by:
+        remedies.append(translate("Restore", "choose a net qube"))
+    if "default" in settled_by:
+        remedies.append(translate("Restore", "tick “Ignore missing templates and net qubes”"))
+    if "ignore" in settled_by:
+        remedies.append(translate("Restore", "tick “Ignore dom0 username mismatch”"))
+    if "leave-out" in settled_by:
+        remedies.append(translate("Restore", "leave it out"))
+    return sentence(translate("Restore", ", or ").join(remedies))
+
+
+def planned_name(planned: c.PlanQube) -> str:
+    """The name that a qube gets, and that of the backup if it is another one."""
+    return _renamed(planned.new_name, planned.name)
+
+
+def _renamed(name: str, old: str | None, *, is_there: bool = True) -> str:
+    if old is None or old == name:
+        return plain(name)
+    text = (
+        translate("Restore", "{new} (was {old})")
+        if is_there
+        else translate("Restore", "{old} (new name {new})")
+    )
+    return plain(text.format(old=old, new=name))
+
+
+def left_behind_text(settings: Sequence[str]) -> str:
+    """Which settings of a qube do not come back; may be empty."""
+    if not settings:
+        return ""
+    return translate("Restore", "Stay behind, as dom0's configuration says: {settings}.").format(
+        settings="; ".join(settings)
+    )
 
 
 def is_cancelled(report: Report) -> bool:
@@ -124,18 +177,34 @@ def is_cancelled(report: Report) -> bool:
 
 def outcome(result: QubeReport, mode: str = "restore") -> Outcome:
     """What came of a qube; `mode` is `verify` or `restore`."""
-    name = plain(result.name)
-    if result.name_in_backup is not None and result.name_in_backup != result.name and result.succeeded:
-        name = plain(f"{result.name} (was {result.name_in_backup})")
+    name = _renamed(result.name, result.name_in_backup, is_there=result.outcome in _THERE)
+    word = outcome_word(result.outcome, mode)
     if result.succeeded:
-        return Outcome(name, True, result.outcome, plain("; ".join(result.warnings)))
-    word = result.outcome if result.outcome in ("left out", "incomplete") else _undone(mode)
+        behind = left_behind_text(result.settings_left_out) if mode != "verify" else ""
+        return Outcome(name, True, word, plain("; ".join(result.warnings)), plain(behind))
     error = result.error or next((volume.error for volume in result.volumes if volume.error), None)
     if error is None:
         return Outcome(name, False, word, plain(result.remark))
     cancelled = error.kind == Cancelled.kind
     told = "" if cancelled else advice(error.kind, error.advice)
     return Outcome(name, False, word, plain(_reason(result, error)), plain(told), cancelled)
+
+
+#: Outcomes of a qube that is there, under its new name.
+_THERE = ("restored", "verified", "incomplete")
+
+
+def outcome_word(word: str, mode: str) -> str:
+    """The outcome of a report in the person's words."""
+    if word == "restored":
+        return translate("Restore", "restored")
+    if word == "verified":
+        return translate("Restore", "verified")
+    if word == "incomplete":
+        return translate("Restore", "incomplete")
+    if word == "left out":
+        return translate("Restore", "left out")
+    return translate("Restore", "failed") if mode == "verify" else translate("Restore", "not restored")
 
 
 def outcomes(report: Report) -> list[Outcome]:
@@ -148,12 +217,13 @@ def report_text(report: Report) -> str:
     found = outcomes(report)
     done = [one.name for one in found if one.succeeded]
     failed = [one for one in found if not one.succeeded]
-    verb = "verified" if report.mode == "verify" else "restored"
-    head = "Cancelled." if is_cancelled(report) else f"{len(done)} of {len(found)} qubes {verb}."
-    lines = [head]
-    if report.error is not None and not is_cancelled(report):
+    verb = outcome_word("verified" if report.mode == "verify" else "restored", report.mode)
+    cancelled = is_cancelled(report)
+    head = translate("Restore", "Cancelled") if cancelled else _counted(report.mode, len(done), len(found))
+    lines = [f"{head}."]
+    if report.error is not None and not cancelled:
         lines.append(error_text(report.error.to_error()))
-    lines.append(f"{sentence(verb)[:-1]}: {', '.join(done) if done else 'none'}.")
+    lines.append(f"{sentence(verb)[:-1]}: {', '.join(done) if done else translate('Restore', 'none')}.")
     lines += [f"{sentence(one.word)[:-1]}: {one.name}. {one.explanation}".rstrip() for one in failed]
     return "\n".join(lines)
 
@@ -161,39 +231,67 @@ def report_text(report: Report) -> str:
 def headline(mode: str, found: Iterable[Outcome]) -> str:
     """One line that sums it up."""
     all_of_them = list(found)
-    done, total = sum(one.succeeded for one in all_of_them), len(all_of_them)
-    verb = "verified" if mode == "verify" else "restored"
-    qubes = "qube" if total == 1 else "qubes"
-    if total == 0:
-        return f"Nothing was {verb}"
-    if done == total:
-        return {1: f"The qube was {verb}", 2: f"Both qubes were {verb}"}.get(
-            total, f"All {total} qubes were {verb}"
+    return _counted(mode, sum(one.succeeded for one in all_of_them), len(all_of_them))
+
+
+def _counted(mode: str, done: int, total: int) -> str:
+    if mode == "verify":
+        text = (
+            translate("Restore", "Nothing was verified")
+            if total == 0
+            else translate("Restore", "No qube was verified")
+            if done == 0
+            else translate("Restore", "{done} of {total} qubes verified")
+            if done < total
+            else translate("Restore", "The qube was verified")
+            if total == 1
+            else translate("Restore", "Both qubes were verified")
+            if total == 2
+            else translate("Restore", "All {total} qubes were verified")
         )
-    return f"{done} of {total} {qubes} {verb}" if done else f"No qube was {verb}"
+    else:
+        text = (
+            translate("Restore", "Nothing was restored")
+            if total == 0
+            else translate("Restore", "No qube was restored")
+            if done == 0
+            else translate("Restore", "{done} of {total} qubes restored")
+            if done < total
+            else translate("Restore", "The qube was restored")
+            if total == 1
+            else translate("Restore", "Both qubes were restored")
+            if total == 2
+            else translate("Restore", "All {total} qubes were restored")
+        )
+    return text.format(done=done, total=total)
 
 
 def what_next(report: Report) -> str:
     """What there is to say or to do when everything went well; may be empty."""
     if report.mode == "verify":
-        return "All that was selected is in the backup, unchanged. Nothing was restored."
+        return translate(
+            "Restore", "All that was selected is in the backup, unchanged. Nothing was restored."
+        )
     if any(qube.succeeded and qube.klass in _TO_BE_UPDATED for qube in report.qubes):
-        return "Install updates in restored templates and standalone qubes before you use them."
+        return translate(
+            "Restore", "Install updates in restored templates and standalone qubes before you use them."
+        )
     return ""
-
-
-def _undone(mode: str) -> str:
-    return "failed" if mode == "verify" else "not restored"
 
 
 def _reason(result: QubeReport, error: ErrorInfo) -> str:
     volume = error.volume or next((volume.name for volume in result.volumes if volume.error == error), None)
     if volume is None:
         return error.reason
-    chunk = "" if error.chunk is None else f", chunk {error.chunk}"
-    return f"{volume_text(volume)}{chunk}: {error.reason}"
+    if error.chunk is None:
+        return f"{volume_text(volume)}: {error.reason}"
+    return translate("Restore", "{volume}, chunk {chunk}: {reason}").format(
+        volume=volume_text(volume), chunk=error.chunk, reason=error.reason
+    )
 
 
 def volume_text(volume: str) -> str:
     """A volume, as a person calls it."""
-    return "home directory" if volume == "home" else f"{volume} volume"
+    if volume == "home":
+        return translate("Restore", "home directory")
+    return translate("Restore", "{name} volume").format(name=volume)

@@ -75,6 +75,7 @@ class Script:
     refusal: RestoreError | None = None  #: instead of the first plan
     archive_size: int | None = None
     unlisted: tuple[RefusedQube, ...] = ()
+    offers: c.Offers = field(default_factory=c.Offers)
     hold_opening: bool = False  #: until it is cancelled
     may_close: threading.Event | None = None  #: if given, a call is left only when it is set
     opens: list[c.OpenBackup] = field(default_factory=list)
@@ -101,6 +102,7 @@ class Script:
             archive_size=self.archive_size,
             qubes=tuple(self._decided(planned, mode, choice) for planned in self.qubes),
             unlisted=self.unlisted,
+            offers=self.offers,
         )
 
     def _decided(self, planned: c.PlanQube, mode: c.Mode, choice: c.Choice) -> c.PlanQube:
@@ -112,6 +114,19 @@ class Script:
             problem = "not-selected"
         elif home and not (choice.names or choice.dom0_home or mode == "verify"):
             problem = "home-not-asked-for"
+        chosen = next((one for one in choice.qubes if one.name == planned.name), None)
+        if problem is None and chosen is not None:
+            return planned.model_copy(
+                update={
+                    "decision": "take",
+                    "problem": None,
+                    "error": None,
+                    "settled_by": (),
+                    "new_name": chosen.new_name or planned.name,
+                    "new_template": chosen.template or planned.template,
+                    "new_netvm": chosen.netvm,
+                }
+            )
         if problem is None:
             return planned
         return planned.model_copy(

@@ -4,7 +4,7 @@ from qubes_restore_svc.errors import ERROR_KINDS, AuthenticationFailed, BudgetTo
 from qubes_restore_svc.manager import wording
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
-from tests.manager.script import result
+from tests.manager.script import qube, refused, result
 from tests.support.reports import NOON
 
 
@@ -66,6 +66,29 @@ def test_what_was_not_wanted_is_not_told() -> None:
 def test_a_renamed_qube_is_told_with_its_old_name() -> None:
     renamed = result("work-1").model_copy(update={"name_in_backup": "work"})
     assert wording.outcome(renamed).name == "work-1 (was work)"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "refused"])
+def test_a_qube_that_did_not_come_is_called_by_its_old_name_and_its_new_one(outcome: str) -> None:
+    fields = {"name_in_backup": "work", "outcome": outcome}
+    found = result("work-1", RestoreError("no")).model_copy(update=fields)
+    assert wording.outcome(found).name == "work (new name work-1)"
+
+
+def test_what_stays_behind_is_said_of_a_restored_qube_and_not_of_a_verified_one() -> None:
+    behind = result("work").model_copy(update={"settings_left_out": ("property autostart", "device pci x")})
+    assert wording.outcome(behind).explanation == (
+        "Stay behind, as dom0's configuration says: property autostart; device pci x."
+    )
+    verified = behind.model_copy(update={"outcome": "verified"})
+    assert wording.outcome(verified, "verify").explanation == ""
+
+
+def test_a_refused_qube_is_told_with_what_settles_it_here() -> None:
+    error = RestoreError("its template is nowhere", advice="Use --template work=TEMPLATE.")
+    planned = refused(qube("work"), "missing-template", error)
+    settled = planned.model_copy(update={"settled_by": ("template", "leave-out")})
+    assert wording.problem_text(settled) == ("Its template is nowhere. Choose a template, or leave it out.")
 
 
 @pytest.mark.parametrize(
