@@ -465,14 +465,14 @@ def unforeseen(error: BaseException, where: str = "on this machine") -> RestoreE
     )
 
 
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB")
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def human_size(size: int) -> str:
-    """`size` bytes in the largest binary unit that leaves at least one: 1536 is `1.5 KiB`. At most three
-    digits and a half, except past the last unit."""
-    unit = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
-    if unit == 0:
-        return f"{size} bytes"
-    value = f"{size / (1 << 10 * unit):,.1f}".removesuffix(".0")
-    return f"{value} {_UNITS[unit]}"
+def size_text(size: int) -> str:
+    """`size` bytes as `1.5 GiB`."""
+    value = float(size)
+    for unit in _UNITS[:-1]:
+        if round(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} {_UNITS[-1]}"

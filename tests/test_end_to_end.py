@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.archive.filters import FILTERS
 from qubes_restore_svc.errors import ExitStatus
 from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.wire.report import Report
@@ -22,7 +23,6 @@ from .support.restoring import Recorder, kinds, restore
 
 RECORDED = ["bzip2", "gzip", "none", "pigz", "sparse-map", "xz", "zstd"]
 RECORDED_3 = ["format3", "format3-sha1-plain"]
-FILTERS = ["gzip", "pigz", "bzip2", "pbzip2", "xz", "lzma", "zstd", "zstdmt", "none"]
 
 
 def written(writer: BackupWriter, directory: Path) -> Path:

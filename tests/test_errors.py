@@ -171,17 +171,20 @@ def test_the_end_of_a_program_is_told_with_the_name_of_its_signal(status: int, s
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"),
+    ("size", "text"),
     [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1 KiB"),
-        (1536, "1.5 KiB"),
-        (512 << 20, "512 MiB"),
-        (2 << 30, "2 GiB"),
-        (1 << 40, "1 TiB"),
-        (1 << 100, "1,048,576 YiB"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (102348, "99.9 KiB"),
+        (102350, "100 KiB"),
+        ((1 << 20) - 1, "1.0 MiB"),
+        (8 << 20, "8.0 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (1023 << 30, "1023 GiB"),
+        (16 << 40, "16.0 TiB"),
+        (1 << 63, "8388608.0 TiB"),
     ],
 )
-def test_a_size_is_given_in_its_largest_unit(size: int, expected: str) -> None:
-    assert errors.human_size(size) == expected
+def test_a_size_is_given_in_its_largest_unit(size: int, text: str) -> None:
+    assert errors.size_text(size) == text

@@ -26,7 +26,7 @@ from qubes_restore_svc.errors import (
     BadMetadata,
     BadSparseMap,
     ImageTooLarge,
-    human_size,
+    size_text,
 )
 
 #: Largest image, in bytes, whatever limit the caller gives: 16 TiB, which no qube comes near, and which is
@@ -312,11 +312,11 @@ def _check_name(untrusted_name: bytes, expected_name: str) -> None:
 def _check_size(untrusted_size: int, max_size: int) -> None:
     if untrusted_size > MAX_IMAGE_SIZE:
         raise ImageTooLarge(
-            f"the image has {human_size(untrusted_size)}, more than any volume of Qubes",
+            f"the image has {size_text(untrusted_size)}, more than any volume of Qubes",
             advice="The file is damaged or was made to attack; do not trust it.",
         )
     if untrusted_size > max_size:
-        raise ImageTooLarge(f"the image has {human_size(untrusted_size)}; {human_size(max_size)} are allowed")
+        raise ImageTooLarge(f"the image has {size_text(untrusted_size)}; {size_text(max_size)} are allowed")
 
 
 def _pax_number(records: dict[str, bytes], key: str) -> int:

@@ -38,7 +38,7 @@ from qubes_restore_svc.archive.tar_header import (
     parse_pax_records,
     parse_tar_header,
 )
-from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, NotABackup, human_size
+from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, NotABackup, size_text
 
 _REGULAR_TYPES = (b"0", b"\0")
 _PAX_TYPE = b"x"
@@ -244,7 +244,7 @@ class OuterTarReader:
 
     def _expect_pax_body(self, size: int) -> None:
         if not 0 < size <= MAX_PAX_SIZE:
-            self._refuse(f"a pax header of {human_size(size)}")
+            self._refuse(f"a pax header of {size_text(size)}")
         self._pax_size = size
         self._want(_State.PAX_BODY, padded(size))
 
@@ -272,7 +272,7 @@ class OuterTarReader:
             self._refuse(error.reason)
         size = header.size if self._pax_file_size is None else self._pax_file_size
         if size > MAX_MEMBER_SIZE:
-            self._refuse(f"{shown(name)} claims to have {human_size(size)}")
+            self._refuse(f"{shown(name)} claims to have {size_text(size)}")
         if self._searching is not None:
             if not names_a_chunk(name):
                 self._refuse("a file that is no part of a backup")

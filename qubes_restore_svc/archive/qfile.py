@@ -23,7 +23,7 @@ from qubes_restore_svc.archive.members import (
     check_member_name,
     shown,
 )
-from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, human_size
+from qubes_restore_svc.errors import ArchiveTruncated, BadArchive, EmptyInput, size_text
 
 HEADER = struct.Struct("<IIQ16x")
 
@@ -130,7 +130,7 @@ class QfileReader:
         if self._size > (0 if is_directory else MAX_MEMBER_SIZE):
             what = "directory" if is_directory else "file"
             raise BadArchive(
-                f"it holds the {what} {shown(name)} which claims to have {human_size(self._size)}"
+                f"it holds the {what} {shown(name)} which claims to have {size_text(self._size)}"
             )
         self._want(_State.HEADER, HEADER.size)
         if is_directory:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from qubes_restore_svc.archive.members import Buffer
 from qubes_restore_svc.archive.tar_header import BLOCK, BadTarHeader, TarHeader, parse_number
-from qubes_restore_svc.errors import BadSparseMap, human_size
+from qubes_restore_svc.errors import BadSparseMap, size_text
 
 #: Most entries that a map may have. A qube with 16 million small files comes near it; the map then takes
 #: 64 MiB, and 128 MiB at worst.
@@ -60,7 +60,7 @@ class SparseMap:
                 raise BadSparseMap(f"the sparse map runs backwards or overlaps itself at offset {offset}")
             if offset + length > self.image_size:
                 raise BadSparseMap(
-                    f"the sparse map reaches past {human_size(self.image_size)} of image at offset {offset}"
+                    f"the sparse map reaches past {size_text(self.image_size)} of image at offset {offset}"
                 )
             if self._finished:
                 raise BadSparseMap("the sparse map goes on after the end of the image")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qubes_restore_svc.errors import HostFailed, NoSpace
+from qubes_restore_svc.errors import HostFailed, NoSpace, size_text
 from qubes_restore_svc.hardening import close_read
 
 DIRECTORY_MODE = 0o700
@@ -81,11 +81,6 @@ def disk_of(file: int) -> tuple[int, int] | None:
     """Free bytes and size of the disk of an open file. Some network and FUSE file systems tell zeros."""
     answer = os.fstatvfs(file)
     return (answer.f_bavail * answer.f_frsize, answer.f_blocks * answer.f_frsize) if answer.f_blocks else None
-
-
-def size_text(size: int) -> str:
-    """`size` bytes, in MiB."""
-    return f"{size / (1 << 20):.0f} MiB" if size >= 10 << 20 else f"{size / (1 << 20):.1f} MiB"
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from typing import Never, TypeVar
 
 from tqdm import tqdm
 
-from qubes_restore_svc.cli.tables import duration_text, size_text
+from qubes_restore_svc.cli.tables import duration_text
 from qubes_restore_svc.cli.terminal import QuietStream, can_redraw, say, width_of
+from qubes_restore_svc.errors import size_text
 from qubes_restore_svc.wire.report import Observer, QubeReport
 
 _T = TypeVar("_T")

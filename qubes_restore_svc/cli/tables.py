@@ -8,25 +8,15 @@ read. Names have passed the models, remarks are ours.
 from collections.abc import Iterable, Sequence
 
 from qubes_restore_svc.cli.terminal import wrapped
+from qubes_restore_svc.errors import size_text
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 #: What a digest is, and how it is made of an image file.
 _FS_VERITY, _SHA256 = "DIGEST (fsverity digest FILE)", "DIGEST (sha256sum FILE)"
 _MOST_NAMES = 8  #: in a line that says something of several qubes
-
-
-def size_text(size: int) -> str:
-    """`size` bytes as `1.5 GiB`."""
-    value = float(size)
-    for unit in _UNITS[:-1]:
-        if round(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} {_UNITS[-1]}"
 
 
 def duration_text(seconds: float) -> str:

@@ -16,7 +16,7 @@ from typing import Protocol, Self
 from cryptography.hazmat.backends.openssl import backend
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost, human_size
+from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost, size_text
 
 #: Bytes that every derivation yields: 32 for AES-256, then 32 for HMAC-SHA-256.
 KEYS_SIZE = 64
@@ -196,7 +196,7 @@ def check_cost(parameters: KdfParameters, *, ignore_cost_limit: bool = False) ->
         raise ExcessiveCost(
             f"its key derivation (N = 2^{parameters.log_n}, r = {parameters.r}, p = {parameters.p}) is"
             f" {-(-parameters.work // MAX_WORK):,} times the most that is accepted, and takes"
-            f" {human_size(parameters.memory)} of memory"
+            f" {size_text(parameters.memory)} of memory"
         )
 
 
@@ -369,6 +369,6 @@ def _derive(request: KdfRequest) -> bytes:
 def out_of_memory(size: int) -> BudgetTooSmall:
     """What to say when the system has not got the `size` bytes of a derivation."""
     return BudgetTooSmall(
-        f"the {human_size(size)} of memory that a key derivation needs could not be had",
+        f"the {size_text(size)} of memory that a key derivation needs could not be had",
         advice="Close something, or run this where more memory is free.",
     )

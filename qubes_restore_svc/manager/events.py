@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 
 from qubes_restore_svc.cli.displays import Rate
-from qubes_restore_svc.cli.tables import duration_text, size_text
-from qubes_restore_svc.errors import RestoreError
+from qubes_restore_svc.cli.tables import duration_text
+from qubes_restore_svc.errors import RestoreError, size_text
 from qubes_restore_svc.manager.wording import outcome, plain, planned_name, translate
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qubes_restore_svc.cli.tables import size_text
-from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError
+from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, size_text
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.report import QubeReport, Report

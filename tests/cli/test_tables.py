@@ -2,15 +2,12 @@
 
 from typing import Literal
 
-import pytest
-
 from qubes_restore_svc.cli.tables import (
     duration_text,
     failures,
     left_out,
     manifest_table,
     report_table,
-    size_text,
 )
 from qubes_restore_svc.errors import BadCompression, RestoreError, WorkerLost
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube, VolumeInfo
@@ -20,26 +17,6 @@ from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 
 SUM = "7e7b63cea770d086620b587a5453df0b0aae573d51a99fd04a17a64027e109ff"
 GIB = 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (102348, "99.9 KiB"),
-        (102350, "100 KiB"),
-        ((1 << 20) - 1, "1.0 MiB"),
-        (8 << 20, "8.0 MiB"),
-        (3 * GIB // 2, "1.5 GiB"),
-        (1023 * GIB, "1023 GiB"),
-        (16 << 40, "16.0 TiB"),
-        (1 << 63, "8388608.0 TiB"),
-    ],
-)
-def test_sizes(size: int, text: str) -> None:
-    assert size_text(size) == text
 
 
 def test_times() -> None:

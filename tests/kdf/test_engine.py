@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import qubes_restore_svc.kdf
-from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost, human_size
+from qubes_restore_svc.errors import BudgetTooSmall, ExcessiveCost, size_text
 from qubes_restore_svc.kdf.engine import (
     KEYS_SIZE,
     MAX_BLOCKS,
@@ -90,7 +90,7 @@ def test_what_a_qubes_system_writes_is_within_the_ceiling(parameters: KdfParamet
 def test_too_much_work_is_refused_with_what_it_asks_for_unless_that_is_ignored(
     parameters: KdfParameters,
 ) -> None:
-    with pytest.raises(ExcessiveCost, match=f"2 times the most .* {human_size(parameters.memory)}") as caught:
+    with pytest.raises(ExcessiveCost, match=f"2 times the most .* {size_text(parameters.memory)}") as caught:
         check_cost(parameters)
     assert "--ignore-cost-limit" in caught.value.advice
     check_cost(parameters, ignore_cost_limit=True)
@@ -239,7 +239,7 @@ def test_the_memory_of_a_derivation_is_what_it_takes() -> None:
 
 def test_memory_that_cannot_be_had_is_an_error_that_names_it() -> None:
     assert BudgetTooSmall.kind == "budget-too-small"
-    assert run(_NO_MEMORY) == "the 1 GiB of memory that a key derivation needs could not be had\n"
+    assert run(_NO_MEMORY) == "the 1.0 GiB of memory that a key derivation needs could not be had\n"
 
 
 @pytest.mark.parametrize("missing", ["_romix", "native"])

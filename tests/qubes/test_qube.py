@@ -654,7 +654,7 @@ def test_a_restore_leaves_a_part_of_the_pool_free(
     with host.lock():
         sink = host.begin(new_qube()).create_volume("private", 1 << 30)
         with pytest.raises(
-            NoSpace, match="11 MiB are left in the storage pool, of which 10 MiB stay free"
+            NoSpace, match=r"11\.0 MiB are left in the storage pool, of which 10\.0 MiB stay free"
         ) as caught:
             sink.write(0, memoryview(bytes(2 << 20)))
         assert (caught.value.qube, caught.value.volume) == ("work", "private")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.archive.filters import FILTERS
+
 from . import backup_writer
 from .backup_writer import BackupWriter, Replacements
 from .fixtures import expectation
@@ -23,7 +25,6 @@ from .outer_archive import join_members
 from .plans import sample_qube
 from .reading_back import content_of, decompressed, file_of, opened, read
 
-FILTERS = ["gzip", "pigz", "bzip2", "pbzip2", "xz", "lzma", "zstd", "zstdmt", "none"]
 STYLES = ["gnu", "pax", "none"]
 WORK = sample_qube("work", 1 << 19, 0.5)
 TEMPLATE = sample_qube("custom", 1 << 17, 0.5, "TemplateVM", seed=2)

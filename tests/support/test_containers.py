@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.archive.filters import FILTERS
+
 from .containers import chunks, compress, scrypt_container
 from .plans import sample_image
 from .reading_back import program
 
-FILTERS = ["gzip", "pigz", "bzip2", "pbzip2", "xz", "lzma", "zstd", "zstdmt"]
+PACKING = [name for name in FILTERS if name != "none"]
 
 
 def test_the_scrypt_program_opens_a_container(tmp_path: Path) -> None:
@@ -25,7 +27,7 @@ def test_a_container_is_128_bytes_longer_than_its_content_and_salted() -> None:
     assert scrypt_container(b"12345", b"p", 4) != scrypt_container(b"12345", b"p", 4)
 
 
-@pytest.mark.parametrize("filter_name", FILTERS)
+@pytest.mark.parametrize("filter_name", PACKING)
 def test_the_real_program_decompresses_a_stream(filter_name: str) -> None:
     data = [sample_image(1 << 21, 0.9, 1).extents[0][1]] * 5
     stream = b"".join(compress(filter_name, data))

@@ -91,7 +91,7 @@ def test_a_qube_that_does_not_fit_is_rolled_back_and_the_others_are_kept(disk: D
     outcome = extract(disk, backup, tmp_path)
     assert outcome.status == 3, outcome.errors
     assert "first: restored\n" in outcome.errors and "last: restored\n" in outcome.errors
-    assert "large: failed: " in outcome.errors and "MiB are left on" in outcome.errors
+    assert "large: failed: " in outcome.errors and "iB are left on" in outcome.errors
     assert "Free some space" in outcome.errors
     # Said before anything was written, too.
     assert "MiB are free" in outcome.errors
@@ -112,7 +112,7 @@ def test_nothing_fits(disk: Disk, tmp_path: Path) -> None:
     BackupWriter([sample_qube("large", 8 << 20, 0.6, seed=2)], chunk_size=1 << 18, log_n=10).write(backup)
     outcome = extract(disk, backup, tmp_path, "-q")
     assert outcome.status == 1
-    assert "MiB are left on" in outcome.errors
+    assert "iB are left on" in outcome.errors
     assert not (disk.seen / "restored").exists()
     assert disk.used() < 16 << 10
 
