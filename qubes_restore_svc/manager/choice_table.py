@@ -2,14 +2,14 @@
 
 Strategy: a row for a qube, with fields only where there is something to choose: a name that is taken, a
 template or a net qube that is not here. What is chosen decides nothing: `changed` is emitted, whoever has the
-table asks dom0 for another plan, and shows that. Fields stay while it is asked, so that one can go on typing.
+table asks dom0 for another plan, and shows that. A field stays from plan to plan: one can go on typing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from PyQt6.QtCore import QRegularExpression, pyqtSignal
 from PyQt6.QtGui import QRegularExpressionValidator
-from PyQt6.QtWidgets import QComboBox, QLineEdit, QWidget
+from PyQt6.QtWidgets import QComboBox, QLineEdit, QVBoxLayout, QWidget
 
 from qubes_restore_svc.manager import wording
 from qubes_restore_svc.manager.entries import VMToRestore
@@ -18,8 +18,8 @@ from qubes_restore_svc.manager.wording import translate
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.names import QUBE_NAME, is_qube_name
 
-_NAME_LETTERS = 16  #: of a name that can be seen while it is typed
-_QUBE, _NAME, _TEMPLATE, _NETVM, _WHAT = range(5)
+_LETTERS = 20  #: of a field that can be seen at least
+_QUBE, _CHOOSE, _WHAT = range(3)
 
 
 class ChoiceTable(TextTable):
@@ -30,125 +30,138 @@ class ChoiceTable(TextTable):
     def __init__(self, parent: QWidget | None = None) -> None:
         headings = (
             translate("Restore", "Qube"),
-            translate("Restore", "Name here"),
-            translate("Restore", "Template"),
-            translate("Restore", "Net qube"),
+            translate("Restore", "Your choice"),
             translate("Restore", "What will be done"),
         )
         super().__init__(headings, translate("Restore", "What will be restored"), parent)
-        self._names: tuple[str, ...] = ()
+        self._fields: dict[str, _Fields] = {}
 
     def begin(self, info: Mapping[str, VMToRestore]) -> None:
         """Other rows: these qubes; those that do not fit come first."""
         self.setRowCount(0)
-        self._names = tuple(sorted(info, key=lambda name: info[name].good_to_go))
-        for _ in self._names:
-            self.add_row()
+        self._fields.clear()
+        for name in sorted(info, key=lambda name: info[name].good_to_go):
+            self._fields[name] = fields = _Fields(name)
+            fields.changed.connect(self.changed)
+            self.setCellWidget(self.add_row(), _CHOOSE, fields)
 
     def show_plan(self, info: Mapping[str, VMToRestore], offers: c.Offers, *, verify: bool) -> None:
         """What will become of the qubes of the rows by the last plan."""
-        for row, name in enumerate(self._names):
+        colours = self.palette().text().color(), text_colours(self.palette()).bad
+        for row, (name, fields) in enumerate(self._fields.items()):
             planned = info[name].planned
-            taken = planned.decision == "take"
+            fields.offer(planned, offers)
             self.set_text(row, _QUBE, wording.plain(name))
+            self.set_text(row, _WHAT, _what(planned, verify=verify))
             if (item := self.item(row, _QUBE)) is not None:
                 item.setToolTip(wording.qube_text(planned))
-            renamed = planned.new_name != name
-            if renamed or "new-name" in planned.settled_by or self._field(row, _NAME):
-                self._offer_name(row, planned.new_name if renamed else "")
-            else:
-                self.set_text(row, _NAME, wording.plain(name))
-            template = planned.new_template if taken else planned.template
-            if (
-                template != planned.template
-                or "template" in planned.settled_by
-                or self._field(row, _TEMPLATE)
-            ):
-                is_disposable = planned.klass == "DispVM"
-                names = offers.disposable_templates if is_disposable else offers.templates
-                self._offer(row, _TEMPLATE, [(one, one) for one in names], template if taken else None)
-            else:
-                self.set_text(row, _TEMPLATE, template or "–")
-            if "netvm" in planned.settled_by or self._field(row, _NETVM):
-                nothing = (translate("Restore", "(no network)"), "")
-                self._offer(row, _NETVM, [nothing, *((one, one) for one in offers.netvms)], None)
-            else:
-                self.set_text(row, _NETVM, _netvm_text(planned))
-            self.set_text(row, _WHAT, _what(planned, verify=verify))
             if (item := self.item(row, _WHAT)) is not None:
-                colour = self.palette().text().color() if taken else text_colours(self.palette()).bad
-                item.setForeground(colour)
+                item.setForeground(colours[planned.decision != "take"])
+        self.setColumnHidden(_CHOOSE, all(fields.is_empty for fields in self._fields.values()))
         self.resizeRowsToContents()
 
     @property
     def choices(self) -> dict[str, c.QubeChoice]:
         """By the names in the backup; only of qubes for which something was chosen."""
-        found = {}
-        for row, name in enumerate(self._names):
-            new_name, template, netvm = (self._chosen(row, column) for column in (_NAME, _TEMPLATE, _NETVM))
-            new_name = new_name if new_name is not None and is_qube_name(new_name) else None
-            choice = c.QubeChoice(name=name, new_name=new_name, template=template, netvm=netvm)
-            if choice != c.QubeChoice(name=name):
-                found[name] = choice
-        return found
+        found = {name: fields.choice for name, fields in self._fields.items()}
+        return {name: choice for name, choice in found.items() if choice != c.QubeChoice(name=name)}
 
     @property
     def reserved_names(self) -> list[str]:
         """Names that were typed, and that no qube can have."""
-        names = [self._chosen(row, _NAME) for row in range(self.rowCount())]
-        return [name for name in names if name is not None and not is_qube_name(name)]
+        names = (fields.typed for fields in self._fields.values())
+        return [name for name in names if name and not is_qube_name(name)]
 
-    def _chosen(self, row: int, column: int) -> str | None:
-        field = self._field(row, column)
-        if isinstance(field, QLineEdit):
-            return field.text() or None if field.isModified() else None
-        return str(field.currentData()) if isinstance(field, QComboBox) and field.currentIndex() > 0 else None
 
-    def _field(self, row: int, column: int) -> QWidget | None:
-        return self.cellWidget(row, column)
+class _Fields(QWidget):
+    """What can be chosen for one qube. A field that was there once stays."""
 
-    def _offer_name(self, row: int, name: str) -> None:
-        edit = self._field(row, _NAME)
-        if not isinstance(edit, QLineEdit):
-            edit = QLineEdit()
-            edit.setMinimumWidth(_NAME_LETTERS * self.fontMetrics().averageCharWidth())
-            edit.setValidator(QRegularExpressionValidator(QRegularExpression(QUBE_NAME), edit))
-            edit.setPlaceholderText(translate("Restore", "new name"))
-            edit.textEdited.connect(lambda: self.changed.emit())
-            self._put(row, _NAME, edit)
-        if not edit.isModified():
-            edit.setText(name)
+    changed = pyqtSignal()
 
-    def _offer(self, row: int, column: int, names: list[tuple[str, str]], chosen: str | None) -> None:
-        if self._field(row, column) is not None:
-            return
+    def __init__(self, qube: str) -> None:
+        super().__init__()
+        self._qube = qube
+        self._name: QLineEdit | None = None
+        self._template: QComboBox | None = None
+        self._netvm: QComboBox | None = None
+        self._layout = QVBoxLayout(self)
+        self._layout.setContentsMargins(0, 2, 8, 2)
+        self._layout.addStretch(1)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._name is None and self._template is None and self._netvm is None
+
+    @property
+    def typed(self) -> str:
+        """The name that was typed; empty: none."""
+        return self._name.text() if self._name is not None and self._name.isModified() else ""
+
+    @property
+    def choice(self) -> c.QubeChoice:
+        return c.QubeChoice(
+            name=self._qube,
+            new_name=self.typed if is_qube_name(self.typed) else None,
+            template=None if self._template is None else self._template.currentData(),
+            netvm=None if self._netvm is None else self._netvm.currentData(),
+        )
+
+    def offer(self, planned: c.PlanQube, offers: c.Offers) -> None:
+        """Fields for what does not fit as it is in the backup, or was changed."""
+        taken, settled_by = planned.decision == "take", planned.settled_by
+        renamed = planned.new_name != planned.name
+        if self._name is None and (renamed or "new-name" in settled_by):
+            self._name = self._add_name()
+        if self._name is not None and not self._name.isModified():
+            self._name.setText(planned.new_name if renamed else "")
+        changed = taken and planned.new_template != planned.template
+        if self._template is None and (changed or "template" in settled_by):
+            names = offers.disposable_templates if planned.klass == "DispVM" else offers.templates
+            first = planned.new_template if changed else None
+            first = first or translate("Restore", "choose a template…")
+            self._template = self._add_box(first, [(name, name) for name in names])
+        if self._netvm is None and "netvm" in settled_by:
+            names = offers.netvms
+            nothing = (translate("Restore", "(no network)"), "")
+            first = translate("Restore", "choose a net qube…")
+            self._netvm = self._add_box(first, [nothing, *((name, name) for name in names)])
+
+    def _add(self, field: QWidget) -> None:
+        field.setMinimumWidth(_LETTERS * self.fontMetrics().averageCharWidth())
+        self._layout.insertWidget(self._layout.count() - 1, field)
+
+    def _add_name(self) -> QLineEdit:
+        edit = QLineEdit()
+        edit.setValidator(QRegularExpressionValidator(QRegularExpression(QUBE_NAME), edit))
+        edit.setPlaceholderText(translate("Restore", "new name"))
+        edit.setAccessibleName(translate("Restore", "New name of {qube}").format(qube=self._qube))
+        edit.textEdited.connect(lambda: self.changed.emit())
+        self._add(edit)
+        return edit
+
+    def _add_box(self, first: str, names: Sequence[tuple[str, str]]) -> QComboBox:
         box = QComboBox()
-        box.addItem(chosen or translate("Restore", "choose…"), None)
+        box.setAccessibleName(f"{self._qube}: {first}")
+        box.addItem(first, None)
         for shown, name in names:
             box.addItem(shown, name)
         box.activated.connect(lambda: self.changed.emit())
-        self._put(row, column, box)
-
-    def _put(self, row: int, column: int, field: QWidget) -> None:
-        heading = self.horizontalHeaderItem(column)
-        field.setAccessibleName(f"{self._names[row]}: {heading.text() if heading is not None else ''}")
-        self.set_text(row, column, "")
-        self.setCellWidget(row, column, field)
-
-
-def _netvm_text(planned: c.PlanQube) -> str:
-    if planned.klass == "AdminVM":
-        return "–"
-    netvm = planned.new_netvm if planned.decision == "take" else planned.netvm
-    if netvm is None:
-        return translate("Restore", "(default)")
-    return netvm or translate("Restore", "(no network)")
+        self._add(box)
+        return box
 
 
 def _what(planned: c.PlanQube, *, verify: bool) -> str:
     if planned.decision != "take":
         return wording.problem_text(planned)
-    done = translate("Restore", "Verified.") if verify else translate("Restore", "Restored.")
-    behind = "" if verify else wording.left_behind_text(planned.settings_left_out)
-    notes = (wording.sentence(note) for note in planned.notes)
-    return wording.plain(" ".join(part for part in (done, *notes, behind) if part))
+    parts = [
+        translate("Restore", "Will be verified.") if verify else translate("Restore", "Will be restored.")
+    ]
+    if not verify:
+        if planned.new_template is not None:
+            parts.append(translate("Restore", "Template: {name}.").format(name=planned.new_template))
+        if planned.new_netvm is not None and planned.klass != "AdminVM":
+            netvm = planned.new_netvm or translate("Restore", "none")
+            parts.append(translate("Restore", "Net qube: {name}.").format(name=netvm))
+        parts += [wording.sentence(note) for note in planned.notes]
+        parts.append(wording.left_behind_text(planned.settings_left_out))
+    return wording.plain(" ".join(part for part in parts if part))

@@ -162,9 +162,9 @@ def left_behind_text(settings: Sequence[str]) -> str:
     """Which settings of a qube do not come back; may be empty."""
     if not settings:
         return ""
-    return translate("Restore", "Stay behind, as dom0's configuration says: {settings}.").format(
-        settings="; ".join(settings)
-    )
+    return translate(
+        "Restore", "These settings stay behind, as dom0's configuration says: {settings}."
+    ).format(settings="; ".join(settings))
 
 
 def is_cancelled(report: Report) -> bool:

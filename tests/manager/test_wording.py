@@ -78,7 +78,7 @@ def test_a_qube_that_did_not_come_is_called_by_its_old_name_and_its_new_one(outc
 def test_what_stays_behind_is_said_of_a_restored_qube_and_not_of_a_verified_one() -> None:
     behind = result("work").model_copy(update={"settings_left_out": ("property autostart", "device pci x")})
     assert wording.outcome(behind).explanation == (
-        "Stay behind, as dom0's configuration says: property autostart; device pci x."
+        "These settings stay behind, as dom0's configuration says: property autostart; device pci x."
     )
     verified = behind.model_copy(update={"outcome": "verified"})
     assert wording.outcome(verified, "verify").explanation == ""
