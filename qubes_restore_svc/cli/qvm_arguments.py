@@ -398,6 +398,6 @@ def _unfit(error: ValidationError) -> UsageError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     what, where = _UNFIT_OTHERWISE, [str(part) for part in first["loc"]]
     if where and where[0] in _UNFIT:
-        what = _UNFIT[where.pop(0)]
+        what, where = _UNFIT[where[0]], where[1:2]  # behind a field come pydantic's names of its types
     problem = strip_control(first["msg"])
     return UsageError(f"{what} ({'.'.join(where)}: {problem})" if where else f"{what}: {problem}")
