@@ -8,6 +8,9 @@ Scenarios, all of them if none is named:
     cheap        a backup whose derivations cost nothing, against gzip -d | tar -x alone
     format3      a backup of format 3, against openssl dgst, openssl enc -d | gzip -d | tar -x
     linear       backups from small to large: time per megabyte, memory
+    sparse       an image of 100 GiB with 50 MiB of data, against one of 1 GiB with the same data
+    shapes       the same backup in few chunks, in 2000, and in 50 qubes
+    cores        one to eight cores, as many as there are, against what the model says of them
     derivations  derivations per second and core, beside OpenSSL's
     stages       the cost of each stage on one core, and the CPU-bound limit
     listing      what `list` costs, and how much of the archive it reads
@@ -30,7 +33,8 @@ from .engines import engines
 from .format_3 import format_3
 from .linear import linear
 from .listing import listing
-from .model import model
+from .model import cores, model
+from .shapes import shapes, sparse
 from .stage_table import stage_table
 
 #: In the order in which they run: those that others build upon first.
@@ -41,6 +45,9 @@ SCENARIOS: dict[str, Callable[[Bench], Section]] = {
     "cheap": cheap,
     "format3": format_3,
     "linear": linear,
+    "sparse": sparse,
+    "shapes": shapes,
+    "cores": cores,
     "listing": listing,
     "model": model,
 }
@@ -91,6 +98,20 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], Options]:
     parser.add_argument("--sizes", type=_numbers, help="MiB of linear (default: 100,400,1000,2000,4000)")
     parser.add_argument("--derivation-log-n", type=_numbers, help="log2 of N of derivations (default: 19,20)")
     parser.add_argument("--no-manual", action="store_true", help="leave out the slow side of compare")
+    parser.add_argument(
+        "--stock",
+        type=Path,
+        metavar="DIR",
+        help="compare also runs the stock restorer of"
+        " this checkout of qubes-core-admin-client; it needs lxml",
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="DIR",
+        help="compare and listing also run this other"
+        " checkout of the project, after `make .venv/.installed` there",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny samples; to see that it works")
     parser.add_argument("--directory", type=Path, default=Path("build/bench"), help="where all files go")
     given = vars(parser.parse_args(argv))
@@ -103,6 +124,9 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], Options]:
     unknown = set(changes.get("modes", ())) - {"extract", "verify"}
     if unknown:
         parser.error(f"--modes: {', '.join(sorted(unknown))}: extract and verify are known")
+    for name, needed in (("stock", "qubesadmin/backup/restore.py"), ("before", ".venv/bin/python")):
+        if name in changes and not (changes[name] / needed).exists():
+            parser.error(f"--{name}: there is no {needed} in {changes[name]}")
     if changes.get("rounds", 1) < 1:
         parser.error("--rounds: at least 1")
     names = [name for name in SCENARIOS if not chosen or name in chosen]

@@ -26,7 +26,10 @@ from .tables import Table, as_text
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for. Sizes in MiB; `memory` are the budgets, the first is that of single runs."""
+    """What was asked for. Sizes in MiB; `memory` are the budgets, the first is that of single runs.
+
+    `stock` is a checkout of the stock client, `before` one of this project, with its virtual environment.
+    """
 
     directory: Path
     size: int = 1024
@@ -40,6 +43,8 @@ class Options:
     manual: bool = True
     sizes: Sequence[int] = (100, 400, 1000, 2000, 4000)
     derivation_log_n: Sequence[int] = (19, 20)
+    stock: Path | None = None
+    before: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

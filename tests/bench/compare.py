@@ -19,15 +19,21 @@ from .tables import Table, mib, percent, ratio, seconds
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to restore: `mode` is manual, extract or verify; `memory` in MiB, 0 for the manual one."""
+    """One way to restore: `mode` is manual, stock, extract or verify; `memory` in MiB, of our own ways.
+
+    `before` is that of another checkout.
+    """
 
     mode: str
     memory: int = 0
+    before: bool = False
 
     @property
     def label(self) -> str:
         """For the first column."""
-        return f"{self.mode}, {self.memory} MiB" if self.memory else "manual procedure"
+        if not self.memory:
+            return {"manual": "manual procedure", "stock": "stock restorer"}[self.mode]
+        return f"{self.mode}, {self.memory} MiB{', before' if self.before else ''}"
 
 
 def compare(bench: Bench) -> Section:
@@ -36,10 +42,16 @@ def compare(bench: Bench) -> Section:
     ways: dict[Way, Callable[[], Outcome]] = {}
     if bench.options.manual:
         ways[Way("manual")] = partial(sides.manual, sample, directory)
+    if bench.options.stock is not None:
+        ways[Way("stock")] = partial(sides.stock, sample, bench.options.stock, directory)
     for mode in bench.options.modes:
         side = {"extract": sides.extract, "verify": sides.verify}[mode]
         for memory in bench.options.memory:
             ways[Way(mode, memory)] = partial(side, sample, memory, directory)
+            if bench.options.before is not None:
+                ways[Way(mode, memory, before=True)] = partial(
+                    side, sample, memory, directory, bench.options.before
+                )
     outcomes = alternate({way.label: run for way, run in ways.items()}, bench.options.rounds)
     costs = bench.costs
     limits = {
@@ -78,7 +90,7 @@ class Row:
     @property
     def ours(self) -> bool:
         """With a worker and a broker."""
-        return self.way.mode != "manual"
+        return self.way.memory > 0
 
     @property
     def wall_s(self) -> float:
@@ -115,8 +127,9 @@ class Row:
 
     @property
     def crossing(self) -> int | None:
-        """Bytes of the volume streams; None where nothing is streamed."""
-        return self.outcomes[0].data + self.framing if self.way.mode == "extract" else None
+        """Bytes of the volume streams; None where nothing is streamed, and of another checkout."""
+        streamed = self.way.mode == "extract" and not self.way.before
+        return self.outcomes[0].data + self.framing if streamed else None
 
     @property
     def written(self) -> int:
@@ -131,6 +144,7 @@ class Row:
         return {
             "mode": self.way.mode,
             "memory_mib": self.way.memory,
+            "before": self.way.before,
             "wall_s": self.wall_s,
             "times_as_fast_as_manual": manual_s and manual_s / self.wall_s,
             "limit_s": self.limit_s,

@@ -9,8 +9,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -19,10 +20,11 @@ from qubes_restore_svc.kdf.engine import best_engine
 from . import page_cache
 from .anatomy import Container, dissect
 from .bench import Bench, Section, median, say
+from .compare import alternate
 from .derivations import Job, derive_side_by_side, share_out
 from .processes import cores, run
-from .samples import MIB, Sample
-from .sides import our_command
+from .samples import MIB, Sample, make_special, plans
+from .sides import Outcome, our_command
 from .tables import Table, seconds
 
 _AT_ONCE = 3
@@ -37,6 +39,7 @@ def listing(bench: Bench) -> Section:
     first = dissect(sample).containers[:_AT_ONCE]
     dearest = max(first, key=lambda container: container.head.parameters.work)
     one, three, listed, read = [], [], [], []
+    small = make_special(options.directory, "small", plans({"work": (1, 0.5)}), 2)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         work = Path(folder)
         command = our_command("list", sample, options.memory[0], work)
@@ -48,6 +51,8 @@ def listing(bench: Bench) -> Section:
             read.append(page_cache.resident(sample.backup))
             say(f"round {number + 1}, list: {seconds(listed[-1])} s")
         asked = asked_for(command, sample, work)
+        starts = alternate(_starts(options.before, small, work), 2 + options.rounds)
+    start_s = {name: median(outcome.measured.wall_s for outcome in runs) for name, runs in starts.items()}
     costs = ", ".join(f"2^{container.head.parameters.log_n}" for container in first)
     table = Table(
         f"list ({sample.size:,} bytes of archive; the first containers have N = {costs};"
@@ -59,16 +64,31 @@ def listing(bench: Bench) -> Section:
             [f"{len(first)} derivations at once, s", seconds(median(three))],
             ["bytes of the archive that came from the disk", f"{max(read):,}"],
             ["bytes that the worker asked for", "–" if asked is None else f"{asked:,}"],
+            *([f"{name}, s", seconds(taken)] for name, taken in start_s.items()),
         ],
     )
     data = {
         "list_s": listed,
+        "start_s": start_s,
         "one_derivation_s": one,
         "derivations_at_once_s": three,
         "bytes_from_disk": max(read),
         "bytes_asked_for": asked,
     }
     return Section("listing", [table], data)
+
+
+def _starts(before: Path | None, sample: Sample, work: Path) -> dict[str, Callable[[], Outcome]]:
+    """Lists of a backup that costs nothing, which leaves the start of the command and of its worker."""
+    name = "list where derivations cost nothing"
+    commands = {name: our_command("list", sample, 300, work)}
+    if before is not None:
+        commands[f"{name}, before"] = our_command("list", sample, 300, work, before)
+    return {name: partial(_list, command) for name, command in commands.items()}
+
+
+def _list(command: Sequence[str]) -> Outcome:
+    return Outcome(run(command))
 
 
 def asked_for(command: Sequence[str], sample: Sample, work: Path) -> int | None:

@@ -6,19 +6,23 @@ hashing. The disks read the archive and write the data. The machine is this one'
 said; what the cores take from each other (memory bandwidth, clock) is not in it.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .bench import Bench, Section
+from . import sides
+from .bench import Bench, Section, median, say
 from .samples import MIB
 from .stages import ONE_THREAD, StageCosts
-from .tables import Table
+from .tables import Table, ratio, seconds
 
 CHUNKS = 2000
 CHUNK_SIZE = 100 * MIB
 DISK_BYTES_PER_S = 500_000_000
 CORES = (2, 4, 8)
 MEMORY_GIB = (4, 8, 16)
+MEASURED_CORES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +97,70 @@ def model(bench: Bench) -> Section:
     return Section("model", [table], data)
 
 
-def estimate(costs: StageCosts, cores: int, memory: int) -> Estimate:
-    """The model, for a machine of `cores` cores and a budget of `memory` bytes."""
-    archive = CHUNKS * CHUNK_SIZE
+def cores(bench: Bench) -> Section:
+    """One row for each number of cores: what an extract takes on so many, and what the model says."""
+    costs, options, sample = bench.costs, bench.options, bench.sample
+    there = sorted(os.sched_getaffinity(0))
+    measured: dict[int, float] = {}
+    for count in [number for number in MEASURED_CORES if number <= len(there)]:
+        with on_cores(set(there[:count])):
+            runs = [
+                sides.extract(sample, options.memory[0], options.directory).measured.wall_s
+                for _ in range(options.rounds)
+            ]
+        measured[count] = median(runs)
+        say(f"cores: {count}, {seconds(measured[count])} s")
+    said = {
+        count: estimate(costs, count, options.memory[0] * MIB, costs.amounts.archive, None)
+        for count in MEASURED_CORES
+    }
+    beyond = {count: wall_s / said[count].wall_s for count, wall_s in measured.items()}
+    last = beyond[max(beyond)]
+    table = Table(
+        f"Cores (extract, --memory {options.memory[0]}, medians of {options.rounds})",
+        ["cores", "measured, s", "model, s", "measured ÷ model", "expected, s", "bound by"],
+        [
+            [
+                str(count),
+                seconds(measured[count]) if count in measured else "–",
+                seconds(found.wall_s),
+                ratio(beyond.get(count)),
+                seconds(found.wall_s * last),
+                found.bound,
+            ]
+            for count, found in said.items()
+        ],
+        ["expected: the model, times what the measured time was of it on the most cores that are here."],
+    )
+    rows = [
+        {"cores": count, "measured_s": measured.get(count), "model_s": found.wall_s, "bound": found.bound}
+        for count, found in said.items()
+    ]
+    return Section("cores", [table], {"rows": rows})
+
+
+@contextmanager
+def on_cores(chosen: set[int]) -> Iterator[None]:
+    """Let this thread, and what it starts meanwhile, run on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, chosen)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def estimate(
+    costs: StageCosts,
+    cores: int,
+    memory: int,
+    archive: int = CHUNKS * CHUNK_SIZE,
+    chunks: int | None = CHUNKS,
+) -> Estimate:
+    """The model, for a machine of `cores` cores and a budget of `memory` bytes; `chunks`: None for those of
+    the sample."""
     factor = archive / costs.amounts.archive
-    derivations = costs.derivation_s(memory, cores, CHUNKS)
+    derivations = costs.derivation_s(memory, cores, chunks)
     others = sum(costs.seconds.values()) * factor
     return Estimate(
         derivations_s=derivations / cores,

@@ -10,15 +10,15 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.support.backup_writer import BackupWriter, Costs
+from tests.support.backup_writer import CHUNK_SIZE, BackupWriter, Costs
 from tests.support.fixtures import REPOSITORY, Expectation, expectation
 from tests.support.format3_writer import Format3Writer
 from tests.support.outer_archive import outer_pieces
-from tests.support.plans import sample_qube
+from tests.support.plans import QubePlan, sample_qube
 
 MIB = 1 << 20
 
@@ -81,15 +81,36 @@ def make_sample(directory: Path, size_mib: int, log_n: int | None, writer: str =
     return existing(backup)
 
 
+def make_special(
+    directory: Path, name: str, qubes: Sequence[QubePlan], log_n: int, chunk_size: int = CHUNK_SIZE
+) -> Sample:
+    """A backup of these qubes by the project's own writer, if it is not there. What is in it is known by
+    fs-verity digests, for which holes cost nothing."""
+    backup = directory / f"sample-{name}-n{log_n}-own.qbackup"
+    if not backup.exists():
+        print(f"writing {backup} …", file=sys.stderr, flush=True)
+        writer = BackupWriter(qubes, log_n=log_n, chunk_size=chunk_size)
+        partial = backup.with_suffix(".partial")
+        writer.write(partial)
+        volumes = {
+            f"{qube.name}/{volume}": {"size": image.size, "sha256": "", "fsverity": image.fsverity()}
+            for qube in qubes
+            for volume, image in qube.volumes.items()
+        }
+        facts = {"passphrase": writer.passphrase, "backup_id": writer.backup_id, "volumes": volumes}
+        _json_of(backup).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        partial.rename(backup)
+    sample = existing(backup)
+    sample.read_once()
+    return sample
+
+
 def make_format_3_sample(directory: Path, size_mib: int) -> Sample:
     """The same qubes in a backup of format 3, by the project's own writer, if it is not there."""
     backup = directory / f"sample-{size_mib}-format3-own.qbackup"
     if not backup.exists():
         print(f"writing {backup} …", file=sys.stderr, flush=True)
-        qubes = [
-            replace(sample_qube(name, mib * MIB, fill, seed=seed), path=f"vm{seed}")
-            for seed, (name, (mib, fill)) in enumerate(scaled(size_mib).items(), 1)
-        ]
+        qubes = [replace(plan, path=f"vm{number}") for number, plan in enumerate(plans(scaled(size_mib)), 1)]
         writer = Format3Writer(qubes)
         partial = backup.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -112,6 +133,14 @@ def scaled(size_mib: int) -> Mapping[str, tuple[int, float]]:
     return {name: (max(1, round(mib * size_mib / _WHOLE)), fill) for name, mib, fill in QUBES}
 
 
+def plans(qubes: Mapping[str, tuple[int, float]]) -> list[QubePlan]:
+    """Qubes by name, with MiB and fill of their volume."""
+    return [
+        sample_qube(name, mib * MIB, fill, seed=seed)
+        for seed, (name, (mib, fill)) in enumerate(qubes.items(), 1)
+    ]
+
+
 def _write_with_tool(
     tool: Path, target: Path, qubes: Mapping[str, tuple[int, float]], log_n: int | None
 ) -> None:
@@ -124,13 +153,7 @@ def _write_with_tool(
 
 
 def _write_ourselves(target: Path, qubes: Mapping[str, tuple[int, float]], costs: Costs) -> None:
-    writer = BackupWriter(
-        [
-            sample_qube(name, mib * MIB, fill, seed=seed)
-            for seed, (name, (mib, fill)) in enumerate(qubes.items(), 1)
-        ],
-        log_n=costs,
-    )
+    writer = BackupWriter(plans(qubes), log_n=costs)
     writer.write(target)
     _json_of(target).write_text(json.dumps(writer.expectation(), indent=1) + "\n", encoding="utf-8")
 

@@ -8,14 +8,14 @@ on the disk that all of them use, and are removed.
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qubes_restore_svc.wire.report import Report
 from tests.support.compare import fsverity, sha256
 from tests.support.reports import kept_report
 
+from . import stock_restorer
 from .processes import Measured, run
 from .samples import Sample
 
@@ -79,47 +79,68 @@ class Outcome:
 #: The fs-verity digests of images that were compared with the originals, by backup and volume.
 _proved: dict[Path, dict[str, str]] = {}
 
+
+def _proven(sample: Sample) -> dict[str, str]:
+    known = {name: volume.fsverity for name, volume in sample.expected.volumes.items() if volume.fsverity}
+    return _proved.setdefault(sample.backup, known) if known else _proved.get(sample.backup, {})
+
+
 #: One run of a way to restore, with files in a directory that is there.
 Side = Callable[[Sample, Path], Outcome]
 
 
-def extract(sample: Sample, memory_mib: int, directory: Path) -> Outcome:
-    """`qubes-restore-svc extract`."""
+def extract(sample: Sample, memory_mib: int, directory: Path, before: Path | None = None) -> Outcome:
+    """`qubes-restore-svc extract`; with `before`, that of another checkout."""
     with tempfile.TemporaryDirectory(dir=directory) as work:
         target = Path(work) / "target"
-        measured, report = _ours("extract", sample, memory_mib, Path(work), "--to", str(target))
+        command = our_command("extract", sample, memory_mib, Path(work), before)
+        measured, report = _reported([*command, "--to", str(target)], Path(work))
         images = {name: target / f"{name}.img" for name in sample.expected.volumes}
         check_images(sample, images)
+        if before is not None:
+            return Outcome(measured, on_disk=_on_disk(images.values()))
         _proved[sample.backup] = {name: fsverity(image) for name, image in images.items()}
         return Outcome(measured, _checked_data(sample, report), _on_disk(images.values()))
 
 
-def verify(sample: Sample, memory_mib: int, directory: Path) -> Outcome:
-    """`qubes-restore-svc verify`; the report's digests are those of the originals."""
-    if sample.backup not in _proved:
+def verify(sample: Sample, memory_mib: int, directory: Path, before: Path | None = None) -> Outcome:
+    """`qubes-restore-svc verify`; the report's digests are those of the originals. With `before`, that of
+    another checkout, whose report may say it in other words: its exit status has to do."""
+    if before is None and not _proven(sample):
         extract(sample, memory_mib, directory)  # what it measures is not wanted
     with tempfile.TemporaryDirectory(dir=directory) as work:
-        measured, report = _ours("verify", sample, memory_mib, Path(work))
-        return Outcome(measured, _checked_data(sample, report))
+        command = our_command("verify", sample, memory_mib, Path(work), before)
+        measured, report = _reported(command, Path(work))
+        return Outcome(measured, 0 if before is not None else _checked_data(sample, report))
 
 
 def manual(sample: Sample, directory: Path) -> Outcome:
     """The documented recovery procedure."""
     environment = {"BACKUP": str(sample.backup.resolve()), "PASSPHRASE": sample.expected.passphrase}
-    return _stock(_RECOVER, sample, directory, environment)
+    return _by_others(["bash", "-c", _RECOVER], sample, directory, environment)
+
+
+def stock(sample: Sample, sources: Path, directory: Path) -> Outcome:
+    """The stock restorer, from a checkout of qubes-core-admin-client."""
+    environment = {
+        "BACKUP": str(sample.backup.resolve()),
+        "PASSPHRASE": sample.expected.passphrase,
+        "PYTHONPATH": str(sources.resolve()),
+    }
+    return _by_others([sys.executable, "-B", stock_restorer.__file__], sample, directory, environment)
 
 
 def unpack(sample: Sample, streams: Path, directory: Path, *, sync: bool) -> Outcome:
     """`gzip -d | tar -x` over the decrypted streams in `streams`, one a volume, `*.gz`; with `sync` until
     the images are on the disk, which this project always waits for."""
     environment = {"SOURCE": str(streams.resolve()), "SYNC": "yes" if sync else ""}
-    return _stock(_UNPACK, sample, directory, environment)
+    return _by_others(["bash", "-c", _UNPACK], sample, directory, environment)
 
 
 def manual_format_3(sample: Sample, directory: Path) -> Outcome:
     """The documented recovery procedure for a backup of format 3."""
     environment = {"BACKUP": str(sample.backup.resolve()), "PASSPHRASE": sample.expected.passphrase}
-    return _stock(_RECOVER_3, sample, directory, environment)
+    return _by_others(["bash", "-c", _RECOVER_3], sample, directory, environment)
 
 
 def missing_programs() -> list[str]:
@@ -127,12 +148,16 @@ def missing_programs() -> list[str]:
     return [program for program in _PROGRAMS if shutil.which(program) is None]
 
 
-def our_command(command: str, sample: Sample, memory_mib: int, work: Path) -> list[str]:
-    """The command line up to the options; writes the passphrase's file into `work`."""
+def our_command(
+    command: str, sample: Sample, memory_mib: int, work: Path, checkout: Path | None = None
+) -> list[str]:
+    """The command line up to the options, of this checkout or another that has its own virtual environment;
+    writes the passphrase's file into `work`."""
+    python = sys.executable if checkout is None else str(checkout / ".venv" / "bin" / "python")
     passphrase = work / "passphrase"
     passphrase.write_text(sample.expected.passphrase + "\n")
     options = ["-q", "-p", str(passphrase), "--memory", str(memory_mib)]
-    return [sys.executable, "-m", "qubes_restore_svc", command, str(sample.backup), *options]
+    return [python, "-P", "-m", "qubes_restore_svc", command, str(sample.backup.resolve()), *options]
 
 
 def check_images(sample: Sample, images: dict[str, Path]) -> None:
@@ -141,32 +166,32 @@ def check_images(sample: Sample, images: dict[str, Path]) -> None:
         image = images[name]
         if not image.is_file():
             raise SystemExit(f"{name} is missing: this run does not count")
-        if image.stat().st_size != volume.size or sha256(image) != volume.sha256:
+        same = fsverity(image) == volume.fsverity if volume.fsverity else sha256(image) == volume.sha256
+        if image.stat().st_size != volume.size or not same:
             raise SystemExit(f"{name} differs from the original: this run does not count")
 
 
-def _ours(
-    command: str, sample: Sample, memory_mib: int, work: Path, *options: str
-) -> tuple[Measured, Report]:
+def _reported(command: Sequence[str], work: Path) -> tuple[Measured, Path]:
     report = work / "report.json"
-    arguments = [*our_command(command, sample, memory_mib, work), *options, "--report", str(report)]
-    measured = run(arguments)
-    return measured, kept_report(report)
+    return run([*command, "--report", str(report)]), report
 
 
-def _checked_data(sample: Sample, report: Report) -> int:
+def _checked_data(sample: Sample, path: Path) -> int:
     """Bytes of data of all volumes, each of which is what went into the backup."""
+    report = kept_report(path)
     volumes = {f"{qube.name}/{volume.name}": volume for qube in report.qubes for volume in qube.volumes}
     found = {name: volume.fsverity for name, volume in volumes.items() if volume.outcome == "ok"}
-    if found != _proved[sample.backup]:
+    if found != _proven(sample):
         raise SystemExit("the report's volumes are not those of the backup: this run does not count")
     return sum(volume.data_bytes or 0 for volume in volumes.values())
 
 
-def _stock(script: str, sample: Sample, directory: Path, environment: dict[str, str]) -> Outcome:
-    """Run a script that leaves its images in directories by the names that the archive has (vm10)."""
+def _by_others(
+    command: Sequence[str], sample: Sample, directory: Path, environment: dict[str, str]
+) -> Outcome:
+    """Run what leaves its images in directories by the names that the archive has (vm10)."""
     with tempfile.TemporaryDirectory(dir=directory) as target:
-        measured = run(["bash", "-c", script], {**environment, "TARGET": str(Path(target).resolve())})
+        measured = run(command, {**environment, "TARGET": str(Path(target).resolve())})
         found = sorted(Path(target).glob("vm*/*.img"), key=_place)
         # The qubes stand in the archive in the order of the expectation, but the volumes of one need not.
         names = list(dict.fromkeys(name.split("/")[0] for name in sample.expected.volumes))
