@@ -29,6 +29,16 @@ class ExitStatus(enum.IntEnum):
     CANCELLED = 130  #: what shells say of a program that Ctrl-C has ended
 
 
+#: What each says to whoever runs a command: so in `--help`, and no other words in the manuals and the README.
+EXIT_MEANINGS = {
+    ExitStatus.COMPLETE: "everything that was asked for is there and verified",
+    ExitStatus.NOTHING: "nothing is",
+    ExitStatus.USAGE: "the command cannot be carried out as given",
+    ExitStatus.PARTLY: "a part of it is there",
+    ExitStatus.CANCELLED: "cancelled",
+}
+
+
 def how_ended(status: int) -> str:
     """What is to be said of a program that ended with `status`, which is negative for a signal.
 

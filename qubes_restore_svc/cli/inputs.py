@@ -6,11 +6,12 @@ import os
 import re
 import stat
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from qubes_restore_svc.cli.terminal import say
-from qubes_restore_svc.errors import Cancelled, UsageError
+from qubes_restore_svc.errors import EXIT_MEANINGS, Cancelled, UsageError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE, MAX_STALL_TIMEOUT, DigestKind, strip_control
 from qubes_restore_svc.wire.restore_call import AUTO, Auto
@@ -141,6 +142,11 @@ def _checked(passphrase: str) -> str:
         raise UsageError(f"the passphrase is longer than {MAX_PASSPHRASE} characters", advice="")
     return passphrase
 
+
+#: The last lines of `--help`.
+EXIT_STATUS = textwrap.fill(
+    f"exit status: {'; '.join(f'{status} {text}' for status, text in EXIT_MEANINGS.items())}", 78
+)
 
 MAX_MIB = 1 << 30  #: a pebibyte
 

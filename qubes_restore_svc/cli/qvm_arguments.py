@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.cli.inputs import (
+    EXIT_STATUS,
     MAX_MIB,
     add_compression_filter,
     add_digest,
@@ -59,13 +60,11 @@ and its policy and configuration say what this qube may ask for.
                         not dom0's home)
 """
 
-_EPILOG = """\
+_EPILOG = f"""\
 You see the plan, and are asked before anything is created, unless you gave
--p or --yes, or only verify.
+-p or --yes, or only verify. To answer no is to cancel.
 
-exit status: 0 everything that was asked for is there and verified; 1 nothing
-is; 2 the command cannot be carried out as given; 3 a part of it is there;
-130 cancelled, or the answer was no.
+{EXIT_STATUS}
 """
 
 

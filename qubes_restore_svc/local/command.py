@@ -24,6 +24,7 @@ from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.job import read_manifest, run_job
 from qubes_restore_svc.cli.displays import make_display, with_clock
 from qubes_restore_svc.cli.inputs import (
+    EXIT_STATUS,
     MAX_MIB,
     add_compression_filter,
     add_digest,
@@ -59,11 +60,6 @@ _NO_SANDBOX_WARNING = (
     " your keys, and use your network."
 )
 
-
-_EPILOG = """\
-exit status: 0 everything that was asked for is there and verified; 1 nothing was;
-2 the command cannot be carried out as given; 3 a part of it; 130 cancelled.
-"""
 
 _MAX_JOBS = 1024  #: as many as the worker accepts
 
@@ -241,7 +237,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         allow_abbrev=False,
         prog="qubes-restore-svc",
         description="Recover a Qubes OS backup on any Linux machine; a worker in a sandbox reads it.",
-        epilog=_EPILOG,
+        epilog=EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show what this is and leave")
@@ -269,7 +265,7 @@ def _command(
         allow_abbrev=False,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=_EPILOG,
+        epilog=EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("backup", metavar="BACKUP", help="the backup file, or - for standard input")

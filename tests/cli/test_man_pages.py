@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
+from qubes_restore_svc.errors import EXIT_MEANINGS, ExitStatus
 from qubes_restore_svc.local.command import parse_arguments
 from qubes_restore_svc.manager import launcher
 from tests.support.fixtures import REPOSITORY
@@ -77,6 +78,29 @@ def test_a_page_formats_without_a_complaint(formatter: tuple[str, ...], page: Pa
         pytest.skip(f"{formatter[0]} is not installed")
     done = subprocess.run([*formatter, page], capture_output=True, text=True, timeout=30, check=False)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("page", ["qubes-restore-svc.1", "qvm-backup-restore.1"])
+def test_a_page_tells_every_exit_status_in_the_words_of_the_table(page: str) -> None:
+    section = (REPOSITORY / "man" / page).read_text().partition(".SH EXIT STATUS\n")[2].partition("\n.SH")[0]
+    assert _told(re.findall(r"^\.B (\d+)\n(.*)$", section, re.MULTILINE)) == EXIT_MEANINGS
+
+
+def test_readme_and_clients_are_told_every_exit_status_in_the_words_of_the_table() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    assert _told(re.findall(r"^\| (\d+) \| (.*) \|$", readme, re.MULTILINE)) == EXIT_MEANINGS
+    clients = " ".join((REPOSITORY / "docs" / "clients.md").read_text().split())
+    assert ", ".join(f"{status} {text}" for status, text in EXIT_MEANINGS.items()) in clients
+
+
+def _told(rows: list[tuple[str, str]]) -> dict[int, str]:
+    """What is said of each status, as far as the table says it; all of it if that is something else."""
+    told = {}
+    for number, text in rows:
+        status, said = int(number), text[0].lower() + text[1:]
+        meant = EXIT_MEANINGS[ExitStatus(status)]
+        told[status] = meant if said.startswith(meant) else said
+    return told
 
 
 def test_there_is_a_page_for_each_command() -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.errors import ExitStatus
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.damage import DAMAGES, sample_backup
 from tests.support.fixtures import REPOSITORY
 
-from .support import command, environment, finished, passphrase_file, small_backup
+from .support import command, environment, finished, passphrase_file, running, small_backup
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -34,6 +35,30 @@ def backup(tmp_path: Path) -> Path:
 @pytest.fixture
 def passphrase(tmp_path: Path) -> Path:
     return passphrase_file(tmp_path)
+
+
+#: How each can be reached, by a command that lists a backup: the words, and which damage the backup has.
+WAYS: dict[ExitStatus, tuple[str, str | None]] = {
+    ExitStatus.COMPLETE: ("list", None),
+    ExitStatus.NOTHING: ("list", "header-with-a-key-twice"),
+    ExitStatus.USAGE: ("list --memory 0", None),
+    ExitStatus.PARTLY: ("list", "qube-name-with-dotdot"),
+    ExitStatus.CANCELLED: ("list", None),
+}
+
+
+@pytest.mark.parametrize("status", ExitStatus)
+def test_every_exit_status_that_is_told_can_be_reached(status: ExitStatus, passphrase: Path) -> None:
+    words, damage = WAYS[status]
+    backup = DAMAGES[damage].apply(sample_backup()) if damage else small_backup().to_bytes()
+    with running(*words.split(), "-", "-p", passphrase, feed=True) as run:
+        run.feed(backup[:100] if status is ExitStatus.CANCELLED else backup)
+        if status is ExitStatus.CANCELLED:
+            run.worker()
+            run.interrupt()
+        else:
+            run.end_of_backup()
+        assert run.outcome().status == status
 
 
 # --- 0 -------------------------------------------------------------------------------------------
