@@ -38,8 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv[1:] = ["--log", level]  # the stock dialog reads it once more
     try:
         run_synchronous(IsolatedRestoreWindow)
-    except exc.QubesException as error:
+    except (exc.QubesException, exc.PermissionDenied) as error:
         _fail(f"the system's qubes cannot be listed: {error}")
+    except OSError as error:
+        _fail(
+            f"the system's qubes cannot be listed: {error.filename or 'dom0'}: {error.strerror}."
+            " The dialog runs in dom0, or in a GUI domain."
+        )
     except AttributeError as error:
         _fail(
             f"the installed Qubes Manager is another than this was made for ({error}). Update it, or use"

@@ -378,8 +378,9 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
     ) -> None:
         """Instead of the stock text, which takes it for a mistake of Qubes Manager."""
         sys.__excepthook__(kind, error, trace)
-        what = translate("Restore", "Something went wrong in this dialog")
-        self._warn(what, wording.error_text(unforeseen(error)))
+        foreseen = isinstance(error, exc.QubesException | exc.PermissionDenied)
+        text = str(error) if foreseen else wording.error_text(unforeseen(error))
+        self._warn(translate("Restore", "Something went wrong in this dialog"), text)
 
     def _name_this_qube(self) -> None:
         """Outside dom0, the first of the qubes is the one that the dialog runs in; it is called dom0."""

@@ -59,6 +59,21 @@ def test_without_an_answer_of_qubesd_it_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_without_a_way_to_dom0_it_says_so(tmp_path: Path) -> None:
+    missing = "FileNotFoundError(2, 'No such file or directory', '/usr/bin/qrexec-client-vm')"
+    code = f"""
+import qubesadmin
+def no_way(): raise {missing}
+qubesadmin.Qubes = no_way
+{RUN}"""
+    done = launched(tmp_path, *STANDINS, code=code)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "qubes-restore-manager: the system's qubes cannot be listed: /usr/bin/qrexec-client-vm: No such file"
+        " or directory. The dialog runs in dom0, or in a GUI domain.\n"
+    )
+
+
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_need_no_dialog(tmp_path: Path, option: str) -> None:
     done = launched(tmp_path, STANDINS[0], arguments=(option,))

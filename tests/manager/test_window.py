@@ -14,6 +14,7 @@ from PyQt6.QtGui import QKeyEvent  # isort: skip
 from PyQt6.QtWidgets import QAbstractButton, QComboBox, QLineEdit, QMessageBox, QToolButton, QWidget, QWizard  # isort: skip
 from qubesmanager import backup_utils  # isort: skip
 
+from qubes_restore_svc.client.transports import QrexecTransport
 from qubes_restore_svc.errors import (
     AuthenticationFailed,
     Cancelled,
@@ -23,7 +24,7 @@ from qubes_restore_svc.errors import (
     RestoreError,
     WrongPassphrase,
 )
-from qubes_restore_svc.manager import restore
+from qubes_restore_svc.manager import call, restore
 from qubes_restore_svc.manager.window import IsolatedRestoreWindow
 from qubes_restore_svc.wire import restore_call as c
 from tests.emulation.small_system import small_system
@@ -348,6 +349,17 @@ def test_with_large_letters_on_a_small_screen_everything_can_be_reached(
             if part.text() and not isinstance(part, QToolButton):
                 assert part.width() >= part.minimumSizeHint().width(), part.text()
         step()
+
+
+def test_without_a_way_to_dom0_the_backup_is_not_opened_and_it_is_said(
+    window: IsolatedRestoreWindow, told: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(restore, "call_dom0", call.call_dom0)
+    monkeypatch.setattr(call, "system_transport", lambda: QrexecTransport(program=str(tmp_path / "none")))
+    window.next()
+    assert window.currentPage() is window.select_dir_page
+    assert told[0].startswith("The backup cannot be opened.\n\n")
+    assert f"{tmp_path}/none" in told[0]
 
 
 def test_a_mistake_of_ours_is_told_in_a_sentence_and_not_blamed_on_qubes_manager(
