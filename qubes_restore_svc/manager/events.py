@@ -183,7 +183,8 @@ class PlanProgress:
         if self.done and self.total is None:
             parts.append(size_text(self.done))
         elif self.done and self.total is not None:
-            parts.append(f"{size_text(min(self.done, self.total))} of {size_text(self.total)}")
+            done, total = size_text(min(self.done, self.total)), size_text(self.total)
+            parts.append(translate("Restore", "{done} of {total}").format(done=done, total=total))
         if self._measured_s >= _LEAST_MEASURED_S and self._rate.per_second > 0:
             parts.append(f"{size_text(int(self._rate.per_second))}/s")
         return ", ".join(parts)
@@ -194,7 +195,9 @@ class PlanProgress:
         left = self._rate.seconds_left
         if left is None:
             return ""
-        return f"about {duration_text(_rounded(left))} left" if left >= 10 else "a few seconds left"
+        if left < 10:
+            return translate("Restore", "a few seconds left")
+        return translate("Restore", "about {time} left").format(time=duration_text(_rounded(left)))
 
 
 def _image_bytes(plan: c.Plan) -> int:

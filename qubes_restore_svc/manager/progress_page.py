@@ -17,6 +17,7 @@ from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.manager import wording
 from qubes_restore_svc.manager.events import PlanProgress, RestoreListener
 from qubes_restore_svc.manager.qube_table import QubeTable, text_colours
+from qubes_restore_svc.manager.wording import translate
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.report import QubeReport, Report
 
@@ -104,9 +105,12 @@ class ProgressPage(QWidget):
             self._show_cancelling()
             return
         count = len(plan.taken)
-        verb = "Verifying" if plan.mode == "verify" else "Restoring"
-        self.headline.setText(f"{verb} {count} {'qube' if count == 1 else 'qubes'}")
-        self.doing.setText("Starting…")
+        if plan.mode == "verify":
+            one, more = translate("Restore", "Verifying a qube"), translate("Restore", "Verifying {n} qubes")
+        else:
+            one, more = translate("Restore", "Restoring a qube"), translate("Restore", "Restoring {n} qubes")
+        self.headline.setText(one if count == 1 else more.format(n=count))
+        self.doing.setText(translate("Restore", "Starting…"))
         self.bar.setRange(0, 0 if self._progress.total is None else _STEPS)
         self._state = _State.RUNNING
         self._clock.start()
@@ -123,7 +127,8 @@ class ProgressPage(QWidget):
 
     def _on_volume(self, qube: str, volume: str) -> None:
         if self._state is _State.RUNNING:
-            self.doing.setText(f"Now: {qube}, {wording.volume_text(volume)}")
+            now = translate("Restore", "Now: {qube}, {volume}")
+            self.doing.setText(now.format(qube=qube, volume=wording.volume_text(volume)))
             self.table.set_running(qube, volume)
 
     def _on_qube(self, result: QubeReport) -> None:
@@ -138,12 +143,13 @@ class ProgressPage(QWidget):
         self._show_cancelling()
 
     def _show_cancelling(self) -> None:
-        self.headline.setText("Cancelling…")
-        verified = self._mode == "verify"
+        self.headline.setText(translate("Restore", "Cancelling…"))
         self.doing.setText(
-            "The verification is being stopped."
-            if verified
-            else "The qube that was under way is being removed. Qubes that are complete stay."
+            translate("Restore", "The verification is being stopped.")
+            if self._mode == "verify"
+            else translate(
+                "Restore", "The qube that was under way is being removed. Qubes that are complete stay."
+            )
         )
         self.amount.setText("")
         self.left.setText("")
@@ -175,36 +181,44 @@ class ProgressPage(QWidget):
         found = wording.outcomes(report)
         self._succeeded = not cancelled and report.status == 0 and all(one.succeeded for one in found)
         summary = wording.headline(report.mode, found)
-        self.headline.setText(f"Cancelled. {summary}" if cancelled else summary)
+        told = translate("Restore", "Cancelled. {summary}").format(summary=summary)
+        self.headline.setText(told if cancelled else summary)
         if report.error is not None and not cancelled:
             self.doing.setText(wording.error_text(report.error.to_error()))
         elif cancelled:
-            undone = "What was not complete has been removed again." if report.mode == "restore" else ""
+            removed = translate("Restore", "What was not complete has been removed again.")
+            undone = removed if report.mode == "restore" else ""
             self._show_why(None if report.error is None else report.error.to_error(), undone)
         elif self._succeeded:
-            elapsed = f"It took {duration_text(time.monotonic() - self._began)}."
+            elapsed = translate("Restore", "It took {time}.").format(
+                time=duration_text(time.monotonic() - self._began)
+            )
             self.doing.setText(" ".join(part for part in (wording.what_next(report), elapsed) if part))
         else:
-            self.doing.setText(_WHAT_FAILED)
-        verb = "failed" if report.mode == "verify" else "not restored"
-        self.table.set_rest(verb, "")
+            self.doing.setText(
+                translate("Restore", "The table says what is wrong with the others, and what to do.")
+            )
+        self.table.set_rest(wording.outcome_word("failed", report.mode), "")
 
     def _show_error(self, error: RestoreError) -> None:
-        verified = self._mode == "verify"
-        what, nothing = (
-            ("The verification", "Nothing was verified")
-            if verified
-            else ("The restore", "Nothing was restored")
-        )
+        nothing = wording.headline(self._mode, ())
         if isinstance(error, Cancelled):
             self._cancelled = True
-            self.headline.setText("Cancelled")
+            self.headline.setText(translate("Restore", "Cancelled"))
             self._show_why(error, "" if self._any_done else f"{nothing}.")
-            self.table.set_rest("not begun", "", failed=False)
+            self.table.set_rest(translate("Restore", "not begun"), "", failed=False)
             return
-        self.headline.setText(f"{what} did not finish" if self.table.rowCount() else nothing)
+        broken_off = (
+            translate("Restore", "The verification did not finish")
+            if self._mode == "verify"
+            else translate("Restore", "The restore did not finish")
+        )
+        self.headline.setText(broken_off if self.table.rowCount() else nothing)
         self.doing.setText(wording.error_text(error))
-        self.table.set_rest("not known", "What came of it stands in dom0's report.")
+        self.table.set_rest(
+            translate("Restore", "not known"),
+            translate("Restore", "What came of it stands in dom0's report."),
+        )
 
     def _show_why(self, error: RestoreError | None, text: str) -> None:
         """`text`, and before it why it was cancelled, if it was not the person here who did it."""
@@ -222,18 +236,18 @@ class ProgressPage(QWidget):
 
     def _set_up(self) -> None:
         self.headline = _label(larger=True)
-        self.headline.setText("Starting…")
+        self.headline.setText(translate("Restore", "Starting…"))
         self.doing = _label()
         self.bar = QProgressBar()
         self.bar.setRange(0, 0)
         self.bar.setTextVisible(True)
         self.bar.setFormat("%p %")
-        self.bar.setAccessibleName("Progress of the restore")
+        self.bar.setAccessibleName(translate("Restore", "Progress of the restore"))
         self.amount = _label()
         self.left = _label()
         self.left.setAlignment(Qt.AlignmentFlag.AlignRight)
         self.table = QubeTable()
-        self.copy_button = QPushButton("&Copy as text")
+        self.copy_button = QPushButton(translate("Restore", "&Copy as text"))
         self.copy_button.clicked.connect(self._copy)
         self.copy_button.hide()
         figures = QHBoxLayout()
@@ -269,7 +283,9 @@ class ProgressPage(QWidget):
 
     def _show_elapsed(self) -> None:
         if self._state is _State.RUNNING:
-            elapsed = f"{duration_text(time.monotonic() - self._began)} so far"
+            elapsed = translate("Restore", "{time} so far").format(
+                time=duration_text(time.monotonic() - self._began)
+            )
             parts = [elapsed, self._progress.left_text]
             self.left.setText(", ".join(part for part in parts if part))
 
@@ -277,9 +293,6 @@ class ProgressPage(QWidget):
         clipboard = QGuiApplication.clipboard()
         if clipboard is not None:
             clipboard.setText("\n".join((self.headline.text(), self.doing.text(), self.table.as_text())))
-
-
-_WHAT_FAILED = "The table says what is wrong with the others, and what to do."
 
 
 def _label(*, larger: bool = False) -> QLabel:

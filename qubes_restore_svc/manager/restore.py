@@ -146,7 +146,7 @@ class BackupRestore:
             self.header_data = HeaderData(plan.backup_id)
             self.offers, self.unlisted = plan.offers, plan.unlisted
             for qube in plan.unlisted:
-                LOG.error("not listed: %s: %s", wording.plain(qube.name), wording.plain(qube.error.reason))
+                LOG.error("%s", wording.unlisted_text(qube))
             info = entries.restore_info(plan)
             if not home:
                 info.pop("dom0", None)
@@ -228,7 +228,8 @@ class BackupRestore:
             good = [name for name in wanted if restore_info[name].good_to_go]
             for name in wanted:
                 if name not in good:
-                    LOG.warning("%s: left out. %s", name, wording.problem_text(restore_info[name].planned))
+                    word = wording.outcome_word("left out", "")
+                    LOG.warning("%s: %s. %s", name, word, wording.problem_text(restore_info[name].planned))
             if not good:
                 raise UsageError("no qube is left that could be restored", advice="Select at least one.")
             request = self._request(choice_from(self.options, good))
@@ -252,7 +253,7 @@ class BackupRestore:
         missing = [one for one in wording.outcomes(report) if not one.succeeded]
         if missing or report.error is not None or report.status != 0:
             raise exc.QubesException("%s", wording.report_text(report))
-        LOG.info("Done.")
+        LOG.info("%s", wording.translate("Restore", "Done."))
 
     def _request(self, choice: c.Choice) -> c.OpenBackup:
         return open_request(self, self._storage, self.options, choice)

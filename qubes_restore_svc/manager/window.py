@@ -140,6 +140,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
                 item = QListWidgetItem(name)  # and no more: the stock dialog takes its text for the name
                 item.setToolTip(wording.qube_text(entry.planned))
                 self.select_vms_widget.available_list.addItem(item)
+            self.select_vms_page.completeChanged.emit()
 
     def _open_backup(self) -> dict[str, VMToRestore]:
         self._close_backup()
@@ -230,8 +231,8 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         if self.showFileDialog.isChecked():
             try:
                 backup_utils.select_path_button_clicked(self, False, True)
-            except (exc.QubesException, KeyError):  # the qube is gone, and the disk with it
-                logging.getLogger(__name__).info("there is nothing to unmount any more")
+            except KeyError:  # the qube that has the disk is not there any more
+                self._warn(translate("Restore", "The disk cannot be unmounted here"), _gone())
         super().accept()
 
     # --- Why there is no going on ---
@@ -253,12 +254,16 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         )
 
     def _why_nothing_selected(self) -> str:
-        if self.has_selected_vms():
-            return ""
-        return translate(
-            "Restore",
-            "Next: move what you want to the list on the right. Rest the pointer on a qube to see more.",
-        )
+        backup = self.backup_restore
+        told = [] if backup is None else [wording.unlisted_text(qube) for qube in backup.unlisted]
+        if not self.has_selected_vms():
+            told.append(
+                translate(
+                    "Restore",
+                    "Next: move what you want to the list on the right. A qube under the pointer tells more.",
+                )
+            )
+        return "\n".join(told)
 
     def _why_no_restore(self) -> str:
         entries = (self.vms_to_restore or {}).values()
@@ -399,9 +404,11 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
 
 
 def _words(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return translate("Restore", "The qube that holds the backup is not there any more.")
-    return str(error)
+    return _gone() if isinstance(error, KeyError) else str(error)
+
+
+def _gone() -> str:
+    return translate("Restore", "The qube that holds the backup is not there any more.")
 
 
 def _cancel_question(*, verify: bool) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, size_text
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.messages import RefusedQube
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.report import QubeReport, Report
 
@@ -111,6 +112,12 @@ def qube_text(planned: c.PlanQube) -> str:
     if planned.netvm and planned.klass != "AdminVM":
         lines.append(translate("Restore", "Network: {name}").format(name=planned.netvm))
     return plain("\n".join(lines))
+
+
+def unlisted_text(qube: RefusedQube) -> str:
+    """That a qube of the backup cannot be restored at all, and why."""
+    text = translate("Restore", "Cannot be listed: {name}: {reason}")
+    return plain(text.format(name=qube.name, reason=sentence(qube.error.reason)))
 
 
 def problem_text(planned: c.PlanQube) -> str:

@@ -163,4 +163,4 @@ def test_an_option_that_cannot_be_honoured_is_refused() -> None:
 def test_a_qube_that_cannot_be_listed_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     lost = RefusedQube(name="<b>odd</b>", error=ErrorInfo.of(RestoreError("its label is malformed")))
     adapter(Script(QUBES, unlisted=(lost,))).get_restore_info()
-    assert "not listed: ‹b›odd‹/b›: its label is malformed" in caplog.text
+    assert "Cannot be listed: ‹b›odd‹/b›: Its label is malformed" in caplog.text

@@ -27,6 +27,8 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.manager import call, restore
 from qubes_restore_svc.manager.window import IsolatedRestoreWindow
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.messages import RefusedQube
+from qubes_restore_svc.wire.models import ErrorInfo
 from tests.emulation.small_system import small_system
 from tests.manager.script import (
     LONG_S,
@@ -297,6 +299,17 @@ def test_a_page_says_why_there_is_no_going_on(window: IsolatedRestoreWindow, scr
     window.next()
     assert why_not(window).startswith("This does not fit yet: vault.")
     assert not enabled(window, NEXT)
+
+
+def test_a_qube_that_cannot_be_restored_at_all_is_told_where_qubes_are_selected(
+    window: IsolatedRestoreWindow, script: Script
+) -> None:
+    error = ErrorInfo.of(RestoreError("its label is malformed"))
+    script.unlisted = (RefusedQube(name="<b>odd</b>", error=error),)
+    window.next()
+    select(window, "work")
+    assert why_not(window) == "Cannot be listed: ‹b›odd‹/b›: Its label is malformed."
+    assert enabled(window, NEXT)
 
 
 def test_another_qube_has_other_files(window: IsolatedRestoreWindow, script: Script) -> None:
