@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,8 +143,8 @@ def _checked(passphrase: str) -> str:
 
 
 #: The last lines of `--help`.
-EXIT_STATUS = textwrap.fill(
-    f"exit status: {'; '.join(f'{status} {text}' for status, text in EXIT_MEANINGS.items())}", 78
+EXIT_STATUS = "\n".join(
+    ["exit status:", *(f"  {status:<3} {text}" for status, text in EXIT_MEANINGS.items())]
 )
 
 MAX_MIB = 1 << 30  #: a pebibyte
