@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, RestoreError
 from qubes_restore_svc.wire import restore_call as c
@@ -55,7 +55,7 @@ class Conversation(Observer):
         self._when_ended = when_ended
         self._hurries = hurries
         self._connection = c.service_end()
-        self._channel = Channel(read_fd, write_fd, self)
+        self._channel = Channel(read_fd, write_fd, self.received, self.closed)
         self._answer: asyncio.Future[c.OpenBackup | c.Choose | c.Confirm] | None = None
         #: When the worker and the restore lock are let go, unless a plan was confirmed.
         self._confirm_by: float | None = None
@@ -131,7 +131,7 @@ class Conversation(Observer):
         if self._connection.may_come(type(message)):
             self._channel.send(self._connection.send(message), spare=True)
 
-    # --- What comes in: a Listener ---------------------------------------------------------------------
+    # --- What comes in ----------------------------------------------------------------------------------
 
     def received(self, untrusted_data: bytes) -> None:
         """The client has said something. Once it has ended the call, nobody listens to it any more."""
@@ -161,25 +161,20 @@ class Conversation(Observer):
 # --- The two descriptors ---------------------------------------------------------------------------
 
 
-class Listener(Protocol):
-    """Who is told what comes in."""
-
-    def received(self, untrusted_data: bytes) -> None:
-        """This has come."""
-        ...
-
-    def closed(self) -> None:
-        """Nothing more will come, or nothing more is read on the other side. May be told twice."""
-        ...
-
-
 class Channel:
-    """The call over `read_fd` and `write_fd`, which stay the caller's. A context manager; needs a loop."""
+    """The call over `read_fd` and `write_fd`, which stay the caller's. A context manager; needs a loop.
 
-    def __init__(self, read_fd: int, write_fd: int, listener: Listener) -> None:
+    `received` gets what comes in. `closed` is called when nothing more will come, or when the other side
+    reads nothing more; perhaps twice.
+    """
+
+    def __init__(
+        self, read_fd: int, write_fd: int, received: Callable[[bytes], object], closed: Callable[[], object]
+    ) -> None:
         self._read_fd = read_fd
         self._write_fd = write_fd
-        self._listener = listener
+        self._received = received
+        self._closed = closed
         self._reading = False
         self._writing = False
         self._writable = True
@@ -251,9 +246,9 @@ class Channel:
             untrusted_data = b""
         if not untrusted_data:
             self._stop_reading()
-            self._listener.closed()
+            self._closed()
         else:
-            self._listener.received(untrusted_data)
+            self._received(untrusted_data)
 
     def _stop_reading(self) -> None:
         if self._reading:
@@ -281,7 +276,7 @@ class Channel:
             except OSError:  # nobody will ever read it
                 self._writable = False
                 self._waiting.clear()
-                self._loop.call_soon(self._listener.closed)
+                self._loop.call_soon(self._closed)
                 break
             del self._waiting[:written]
             if not self._waiting:

@@ -18,7 +18,7 @@ the worker says, then the table of what may come when:
 import enum
 from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, SecretStr, field_serializer, model_validator
+from pydantic import Field, model_validator
 
 from qubes_restore_svc.errors import ProtocolViolation
 from qubes_restore_svc.wire.connection import Connection
@@ -162,10 +162,6 @@ class Open(Message):
     ignore_cost_limit: bool = False  #: accept key derivations of more work than the fixed ceiling
     storage: Storage | None = None  #: None: the archive was passed, or comes with `restore.Archive`
     ahead: bool = False  #: all volumes will be wanted: their keys may be derived before `start`
-
-    @field_serializer("passphrase", when_used="json")
-    def _reveal(self, passphrase: SecretStr) -> str:
-        return passphrase.get_secret_value()
 
 
 class Start(Message):

@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
     ValidationError,
 )
@@ -72,7 +73,12 @@ def _encodable(passphrase: SecretStr) -> SecretStr:
 
 
 #: A passphrase; a model that has one reveals it when it becomes JSON, and nowhere else.
-Passphrase = Annotated[SecretStr, Field(max_length=MAX_PASSPHRASE), AfterValidator(_encodable)]
+Passphrase = Annotated[
+    SecretStr,
+    Field(max_length=MAX_PASSPHRASE),
+    AfterValidator(_encodable),
+    PlainSerializer(SecretStr.get_secret_value, return_type=str, when_used="json"),
+]
 
 
 class ErrorInfo(Model):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import chain, starmap
 from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, SecretStr, ValidationError, field_serializer, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from qubes_restore_svc.errors import ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.wire.connection import Connection
@@ -178,10 +178,6 @@ class OpenBackup(Message):
     stall_timeout: StallTimeout | None = None  #: without data, in seconds; at most the configured time
     worker: WorkerWishes = WorkerWishes()
     max_size: ClassVar[int] = 1 << 20
-
-    @field_serializer("passphrase", when_used="json")
-    def _reveal(self, passphrase: SecretStr) -> str:
-        return passphrase.get_secret_value()
 
 
 class Choose(Message):

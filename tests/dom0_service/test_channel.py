@@ -47,7 +47,7 @@ def connected(heard: Heard) -> Iterator[tuple[Channel, socket.socket]]:
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     theirs.setblocking(False)
-    with ours, theirs, Channel(ours.fileno(), ours.fileno(), heard) as channel:
+    with ours, theirs, Channel(ours.fileno(), ours.fileno(), heard.received, heard.closed) as channel:
         yield channel, theirs
 
 
@@ -117,7 +117,7 @@ async def test_who_is_gone_is_told_nothing_and_nobody_waits_for_him(heard: Heard
 async def test_two_pipes_will_do_and_files_will_not(heard: Heard, tmp_path: os.PathLike[str]) -> None:
     in_read, in_write = os.pipe()
     out_read, out_write = os.pipe()
-    with Channel(in_read, out_write, heard) as channel:
+    with Channel(in_read, out_write, heard.received, heard.closed) as channel:
         os.write(in_write, b"one")
         assert await channel.finish(LAST, 15.0)
         await asyncio.sleep(0.001)
@@ -125,6 +125,6 @@ async def test_two_pipes_will_do_and_files_will_not(heard: Heard, tmp_path: os.P
     assert os.get_blocking(in_read)
     assert os.read(out_read, 100) == LAST
     with open(os.devnull, "r+b") as nothing, pytest.raises(HostFailed, match="pipe or a socket"):
-        Channel(nothing.fileno(), nothing.fileno(), heard).__enter__()
+        Channel(nothing.fileno(), nothing.fileno(), heard.received, heard.closed).__enter__()
     for fd in (in_read, in_write, out_read, out_write):
         os.close(fd)
