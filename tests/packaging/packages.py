@@ -32,6 +32,23 @@ _RPM_FILE = (
     "[%{FILENAMES}\t%{FILEMODES:perms}\t%{FILEUSERNAME}\t%{FILEGROUPNAME}\t%{FILEFLAGS}\t%{FILELINKTOS}\n]"
 )
 _RPM_CONFIG, _RPM_NOREPLACE = 1 << 0, 1 << 4  # rpmfileAttrs_e
+#: A package of files that are there.
+_SPEC = """
+%global __os_install_post %nil
+%global debug_package %nil
+Name: {name}
+Version: 999
+Release: 1
+Summary: later
+License: as before
+AutoReqProv: no
+%description
+%install
+cp -a {tree}/. %buildroot
+%files
+%defattr(-,root,root)
+{files}
+"""
 _DEB_LINE = re.compile(r"(\S{10}) (\w+)/(\w+) +\d+ \S+ \S+ \.(/.*?)(?: -> (.*))?")
 
 
@@ -103,6 +120,35 @@ def make(target: str, output: Path, tree: Path = REPOSITORY) -> subprocess.Compl
         text=True,
         timeout=_TIMEOUT_S,
     )
+
+
+def newer(package: Package, directory: Path, added: str) -> Path:
+    """A later version of the package, which has `added` at the end of every configuration file."""
+    tree = directory / "tree"
+    debian = package.path.suffix == ".deb"
+    if debian:
+        _run("dpkg-deb", "-R", str(package.path), str(tree))
+    else:
+        shutil.copytree(package.root, tree, symlinks=True)
+    for name, entry in package.entries.items():
+        if entry.config:
+            with (tree / name.lstrip("/")).open("a") as file:
+                file.write(added)
+    if debian:
+        control = tree / "DEBIAN/control"
+        control.write_text(re.sub("^Version: .*$", "Version: 999-1", control.read_text(), flags=re.M))
+        _run("dpkg-deb", "--root-owner-group", "-b", str(tree), str(directory / "newer.deb"))
+        return directory / "newer.deb"
+    files = [
+        f"%config{'(noreplace)' if entry.noreplace else ''} {name}" if entry.config else name
+        for name, entry in package.entries.items()
+        if not entry.is_directory
+    ]
+    spec = directory / "newer.spec"
+    spec.write_text(_SPEC.format(name=package.name, tree=tree, files="\n".join(files)))
+    _run("rpmbuild", "-bb", "--quiet", "--define", f"_topdir {directory}", str(spec))
+    [built] = directory.glob("RPMS/*/*.rpm")
+    return built
 
 
 def read_rpm(path: Path, root: Path) -> Package:

@@ -60,6 +60,12 @@ class ScratchSystem:
         """Put the packages in the place of themselves, as an upgrade does."""
         return self._manage("--reinstall", "--install", packages)
 
+    def upgrade(self, package: Path) -> str:
+        """Put the package in the file in the place of the version before."""
+        if package.suffix == ".rpm":
+            return self._rpm("--upgrade", str(package))
+        return self._dpkg("--install", str(package))
+
     def remove(self, *packages: Package) -> str:
         """Remove them."""
         if packages[0].path.suffix == ".rpm":

@@ -6,7 +6,7 @@ import pytest
 
 from qubes_restore_svc.wire import qrexec_call
 from tests.packaging.conftest import Packages
-from tests.packaging.packages import Package
+from tests.packaging.packages import Package, newer
 from tests.packaging.scratch_system import ScratchSystem, cannot_become_root
 
 LINKS = {
@@ -66,6 +66,23 @@ def test_an_upgrade_keeps_link_and_configuration(system: ScratchSystem, rpms: Pa
     assert system.files() == before
     assert {name: (system.root / name).read_text() for name in kept} == kept
     assert str((system.root / COMMAND).readlink()) == LINKS[COMMAND]
+
+
+@pytest.mark.parametrize(("kind", "part"), [("rpm", "dom0"), ("rpm", "vm"), ("deb", "vm")])
+def test_an_upgrade_with_other_defaults_keeps_what_the_administrator_wrote(
+    system: ScratchSystem, kind: str, part: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    packages: Packages = request.getfixturevalue(f"{kind}s")
+    system.install(packages["common"], packages[part])
+    config = {name: entry.noreplace for name, entry in packages[part].entries.items() if entry.config}
+    for name in config:
+        (system.root / name.lstrip("/")).write_text("mine")
+    system.upgrade(newer(packages[part], tmp_path, "# other\n"))
+    kept = {name: (system.root / name.lstrip("/")).read_text() == "mine" for name in config}
+    assert kept == config
+    assert [name for name, noreplace in config.items() if not noreplace] == (
+        ["/etc/qubes/policy.d/31-qubes-restore-svc.policy"] if part == "dom0" else []
+    )
 
 
 def test_what_the_administrator_wrote_and_the_reports_survive_a_removal(
