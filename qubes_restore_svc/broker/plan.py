@@ -360,13 +360,13 @@ def _left_out(qube: PlanQube, problem: Problem) -> PlanQube:
 
 #: What a person does about a problem on the command line; `{default}`: what the system's default is.
 _REMEDIES: dict[tuple[Problem, Settlement], str] = {
-    ("already-exists", "new-name"): "give it another name (--name {name}=NEW)",
+    ("already-exists", "new-name"): "give it another name (--name QUBE=NEW)",
     ("already-exists", "number"): "have a number added to it (--rename-conflicting)",
     ("already-exists", "leave-out"): "leave it out (--skip-conflicting)",
-    ("missing-template", "template"): "choose one that is here (--template {name}=TEMPLATE)",
+    ("missing-template", "template"): "choose one that is here (--template QUBE=TEMPLATE)",
     ("missing-template", "default"): "take the default, {default} (--ignore-missing)",
     ("missing-template", "leave-out"): "leave it out (--skip-broken)",
-    ("missing-netvm", "netvm"): "choose one that is here, or none (--netvm {name}=NETVM, --netvm {name}=)",
+    ("missing-netvm", "netvm"): "choose one that is here, or none (--netvm QUBE=NETVM, --netvm QUBE=none)",
     ("missing-netvm", "default"): "take the default netvm (--ignore-missing)",
     ("missing-netvm", "leave-out"): "leave it out (--skip-broken)",
     ("username-mismatch", "ignore"): "restore it all the same (--ignore-username-mismatch)",
@@ -374,9 +374,9 @@ _REMEDIES: dict[tuple[Problem, Settlement], str] = {
 }
 
 
-def _advice(qube: PlanQube, problem: Problem, settled_by: Sequence[Settlement], default: str) -> str:
+def _advice(problem: Problem, settled_by: Sequence[Settlement], default: str) -> str:
     """A sentence with all that settles it; the options are those of `qvm-backup-restore`."""
-    remedies = [_REMEDIES[problem, one].format(name=qube.name, default=default) for one in settled_by]
+    remedies = [_REMEDIES[problem, one].format(default=default) for one in settled_by]
     text = ", or ".join(remedies)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -389,7 +389,7 @@ def _refused(
     default: str | None = None,
 ) -> PlanQube:
     if error.advice != error.default_advice:  # outside of a Qubes system there are no such options
-        error.advice = f"{error.advice} {_advice(qube, problem, settled_by, default or '')}".strip()
+        error.advice = f"{error.advice} {_advice(problem, settled_by, default or '')}".strip()
     fields = {"decision": "refuse", "error": ErrorInfo.of(error), "settled_by": tuple(settled_by)}
     return _left_out(qube, problem).model_copy(update=fields)
 

@@ -201,7 +201,7 @@ def add_compression_filter(parser: "argparse._ActionsContainer") -> None:
 
 def add_exclude(parser: "argparse._ActionsContainer") -> None:
     """`-x QUBE`, as often as one likes."""
-    text = "leave out this qube; may be repeated"
+    text = "leave out this qube, or those that fit, with * and ?; may be repeated"
     parser.add_argument("-x", "--exclude", metavar="QUBE", action="append", default=[], help=text)
 
 

@@ -13,7 +13,7 @@ asked for is refused here, before anybody types a passphrase.
 import argparse
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +38,14 @@ from qubes_restore_svc.client import transports
 from qubes_restore_svc.client.transports import Handed, ProgramTransport, QrexecTransport, Transport
 from qubes_restore_svc.errors import HostFailed, UsageError
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.names import DigestKind, strip_control
+from qubes_restore_svc.wire.names import DigestKind, is_qube_name, strip_control
 from qubes_restore_svc.wire.qrexec_call import HANDED_OVER
 from qubes_restore_svc.wire.restore_call import Auto, QubePath, QubeService
 
 _MAX_VCPUS = 1024
+
+#: What stands for no netvm; no qube can be called so.
+NONE = "none"
 
 _USAGE = "qvm-backup-restore --mgmt-vm [option ...] LOCATION [QUBE ...]"
 
@@ -57,12 +60,13 @@ and its policy and configuration say what this qube may ask for.
                         backup to its standard output, or, with
                         --location-is-service, a service there
   QUBE                  restore only these qubes (default: all of them, and
-                        not dom0's home)
+                        not dom0's home); * and ? stand for characters
 """
 
 _EPILOG = f"""\
-You see the plan, and are asked before anything is created, unless you gave
--p or --yes, or only verify. To answer no is to cancel.
+You see the plan, and are asked what is to become of qubes that do not fit
+here, and before anything is created, unless you gave -p or --yes, or only
+verify.
 
 {EXIT_STATUS}
 """
@@ -94,10 +98,14 @@ class RestoreArguments(argparse.Namespace):
     compression_filter: str | None
     passphrase_file: str | None
     yes: bool
-    template: str | None
+    mgmt_template: str | None
     memory: int | Auto | None
     vcpus: int | Auto | None
     pool: str | None
+    name: list[tuple[str, str]]  #: names in the backup, and what is chosen; no name: for all that miss it
+    template: list[tuple[str, str]]
+    netvm: list[tuple[str, str]]
+    allow: list[str]
     report: Path | None
     digest: DigestKind | None
     loudness: int
@@ -198,6 +206,14 @@ def _add_what(group: "argparse._ArgumentGroup") -> None:
         help="do not restore dom0's home; this is the default with --mgmt-vm",
     )
     group.add_argument("--pool", metavar="NAME", type=not_empty, help="storage pool for the restored qubes")
+    group.add_argument(
+        "--allow",
+        metavar="SETTING",
+        action="append",
+        default=[],
+        help="let a setting come back this time that the configuration leaves behind, if it permits that:"
+        " property:NAME, feature:NAME, tag:NAME or device:CLASS; may be repeated",
+    )
 
 
 def _add_misfits(group: "argparse._ArgumentGroup") -> None:
@@ -208,6 +224,23 @@ def _add_misfits(group: "argparse._ArgumentGroup") -> None:
     flag(
         "--rename-conflicting",
         "restore qubes whose names are taken under other names, with numbers at the end",
+    )
+
+    def choice(name: str, metavar: str, pair: Callable[[str], tuple[str, str]], text: str) -> None:
+        group.add_argument(name, metavar=metavar, type=pair, action="append", default=[], help=text)
+
+    choice("--name", "OLD=NEW", _for_one, "restore the qube OLD under the name NEW; may be repeated")
+    choice(
+        "--template",
+        "[QUBE=]NAME",
+        _for_one_or_all,
+        "base QUBE, or all qubes that miss their template, on this one; may be repeated",
+    )
+    choice(
+        "--netvm",
+        "[QUBE=]NAME",
+        _for_one_or_all,
+        "connect QUBE, or all qubes that miss their netvm, to this one, or to none; may be repeated",
     )
     flag("--skip-broken", "leave out qubes whose template or netvm is neither here nor in the backup")
     flag("--ignore-missing", "restore them all the same, with the default template or netvm")
@@ -239,7 +272,6 @@ def _add_worker(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--mgmt-template",
-        dest="template",
         metavar="NAME",
         type=not_empty,
         help="the disposable template to make it from (default: the configuration's, or management_dispvm)",
@@ -256,6 +288,20 @@ def _add_worker(group: "argparse._ArgumentGroup") -> None:
         type=auto_or(number_up_to(_MAX_VCPUS)),
         help="its virtual processors, or auto for as many as there are",
     )
+
+
+def _for_one(text: str) -> tuple[str, str]:
+    qube, found, name = text.partition("=")
+    if not found or not is_qube_name(qube) or not is_qube_name(name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name, =, and another name")
+    return qube, name
+
+
+def _for_one_or_all(text: str) -> tuple[str, str]:
+    qube, _, name = text.rpartition("=")
+    if (qube and not is_qube_name(qube)) or not (name == NONE or is_qube_name(name)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name, nor a qube, =, and a name")
+    return qube, name
 
 
 def _add_rest(group: "argparse._ArgumentGroup") -> None:
@@ -277,6 +323,8 @@ def _add_rest(group: "argparse._ArgumentGroup") -> None:
         help="accepted; --mgmt-vm isolates the restore already",
     )
     group.add_argument("--auto-close", action="store_true", help="accepted; there is no window to be closed")
+    # As far as the stock command lets it be abbreviated; without this, it would not be clear from --allow.
+    group.add_argument("--a", action="store_true", dest="auto_close", help=argparse.SUPPRESS)
     group.add_argument("--force-root", action="store_true", help="accepted; root is not refused")
     group.add_argument(
         "--version",
@@ -327,14 +375,27 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
 
     `archive_fd`: the backup, open, if it is a file here.
     """
+    left_out = ("dom0",) if arguments.dom0_home is False else ()
+    names, templates = dict(arguments.name), dict(arguments.template)
+    netvms = {qube: "" if name == NONE else name for qube, name in arguments.netvm}
     choice = c.Choice.asked(
         names=tuple(arguments.qubes),
-        exclude=tuple(arguments.exclude),
+        exclude=(*arguments.exclude, *left_out),
         conflicts=arguments.conflicts,
         missing=arguments.missing,
         dom0_home=arguments.dom0_home is True,
         ignore_username_mismatch=arguments.ignore_username_mismatch,
         pool=arguments.pool,
+        qubes=tuple(
+            c.QubeChoice(
+                name=qube, new_name=names.get(qube), template=templates.get(qube), netvm=netvms.get(qube)
+            )
+            for qube in {**names, **templates, **netvms}
+            if qube
+        ),
+        template=templates.get(""),
+        netvm=netvms.get(""),
+        allow=tuple(dict.fromkeys(arguments.allow)),
     )
     qube, text = _location(arguments, archive_fd, way)
     try:
@@ -350,7 +411,7 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
                 "digest": arguments.digest,
                 "stall_timeout": arguments.stall_timeout,
                 "worker": {
-                    "template": arguments.template,
+                    "template": arguments.mgmt_template,
                     "memory": arguments.memory,
                     "vcpus": arguments.vcpus,
                 },

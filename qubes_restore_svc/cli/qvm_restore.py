@@ -125,7 +125,7 @@ def _carried_out(
     if not is_asked_for:
         request = request.model_copy(update={"passphrase": SecretStr(prompt())})
     display = make_display(verbose=arguments.loudness > 0, quiet=arguments.loudness < 0, total=total)
-    review = PlanReview(PROGRAM, arguments, display)
+    review = PlanReview(PROGRAM, arguments, display, request.choice)
     with closing(display), ExitStack() as before_the_passphrase:
         if is_asked_for:
             before_the_passphrase.enter_context(display.paused())
@@ -158,9 +158,9 @@ async def called(
     transport: Transport,
     request: c.OpenBackup,
     observer: Observer,
-    review: Callable[[c.Plan], Awaitable[None]],
+    review: Callable[[c.Plan], Awaitable[c.Choice | None]],
 ) -> Report:
-    """Have dom0 do what is asked for, once `review` has let the plan pass; it raises RestoreError otherwise.
+    """Have dom0 do what is asked for, once `review` has let the plan pass, or another that it has chosen.
 
     Comes back with a report also if the task is cancelled.
     """
@@ -217,15 +217,21 @@ class _Heard(Observer):
         self._observer.qube_finished(report)
 
 
-async def _reviewed(call: RestoreCall, review: Callable[[c.Plan], Awaitable[None]], report: Report) -> None:
-    """Show the plan; one that does not pass cancels the call."""
-    plan = call.plan
-    report.backup_id, report.qubes = plan.backup_id, plan.reports()
-    try:
-        await review(plan)
-    except RestoreError as error:
-        report.qubes = plan.reports(error)
-        # So that the next restore need not wait until dom0 has put away what it had begun.
-        await call.cancel()
-        await call.wait_ended()
-        raise
+async def _reviewed(
+    call: RestoreCall, review: Callable[[c.Plan], Awaitable[c.Choice | None]], report: Report
+) -> None:
+    """Show the plan, and those that are made from other choices; one that does not pass cancels the call."""
+    while True:
+        plan = call.plan
+        report.backup_id, report.qubes = plan.backup_id, plan.reports()
+        try:
+            choice = await review(plan)
+        except RestoreError as error:
+            report.qubes = plan.reports(error)
+            # So that the next restore need not wait until dom0 has put away what it had begun.
+            await call.cancel()
+            await call.wait_ended()
+            raise
+        if choice is None:
+            return
+        await call.choose(choice)

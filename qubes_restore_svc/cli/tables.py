@@ -11,11 +11,13 @@ from qubes_restore_svc.cli.terminal import wrapped
 from qubes_restore_svc.errors import size_text
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
 from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import shortened
 from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
 from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem
 
 #: What a digest is, and how it is made of an image file.
 _FS_VERITY, _SHA256 = "DIGEST (fsverity digest FILE)", "DIGEST (sha256sum FILE)"
+_LEAST_CELL = 14  #: columns that a name gets at least, while others can be left out for it
 _MOST_NAMES = 8  #: in a line that says something of several qubes
 
 
@@ -37,7 +39,43 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def manifest_table(manifest: Manifest) -> str:
+_Row = tuple[str, ...]
+
+
+def fitted(
+    headings: _Row,
+    rows: Sequence[_Row],
+    width: int | None,
+    *,
+    gap: int,
+    spare: Sequence[int],
+    cut: Sequence[int],
+) -> tuple[_Row, list[_Row]]:
+    """The headings and rows as they fit on a terminal, on which each column takes `gap` more than its text.
+
+    The columns `spare` are left out one by one, until there is room for much of the columns `cut`; what is
+    still too long there ends with `…`.
+    """
+    columns = list(range(len(headings)))
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    if width is None:
+        return headings, list(rows)
+    for column in (*spare, None):
+        room = width - 1 - sum(gap + (0 if one in cut else widths[one]) for one in columns)
+        if sum(widths[one] for one in cut) <= room or room >= _LEAST_CELL * len(cut) or column is None:
+            break
+        columns.remove(column)
+    for number, one in enumerate(sorted(cut, key=lambda one: widths[one])):
+        widths[one] = min(widths[one], max(_LEAST_CELL // 2, room // (len(cut) - number)))
+        room -= widths[one]
+
+    def kept(row: _Row) -> _Row:
+        return tuple(shortened(row[one], widths[one]) for one in columns)
+
+    return kept(headings), [kept(row) for row in rows]
+
+
+def manifest_table(manifest: Manifest, width: int | None = None) -> str:
     """The qubes of a backup."""
     rows = [
         (
@@ -50,7 +88,8 @@ def manifest_table(manifest: Manifest) -> str:
         )
         for qube in manifest.qubes
     ]
-    return table(("NAME", "CLASS", "TEMPLATE", "NETVM", "LABEL", "SIZE"), rows)
+    headings = ("NAME", "CLASS", "TEMPLATE", "NETVM", "LABEL", "SIZE")
+    return table(*fitted(headings, rows, width, gap=2, spare=(4, 1), cut=(2, 3)))
 
 
 def netvm_text(qube: ManifestQube) -> str:
@@ -167,24 +206,38 @@ def _is_same(one: ErrorInfo, other: ErrorInfo | None) -> bool:
 _PLAN_HEADINGS = ("name", "type", "template", "netvm", "label")
 _PLAN_TITLE = "The following qubes are in the backup:"
 
-#: What a row says of a qube that was not asked for. Of others, the plan says what is wrong.
-_PLAN_REMARKS: dict[Problem | None, str] = {
-    "excluded": "excluded from restore",
-    "not-selected": "not selected",
+#: What is said of qubes that are left out.
+_LEFT_OUT: dict[Problem, str] = {
+    "excluded": "excluded",
     "home-not-asked-for": "only with --dom0-home",
+    "already-exists": "there already",
+    "missing-template": "without a template here",
+    "missing-netvm": "without their netvm here",
 }
 
 _MOST_SETTINGS = 12  #: lines, unless all are asked for
 
 
 def plan_table(plan: Plan, width: int | None) -> str:
-    """All qubes of the backup, with what will become of them where that is not simply a restore."""
-    rows = [_plan_cells(planned) for planned in plan.qubes]
-    widths = [max(map(len, column)) for column in zip(_PLAN_HEADINGS, *rows, strict=True)]
+    """What cannot be restored, then what will be; of the other qubes, how many there are."""
+    shown = sorted(
+        (planned for planned in plan.qubes if planned.decision != "leave-out"),
+        key=lambda planned: planned.decision == "take",
+    )
+    headings, rows = fitted(
+        _PLAN_HEADINGS, [_plan_cells(one) for one in shown], width, gap=3, spare=(4, 1), cut=(2, 3)
+    )
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     rule = "".join(f"{'':-^{width}}--+" for width in widths)
-    lines = [_PLAN_TITLE, "", rule, _plan_line(_PLAN_HEADINGS, widths), rule]
-    for planned, cells in zip(plan.qubes, rows, strict=True):
+    lines = [_PLAN_TITLE, "", rule, _plan_line(headings, widths), rule]
+    for planned, cells in zip(shown, rows, strict=True):
         lines += _with_remark(_plan_line(cells, widths), _plan_remark(planned), width)
+    if rest := names_with("not-selected", plan):
+        lines.append(f"{len(rest)} not selected")
+    for problem, what in _LEFT_OUT.items():
+        names = [one.name for one in plan.qubes if (one.problem, one.decision) == (problem, "leave-out")]
+        if names:
+            lines.append(wrapped(f"{len(names)} {what}: {listed(names)}", width))
     lines += [wrapped(f"not listed: {qube.name}: {qube.error.reason}", width) for qube in plan.unlisted]
     return "\n".join(lines)
 
@@ -230,8 +283,6 @@ def _plan_line(cells: Sequence[str], widths: Iterable[int]) -> str:
 
 
 def _plan_remark(planned: PlanQube) -> str:
-    if planned.problem in _PLAN_REMARKS:
-        return _PLAN_REMARKS[planned.problem]
     if planned.error is not None:
         return f"{planned.error.reason}!"
     return "; ".join(planned.notes) or planned.remark

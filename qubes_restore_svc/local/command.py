@@ -42,7 +42,7 @@ from qubes_restore_svc.cli.inputs import (
 from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.report_output import check_report_path, keep_report, show_report
 from qubes_restore_svc.cli.tables import manifest_table
-from qubes_restore_svc.cli.terminal import print_result, say_wrapped
+from qubes_restore_svc.cli.terminal import print_result, say_wrapped, width_of
 from qubes_restore_svc.errors import ExitStatus, RestoreError, UsageError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.directory import DirectoryHost
@@ -170,7 +170,9 @@ def _prepare(arguments: Arguments) -> SessionOptions:
 
 
 def _show_manifest(manifest: Manifest, *, as_json: bool) -> int:
-    shown = print_result(_PROGRAM, _manifest_json(manifest) if as_json else manifest_table(manifest))
+    shown = print_result(
+        _PROGRAM, _manifest_json(manifest) if as_json else manifest_table(manifest, width_of(sys.stdout))
+    )
     for refused in manifest.refused:
         say_wrapped(f"not listed: {refused.name}: {refused.error.reason}")
     if shown is False:
@@ -298,9 +300,10 @@ def _command(
 
 
 def _add_selection(parser: argparse.ArgumentParser, verb: str) -> None:
-    parser.add_argument(
-        "qubes", metavar="QUBE", nargs="*", default=[], help=f"{verb} these qubes (default: all)"
-    )
+    which = f"{verb} these qubes, or those that fit, with * and ? (default: all)"
+    parser.add_argument("qubes", metavar="QUBE", nargs="*", default=[], help=which)
     add_exclude(parser)
+    text = "leave out dom0's home, if the backup has one; the same as -x dom0"
+    parser.add_argument("--skip-dom0-home", dest="exclude", action="append_const", const="dom0", help=text)
     parser.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")
     add_digest(parser, default="fsverity")

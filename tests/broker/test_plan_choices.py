@@ -48,7 +48,7 @@ def test_a_chosen_name_that_cannot_be_had_is_refused(new_name: str, why: str, co
     refused = by_name(make_plan(listed, choice, system()))["work"]
     assert isinstance(refused.error, QubeExists)
     assert refused.error.reason == f"it cannot be called '{new_name}': {why}"
-    assert "--name work=NEW" in refused.error.advice
+    assert "--name QUBE=NEW" in refused.error.advice
     assert (refused.decision, settled_by(refused)) == ("refuse", ("new-name", "leave-out"))
 
 
@@ -179,7 +179,7 @@ def test_a_problem_says_what_settles_it_here() -> None:
     assert settled_by(plan["far"]) == ("netvm", "default", "leave-out")
     assert plan["old"].error is not None
     assert plan["old"].error.advice == (
-        "Choose one that is here (--template old=TEMPLATE), or take the default, default-tpl"
+        "Choose one that is here (--template QUBE=TEMPLATE), or take the default, default-tpl"
         " (--ignore-missing), or leave it out (--skip-broken)."
     )
     bare = system(default_template=None)

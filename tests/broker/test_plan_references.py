@@ -41,7 +41,7 @@ def test_what_is_no_template_here_is_missing(name: str, default: str | None) -> 
     assert (refused.error.qube, refused.remark) == ("work", "no template")
     assert f"its template '{name}' is " in refused.error.reason
     assert ("--ignore-missing" in refused.error.advice) is (default is not None)
-    assert "--template work=TEMPLATE" in refused.error.advice
+    assert "--template QUBE=TEMPLATE" in refused.error.advice
     skipped = plan_of(qube("work", template=name), view=view, missing="skip")["work"]
     assert (skipped.decision, skipped.problem) == ("leave-out", "missing-template")
     assert (skipped.error, skipped.notes) == (None, (refused.error.reason,))
@@ -66,7 +66,7 @@ def test_without_a_default_that_will_do_it_stays_missing(klass: str, default: st
     assert planned.error is not None
     assert re.search("and there is no default (disposable )?template here$", planned.error.reason)
     assert "--ignore-missing" not in planned.error.advice
-    assert "--template work=TEMPLATE" in planned.error.advice
+    assert "--template QUBE=TEMPLATE" in planned.error.advice
 
 
 @pytest.mark.parametrize("missing", ["refuse", "skip", "default"])

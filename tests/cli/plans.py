@@ -1,10 +1,18 @@
 """Plans for the tests of what is shown of them: one of everything that can be said about a qube."""
 
+from qubes_restore_svc.broker.plan import _advice
 from qubes_restore_svc.errors import BadMetadata, MissingDependency, QubeExists, RestoreError
 from qubes_restore_svc.wire.messages import ManifestQube, RefusedQube, VolumeInfo
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass
-from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem
+from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem, Settlement
+
+SETTLED_BY: dict[Problem, tuple[Settlement, ...]] = {
+    "already-exists": ("new-name", "number", "leave-out"),
+    "missing-template": ("template", "default", "leave-out"),
+    "missing-netvm": ("netvm", "default", "leave-out"),
+    "username-mismatch": ("ignore", "leave-out"),
+}
 
 
 def source(
@@ -40,7 +48,11 @@ def not_wanted(qube: ManifestQube, problem: Problem) -> PlanQube:
 
 def refused(qube: ManifestQube, problem: Problem, error: RestoreError) -> PlanQube:
     """It cannot be restored."""
-    said = {"decision": "refuse", "problem": problem, "error": ErrorInfo.of(error)}
+    ways = SETTLED_BY[problem]
+    error.advice = _advice(problem, ways, "fedora-41")
+    said = {
+        "decision": "refuse", "problem": problem, "error": ErrorInfo.of(error), "settled_by": ways,
+    }  # fmt: skip
     return PlanQube.taken(qube).model_copy(update=said)
 
 

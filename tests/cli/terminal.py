@@ -10,7 +10,7 @@ import os
 import pty
 import struct
 import termios
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +40,17 @@ class Seen:
 def on_terminal(
     *arguments: str | Path,
     types: str = "",
-    answers: str = "",
+    answers: str | Sequence[str] = "",
     width: int = 80,
     variables: Mapping[str, str] | None = None,
     module: str | None = None,
 ) -> Seen:
     """Run the command to its end on a terminal with `width` columns.
 
-    `types` is typed where it asks for the passphrase, `answers` where it asks yes or no. `module`: that of
-    another command.
+    `types` is typed where it asks for the passphrase, one of `answers` where it asks something else, and the
+    end of input when none is left. `module`: that of another command.
     """
+    answers = [answers] if isinstance(answers, str) and answers else list(answers)
     words = command(*arguments)
     if module is not None:
         words[words.index("-m") + 1] = module
@@ -65,9 +66,8 @@ def on_terminal(
             if types and said.endswith(b": "):
                 os.write(terminal, types.encode())
                 types = ""
-            elif answers and said.endswith(b"? [y/N] "):
-                os.write(terminal, answers.encode())
-                answers = ""
+            elif said.endswith((b"? [y/N] ", b"? ")):
+                os.write(terminal, (answers.pop(0) if answers else "\x04").encode())
     os.close(terminal)
     _, status = os.waitpid(process, 0)
     return Seen(os.waitstatus_to_exitcode(status), said.decode(), width)

@@ -17,30 +17,27 @@ The following qubes are in the backup:
 -----------+------------+-----------+--------------+-------+
       name |       type |  template |        netvm | label |
 -----------+------------+-----------+--------------+-------+
+   sys-usb |      AppVM | fedora-41 |    (default) |   red | <-- a qube of this name is there already!
+       lab |      AppVM | fedora-41 |    (default) |   red | <-- its template 'arch' is nowhere to be found!
       work |      AppVM | fedora-41 | sys-firewall |   red |
      vault |      AppVM | fedora-41 |            - | black | <-- will be renamed to 'vault-1'
        old |      AppVM | fedora-38 |    (default) |   red | <-- template change to 'fedora-41'; and more
  debian-12 | TemplateVM |       n/a |    (default) | black |
-      mail |      AppVM | fedora-41 |    (default) |   red | <-- excluded from restore
-      chat |      AppVM | fedora-41 |    (default) |   red | <-- not selected
-   sys-usb |      AppVM | fedora-41 |    (default) |   red | <-- a qube of this name is there already!
-       lab |      AppVM | fedora-41 |    (default) |   red | <-- its template 'arch' is nowhere to be found!
-      dom0 |    AdminVM |       n/a |            - | black | <-- only with --dom0-home
+1 not selected
+1 excluded: mail
+1 only with --dom0-home: dom0
 not listed: broken: its label is malformed"""
 
 ON_80_COLUMNS = """\
-     vault |      AppVM | fedora-41 |            - | black |
-   <-- will be renamed to 'vault-1'
-       old |      AppVM | fedora-38 |    (default) |   red |
-   <-- template change to 'fedora-41'; and more
- debian-12 | TemplateVM |       n/a |    (default) | black |
-      mail |      AppVM | fedora-41 |    (default) |   red |
-   <-- excluded from restore
-      chat |      AppVM | fedora-41 |    (default) |   red | <-- not selected
    sys-usb |      AppVM | fedora-41 |    (default) |   red |
    <-- a qube of this name is there already!
        lab |      AppVM | fedora-41 |    (default) |   red |
    <-- its template 'arch' is nowhere to be found!
+      work |      AppVM | fedora-41 | sys-firewall |   red |
+     vault |      AppVM | fedora-41 |            - | black |
+   <-- will be renamed to 'vault-1'
+       old |      AppVM | fedora-38 |    (default) |   red |
+   <-- template change to 'fedora-41'; and more
 """
 
 
@@ -59,6 +56,27 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_lost(width: int) -> N
     text = plan_table(ONE_OF_EACH, width)
     assert max(map(len, text.splitlines())) < width
     assert text.split() == IN_A_PIPE.split()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 130, None])
+def test_columns_stay_columns_however_long_the_names_are(width: int | None) -> None:
+    long = "a-name-of-exactly-31-characters"
+    text = plan_table(plan(taken(source(long, "TemplateVM", long, long)), taken(source("work"))), width)
+    lines = text.splitlines()[2:]
+    assert width is None or max(map(len, lines)) < width
+    assert len({tuple(at for at, char in enumerate(line) if char in "|+") for line in lines}) == 1
+    assert [line.split("|")[0].strip() for line in lines[3:]] == [long, "work"]
+    assert ("type" in text, "label" in text) == ((width or 200) > 80,) * 2
+
+
+def test_of_many_that_are_not_selected_only_the_number_is_told() -> None:
+    others = (not_wanted(source(f"q{number}"), "not-selected") for number in range(59))
+    found = plan(taken(source("work")), *others, not_wanted(source("mail"), "already-exists"))
+    assert plan_table(found, 80).splitlines()[5:] == [
+        " work | AppVM | fedora-41 | (default) |   red |",
+        "59 not selected",
+        "1 there already: mail",
+    ]
 
 
 def test_an_empty_backup_has_an_empty_table() -> None:

@@ -22,7 +22,9 @@ def test_the_least_and_its_defaults() -> None:
     )
     assert (arguments.qubes, arguments.exclude, arguments.dom0_home) == ((), (), None)
     assert (arguments.conflicts, arguments.missing) == ("refuse", "refuse")
-    assert (arguments.template, arguments.memory, arguments.vcpus, arguments.pool) == (None, None, None, None)
+    assert (arguments.mgmt_template, arguments.memory, arguments.vcpus) == (None, None, None)
+    assert (arguments.pool, arguments.name, arguments.template) == (None, [], [])
+    assert (arguments.netvm, arguments.allow) == ([], [])
     assert (arguments.passphrase_file, arguments.compression_filter, arguments.report) == (None, None, None)
     assert not (arguments.verify_only or arguments.ignore_username_mismatch or arguments.ignore_size_limit)
     assert (arguments.loudness, arguments.yes, arguments.must_ask) == (0, False, True)
@@ -53,7 +55,7 @@ def test_every_option_of_the_stock_command() -> None:
         "compression_filter": "zstd",
         "passphrase_file": "-",
         "yes": False,
-        "template": None,
+        "mgmt_template": None,
         "memory": None,
         "vcpus": None,
         "pool": None,
@@ -76,9 +78,13 @@ def test_the_long_and_the_short_names_are_the_same() -> None:
 def test_what_is_ours() -> None:
     arguments = parsed(
         "--mgmt-template fedora-dvm --memory 6000 --vcpus 4 --pool vault-pool --report r.json --yes"
-        " --dom0-home b"
+        " --dom0-home --template deb --template work=fed --netvm work=none --netvm net --name a=b"
+        " --allow property:autostart b"
     )
-    assert (arguments.template, arguments.memory, arguments.vcpus) == ("fedora-dvm", 6000, 4)
+    assert arguments.template == [("", "deb"), ("work", "fed")]
+    assert arguments.netvm == [("work", "none"), ("", "net")]
+    assert (arguments.name, arguments.allow) == ([("a", "b")], ["property:autostart"])
+    assert (arguments.mgmt_template, arguments.memory, arguments.vcpus) == ("fedora-dvm", 6000, 4)
     assert (arguments.pool, arguments.report, arguments.dom0_home) == ("vault-pool", Path("r.json"), True)
     assert arguments.yes and not arguments.must_ask
 
@@ -104,6 +110,37 @@ def test_long_options_can_be_abbreviated_as_in_the_stock_command() -> None:
         True,
         ("a",),
     )
+
+
+#: The options of the stock command that are written out (R4.3), without those of one letter.
+STOCK = (
+    "--verbose", "--quiet", "--force-root", "--help", "--verify-only", "--skip-broken", "--ignore-missing",
+    "--skip-conflicting", "--rename-conflicting", "--exclude", "--skip-dom0-home",
+    "--ignore-username-mismatch", "--ignore-size-limit", "--compression-filter", "--dest-vm",
+    "--passphrase-file", "--auto-close", "--location-is-service", "--paranoid-mode", "--plan-b", "--version",
+)  # fmt: skip
+#: What was not clear before our options for choices came, or is about the command itself.
+_NOT_OURS = ("--paranoid-mode", "--plan-b", "--help", "--version", "--force-root")
+
+
+@pytest.mark.parametrize("option", [option for option in STOCK if option not in _NOT_OURS])
+def test_what_abbreviates_one_option_of_the_stock_command_does_so_here(option: str) -> None:
+    takes = {"--exclude", "--compression-filter", "--dest-vm", "--passphrase-file"}
+    value = {"--compression-filter": "gzip"}.get(option, "x") if option in takes else ""
+    least = next(
+        length
+        for length in range(3, len(option) + 1)
+        if [one for one in (*STOCK, *OURS_BEFORE) if one.startswith(option[:length])] == [option]
+    )
+    for length in range(least, len(option)):
+        assert parsed(f"-d q {option[:length]} {value} b") == parsed(f"-d q {option} {value} b")
+
+
+#: Ours that were there before, and have narrowed what abbreviates an option of the stock command.
+OURS_BEFORE = (
+    "--dom0-home", "--pool", "--ignore-cost-limit", "--stall-timeout", "--mgmt-vm", "--mgmt-template",
+    "--memory", "--vcpus", "--yes", "--report",
+)  # fmt: skip
 
 
 def test_dom0_is_the_place_of_a_file_also_when_it_is_named() -> None:
@@ -151,6 +188,13 @@ def test_a_hyphen_alone_is_standard_input() -> None:
         "b --vcpus 1025",
         "b --pool=",
         "b --mgmt-template=",
+        "b --name work",
+        "b --name =work",
+        "b --name work=a=b",
+        "b --template=",
+        "b --template work=",
+        "b --netvm a=b=c",
+        "b --netvm wo~rk",
         "b -d=",
         "b --report=",
         "b --dom0-home --skip-dom0-home",

@@ -52,7 +52,9 @@ class Place:
         report = self.directory / "report.json"
         return [self.directory, "--mgmt-vm", self.backup, "--report", report, *options]
 
-    def seen(self, *options: str | Path, types: str = TYPED, answers: str = "", width: int = WIDTH) -> Seen:
+    def seen(
+        self, *options: str | Path, types: str = TYPED, answers: str | Sequence[str] = "", width: int = WIDTH
+    ) -> Seen:
         """What a person sees."""
         words = self.words(options)
         return on_terminal(*words, types=types, answers=answers, width=width, module=MODULE)
@@ -93,12 +95,14 @@ def test_the_table_the_question_and_the_result_on_a_terminal(place: Place) -> No
     assert screen[1:5] == [
         "The following qubes are in the backup:",
         "",
-        "--------+------------+-----------+-----------+-------+",
-        "   name |       type |  template |     netvm | label |",
+        "-------+-------+-----------+-----------+-------+",
+        "  name |  type |  template |     netvm | label |",
     ]
     rows = [line for line in screen if "|" in line]
-    assert rows[2] == "   work |      AppVM | fedora-41 | (default) |   red |"
-    assert rows[1].endswith("| <-- not selected")
+    assert rows[1:] == [
+        "  work | AppVM | fedora-41 | (default) |   red |",
+        " vault | AppVM | fedora-41 | (default) |   red |",
+    ]
     assert screen.index(f"{QUESTION}y") > screen.index(rows[-1])
     assert screen.index("work: restored") > screen.index(f"{QUESTION}y")
     assert "2 of 2 qubes restored." in screen
@@ -153,7 +157,7 @@ def test_a_second_restore_is_refused_and_says_how_to_go_on(place: Place) -> None
     assert done.returncode == 1
     assert "vault |" in done.stdout and "<-- a qube of this name is there already!" in done.stdout
     assert "*** There are qubes of the same names here: vault ***" in done.stderr
-    assert "--skip-conflicting" in done.stderr and "--rename-conflicting" in done.stderr
+    assert "Move it away, or restore to another directory." in done.stderr
     assert "qubes restored" not in done.stderr
     assert place.qubes == ["vault"]
     error = place.report["error"]
@@ -163,6 +167,19 @@ def test_a_second_restore_is_refused_and_says_how_to_go_on(place: Place) -> None
     assert place.qubes == ["vault", "work"]
     done = place.piped("-p", secret, "--skip-conflicting", "vault", "work")
     assert (done.returncode, "nothing is left that could be restored" in done.stderr) == (1, True)
+
+
+def test_a_name_that_is_taken_is_asked_about_and_the_new_plan_shown(place: Place) -> None:
+    assert place.seen("vault", answers="y\n").status == 0
+    seen = place.seen("vault", answers=["work\n", "safe\n", "y\n"])
+    assert seen.status == 0, seen.screen
+    said = " ".join(seen.screen)
+    assert "*** There are qubes of the same names here: vault ***" in said
+    assert "it cannot be called 'work': the backup has another qube of this name" in said
+    assert "will be renamed to 'safe'" in said
+    assert place.qubes == ["safe", "vault"]
+    seen = place.seen("vault", answers=["\n"])
+    assert (seen.status, place.qubes) == (1, ["safe", "vault"])
 
 
 def test_verify_asks_nobody_and_creates_nothing(place: Place) -> None:
@@ -310,7 +327,7 @@ def test_a_wrong_passphrase_and_an_unknown_name(place: Place) -> None:
 def test_dom0s_home_comes_only_on_request(place: Place) -> None:
     secret = passphrase_file(place.directory)
     done = place.piped("-p", secret, "-x", "debian", "-x", "vault")
-    assert "<-- only with --dom0-home" in done.stdout
+    assert "1 only with --dom0-home: dom0\n" in done.stdout
     assert place.qubes == ["work"]
     done = place.piped("-p", secret, "--dom0-home", "vault")
     assert "NOTE: dom0's home comes as one archive file" in done.stderr

@@ -12,7 +12,7 @@ from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.cli.qvm_review import PlanReview
 from qubes_restore_svc.errors import Cancelled, MissingDependency, QubeExists, RestoreError, UsageError
 from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.restore_call import Plan
+from qubes_restore_svc.wire.restore_call import Choice, Offers, Plan, QubeChoice
 
 from .plans import conflicting, lacking, not_wanted, plan, source, taken
 
@@ -43,17 +43,26 @@ class Reviewing:
         self.questions: list[str] = []
         self.display = Display()
 
+        self.answers: list[str | None] = []
+        self.choice: Choice | None = None
+
         async def ask(question: str) -> bool:
             assert self.display.is_paused
             self.questions.append(question)
             return answer
 
-        monkeypatch.setattr(qvm_review, "ask", ask)
+        async def answered(question: str) -> str | None:
+            assert self.display.is_paused
+            self.questions.append(question)
+            return self.answers.pop(0) if self.answers else None
 
-    def __call__(self, found: Plan, options: str = "") -> PlanReview:
+        monkeypatch.setattr(qvm_review, "ask", ask)
+        monkeypatch.setattr(qvm_review, "answer", answered)
+
+    def __call__(self, found: Plan, options: str = "", choice: Choice | None = None) -> PlanReview:
         arguments = parse_restore_arguments(["--mgmt-vm", "backup", *options.split()])
-        self.review = PlanReview("program", arguments, self.display)
-        asyncio.run(self.review(found))
+        self.review = PlanReview("program", arguments, self.display, choice)
+        self.choice = asyncio.run(self.review(found))
         return self.review
 
 
@@ -143,6 +152,8 @@ def test_what_will_be_is_told_with_what_stays_behind_and_where_the_home_goes(
 
 
 CONFLICT = plan(taken(source("work")), conflicting("vault"), conflicting("mail"))
+SKIPPED = plan(taken(source("work")), not_wanted(source("vault"), "already-exists"))
+NO_TEMPLATE_SKIPPED = plan(taken(source("work")), not_wanted(source("lab"), "missing-template"))
 NO_TEMPLATE = plan(taken(source("work")), lacking("lab", "missing-template", MISSING))
 NO_NETVM = plan(taken(source("work")), lacking("lab", "missing-netvm", MISSING))
 NO_USER = plan(taken(source("work")), lacking("dom0", "username-mismatch", "it is another user's"))
@@ -152,7 +163,7 @@ NO_USER = plan(taken(source("work")), lacking("dom0", "username-mismatch", "it i
     ("found", "kind", "statement", "options"),
     [
         (CONFLICT, QubeExists, "*** There are qubes of the same names here: vault, mail ***",
-         ["--skip-conflicting", "--rename-conflicting"]),
+         ["--skip-conflicting", "--rename-conflicting", "--name QUBE=NEW"]),
         (NO_TEMPLATE, MissingDependency, "*** There is no matching template for: lab ***",
          ["--skip-broken", "--ignore-missing"]),
         (NO_NETVM, MissingDependency, "*** There is no matching netvm for: lab ***",
@@ -173,7 +184,8 @@ def test_what_does_not_fit_ends_the_whole_restore_and_says_which_option_settles_
 ) -> None:
     with pytest.raises(kind, match="nothing was restored"):
         reviewing(found, way)
-    assert reviewing.questions == [] and not reviewing.review.accepted
+    assert QUESTION not in reviewing.questions and not reviewing.review.accepted
+    assert bool(reviewing.questions) is (not way)
     said = capsys.readouterr().err
     assert statement in said
     assert all(option in said for option in options)
@@ -192,9 +204,8 @@ def test_all_that_does_not_fit_is_told_at_once(
 @pytest.mark.parametrize(
     ("found", "options"),
     [
-        (CONFLICT, "--skip-conflicting"),
-        (CONFLICT, "--skip-conflicting --rename-conflicting"),
-        (NO_TEMPLATE, "--skip-broken"),
+        (SKIPPED, "--skip-conflicting"),
+        (NO_TEMPLATE_SKIPPED, "--skip-broken"),
         (NO_TEMPLATE, "--ignore-missing"),
         (NO_NETVM, "--skip-broken --ignore-missing"),
     ],
@@ -222,7 +233,7 @@ def test_where_everything_is_skipped_it_is_said_why(
 ) -> None:
     with pytest.raises(RestoreError, match="nothing is left"):
         reviewing(
-            plan(conflicting("work"), not_wanted(source("mail"), "excluded")),
+            plan(not_wanted(source("work"), "already-exists"), not_wanted(source("mail"), "excluded")),
             f"--skip-conflicting {way}",
         )
     assert "There are qubes of the same names here: work" in capsys.readouterr().err
@@ -243,6 +254,57 @@ def test_an_option_for_something_else_settles_nothing(
 ) -> None:
     with pytest.raises(RestoreError, match="does not fit"):
         reviewing(found, options)
+
+
+def test_a_choice_that_cannot_be_is_not_passed_over_for_the_default(reviewing: Reviewing) -> None:
+    with pytest.raises(MissingDependency, match="does not fit"):
+        reviewing(NO_TEMPLATE, "--yes --ignore-missing --template slip", Choice(template="slip"))
+
+
+@pytest.mark.parametrize(
+    ("found", "answers", "fields"),
+    [
+        (CONFLICT, ["safe", "skip"], {"qubes": (QubeChoice(name="vault", new_name="safe"),),
+                                      "exclude": ("mail",)}),
+        (CONFLICT, ["number"], {"conflicts": "rename"}),
+        (NO_TEMPLATE, ["debian-13"], {"qubes": (QubeChoice(name="lab", template="debian-13"),)}),
+        (NO_TEMPLATE, ["~", "none", "default"], {"missing": "default"}),
+        (NO_NETVM, ["none"], {"qubes": (QubeChoice(name="lab", netvm=""),)}),
+        (NO_NETVM, ["number", "sys-net"], {"qubes": (QubeChoice(name="lab", netvm="sys-net"),)}),
+        (NO_USER, ["debian", "ignore"], {"ignore_username_mismatch": True}),
+        (CONFLICT, ["safe", ""], None),
+        (NO_USER, [None], None),
+    ],
+)  # fmt: skip
+def test_who_is_asked_anyway_says_what_is_to_become_of_what_does_not_fit(
+    found: Plan, answers: list[str | None], fields: dict[str, object] | None, reviewing: Reviewing
+) -> None:
+    reviewing.answers = answers
+    before = Choice(names=("work", "lab"))
+    if fields is None:
+        with pytest.raises(RestoreError, match="does not fit"):
+            reviewing(found, choice=before)
+    else:
+        assert not reviewing(found, choice=before).accepted
+        assert reviewing.choice == before.model_copy(update=fields)
+    assert reviewing.answers == []
+
+
+def test_qubes_that_miss_the_same_template_are_asked_about_once(
+    reviewing: Reviewing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reviewing.answers = ["debian-13"]
+    found = plan(lacking("lab", "missing-template", MISSING), lacking("old", "missing-template", MISSING))
+    offers = Offers(templates=("debian-13", "fedora-42"))
+    reviewing(found.model_copy(update={"offers": offers}))
+    assert reviewing.questions == ["What is to become of it? "]
+    assert reviewing.choice is not None
+    assert [one.name for one in reviewing.choice.qubes] == ["lab", "old"]
+    said = capsys.readouterr().err
+    assert f"lab, old: {MISSING}.\nHere are: debian-13, fedora-42.\n" in said
+    assert (
+        "the name of a template, 'default' (the system's), 'skip' (leave it out), or nothing to end." in said
+    )
 
 
 def test_a_plan_past_the_limits_is_refused_before_anybody_is_asked_and_may_be_verified(
