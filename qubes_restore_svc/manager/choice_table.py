@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from PyQt6.QtCore import QRegularExpression, pyqtSignal
 from PyQt6.QtGui import QRegularExpressionValidator
-from PyQt6.QtWidgets import QComboBox, QLineEdit, QVBoxLayout, QWidget
+from PyQt6.QtWidgets import QComboBox, QHeaderView, QLineEdit, QVBoxLayout, QWidget
 
 from qubes_restore_svc.manager import wording
 from qubes_restore_svc.manager.entries import VMToRestore
@@ -35,6 +35,10 @@ class ChoiceTable(TextTable):
         )
         super().__init__(headings, translate("Restore", "What will be restored"), parent)
         self._fields: dict[str, _Fields] = {}
+        self._heading_width = 0
+        if (columns := self.horizontalHeader()) is not None:  # what is in a cell does not count for it
+            self._heading_width = columns.sectionSizeHint(_CHOOSE)
+            columns.setSectionResizeMode(_CHOOSE, QHeaderView.ResizeMode.Fixed)
 
     def begin(self, info: Mapping[str, VMToRestore]) -> None:
         """Other rows: these qubes; those that do not fit come first."""
@@ -58,6 +62,8 @@ class ChoiceTable(TextTable):
             if (item := self.item(row, _WHAT)) is not None:
                 item.setForeground(colours[planned.decision != "take"])
         self.setColumnHidden(_CHOOSE, all(fields.is_empty for fields in self._fields.values()))
+        widths = (fields.sizeHint().width() for fields in self._fields.values())
+        self.setColumnWidth(_CHOOSE, max(self._heading_width, *widths, 0))
         self.resizeRowsToContents()
 
     @property
@@ -129,6 +135,7 @@ class _Fields(QWidget):
     def _add(self, field: QWidget) -> None:
         field.setMinimumWidth(_LETTERS * self.fontMetrics().averageCharWidth())
         self._layout.insertWidget(self._layout.count() - 1, field)
+        field.show()  # until then it has no size
 
     def _add_name(self) -> QLineEdit:
         edit = QLineEdit()
@@ -153,15 +160,13 @@ class _Fields(QWidget):
 def _what(planned: c.PlanQube, *, verify: bool) -> str:
     if planned.decision != "take":
         return wording.problem_text(planned)
-    parts = [
-        translate("Restore", "Will be verified.") if verify else translate("Restore", "Will be restored.")
-    ]
-    if not verify:
-        if planned.new_template is not None:
-            parts.append(translate("Restore", "Template: {name}.").format(name=planned.new_template))
-        if planned.new_netvm is not None and planned.klass != "AdminVM":
-            netvm = planned.new_netvm or translate("Restore", "none")
-            parts.append(translate("Restore", "Net qube: {name}.").format(name=netvm))
-        parts += [wording.sentence(note) for note in planned.notes]
-        parts.append(wording.left_behind_text(planned.settings_left_out))
+    if verify:
+        return translate("Restore", "Will be verified.")
+    parts = [translate("Restore", "Will be restored.")]
+    if planned.template and planned.new_template == planned.template:  # of another one, a note tells
+        parts.append(translate("Restore", "Template: {name}.").format(name=planned.template))
+    if planned.netvm and planned.new_netvm == planned.netvm and planned.klass != "AdminVM":
+        parts.append(translate("Restore", "Net qube: {name}.").format(name=planned.netvm))
+    parts += [wording.sentence(note) for note in planned.notes]
+    parts.append(wording.left_behind_text(planned.settings_left_out))
     return wording.plain(" ".join(part for part in parts if part))

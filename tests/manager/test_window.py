@@ -416,6 +416,11 @@ def test_what_does_not_fit_is_settled_in_the_summary(window: IsolatedRestoreWind
     (name,) = table.findChildren(QLineEdit)
     template, netvm = table.findChildren(QComboBox)
     assert [box.itemText(1) for box in (template, netvm)] == ["fedora-41", "(no network)"]
+    qt.process_events()
+    for field in (name, template, netvm):
+        cell = field.parentWidget()
+        assert cell is not None and cell.rect().contains(field.geometry())  # nothing is cut off
+        assert cell.width() <= table.columnWidth(1)
     name.setFocus()
     type_in(name, "work 2-dm")  # the blank is not taken
     assert not enabled(window, NEXT)
