@@ -343,7 +343,11 @@ _ZEROS = bytes(IMAGE_BLOCK)
 
 
 def without_zeros(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """The same image in extents without whole blocks of zeros; what `extents` raises passes through."""
+    """The same image in extents without blocks of zeros; what `extents` raises passes through.
+
+    Of a block that an extent begins or ends, only what is in that extent is looked at: extents are cut where
+    the decompressor cuts them, and a hole that was stored as zeros has no data, wherever that is.
+    """
     for extent in extents:
         # Searching and comparing are fast in bytes, and slow in a view of them.
         data = extent.data.tobytes()
@@ -353,11 +357,13 @@ def without_zeros(extents: Iterable[Extent]) -> Iterator[Extent]:
 
 def _runs(data: bytes, first_block: int) -> Iterator[tuple[int, int]]:
     """What of `data` is kept, as (start, end). The first whole block of it begins at `first_block`."""
-    start = 0
-    while start < len(data):
+    start = min(first_block, len(data)) if _ZEROS.startswith(data[:first_block]) else 0
+    last_block = first_block + max(0, len(data) - first_block) // IMAGE_BLOCK * IMAGE_BLOCK
+    end = min(last_block, len(data)) if _ZEROS.startswith(data[last_block:]) else len(data)
+    while start < end:
         hole = _next_hole(data, start, first_block)
         if hole > start:
-            yield start, hole
+            yield start, min(hole, end)
         start = hole
         while data.startswith(_ZEROS, start):
             start += IMAGE_BLOCK

@@ -737,5 +737,12 @@ def test_zeros_are_seen_at_the_places_of_the_image_and_not_of_the_extent() -> No
     ]
 
 
-def test_an_image_of_zeros_has_no_extents() -> None:
-    assert list(without_zeros([Extent(0, memoryview(bytes(1 << 20)))])) == []
+@pytest.mark.parametrize("cut", [100, 512, IMAGE_BLOCK, IMAGE_BLOCK + 1, (64 << 10) - 512, 1 << 20])
+def test_zeros_have_no_extents_wherever_the_image_is_cut(cut: int) -> None:
+    zeros, data = bytes(1 << 18), b"x" * 100
+    image = zeros + data + zeros
+    pieces = [Extent(at, memoryview(image)[at : at + cut]) for at in range(0, len(image), cut)]
+    kept = list(without_zeros(pieces))
+    assert image_of(kept, len(image)) == image
+    assert sum(len(extent.data) for extent in kept) <= IMAGE_BLOCK
+    assert list(without_zeros(Extent(at, memoryview(bytes(cut))) for at in range(0, 1 << 20, cut))) == []
