@@ -29,7 +29,8 @@ class ExitStatus(enum.IntEnum):
     CANCELLED = 130  #: what shells say of a program that Ctrl-C has ended
 
 
-#: What each says to whoever runs a command: so in `--help`, and no other words in the manuals and the README.
+#: What each says to a person who runs a command: so in `--help`, and no other words in the manuals and the
+#: README.
 EXIT_MEANINGS = {
     ExitStatus.COMPLETE: "everything that was asked for is there and verified",
     ExitStatus.NOTHING: "nothing is",

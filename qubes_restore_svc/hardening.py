@@ -1,7 +1,8 @@
 """What every program of ours does first, before it is told a passphrase or opens a file.
 
-Strategy: whoever starts a program can have closed its streams, ignored signals, or set limits. All of that is
-put right here, or made harmless. Standard library only, and little of it: the rest is not imported yet.
+Strategy: the process that starts a program can have closed its streams, ignored signals, or set limits. All
+of that is put right here, or made harmless. Standard library only, and little of it: the rest is not imported
+yet.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ def forbid_core_dumps() -> None:
 
 
 def answer_signals_while_starting() -> None:
-    """Imports take a few tenths of a second; whoever ends the command meanwhile gets an answer as well."""
+    """Imports take a few tenths of a second; a person who ends the command meanwhile gets an answer, too."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end_cancelled)

@@ -21,7 +21,8 @@ _ATTEMPTS = 100
 #: Bytes that a report may have; one of 250 qubes has less than a tenth of it.
 MAX_REPORT = 8 << 20
 
-#: What only a message has. An error stands in what it is about, and names no place.
+#: Fields that only a message has. In the file, an error stands at its qube or volume, and does not name it
+#: again.
 _ERROR: dict[str, IncEx | bool] = {"error": {"qube": True, "volume": True}}
 _NOT_KEPT: dict[str, IncEx | bool] = {
     "type": True,

@@ -1,6 +1,6 @@
 """Waiting for blocking work, and what a cancel does meanwhile.
 
-Strategy: a cancel waits for work that changes something, because nothing may go on unseen. Whoever can end
+Strategy: a cancel waits for work that changes something, because nothing may go on unseen. Code that can end
 such work sooner is told at once. Work that only reads has nothing to undo. A cancel does not wait for it, and
 its thread ends alone. Every piece of work has a thread of its own, so that none waits for a free one.
 """
@@ -75,8 +75,8 @@ async def when_cleared(take: Callable[[], _T]) -> _T:
 def started(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:
     """Begin blocking work in a thread of its own, which does not keep the process from ending.
 
-    Where the system has no thread left, the work is done here and now: what undoes something must not fail
-    for that.
+    If the system has no thread left, the work is done here and now, because work that undoes something must
+    not fail for that reason.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[_T] = loop.create_future()
@@ -104,7 +104,7 @@ def started(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_
         result, error = None, None
         try:
             result = function(*arguments)
-        except BaseException as caught:  # noqa: BLE001 - whoever waits raises it
+        except BaseException as caught:  # noqa: BLE001 - the task that waits raises it
             error = caught
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result, error)

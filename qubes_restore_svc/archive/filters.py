@@ -1,8 +1,8 @@
 """Decompression of an inner archive, in memory that does not grow with what the stream expands to.
 
-Strategy: one function, `decompress`, a lazy generator from pieces of compressed data to blocks of
-plain data. Every engine is asked for at most `BLOCK_SIZE` bytes at a time, so a bomb comes out block
-by block and whoever counts the blocks can stop it; windows and dictionaries have fixed ceilings.
+Strategy: one function, `decompress`, a lazy generator from pieces of compressed data to blocks of plain data.
+Every engine is asked for at most `BLOCK_SIZE` bytes at a time, so a bomb comes out block by block, and the
+caller, who counts the blocks, can stop it; windows and dictionaries have fixed ceilings.
 
 gzip, bzip2, xz and lzma engines share one interface (`max_length`, `eof`, `unused_data`) and one loop.
 zstandard's reader bounds its output too, but takes the end of its input for the end of the stream
@@ -24,7 +24,7 @@ from qubes_restore_svc.archive.members import Buffer, shown
 from qubes_restore_svc.errors import REST_IS_MISSING, BadCompression, UnknownFilter
 
 #: Largest block, in bytes, that `decompress` yields: so small that the next one takes the same memory, and
-#: that whoever looks at it next finds it in the processor's cache.
+#: that the next reader finds it in the processor's cache.
 BLOCK_SIZE = 1 << 18
 
 #: Most memory, in bytes, that a stream may ask for its window or dictionary: the limit of zstd itself

@@ -9,8 +9,9 @@ closing zero blocks and the end of the input have been seen: a cut archive canno
 Three kinds of member are known: a regular file, GNU tar's sparse file (type S), and pax sparse 1.0 (what
 Qubes writes for block devices). Everything else that tar can hold is refused.
 
-`without_zeros` drops blocks of zeros from the extents, whether or not the sparse map knew of them. What no
-extent covers is zero anyway, so a block of zeros need not travel to the host, nor be written there.
+`without_zeros` drops blocks of zeros from the extents, whether or not the sparse map knew of them. Where
+there is no extent, the image is zero anyway. So a block of zeros need not travel to the host, and need not be
+written there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -218,7 +219,7 @@ def _directory(source: _Cursor, prefix: bytes) -> Iterator[tuple[str, Image]]:
         else:
             _check_size(stored_size, MAX_IMAGE_SIZE)
             size, extents = stored_size, _parts(source, [(0, stored_size)])
-        # Of links and directories there is a header only; what else has content is passed over.
+        # Links and directories have only a header; what else has content is passed over.
         if header.type_flag in (b"0", b"\x00", b"S") and b"/" not in name and name:
             if name in names:
                 raise BadImage(f"the inner archive holds {shown(name)} twice")

@@ -24,7 +24,7 @@ from typing import Protocol, TypeAlias
 
 from qubes_restore_svc.errors import BadArchive
 
-#: Contiguous bytes, whoever owns them.
+#: Contiguous bytes, of any owner.
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 #: How much of a foreign text a message repeats, in bytes.
@@ -32,7 +32,7 @@ SHOWN_LIMIT = 80
 
 
 def shown(untrusted_text: Buffer | str) -> str:
-    """The text in single quotes, fit for a message: other than printable ASCII escaped, the end cut off."""
+    """The text in single quotes, for a message: all but printable ASCII is escaped, a long end is cut off."""
     if isinstance(untrusted_text, str):
         untrusted_bytes = untrusted_text[: SHOWN_LIMIT + 1].encode("utf-8", "backslashreplace")
     else:

@@ -1,11 +1,11 @@
 """qubes.xml: which qubes the backup holds, where in the archive they lie, and how they were set up.
 
-Strategy: the document becomes a tree under limits that bound memory, time and depth. Of its domains
-only those count whose feature `backup-content` is true. Each of them is read by itself into the models
-of the session protocol: a single setting that no Qubes system writes is left out with a warning, a
-qube whose identity (name, class, place in the archive) is in doubt is refused, and only a file
-that is malformed as a whole is an error. A choice in doubt falls to the side that is safe: no network,
-no disposables, all devices denied, and of two qubes that claim one place in the archive, neither.
+Strategy: the document becomes a tree under limits that bound memory, time and depth. Only those of its
+domains count whose feature `backup-content` is true. Each of them is read by itself into the models of the
+session protocol: a single setting that no Qubes system writes is left out with a warning, a qube whose
+identity (name, class, place in the archive) is in doubt is refused, and only a file that is malformed as a
+whole is an error. A choice in doubt falls to the side that is safe: no network, no disposables, all devices
+denied, and of two qubes that claim one place in the archive, neither.
 
 The schema is that of qubesd (R4.0 and later): its PropertyHolder, Features, Tags and Volume.config.
 """
@@ -75,8 +75,8 @@ class BackupContent:
 
 
 def parse_qubes_xml(untrusted_xml: bytes, backup_format: int = 4) -> BackupContent:
-    """Read qubes.xml of a backup of this format. What is returned fits into one `Manifest`, keys and names
-    being unique.
+    """Read qubes.xml of a backup of this format. The result fits into one `Manifest`: no key and no name
+    stands twice in it.
 
     Raises BadMetadata if the file as a whole is malformed or out of bounds.
     """
@@ -167,7 +167,7 @@ def _entry(untrusted_domain: Element) -> _Entry | None:
 def _rivals(entries: list[_Entry]) -> list[_Entry | None]:
     """For each entry one other whose place is the same, inside its own or around it.
 
-    What lies there is of one of them, and nothing says of which. A claim counts even if the qube that
+    The files there belong to one of them, and nothing says to which one. A claim counts even if the qube that
     makes it is refused for another reason.
     """
     claims: list[tuple[str, int]] = []

@@ -29,7 +29,7 @@ def parse_firewall(untrusted_xml: bytes) -> tuple[FirewallRule, ...]:
     """The rules of firewall.xml, in order; values as the file spells them. Version 2 is that of R4.0 and
     later, version 1 that of R3.2 and earlier.
 
-    What no rule matches is dropped, so no rules at all means that everything is. `dsthost` holds
+    A packet that no rule matches is dropped. So without any rule, everything is dropped. `dsthost` holds
     addresses and networks too. Raises BadMetadata for everything that qubesd would not have
     written or could not load.
     """

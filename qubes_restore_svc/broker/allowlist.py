@@ -30,10 +30,10 @@ MAX_LEFT_OUT = 100
 
 @dataclass(frozen=True, slots=True)
 class AllowedSettings:
-    """What of a qube's settings is restored; `left_out` names the rest (`property kernelopts`).
+    """The settings of a qube that are restored; `left_out` names the others (`property kernelopts`).
 
-    `notes`: what the person should know of those that are. `could`: those of the rest that the person may let
-    come back this time, as `SettingName` has them.
+    `notes`: what the person should know of the restored ones. `could`: the left out ones that the person may
+    let come back this time, named as in `SettingName`.
     """
 
     properties: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +53,8 @@ class AllowList(Protocol):
         ...
 
     def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
-        """What of `qube`'s properties, features, tags and devices may come back; `also`: as the person chose.
+        """The properties, features, tags and devices of `qube` that may come back; `also`: as the person
+        chose.
 
         The references `netvm` and `default_dispvm`, and `template_for_dispvms` and `provides_network`, on
         which other qubes of the restore may depend, are for the plan: it reads them in the manifest.
@@ -118,7 +119,7 @@ class SettingsPolicy:
         return any(self._may(self._once[kind], rule, name, "\0", klass) for klass in classes)
 
     def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
-        """What of `qube`'s settings may come back; of dom0's, none, and none is told."""
+        """The settings of `qube` that may come back. dom0's never do, and they are not told as left out."""
         if qube.klass == "AdminVM":
             return AllowedSettings()
         told = _Told(frozenset(also))

@@ -57,9 +57,9 @@ PACE_S = 1.0
 #: Stands before every line that a worker logs, so that none can pass for one of ours.
 WORKER_SAYS = "worker: "
 
-#: What an archive looks like that is not brought to its end.
+#: The errors that an archive can end with if the source has not brought all of it.
 EARLY_ENDS = (EmptyInput, NotABackup, ArchiveTruncated, ArchiveUnreadable, BadArchive, MissingVolume)
-#: What zeros in place of what the archive holds can be taken for, beside these.
+#: The errors that zeros can cause in place of the archive's own bytes, beside these.
 _DAMAGE = (
     ArchiveDamaged,
     AuthenticationFailed,
@@ -70,7 +70,7 @@ _DAMAGE = (
     WrongPassphrase,
 )
 
-#: What a program that fails makes of the pipe it writes into, and what is to be done then.
+#: The errors that show if a program fails that writes the backup into a pipe, and the advice for them.
 _ENDS_OF_A_PIPE = (EmptyInput, ArchiveTruncated, MissingVolume)
 _PIPE_ADVICE = "The program that writes into the pipe may have failed: look at what it said."
 
@@ -106,8 +106,8 @@ class SessionOptions:
 class SourceClock:
     """How long the source has kept the worker waiting without bringing anything to speak of.
 
-    Only such time counts as the worker spends on nothing but waiting for it, so neither a derivation that
-    takes minutes nor a slow disk is blamed on the source. It is set back by `LEAST_PROGRESS` bytes, not by
+    Time counts only while the worker does nothing but wait for the source. So the source is blamed neither
+    for a derivation that takes minutes nor for a slow disk. It is set back by `LEAST_PROGRESS` bytes, not by
     any byte.
     """
 
@@ -182,12 +182,12 @@ class SessionClient:
             await self._send(m.SkipQube(key=key))
 
     def cancel(self) -> None:
-        """Tell the worker to stop, as far as it still listens; waits for nothing."""
+        """Tell the worker to stop, if it still listens; waits for nothing."""
         if self._connection.may_come(m.Cancel):
             self._writer.write(self._connection.send(m.Cancel()))
 
     def fail(self, error: Exception) -> None:
-        """End the session with `error`: whoever waits for a message, or will, gets that instead."""
+        """End the session with `error`: who waits for a message now, or later, gets that instead."""
         self._failure = error
         self._reader.set_exception(error)
 

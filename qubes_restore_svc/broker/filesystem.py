@@ -1,4 +1,4 @@
-"""What the directory host asks of a file system, in steps that nobody else can get in between.
+"""What the directory host asks of a file system, in steps between which no other process can come.
 
 Strategy: every name is taken relative to an open directory and no symbolic link is followed below it, so that
 what other programs do to a path while a restore runs cannot lead a write elsewhere. What is created is new

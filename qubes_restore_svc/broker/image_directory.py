@@ -111,7 +111,7 @@ class ImageFile:
     def abandon(self) -> None:
         """Close the file, unfinished; the transaction's rollback removes it. Harmless after `finish`.
 
-        Waits for nothing: whoever is in a step closes the file at the end of it.
+        Waits for nothing: a thread that is in a step closes the file at the end of that step.
         """
         self._abandoned = True
         if self._mutex.acquire(blocking=False):
@@ -251,7 +251,8 @@ class ImageDirectory:
                     )
                 sync_directory(self._parent)
             except OSError:
-                # Not known to be there, or to last, so not a success: back to where a rollback finds it.
+                # It may not be there, or not last, so this is no success: move it back to where a rollback
+                # finds it.
                 os.rename(name, self._partial, src_dir_fd=self._parent, dst_dir_fd=self._parent)
                 raise
             self._leave(BuildState.COMPLETE)

@@ -66,7 +66,7 @@ class HostView:
 
     Names that the policy speaks of are among them, if the restore is for somebody outside dom0.
     `qubes_system` None: a place that keeps images and knows neither templates nor netvms. `remarks` are
-    sentences, without a stop, on what of it could not be found out.
+    sentences, without a stop, on what could not be found out about it.
     """
 
     names: frozenset[str]

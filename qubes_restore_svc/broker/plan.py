@@ -217,7 +217,8 @@ class NamesInUse:
 
     Names are compared exactly, as qubesd does: a system can hold `Work` beside `work`, and a backup of it
     must come back as it was. Where a file system folds case, it says so itself when the second of two such
-    names is begun. What is made up here keeps further away: it never differs from another name in case only.
+    names is begun. A name that is made up here is more careful: it never differs from another name in case
+    only.
 
     The numbering is that of the stock command: `work` becomes `work-1`, and so on to `work-99`; a name of
     more than 29 characters is cut first. (Where the stock command then makes names of 32 characters, with a

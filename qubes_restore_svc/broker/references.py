@@ -44,7 +44,8 @@ _LABEL_FOR_UNKNOWN = "red"
 #: Most devices of one qube that are told one by one.
 _MAX_TOLD = 20
 
-#: What is decided here, or by qubesd, and not by a backup, whatever an allow-list says.
+#: Properties that are decided here or by qubesd. A backup never decides them, even if an allow-list lets them
+#: pass.
 _NOT_AS_PROPERTY = frozenset(
     {"name", "klass", "qid", "uuid", "dispid", "label", "template", "netvm", "default_dispvm"}
 )
@@ -99,9 +100,9 @@ class Target:
 class SetUp:
     """How a qube that can be restored is set up here.
 
-    Its template, netvm and default_dispvm can be qubes of the same restore: their keys are told, and
-    `fallback_template` is what to take, if anything, should that template fail. `notes` say what differs from
-    the backup, `left_out` which of its settings stay behind.
+    Its template, netvm and default_dispvm can be qubes of the same restore: their keys are told.
+    `fallback_template` is the template to take if that one fails, if there is any. `notes` say what differs
+    from the backup, `left_out` which of its settings stay behind.
     """
 
     definition: Definition
@@ -127,7 +128,7 @@ class Missing:
 class Substitutes:
     """What qubes get that miss their template or netvm: what the person chose, or else `default`s.
 
-    Names are those of qubes of the host that may not be there, or unfit; `netvm` "": none at all.
+    The names are of qubes of the host, which may not exist, or may not fit; `netvm` "": none at all.
     """
 
     template: str | None = None
@@ -348,9 +349,10 @@ class _Search:
         return None
 
     def _restored_before(self, name: str) -> list[str]:
-        """What earlier restores have made of the backup's qube `name`: under its name, else by their numbers.
+        """The qubes that earlier restores made from the backup's qube `name`: under its name, or a numbered
+        one.
 
-        A number is never given that makes the name of another qube in the backup.
+        No number counts that would make the name of another qube in the backup.
         """
         if not self._came_before or name not in self.in_backup:
             return []
@@ -361,7 +363,7 @@ class _Search:
         return self._before[name]
 
     def _origin(self, wanted: str | None, target: Target) -> str:
-        """Where a target comes from that is called otherwise, if that is an earlier restore."""
+        """Says of a target with another name that it comes from an earlier restore, if it does."""
         before = [] if wanted is None else self._restored_before(wanted)
         if target.name not in before:
             return ""
@@ -445,7 +447,7 @@ _TEMPLATE_ROLES = {"AppVM": _TEMPLATE, "DispVM": _DISPVM_TEMPLATE}
 
 
 def offers(system: QubesView) -> Offers:
-    """What of a system can be chosen."""
+    """The qubes of a system that a person can choose."""
 
     def fitting(role: _Role) -> tuple[str, ...]:
         names = sorted(name for name, qube in system.qubes.items() if role.fits(qube) and is_qube_name(name))

@@ -166,7 +166,7 @@ class RestoreRun:
         self._copy = VolumeCopy(ready, connection, sink, self._client.fail)
 
     async def _check_copy(self) -> None:
-        """What went wrong with the stream counts at once, whatever else the worker still says."""
+        """A fault of the stream counts at once, even if the worker still says something else."""
         failure = None if self._copy is None else self._copy.failure
         if isinstance(failure, ProtocolViolation):
             raise failure
@@ -213,7 +213,7 @@ class RestoreRun:
         return transaction
 
     async def _begin_template(self, qube: QubeRun, host: Host) -> None:
-        """Begin the template that this run is to bring. Raises if `qube` has none then, nor one instead."""
+        """Begin the template that this run is to bring. Raises if that fails and `qube` gets no other."""
         template = self._qubes.unfinished_template_of(qube)
         if template is None:
             return

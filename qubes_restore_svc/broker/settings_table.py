@@ -43,12 +43,12 @@ class Values:
 class Rule:
     """What holds for the settings that match `pattern`; `why` is a clause or a few.
 
-    `values`: those it may have, whoever allows it; `instead`: what it gets for another one, where without
-    any the qube would be less guarded. `most`: how many that match the pattern a qube may have; `names`:
-    those of them that the system takes. (It keeps some that it refuses, and the qube cannot start then.)
-    `free_values` come back even if its switch is off. `silent_values`:
-    those which, left out, are not worth telling; `silent`: none is. `together`: what is left out is told
-    once, by the pattern. `only_on`: the classes of qubes that may have it.
+    `values`: those that it may have, whether table or configuration allows it; `instead`: what it gets for
+    another one, where without any the qube would be less guarded. `most`: how many that match the pattern a
+    qube may have; `names`: those of them that the system takes. (It keeps some that it refuses, and the qube
+    cannot start then.) `free_values` come back even if its switch is off. `silent_values`: those which, left
+    out, are not worth telling; `silent`: none is. `together`: what is left out is told once, by the pattern.
+    `only_on`: the classes of qubes that may have it.
     """
 
     pattern: str

@@ -129,7 +129,7 @@ def carry_out(program: str, work: Callable[[Interruption], int]) -> Never:
     interruption.install()
     status = _status(program, work, interruption)
     interruption.finish()
-    # What the help or the version could not be written for shows only now.
+    # If the help or the version could not be written, that shows only now.
     if print_result(program, "", end="") is False and status == ExitStatus.COMPLETE:
         status = ExitStatus.NOTHING
     sys.exit(status)
@@ -137,7 +137,7 @@ def carry_out(program: str, work: Callable[[Interruption], int]) -> Never:
 
 def last_resort(program: str, error: Exception, words: Sequence[str]) -> int:
     """Say what was not provided for, in a line; with -v also where it came from. The exit status."""
-    # Where there is no event loop to be had, Python complains of what could not even begin.
+    # If there can be no event loop, Python complains about tasks that could not begin.
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda _: None
     if {"-v", "--verbose"} & set(words):

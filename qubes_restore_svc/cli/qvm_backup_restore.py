@@ -23,7 +23,7 @@ from qubes_restore_svc.hardening import answer_signals_while_starting, loading
 STOCK_PROGRAM = Path("/usr/bin/qvm-backup-restore")
 
 _OPTION = "--mgmt-vm"
-#: Set for the stock program: whoever finds it has been started by us.
+#: Set for the stock program: a program that finds it was started by us.
 _MARK = "QUBES_RESTORE_SVC_HANDED_OVER"
 
 

@@ -146,7 +146,7 @@ def _told(arguments: RestoreArguments, report: Report, review: PlanReview, inter
         shown = True
     else:
         shown = show_report(PROGRAM, report, quiet=arguments.loudness < 0)
-    # Whoever asked for a report, or for the table, relies on it.
+    # A person who asked for a report, or for the table, relies on it.
     untold = report.status == ExitStatus.COMPLETE and not (written and shown)
     return ExitStatus.PARTLY if untold else report.status
 

@@ -44,10 +44,10 @@ async def list_backup(transport: Transport, request: c.OpenBackup) -> c.Plan:
 class RestoreCall:
     """One call, an async context manager: entering it opens the backup, leaving it closes the call.
 
-    What is under way when the call is closed is cancelled by dom0, and undone. All errors that the outside
-    can cause are RestoreErrors; one that dom0 told is of the class of its kind. Not for several tasks at
-    once, but for `cancel`. `report` is set as soon as dom0 has sent it, however `confirm` ended. `patient`:
-    what was cancelled is waited for as long as dom0 takes to undo it, not for CANCEL_TIMEOUT_S.
+    When the call is closed, dom0 cancels what is under way, and undoes it. All errors that the outside can
+    cause are RestoreErrors; one that dom0 told is of the class of its kind. Only `cancel` may be called by
+    another task at the same time. `report` is set as soon as dom0 has sent it, however `confirm` ended.
+    `patient`: what was cancelled is waited for as long as dom0 takes to undo it, not for CANCEL_TIMEOUT_S.
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class RestoreCall:
             raise
 
     async def cancel(self) -> None:
-        """Cancel: whoever awaits a plan gets an error, whoever awaits the report that of a cancelled restore.
+        """Cancel: a task that awaits a plan gets an error, one that awaits the report that of a cancelled
+        restore.
 
         Returns at once. If dom0 does not answer in time, the call is closed. Safe to repeat.
         """
@@ -178,7 +179,7 @@ class RestoreCall:
         raise await self._lost(streams)
 
     async def _messages(self, streams: Streams) -> AsyncGenerator[c.BrokerAnswer, None]:
-        """What dom0 says, as far as it may be said now, until there is no more. Raises ProtocolViolation."""
+        """The messages of dom0 that may come now, until there are no more. Raises ProtocolViolation."""
         while True:
             try:
                 untrusted_data = await streams.reader.read(_READ_SIZE)

@@ -5,7 +5,7 @@ ended. Both ways start a program that carries the stream; only the meaning of it
 long it may take to end when the call is closed.
 
 The program's standard input and output are one socket. So this side can close one direction or both, and
-whoever else holds a copy of the other end does not keep it waiting. The event loop reads standard error to
+another process with a copy of the other end does not keep it waiting. The event loop reads standard error to
 its end: the program never waits for its reader, and its last line may explain an exit code. To close the
 call, the program's input is ended; a program that does not end then is killed.
 """
@@ -60,7 +60,7 @@ _KILL_TIMEOUT_S = 5.0
 
 
 class Streams(Protocol):
-    """The two ways of a connected call. Whoever has them closes them."""
+    """The two ways of a connected call. Who has them closes them."""
 
     @property
     def reader(self) -> asyncio.StreamReader:
@@ -335,7 +335,7 @@ async def _give_passphrase(
         with contextlib.suppress(OSError):
             if not await wanted.read(1):
                 return
-        with contextlib.suppress(RestoreError):  # whoever asks knows it
+        with contextlib.suppress(RestoreError):  # who asks knows it
             answer.write(ask().encode())
     finally:
         with contextlib.suppress(OSError):

@@ -1,1 +1,2 @@
-"""`restore.Start`, `restore.Verify` and `restore.List`: dom0's broker for whoever the policy lets call."""
+"""`restore.Start`, `restore.Verify` and `restore.List`: dom0's broker, for the domains that the policy lets
+call."""

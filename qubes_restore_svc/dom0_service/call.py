@@ -181,7 +181,7 @@ class Call:
         return report.fitting(MAX_FRAME)
 
     def _refused(self, error: RestoreError) -> c.Refused:
-        """What ended the call early, if something has, is the reason of whatever came of that."""
+        """If something ended the call early, that is the reason, and not the error that followed from it."""
         ended = None if self._conversation is None else self._conversation.ended
         return c.Refused(error=ErrorInfo.of(ended if ended is not None else error))
 

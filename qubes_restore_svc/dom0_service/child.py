@@ -1,7 +1,7 @@
 """`python -m qubes_restore_svc.dom0_service.child SERVICE [archive=FD] [passphrase=FD]`: for dom0's programs.
 
-The same service, with all rights, for whoever starts it as a child and hands descriptors over. A module of
-its own, which no qrexec service starts: nothing that a caller says can lead here.
+The same service, with all rights, for a program that starts it as a child and hands descriptors over. A
+module of its own, which no qrexec service starts: nothing that a caller says can lead here.
 """
 
 import sys

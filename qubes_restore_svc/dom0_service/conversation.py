@@ -1,12 +1,12 @@
 """The conversation with a client: its messages in their order, within their time.
 
 Strategy: everything that either side says passes the connection of `wire/restore_call.py`. What the client
-asks is handed to whoever waits for it. That it wants no more (a `cancel`, the end of the call, nonsense) is
-told once, by a callback, whatever is going on. Only the first such end counts.
+asks is handed to the task that waits for it. If the client wants no more (a `cancel`, the end of the call,
+nonsense), a callback is called, once, at any time. Only the first such end counts.
 
 The event loop watches both descriptors, nothing else reads or writes them, and nobody waits for the other
-side. What that has not read yet is kept up to a limit, beyond which everything that can be spared is dropped.
-Of progress, which is soon out of date, the newest alone is kept.
+side. Messages that the client has not read yet are kept up to a limit. Beyond it, everything is dropped that
+is not needed. Of several progress messages only the newest is kept.
 """
 
 import asyncio

@@ -1,9 +1,9 @@
 """Key derivation: scrypt (RFC 7914), which turns a passphrase and a salt into the two keys of a container.
 
-Strategy: a derivation is a value (`KdfRequest`) and an engine is whoever can carry it out, so that the
+Strategy: a derivation is a value (`KdfRequest`) and an engine is an object that can carry it out, so that the
 pipeline can choose among engines and run several at once. The parameters come from the archive,
 unauthenticated, and they say how much memory and time is spent. So there is one bound, `check_cost`, which
-the head of a container has to pass. What passes it, every engine can carry out; the engines themselves
+the head of a container has to pass. Every engine can carry out what passes it; the engines themselves
 check only `check_possible`, before they allocate anything.
 """
 
@@ -218,7 +218,7 @@ class CostLimit:
         self._dearest = max(self._dearest, parameters.work)
 
     def misfitted(self, parameters: KdfParameters) -> None:
-        """A key with these parameters did not fit, whoever derived it."""
+        """A key with these parameters did not fit, no matter which engine derived it."""
         self._left = max(0, self._left - parameters.work)
 
     def refuses(self, parameters: KdfParameters) -> bool:

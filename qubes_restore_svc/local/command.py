@@ -131,7 +131,7 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
     written = keep_report(_PROGRAM, arguments.report, report)
     interruption.resume()
     shown = show_report(_PROGRAM, report, quiet=arguments.quiet)
-    # Whoever asked for a report, or for the table, relies on it.
+    # A person who asked for a report, or for the table, relies on it.
     untold = report.status == ExitStatus.COMPLETE and not (written and shown)
     return ExitStatus.PARTLY if untold else report.status
 

@@ -1,8 +1,8 @@
 """The host that needs no Qubes: every restored qube becomes a directory of sparse images and a `qube.json`.
 
 Strategy: the directory itself is what is locked, so no lock file stays behind. Everything happens relative to
-the descriptor that holds the lock. Whoever has the lock knows that no restore is running, which is what makes
-it safe to remove what a killed one left.
+the descriptor that holds the lock. Who has the lock knows that no other restore is running. So it is safe to
+remove what a killed one left.
 
 A qube is a directory of its name, with its images and the record. The record holds every setting of the
 backup as data, for people and programs to read; nothing in it is acted upon here. How such a directory comes
@@ -158,7 +158,7 @@ class DirectoryHost:
                     self._check_undisturbed()
                     return directory, created
             except RestoreInProgress:
-                close_read(directory)  # it is in use, whoever created it
+                close_read(directory)  # it is in use, no matter who created it
                 raise
             except BaseException:
                 self._unlock(directory, created)

@@ -1,8 +1,8 @@
 """How much of this machine's memory a local worker gets, and what holds it to that.
 
-Strategy: what the person granted is checked against what there is. Where nobody said anything, a worker gets
-what is free, as far as it is of use, and leaves something to others. Workers start one after the other, so
-that each sees what the others were granted, in the command lines of their processes.
+Strategy: what the person granted is checked against what there is. If the person granted nothing, a worker
+gets of the free memory as much as is useful, and something stays for others. Workers start one after the
+other, so that each sees what the others were granted, in the command lines of their processes.
 
 A worker is held to it from outside: the limits are generous for an honest worker, whose own budget is far
 tighter; for one that was taken over, they are an end. Resource limits hold everywhere, but they count
@@ -70,7 +70,7 @@ def check_memory(granted: int | None) -> None:
 
 
 def _default_memory(room: MemoryRoom, granted: int) -> int:
-    """What is free, but neither more nor less than is of use, and with something left for others who come."""
+    """The memory for a worker: of the free memory as much as is useful, with a rest for later workers."""
     enough = max(_ENOUGH, _ENOUGH_A_PROCESSOR * len(os.sched_getaffinity(0)))
     free = room.available - granted
     share = max(free // 2, free - _OTHERS * _LEAST)
@@ -99,7 +99,7 @@ def granted_to_workers() -> int:
 
 @contextlib.asynccontextmanager
 async def _turn() -> AsyncIterator[None]:
-    """One start at a time, so that each sees what the others were granted. Whoever has waited goes on."""
+    """One start at a time, so that each sees what the others were granted. A start waits only so long."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             file = os.open(sys.executable, os.O_RDONLY | os.O_CLOEXEC)

@@ -126,7 +126,7 @@ def sandbox_failed(words: str) -> RestoreError:
         return SandboxUnavailable(reason, advice=_WITHOUT)
     return SandboxUnavailable(
         f"{reason} (this system sets {setting}, which forbids user namespaces)",
-        advice=f"Ask whoever administers it to allow them for bubblewrap. {_WITHOUT}",
+        advice=f"Ask its administrator to allow them for bubblewrap. {_WITHOUT}",
     )
 
 
@@ -240,7 +240,7 @@ def same_layout(paths: Iterable[str]) -> list[str]:
 
 
 def _module_path() -> list[str]:
-    """Where this process finds modules, and this package wherever it was found, ahead of installed copies."""
+    """Where this process finds modules. The place of this package comes before installed copies."""
     entries = [entry for entry in sys.path if os.path.isabs(entry) and os.pathsep not in entry]
     parents = [str(Path(place).parent) for place in qubes_restore_svc.__path__]
     first_site = next((i for i, entry in enumerate(entries) if _holds_packages(entry)), len(entries))

@@ -262,7 +262,7 @@ class WorkerProcess:
 
 
 class _Tail:
-    """Reads a pipe until its end, whoever writes and however much, and keeps the last bytes."""
+    """Reads all that comes through a pipe, until its end, and keeps the last bytes."""
 
     def __init__(self, fd: int, kept: int) -> None:
         self.content = b""

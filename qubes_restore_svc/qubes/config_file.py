@@ -71,7 +71,7 @@ def read_private_text(path: Path, max_size: int) -> str | None:
     """The text (UTF-8) of a file of at most `max_size` bytes; None if there is none.
 
     Raises BadConfiguration if it cannot be read, or if others than root and the user may write to it. The
-    directory counts too: whoever may write there can put another file in its place.
+    directory counts too: who may write there can put another file in its place.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -89,7 +89,7 @@ def read_private_text(path: Path, max_size: int) -> str | None:
         directory = Path(os.path.realpath(path)).parent
         for where, its_status in ((path, status), (directory, os.stat(directory))):
             if (writer := writers_besides(its_status, os.geteuid())) is not None:
-                why = "whoever does chooses what a backup may bring back"
+                why = "who can do that decides what a backup may bring back"
                 mend = (
                     f"Run `chown root:root {where}` and `chmod go-w {where}`, after a look at what is in it."
                 )

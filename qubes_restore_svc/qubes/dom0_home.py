@@ -1,8 +1,8 @@
 """dom0's home, delivered as one archive file, which nobody opens here.
 
 Strategy: a hidden directory in the home of dom0's user takes the file; when that is complete and on the disk,
-one rename gives the directory its name. What is in the archive was written by whoever made the backup: it is
-for the person to look into, and not in dom0.
+one rename gives the directory its name. The content of the archive was written by the person who made the
+backup: it is for the person to look into, and not in dom0.
 """
 
 import grp

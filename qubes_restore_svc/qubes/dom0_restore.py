@@ -3,7 +3,7 @@
 Strategy: one function from the configuration, the location and what is requested to a `Dom0Restore`, which
 creates nothing until it runs.
 
-Of every restore a report is kept, and a log of what was said. People look for these files later, so a fault
+A report of every restore is kept, and a log of what was said. People look for these files later, so a fault
 here never fails the restore. What cannot be written is told once, through the `warn` of the caller. Both
 files may hold names of qubes: only their owner and group may read them, whatever the umask is. (qrexec starts
 services of dom0 with umask 0077, and the group reads the files, too.)
@@ -52,7 +52,7 @@ class Places:
 PLACES = Places()
 
 
-#: What whoever comes meanwhile is told that a call does.
+#: What another caller is told that this one does.
 ACTIVITIES: dict[Mode, Activity] = {
     "restore": "restoring",
     "verify": "verifying",

@@ -1,8 +1,8 @@
 """The host that is a Qubes system: restored qubes are created in it.
 
-Strategy: whoever has the restore lock knows that no restore is running, which is what makes it safe to remove
-what an interrupted one left. One qube is the business of `qubes_qube`, dom0's home of `dom0_home`. What is
-still unfinished when the lock is let go is removed; if this process is killed, its guard does the same.
+Strategy: who has the restore lock knows that no other restore is running. So it is safe to remove what an
+interrupted one left. `qube.py` takes care of one qube, `dom0_home.py` of dom0's home. What is still
+unfinished when the lock is let go is removed; if this process is killed, its guard does the same.
 """
 
 import re
@@ -192,8 +192,8 @@ class QubesHost:
 def names_in_policy(directories: Iterable[Path]) -> tuple[dict[str, str], tuple[str, ...]]:
     """The names of qubes in a policy, whether or not there are such qubes; for each the first file.
 
-    It is the system's own, and is not judged here: a word that could be a name counts as one. Beside them,
-    clauses on what of the policy cannot be read.
+    The policy is the system's own, and is not judged here: a word that could be a name counts as one. Beside
+    the names: clauses on the parts of the policy that cannot be read.
     """
     names, unread = dict[str, str](), list[str]()
     for directory in directories:

@@ -1,9 +1,10 @@
 """The three locks of a Qubes system, each a file below /run, and who holds one.
 
-Strategy: the kernel's lock alone counts, so it ends with its holders. There are two of them: whoever
-restores, and a guard, a process that clears up if the first one is killed, and lets go of the lock then.
-Whoever finds the lock held by a process that is gone is told that this ends soon. The file itself tells who
-holds the lock, since when and what for. It may be old or half written: what does not match is nobody.
+Strategy: the kernel's lock alone counts, so it ends with its holders. There are two of them: the process that
+restores, and a guard, a process that clears up if the first one is killed, and lets go of the lock then. If
+the holder is gone, the next caller is told that the lock will be free soon. The file itself tells who holds
+the lock, since when and what for. It may be old or half written: an entry that does not match counts as no
+holder.
 """
 
 import fcntl
@@ -26,9 +27,9 @@ from qubes_restore_svc.wire.connection import parse_object
 from qubes_restore_svc.wire.models import Model
 from qubes_restore_svc.wire.names import Count, FreeText, Size, Timestamp
 
-#: Of whoever restores. /run/qubes can be written to by the group `qubes`, and a reboot empties it.
+#: A restore holds it. /run/qubes can be written to by the group `qubes`, and a reboot empties it.
 RESTORE_LOCK = Path("/run/qubes/qubes-restore-svc.lock")
-#: Of whoever has a worker running, to restore, to verify or to list.
+#: A restore, a verification or a list holds it while its worker runs.
 WORKER_LOCK = Path("/run/qubes/restore-svc-worker.lock")
 #: LOCKFILE of `qubesadmin.backup.dispvm`: the stock restore in a disposable.
 STOCK_LOCK = Path("/run/qubes/backup-paranoid-restore.lock")
@@ -41,7 +42,7 @@ _MODE = 0o660
 
 @dataclass(frozen=True, slots=True)
 class LockKind:
-    """What is told to whoever finds a lock held: by somebody unknown, or by a guard that clears up."""
+    """What is told when a lock is held: by an unknown process, or by a guard that clears up."""
 
     running: str
     clearing: str
@@ -142,7 +143,8 @@ class GuardedLock:
 def try_lock(path: Path) -> int | None:
     """A descriptor of the lock file at `path`, with the lock; None if somebody else has it. Raises OSError.
 
-    Whoever lets go of it removes the file first, so a lock on a file that is not there any more is none.
+    The holder removes the file before it lets go of the lock. So a lock on a file that has been removed does
+    not count.
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
@@ -176,7 +178,8 @@ def stock_lock(path: Path = STOCK_LOCK) -> Iterator[None]:
     try:
         with reporting(f"locking {path}"):
             try:
-                # Of this kind, because the stock command's is: the two kinds do not see each other.
+                # The stock command takes a lock of this kind, and the two kinds of locks do not see each
+                # other.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise RestoreInProgress("the stock qvm-backup-restore is running in paranoid mode") from None

@@ -2,10 +2,10 @@
 
 Strategy: a call begins in a thread and is known here before a cancel can count. The event loop watches the
 process and reaps it as soon as it has ended. On leaving, all that still run are killed: with its process a
-call ends in the qube as well, and whoever reads its socket here reads the end.
+call ends in the qube as well, and a reader of its socket here reads the end.
 
-What was done to the system is undone step by step. A step that fails does not keep the next from being tried,
-and none is waited for without end. What could not be undone is told without hiding why the work ended: in
+What was done to the system is undone step by step. If a step fails, the next one is tried all the same, and
+no step is waited for without end. What could not be undone is told without hiding why the work ended: in
 addition to that error where there is one, as an error of its own where not.
 """
 
@@ -123,7 +123,7 @@ class QrexecCall:
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code, as far as it is known this instant; None while the call lasts."""
+        """The exit code, if it is known at this moment; None while the call lasts."""
         return self._process.poll()
 
     @property

@@ -1,12 +1,14 @@
 """One qube on its way into a Qubes system, and how it gets its settings.
 
 Strategy: the qube exists from the start, for others may be based on it, but it carries two tags until it is
-complete: the system's own, with which it cannot be started, and one of ours, by which whoever clears up knows
-it. It has no network meanwhile. Taking the tags away is the last step, and what makes it a finished qube.
+complete: the system's own, with which it cannot be started, and one of ours, by which the next restore or the
+guard knows it. It has no network meanwhile. Taking the tags away is the last step, and what makes it a
+finished qube.
 
-Settings are applied one after the other, each with its own outcome. What cannot be set becomes a remark, for
-a qube without one of its features is worth more than none. The network is the exception: it comes last, and
-only over a firewall that stands, so that a setting which fails never makes a qube reach more than it should.
+Settings are applied one after the other, each with its own outcome. A setting that fails becomes a remark,
+because a qube without one of its features is better than no qube. The network is the exception: it comes
+last, and only over a firewall that stands, so that a setting which fails never makes a qube reach more than
+it should.
 """
 
 import enum

@@ -349,7 +349,7 @@ class QubesSystem:
                 self._qube(name).tags.discard(tag)
 
     def set_property(self, name: str, key: str, value: str | None) -> None:
-        """Set a property, as text; None makes it the default again, "" is none at all for a reference."""
+        """Set a property, as text. None makes it the default again; "" means no qube, for a reference."""
         with asking(f"setting property {key}", qube=name):
             qube = self._qube(name)
             # `qubesadmin` takes an assignment to what is an attribute of its own for just that; and setting
@@ -473,7 +473,7 @@ class QubesSystem:
             return self._app.domains[name]
 
     def _of_each(self, doing: str, ask: Callable[[str, Any], _Answer]) -> Iterator[_Answer]:
-        """What `ask` says of each qube, but for those that are removed meanwhile."""
+        """What `ask` says of each qube, without those that are removed meanwhile."""
         with asking(doing), self._cache:
             self._app.domains.clear_cache()
             qubes = [(str(qube.name), qube) for qube in self._app.domains]

@@ -11,8 +11,8 @@
 
 Strategy: what was left is told by its tags, and only what is ours without doubt is taken away. An unfinished
 qube of this program carries two tags and has never been started; a worker is a disposable with the worker's
-tag and a worker's name. Whoever calls this holds the lock under which such things come into being, so none of
-them can belong to a restore that runs.
+tag and a worker's name. The caller holds the lock under which such things are made. So they cannot belong to
+a restore that runs.
 """
 
 import os
@@ -45,7 +45,7 @@ APPEAR_TIMEOUT_S = 5.0
 WORKER_PREFIX = "disp-restore-"
 WORKER_NAME = re.compile(WORKER_PREFIX + "[0-9]{4}")
 _IMPORT_SERVICE = b"/admin.vm.volume.ImportWithSize"
-#: Of a qube that the stock restore in a disposable took the other tag from, as it does from every qube.
+#: Said of a qube that has lost the other tag: the stock restore in a disposable takes it from every qube.
 _STARTABLE = (
     "was left by an interrupted restore, incomplete, and something has allowed it to start since: remove it"
     f" (qvm-remove) and restore it again, or keep it as it is (qvm-tags QUBE del {UNFINISHED_TAG})"
@@ -152,8 +152,9 @@ def clear_untagged(system: QubesSystem, names: Iterable[str]) -> Leftovers:
 def wait_for_imports() -> None:
     """Wait until no volume is being imported any more, `IMPORTS_END_TIMEOUT_S` at most.
 
-    The import is a process of its own that outlives whoever feeds it: it notices the end of its data, and
-    waits for the disk. A storage pool does not remove a volume that it has open, and qubesd tries only once.
+    The import is a process of its own, and outlives the process that feeds it: it notices the end of its
+    data, and waits for the disk. A storage pool does not remove a volume that it has open, and qubesd tries
+    only once.
     """
     deadline = time.monotonic() + IMPORTS_END_TIMEOUT_S
     while _import_runs() and time.monotonic() < deadline:

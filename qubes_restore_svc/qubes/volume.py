@@ -3,8 +3,8 @@
 Strategy: the import reads a pipe in a thread of its own; the writer fills the holes with zeros on the way, so
 that no more than the pipe and one record are ever in memory. The proof that a volume is complete is the
 success of the import, and nothing else. The image's last byte is held back until `finish`, so that an import
-which is abandoned always ends short and leaves the volume as it was. Whoever waits for the import looks again
-and again whether the volume has been abandoned meanwhile, and does not wait for ever.
+which is abandoned always ends short and leaves the volume as it was. A thread that waits for the import looks
+again and again whether the volume has been abandoned, and does not wait for ever.
 """
 
 import errno
@@ -31,7 +31,7 @@ PIPE_SIZE = 1 << 20
 #: Bytes that are written at the most before qubesd is asked again for the free space of the pool.
 ROOM_STEP = 256 << 20
 
-#: Seconds until whoever waits sees that the volume was abandoned.
+#: Seconds until a thread that waits sees that the volume was abandoned.
 _LOOK_S = 0.1
 
 _ZEROS = memoryview(bytes(PIPE_SIZE))
@@ -53,7 +53,7 @@ class VolumeImport:
         self._room = room
         self._sent = 0  #: bytes that are in the pipe or were
         self._held_back: bytes | None = None  #: the image's last byte, if it has come as data
-        self._mutex = threading.Lock()  #: of whoever sends; held for as long as the pipe takes the data
+        self._mutex = threading.Lock()  #: the sender holds it while the pipe takes data
         self._pipe: int | None = None
         self._thread: threading.Thread | None = None
         self._closed = False  #: no more data is taken
@@ -114,7 +114,7 @@ class VolumeImport:
     def abandon(self) -> None:
         """Take no more data and let the import end short. Does not wait for it. Harmless after `finish`."""
         self._abandoned = True
-        with self._mutex:  # whoever has it sees that soon
+        with self._mutex:  # its holder sees that soon
             self._close()
 
     def wait_ended(self, timeout_s: float) -> bool:

@@ -28,7 +28,7 @@ MAX_STALL_TIMEOUT = 86_400  #: seconds
 MAX_PASSPHRASE = 4096  #: characters
 MAX_NOTES = 256_000  #: bytes
 #: Bytes of a text that qubesd takes: a request is at most 64 KiB there, with its head
-#: (qubes/api/__init__.py). Of one that is longer, it is the connection that breaks.
+#: (qubes/api/__init__.py). If a text is longer, qubesd breaks off the connection.
 MAX_REQUEST = 65_000
 MAX_TEXT = 1000  #: characters of a line that people read
 

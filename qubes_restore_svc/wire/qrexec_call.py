@@ -14,7 +14,7 @@ SESSION = "restore.Session"
 VOLUME = "restore.Volume"
 ARCHIVE = "restore.Archive"
 
-#: The services of dom0's broker: whoever may call one can restore, verify, or only look.
+#: The services of dom0's broker: a domain that may call one can restore, verify, or only look.
 START = "restore.Start"
 VERIFY = "restore.Verify"
 LIST = "restore.List"
@@ -22,8 +22,8 @@ LIST = "restore.List"
 #: As the location of a backup in dom0: not a path, but the descriptor that was handed over to the service.
 HANDED_OVER = "-"
 
-#: What a worker says when it can take calls: a local one once, on its calls socket; one behind qrexec to
-#: whoever calls `restore.Session+ready`, which is no session, and then it hangs up.
+#: What a worker says when it can take calls: a local one once, on its calls socket; one behind qrexec to a
+#: caller of `restore.Session+ready`, which is no session, and then it hangs up.
 READY = b"ready"
 READY_ARGUMENT = "ready"
 #: Argument of a `restore.Archive` that is a conversation with a storage service: the worker writes the wanted

@@ -2,9 +2,9 @@
 
 Strategy: the client opens, is told the plan, may choose otherwise and is told the new plan, and confirms the
 plan it was told last, by its number: what was shown is what is done. From then on the broker tells how it
-goes, and at the end what came of it. All of it is bounded and closed, as in `models.py`: dom0 answers whoever
-the policy lets call, and that may be a qube that has been taken over. What may come when is a table; messages
-of the two sides can cross on the way, so after a `cancel` the broker may still say anything.
+goes, and at the end what came of it. All of it is bounded and closed, as in `models.py`: dom0 answers every
+qube that the policy lets call, and that may be one that has been taken over. What may come when is a table;
+messages of the two sides can cross on the way, so after a `cancel` the broker may still say anything.
 
     IDLE      --open-->     PLANNING
     PLANNING  --plan-->     PLANNED    (CLOSED, if it was only to be listed)
@@ -12,7 +12,7 @@ of the two sides can cross on the way, so after a `cancel` the broker may still 
     PLANNED   --confirm-->  RUNNING
     RUNNING   --volume_started, qube_finished--> RUNNING
     from PLANNING on, log and progress; report and refused, to CLOSED; cancel, to ENDING
-    IDLE      --refused-->  CLOSED     (whoever calls does not say what for)
+    IDLE      --refused-->  CLOSED     (the client does not say what it wants)
     ENDING    --everything the broker says--> ENDING, until report or refused
 """
 

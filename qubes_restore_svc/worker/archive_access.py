@@ -64,7 +64,7 @@ class ArchiveAccess:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """No more passes: whoever waits gets Cancelled, whoever reads an end, and no process stays."""
+        """No more passes: a thread that waits gets Cancelled, one that reads an end, and no process stays."""
         with self._changed:
             self._closed = True
             for connection in self._waiting:

@@ -115,8 +115,8 @@ class PlaintextFiles:
 
         `check` is called often, and may raise to stop the file; `remark` gets lines for the person.
 
-        Whoever does not exhaust it must close it before `drain`: it holds a chunk, and the intake may be
-        waiting for its memory.
+        A caller that does not exhaust it must close it before `drain`: it holds a chunk, and the intake may
+        be waiting for its memory.
         """
         while isinstance(event := self._next_event(), Chunk):
             self.chunk = event.name.number

@@ -45,7 +45,7 @@ class ArchiveSource:
         self._begin(fd, 0)
         try:
             status = os.fstat(fd)
-            # Whoever had it before may have left it non-blocking.
+            # Its owner before us may have left it non-blocking.
             os.set_blocking(fd, True)
         except OSError as error:
             raise self._unreadable(error) from error
@@ -341,7 +341,7 @@ class ArchivePass:
         self._connection = connection
 
     def doubt(self, error: RestoreError) -> RestoreError:
-        """`error`, which says that something is missing; or why, if whoever brings the archive has failed."""
+        """`error`, which says that something is missing; or why, if the archive's side has failed."""
         return error
 
     def close(self) -> None:

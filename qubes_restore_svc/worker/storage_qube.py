@@ -94,7 +94,7 @@ class End:
 
 
 def show_end(connection: socket.socket) -> None:
-    """Let whoever reads from it see the end; from any thread, safe to repeat."""
+    """Let the reader see the end; from any thread, safe to repeat."""
     # Not closed: another thread may be reading, and the number would go to someone else.
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
@@ -123,7 +123,7 @@ class Peer:
         return None
 
     def stop(self) -> None:
-        """Let whoever reads from it see the end; from any thread, safe to repeat."""
+        """Let the reader see the end; from any thread, safe to repeat."""
         show_end(self.connection)
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ class Stop:
         return self._said
 
     def wakes(self, waker: Callable[[], object]) -> None:
-        """Call `waker` when the word is said, for whoever waits and cannot `check`; at once if it was."""
+        """Call `waker` when the word is said (at once if it was), for a thread that cannot `check`."""
         with self._lock:
             if not self._said:
                 self._wakers.append(waker)

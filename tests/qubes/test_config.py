@@ -440,7 +440,7 @@ def test_a_file_that_everybody_may_write_is_refused_with_the_way_to_mend_it(file
     with pytest.raises(BadConfiguration) as caught:
         load_config(file)
     assert caught.value.reason == (
-        f"{file}: everybody may write to it, and whoever does chooses what a backup may bring back"
+        f"{file}: everybody may write to it, and who can do that decides what a backup may bring back"
     )
     assert f"chmod go-w {file}" in caught.value.advice
 
