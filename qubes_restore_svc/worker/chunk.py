@@ -1,43 +1,28 @@
-"""A chunk on its way from the archive to the unpacking: where it waits, and what proves that it is authentic.
+"""A chunk on its way from the archive to the unpacking: where it waits, and where it is opened.
 
-Strategy: a chunk carries all that whoever takes it needs. `open` checks its MAC, and is the only way to its
-content; `release` gives its memory back. The two formats differ in the proof. In format 4 the MAC is inside,
-and its key is derived from the chunk's head, which comes first; so the derivation begins while the rest is
-still coming in. In format 3 the MAC is the next member, and its key is the passphrase.
+Strategy: a chunk carries all that whoever takes it needs. `open` checks its MAC and decrypts it, and is the
+only way to its content; `release` gives its memory back. What proves that it is authentic is in `proofs.py`.
 
 Where the archive can seek, a chunk stays in it until it is opened, so that the memory is left to the
 derivations. Elsewhere it is held while it comes in. What it takes is counted by the budget in either case.
+
+Threads of the store open chunks ahead of their turn, in archive order: those whose keys are there and fit, as
+far as the budget has room for them beside the derivations. All that is difficult (a key that is late or does
+not fit, no room) is left to whoever asks for the chunk. So nobody waits for a thread that has not begun, and
+what goes wrong is found in the same place and order with these threads and without.
 """
 
+import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import ClassVar
 
-from qubes_restore_svc.archive.chunks import ChunkName, parse_chunk_name, parse_piece_name
-from qubes_restore_svc.archive.container import (
-    HEAD_SIZE,
-    OVERHEAD,
-    ContainerHead,
-    keys_match,
-    open_container,
-    parse_head,
-)
-from qubes_restore_svc.archive.openssl import MAX_MAC_LINE, PieceMac, open_piece, parse_mac
-from qubes_restore_svc.errors import (
-    ArchiveTruncated,
-    AuthenticationFailed,
-    BadContainer,
-    FaultyMachine,
-    RestoreError,
-)
-from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
-from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.archive.chunks import ChunkName
+from qubes_restore_svc.errors import ArchiveTruncated, RestoreError
 from qubes_restore_svc.worker.memory import Budget
+from qubes_restore_svc.worker.proofs import Proof, Proofs, Remark
 from qubes_restore_svc.worker.source import MemberStream
-
-#: Gets a line for the person.
-Remark = Callable[[str], None]
+from qubes_restore_svc.worker.threads import as_restore_error
 
 
 @dataclass(eq=False, slots=True)
@@ -47,27 +32,46 @@ class Chunk:
     name: ChunkName
     size: int
     end: int
-    proof: "Proof"
-    held: bytearray | None  #: its content, None where that is still in the archive only
+    proof: Proof
+    located: bool  #: it stays in the archive until it is opened
+    _memory: bytearray | None = field(repr=False)  # None: there is none for it yet
     _store: "ChunkStore" = field(repr=False)
+    _begun: bool = False  # somebody has asked for it, or opens it ahead
+    _busy: bool = False  # it is being opened ahead
+    _content: memoryview | None = field(default=None, repr=False)  # what opening it ahead gave
+    _error: RestoreError | None = None
     _released: bool = False
 
     def open(self, remark: Remark) -> memoryview:
-        """Wait for the key and check the MAC. A key that does not fit is derived once more, which `remark` is
-        told of if it was the fault of this computer.
+        """Wait for the key, check the MAC and decrypt; once. The content is valid until `release`.
 
-        The result is valid until another chunk is opened, or `release`. Raises AuthenticationFailed,
-        BadContainer, ArchiveUnreadable, FaultyMachine, SkippedOnRequest if it is not wanted any more,
-        ExcessiveCost if its key would cost too much by now, and what engines raise.
+        A key that does not fit is derived once more, which `remark` is told of if it was the fault of this
+        computer. Raises AuthenticationFailed, BadContainer, ArchiveUnreadable,
+        FaultyMachine, SkippedOnRequest if it is not wanted any more, ExcessiveCost if its key would cost too
+        much by now, and what engines raise.
         """
         try:
-            return self.proof.verify(self.untrusted_content, remark)
+            if self._store.begin(self):
+                return self.proof.verify(self._fetch, remark)
+            self._store.wait_for(self)
+            if self._error is not None:
+                raise self._error
+            assert self._content is not None
+            return self._content
         except RestoreError as error:
             raise error.at(chunk=self.name.number) from None
 
+    def open_ahead(self) -> None:
+        """Open it for who will ask, in a thread of the store's, which has begun it."""
+        try:
+            self._content = self.proof.verify(self._fetch, lambda _: None)
+        except BaseException as error:  # noqa: BLE001 - who asks for it is told
+            self._error = as_restore_error(error)
+
     def untrusted_content(self) -> memoryview:
-        """All of it as it was stored, valid as long as what `open` returns. Raises ArchiveUnreadable."""
-        return memoryview(self.held) if self.held is not None else self._store.load(self)
+        """All of it as it was stored, for who does not `open` it. Raises ArchiveUnreadable."""
+        self._store.begin(self)
+        return self._fetch()
 
     def release(self) -> None:
         """Give its memory back, and its derivation if that has not begun; safe to repeat."""
@@ -76,6 +80,13 @@ class Chunk:
             self.proof.withdraw()
             self._store.release(self)
 
+    def _fetch(self) -> memoryview:
+        assert self._memory is not None
+        view = memoryview(self._memory)[: self.size]
+        if self.located:
+            self._store.load(self.end - self.size, view)
+        return view
+
 
 class ChunkStore:
     """Takes chunks out of `members` as the `budget` admits them, and keeps what they take counted."""
@@ -83,13 +94,32 @@ class ChunkStore:
     def __init__(self, members: MemberStream, budget: Budget) -> None:
         self.members = members
         self._budget = budget
-        self._loaded = bytearray()  # the one chunk that is fetched from the archive
+        self._spare = bytearray()  # what the next chunk is fetched into; counted
+        self._closed = False
+        # Under the lock of the budget:
+        self._threads = 0
+        self._unopened: deque[Chunk] = deque()  # in archive order
+        self._open = 0  # chunks that are begun and not released
+        self._turn = threading.Condition(budget.lock)  # for the threads: the first one may be ready
+        self._opened = threading.Condition(budget.lock)  # for who asks: one was opened ahead
+
+    def open_ahead(self, threads: int) -> None:
+        """From now on open chunks ahead of their turn, at most as many as there are `threads`."""
+        self._threads = threads
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"open-{number}", daemon=True).start()
+
+    def close(self) -> None:
+        """Open nothing more ahead."""
+        with self._budget.lock:
+            self._closed = True
+            self._turn.notify_all()
 
     def take(
         self,
         name: ChunkName,
         size: int,
-        proofs: "Proofs",
+        proofs: Proofs,
         *,
         check: Callable[[], None] = lambda: None,
         urgent: bool = False,
@@ -107,197 +137,102 @@ class ChunkStore:
         proof = proofs.prove(name, size, untrusted_head)
         located = members.can_return
         self._budget.admit(size, proof.parameters, buffered=not located, before_waiting=before_waiting)
-        held = None
+        memory = None
         try:
             proof.begin(check, urgent=urgent)
             if located:
                 members.skip_content(size - head_size)
                 members.source.will_need(start, size)
             else:
-                held = bytearray(size)
-                held[:head_size] = untrusted_head
-                members.read_into(memoryview(held)[head_size:])
+                memory = bytearray(size)
+                memory[:head_size] = untrusted_head
+                members.read_into(memoryview(memory)[head_size:])
             proof.complete(members)
         except BaseException:
             proof.withdraw()
             self._budget.release(size, proof.parameters, buffered=not located)
             raise
-        return Chunk(name, size, start + size, proof, held, self)
+        chunk = Chunk(name, size, start + size, proof, located, memory, self)
+        with self._budget.lock:
+            self._unopened.append(chunk)
+        proof.when_settled(self._next_turn)
+        return chunk
 
-    def load(self, chunk: Chunk) -> memoryview:
-        """Fetch a chunk that lies in the archive, into memory that the next one will take."""
-        if len(self._loaded) < chunk.size:
-            self._loaded = bytearray()  # never both in memory, the old one and the new one
-            self._loaded = bytearray(chunk.size)
-        view = memoryview(self._loaded)[: chunk.size]
-        if self.members.source.read_at(chunk.end - chunk.size, view) < chunk.size:
+    def begin(self, chunk: Chunk) -> bool:
+        """Leave a chunk to who asks, if nobody has begun it. Its turn has come, so there is room for it."""
+        with self._budget.lock:
+            return not chunk._begun and self._begin(chunk, ahead=False)
+
+    def wait_for(self, chunk: Chunk) -> None:
+        """Wait until nobody opens it."""
+        with self._budget.lock:
+            self._opened.wait_for(lambda: not chunk._busy)
+
+    def load(self, position: int, target: memoryview) -> None:
+        """Fetch what lies in the archive."""
+        if self.members.source.read_at(position, target) < len(target):
             raise ArchiveTruncated("the archive became shorter while it was read")
-        return view
 
     def release(self, chunk: Chunk) -> None:
         """The chunk's memory is needed no more."""
-        if chunk.held is None and len(self._loaded) > self._budget.largest_located(without=chunk.size):
-            self._loaded = bytearray()  # what is to come is smaller, and only that much stays counted
-        self._budget.release(chunk.size, chunk.proof.parameters, buffered=chunk.held is not None)
+        with self._budget.lock:
+            self.wait_for(chunk)
+            if chunk._begun:
+                self._open -= 1
+            else:
+                self._unopened.remove(chunk)
+            memory, chunk._memory, chunk._content = chunk._memory, None, None
+            self._budget.release(chunk.size, chunk.proof.parameters, buffered=not chunk.located)
+            if chunk.located and memory is not None:
+                unused = min(memory, self._spare, key=len)
+                self._spare = memory if unused is self._spare else self._spare
+                self._budget.count_fetched(-len(unused))
+            if len(self._spare) > self._budget.largest_located:
+                # What is to come is smaller, and only that much stays counted.
+                self._budget.count_fetched(-len(self._spare))
+                self._spare = bytearray()
+            self._turn.notify()
 
+    def _begin(self, chunk: Chunk, *, ahead: bool) -> bool:
+        """Give it memory, if there is room."""
+        if chunk._memory is None:
+            more = max(0, chunk.size - len(self._spare))
+            if ahead and not self._budget.has_room_ahead(more):
+                return False
+            memory, self._spare = self._spare, bytearray()
+            if more:
+                memory = bytearray()  # never both, the old and the new
+                self._budget.count_fetched(more)
+                try:
+                    memory = bytearray(chunk.size)
+                except MemoryError:
+                    self._budget.count_fetched(-chunk.size)
+                    raise
+            chunk._memory = memory
+        self._unopened.remove(chunk)
+        self._open += 1
+        chunk._begun, chunk._busy = True, ahead
+        return True
 
-# --- Format 4: a scrypt container, its MAC at its end, its key from its head ---------------------------
+    def _work(self) -> None:
+        while (chunk := self._next_ready()) is not None:
+            chunk.open_ahead()
+            with self._budget.lock:
+                chunk._busy = False
+                self._opened.notify_all()
 
+    def _next_ready(self) -> Chunk | None:
+        """Begin the first chunk as soon as it can be opened ahead. None: nothing more is to be."""
+        with self._budget.lock:
+            while not self._closed:
+                if self._open <= self._threads and self._unopened:
+                    chunk = self._unopened[0]
+                    if chunk.proof.ready and self._begin(chunk, ahead=True):
+                        self._turn.notify()  # the one behind it may be ready, too
+                        return chunk
+                self._turn.wait()
+            return None
 
-class ContainerProofs:
-    """Those of a backup of format 4. `passphrase_of` makes the scrypt passphrase of a chunk from its member
-    name without `.enc`. `label` names the chunk to people, unless its number does."""
-
-    head_size = HEAD_SIZE  #: bytes at the beginning of a chunk without which there is no proof
-
-    def __init__(
-        self, scheduler: KeyScheduler, passphrase_of: Callable[[str], bytes], *, label: str = ""
-    ) -> None:
-        self._scheduler = scheduler
-        self._passphrase_of = passphrase_of
-        self._label = label
-
-    def parse_name(self, untrusted_name: str) -> ChunkName:
-        """The name of a member, taken apart; None for a proof beside its chunk. Raises BadArchive."""
-        return parse_chunk_name(untrusted_name)
-
-    def prove(self, name: ChunkName, size: int, untrusted_head: bytearray) -> "ContainerProof":
-        """The proof of a chunk of `size` bytes. Raises BadContainer, ExcessiveCost."""
-        if size < OVERHEAD:
-            raise BadContainer(f"it has {size} bytes, fewer than an empty container", chunk=name.number)
-        costs = self._scheduler.costs
-        head = parse_head(untrusted_head, ignore_cost_limit=costs.ignored)
-        costs.check(head.parameters)
-        request = head.request(self._passphrase_of(name.member))
-        label = self._label or f"chunk {name.number}"
-        return ContainerProof(head, request, label, self._scheduler)
-
-
-class ContainerProof:
-    """The proof that a container brings along, once its key has been derived. `label` names it to people."""
-
-    def __init__(self, head: ContainerHead, request: KdfRequest, label: str, scheduler: KeyScheduler) -> None:
-        self._head = head
-        self._request = request
-        self._label = label
-        self._scheduler = scheduler
-        self._costs = scheduler.costs
-        self._key: Future[bytes] = Future()
-
-    @property
-    def parameters(self) -> KdfParameters:
-        """Those of its key derivation; None for a proof that has none."""
-        return self._head.parameters
-
-    def begin(self, check: Callable[[], None], *, urgent: bool) -> None:
-        """There is room: derive the key, unless `check` raises when its turn comes."""
-
-        def check_all() -> None:
-            check()
-            self._costs.check(self.parameters)
-
-        self._key = self._scheduler.submit(self._request, urgent=urgent, check=check_all)
-
-    def complete(self, members: MemberStream) -> None:
-        """The chunk's content has passed; nothing stands behind it."""
-
-    def failed(self) -> bool:
-        """Wait for the key: could it not be derived?"""
-        return self._key.exception() is not None
-
-    def fits(self) -> bool:
-        """Does the key, as it was derived first, fit the head? Blocks, and raises what engines raise."""
-        return keys_match(self._head, self._key.result())
-
-    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> memoryview:
-        """Check the MAC over the content, which is asked for when the key is there."""
-        key = self.fitting_key(remark)
-        if key is None:
-            raise AuthenticationFailed("it does not belong to this backup, or not to this place in it")
-        return open_container(untrusted_content(), key)
-
-    def fitting_key(self, remark: Remark) -> bytes | None:
-        """The key; None if none fits the head, whoever derives it. Blocks. Raises what `Chunk.open` raises.
-
-        `remark` is told when one that did not fit was the fault of this computer.
-        """
-        key = self._key.result()
-        if keys_match(self._head, key):
-            self._costs.fitted(self.parameters)
-            return key
-        self._costs.check(self.parameters)  # nobody derives a second time what would be refused by now
-        again, by = self._scheduler.derive_again(self._request)
-        if keys_match(self._head, again):
-            first = self._scheduler.engine_name
-            remark(
-                f"the key of {self._label} came out wrong from {first} and right from {by}:"
-                " the processor or the memory of this computer may be faulty"
-            )
-            self._costs.fitted(self.parameters)
-            return again
-        if again != key:
-            raise FaultyMachine(
-                "its key was derived twice, with two results, of which none is right: the processor or the"
-                " memory of this computer is faulty"
-            )
-        self._costs.misfitted(self.parameters)
-        return None
-
-    def withdraw(self) -> None:
-        """It is needed no more; safe to repeat."""
-        self._key.cancel()
-
-
-# --- Format 3: a piece of a stream, its MAC a line in the member behind it -----------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class MacLineProofs:
-    """Those of a backup of format 3, whose MACs are made with `digest`."""
-
-    head_size: ClassVar = 0
-
-    digest: str
-    passphrase: bytes = field(repr=False)
-
-    def parse_name(self, untrusted_name: str) -> ChunkName | None:
-        return parse_piece_name(untrusted_name)
-
-    def prove(self, name: ChunkName, size: int, untrusted_head: bytearray) -> "MacLineProof":
-        return MacLineProof(name, self)
-
-
-class MacLineProof:
-    """The line that `openssl dgst -hmac` printed over one piece."""
-
-    parameters = None
-
-    def __init__(self, name: ChunkName, proofs: MacLineProofs) -> None:
-        self._name = name
-        self._proofs = proofs
-        self.mac = PieceMac("", b"")
-
-    def begin(self, check: Callable[[], None], *, urgent: bool) -> None:
-        """No key is derived."""
-
-    def complete(self, members: MemberStream) -> None:
-        """The chunk's content has passed: take what stands behind it. Raises BadContainer."""
-        member = members.next_member()
-        if member is not None and member.name == f"{self._name.member}.hmac" and member.size <= MAX_MAC_LINE:
-            self.mac = parse_mac(members.read_content(member.size), self._proofs.digest)
-            return
-        if member is not None:
-            members.push_back(member)
-        raise BadContainer("its MAC does not follow it", chunk=self._name.number)
-
-    def verify(self, untrusted_content: Callable[[], memoryview], remark: Remark) -> memoryview:
-        return open_piece(untrusted_content(), self.mac, self._proofs.passphrase)
-
-    def withdraw(self) -> None:
-        """Nothing runs for it."""
-
-
-#: What shows that one chunk is authentic. It is made of the chunk's head, before there is room for it.
-Proof = ContainerProof | MacLineProof
-#: How the chunks of one backup are proven, and named.
-Proofs = ContainerProofs | MacLineProofs
+    def _next_turn(self) -> None:
+        with self._budget.lock:
+            self._turn.notify()

@@ -16,7 +16,8 @@ from typing import TypeAlias
 
 from qubes_restore_svc.archive.members import Damage
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.worker.chunk import Chunk, Remark
+from qubes_restore_svc.worker.chunk import Chunk
+from qubes_restore_svc.worker.proofs import Remark
 
 #: Events that may wait. The budget bounds the chunks, and this the files that come without any.
 _MAX_EVENTS = 64

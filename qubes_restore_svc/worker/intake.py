@@ -27,7 +27,7 @@ from qubes_restore_svc.errors import (
     ExcessiveCost,
     RestoreError,
 )
-from qubes_restore_svc.worker.chunk import Chunk, ChunkStore, Proofs
+from qubes_restore_svc.worker.chunk import Chunk, ChunkStore
 from qubes_restore_svc.worker.files import (
     ArchiveEnd,
     Damaged,
@@ -38,6 +38,7 @@ from qubes_restore_svc.worker.files import (
     event_queue,
 )
 from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.proofs import Proofs
 from qubes_restore_svc.worker.selection import Wanted
 from qubes_restore_svc.worker.threads import as_restore_error
 

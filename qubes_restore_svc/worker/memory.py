@@ -2,8 +2,9 @@
 
 Strategy: chunk buffers plus the arenas of key derivations are counted in real bytes, against one limit, under
 one lock and one condition. What the process takes besides is a fixed amount that is kept free. Buffers that
-are held are counted one by one. Where chunks are fetched only when they are unpacked, one at a time, room for
-the largest of them is kept from the moment it is known. What remains is for arenas (`arena_room`). A buffer
+are held are counted one by one. Where chunks are fetched only when they are unpacked, room for the largest
+of them is kept from the moment it is known; more of them may be fetched ahead of their turn where that leaves
+enough. What remains is for arenas (`arena_room`). A buffer
 is admitted only while that stays enough for the largest derivation that waits or runs, in its smallest form.
 So whatever was admitted can be derived in the end, and nothing waits for itself.
 
@@ -37,6 +38,9 @@ OWN_MEMORY = 80 * MIB
 #: must not hold up the others behind it.
 MAX_LOCATED = 48
 
+#: The part of the limit that chunks may take which are fetched from the archive, where more than one is.
+_AHEAD = 5
+
 
 class Budget:
     """`limit` bytes less `own`, shared by all threads of the pipeline and the derivations of `engine`.
@@ -59,12 +63,14 @@ class Budget:
         self._advice = advice
         self._granted = limit
         self._limit = limit - own
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self._engine = engine
         self._max_chunks = max_chunks
         self._buffers: list[int] = []
         self._located: list[int] = []
         self._derivations: list[int] = []
+        self._fetched = 0
         self._set_aside = 0
         self._stop = stop
         stop.wakes(self._wake)
@@ -119,12 +125,27 @@ class Budget:
             self._derivations.remove(self._least(parameters))
             self.changed.notify_all()
 
-    def largest_located(self, without: int) -> int:
-        """Bytes of the largest chunk that is yet to be fetched, one of `without` bytes left aside."""
-        with self.changed:
-            others = list(self._located)
-        others.remove(without)
-        return max(others, default=0)
+    @property
+    def largest_located(self) -> int:
+        """Bytes of the largest chunk on its way that lies, or lay, in the archive. With `lock` held."""
+        return max(self._located, default=0)
+
+    def has_room_ahead(self, size: int) -> bool:
+        """May chunks that are fetched before their turn take `size` bytes more? With `lock` held."""
+        fetched = self._fetched + size
+        taken = self._chunk_bytes(fetched) + max([self._running, *self._derivations])
+        return fetched <= self._limit // _AHEAD and taken <= self._limit
+
+    def count_fetched(self, size: int) -> None:
+        """Chunks that are fetched from the archive take `size` bytes more, or less. With `lock` held.
+
+        For the one whose turn has come there is always room: it was kept when the chunk was admitted.
+        """
+        self._fetched += size
+        if size > 0:
+            self._engine.trim(self.arena_room)
+        else:
+            self.changed.notify_all()
 
     @contextlib.contextmanager
     def set_aside(self, size: int) -> Iterator[bool]:
@@ -170,7 +191,7 @@ class Budget:
         if on_their_way >= (self._max_chunks if buffered else MAX_LOCATED):
             return False
         if not buffered:
-            chunk_bytes = sum(self._buffers) + max([size, *self._located]) + self._set_aside
+            chunk_bytes = self._chunk_bytes(max(size, self._fetched))
         else:
             chunk_bytes = self._chunk_bytes() + size
             if self._buffers and chunk_bytes > self._limit * 2 // 5:
@@ -182,8 +203,10 @@ class Budget:
         """Bytes of the arenas in which derivations run."""
         return self._engine.memory_held - self._engine.memory_idle
 
-    def _chunk_bytes(self) -> int:
-        return sum(self._buffers) + max(self._located, default=0) + self._set_aside
+    def _chunk_bytes(self, fetched: int | None = None) -> int:
+        """Bytes that chunks take, or `fetched` of them are for those that are fetched from the archive."""
+        fetched = self._fetched if fetched is None else fetched
+        return sum(self._buffers) + max([fetched, *self._located]) + self._set_aside
 
     def _least(self, parameters: KdfParameters | None) -> int:
         if parameters is None:

@@ -31,9 +31,9 @@ from qubes_restore_svc.errors import (
     RestoreError,
     WrongPassphrase,
 )
-from qubes_restore_svc.worker.chunk import (
-    Chunk,
-    ChunkStore,
+from qubes_restore_svc.worker.chunk import Chunk, ChunkStore
+from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.proofs import (
     ContainerProof,
     ContainerProofs,
     MacLineProof,
@@ -41,7 +41,6 @@ from qubes_restore_svc.worker.chunk import (
     Proofs,
     Remark,
 )
-from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.source import MemberStream
 
 _QUBES_XML = "qubes.xml"

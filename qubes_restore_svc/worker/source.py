@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterator
 
 from qubes_restore_svc.archive.members import Damage, Member, MemberReader
@@ -60,6 +61,7 @@ class ArchiveSource:
         self._buffer = b""
         self._offset = 0
         self._gaps: list[tuple[int, int, OSError]] = []
+        self._counting = threading.Lock()  # several threads may read
         self._waits = 0
         self.received = 0  #: bytes that reading has brought, ahead of `position` or behind it
         self.position = position
@@ -83,11 +85,17 @@ class ArchiveSource:
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
-        self._waits += 1
+        with self._counting:
+            self._waits += 1
         try:
             yield
         finally:
-            self._waits -= 1
+            with self._counting:
+                self._waits -= 1
+
+    def _count(self, taken: int) -> None:
+        with self._counting:
+            self.received += taken
 
     def read_at(self, position: int, target: memoryview) -> int:
         """Fill `target` with what lies at `position`, wherever reading stands; how many bytes there were."""
@@ -101,7 +109,7 @@ class ArchiveSource:
             if not taken:
                 break
             filled += taken
-            self.received += taken
+            self._count(taken)
         return filled
 
     def will_need(self, position: int, size: int) -> None:
@@ -173,7 +181,7 @@ class ArchiveSource:
         try:
             with self._waiting():
                 taken = os.readv(self._fd, [target])
-            self.received += taken
+            self._count(taken)
             return taken
         except OSError as error:
             passed = self._step_over(error, len(target))

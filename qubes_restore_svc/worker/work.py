@@ -170,6 +170,9 @@ class Work:
             store, intake = begin(reading)
         wanted.narrow(selection)
         scheduler.leave_processors()  # chunks are unpacked as they come
+        store.open_ahead(jobs)
+        clearing_up.callback(store.close)
+        self._stop.wakes(store.close)
         pipeline = self._gauge.pipeline = Pipeline(
             backup,
             selection,

@@ -23,7 +23,7 @@ from qubes_restore_svc.errors import (
     Cancelled,
     SkippedOnRequest,
 )
-from qubes_restore_svc.worker.chunk import Chunk, ChunkStore, ContainerProof, ContainerProofs
+from qubes_restore_svc.worker.chunk import Chunk, ChunkStore
 from qubes_restore_svc.worker.files import (
     ArchiveEnd,
     Damaged,
@@ -35,6 +35,7 @@ from qubes_restore_svc.worker.files import (
 from qubes_restore_svc.worker.intake import Intake
 from qubes_restore_svc.worker.keys import KeyScheduler
 from qubes_restore_svc.worker.memory import MAX_LOCATED, Budget
+from qubes_restore_svc.worker.proofs import ContainerProof, ContainerProofs
 from qubes_restore_svc.worker.selection import Wanted, might_be_wanted
 from qubes_restore_svc.worker.source import ArchiveSource, MemberStream
 from qubes_restore_svc.worker.threads import Stop
@@ -470,14 +471,14 @@ def test_a_chunk_has_the_same_bytes_wherever_it_waited(
         bench.start()
         bench.next()
         chunks = [event for event in (bench.next() for _ in members) if isinstance(event, Chunk)]
-        assert [event.held is not None for event in chunks] == [held] * 3
+        assert [event._memory is not None for event in chunks] == [held] * 3
         if not held:
-            assert bench.budget.largest_located(without=chunks[0].size) == chunks[1].size
+            assert bench.budget.largest_located == chunks[1].size
         for event, member in zip(chunks, members, strict=True):
             assert bytes(event.untrusted_content()) == member.data
             failed(event)
             event.release()
-        assert len(bench.store._loaded) == 0  # no longer counted, so not there
+        assert len(bench.store._spare) == 0  # no longer counted, so not there
 
 
 def test_the_buffer_of_a_chunk_is_used_again_while_one_as_large_is_to_come() -> None:
@@ -491,7 +492,7 @@ def test_the_buffer_of_a_chunk_is_used_again_while_one_as_large_is_to_come() -> 
         for event in chunks:
             event.untrusted_content()
             event.release()
-            sizes.append(len(bench.store._loaded))
+            sizes.append(len(bench.store._spare))
         assert sizes == [chunks[0].size, 0, 0]
 
 
@@ -503,11 +504,8 @@ def test_a_file_that_shrinks_before_its_chunk_is_fetched_is_truncated() -> None:
         bench.next()
         event = bench.next()
         assert isinstance(event, Chunk)
-        failed(event)
         os.ftruncate(descriptor, event.end - 1)
         with pytest.raises(ArchiveTruncated, match="became shorter"):
-            event.untrusted_content()
-        with pytest.raises(ArchiveTruncated):
             event.open(print)
         event.release()
 

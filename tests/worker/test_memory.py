@@ -119,10 +119,22 @@ def test_of_chunks_that_stay_in_the_archive_only_the_largest_counts() -> None:
     for size in (20, 60, 40):
         bench.admit(size * MIB, LARGE, buffered=False)
     assert bench.budget.used == 60 * MIB
-    assert bench.budget.largest_located(without=40 * MIB) == 60 * MIB
+    assert bench.budget.largest_located == 60 * MIB
     bench.release(60 * MIB, LARGE, buffered=False)
     assert bench.budget.used == 40 * MIB
-    assert bench.budget.largest_located(without=40 * MIB) == 20 * MIB
+    assert bench.budget.largest_located == 40 * MIB
+
+
+def test_a_chunk_is_fetched_ahead_only_where_the_derivations_keep_their_room() -> None:
+    bench = Bench(41 * MIB)
+    bench.admit(7 * MIB, LARGE, buffered=False)  # its derivation takes 32 MiB at least
+    with bench.budget.lock:
+        bench.budget.count_fetched(7 * MIB)
+        assert bench.budget.has_room_ahead(1 * MIB)
+    bench.admit(1 * MIB, SMALL)
+    with bench.budget.lock:
+        assert not bench.budget.has_room_ahead(1 * MIB)
+        assert bench.budget.has_room_ahead(0)
 
 
 def test_buffers_leave_three_fifths_to_derivations_unless_there_is_but_one() -> None:
