@@ -74,7 +74,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         for label in self.select_dir_page.findChildren(QLabel):
             if "qubes.xml" in label.text():  # formats of that time are not read here
                 label.setText(translate("Restore", "Backup file:"))
-        self.label_4.hide()  # every backup that is read here is encrypted
+        self.label_4.hide()  # it has no effect: the backup itself says it
         self.encryption_checkbox.hide()
         self.gridLayout_2.addWidget(self.verify_only, self.gridLayout_2.rowCount(), 0)  # too wide for beside
         for widget in self.findChildren(QWidget):
