@@ -1,7 +1,7 @@
 """`qubes-restore-svc`, and `python -m qubes_restore_svc`: the way in, before anything else is imported.
 
-Strategy: importing takes a few tenths of a second, and a signal in that time is to end the process as it does
-later, not with a traceback through the imports. The command sets its own handlers once it is there.
+Strategy: importing takes a few tenths of a second. A signal in that time must end the process as it does
+later, without a traceback through the imports. The command sets its own handlers once it is there.
 """
 
 from qubes_restore_svc.hardening import answer_signals_while_starting, loading

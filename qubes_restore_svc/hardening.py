@@ -1,8 +1,8 @@
 """What every program of ours does first, before it is told a passphrase or opens a file.
 
 Strategy: the process that starts a program can have closed its streams, ignored signals, or set limits. All
-of that is put right here, or made harmless. Standard library only, and little of it: the rest is not imported
-yet.
+of that is put right here, or made harmless. It uses the standard library only, and little of it, because the
+rest is not imported yet.
 """
 
 import contextlib

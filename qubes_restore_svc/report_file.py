@@ -1,7 +1,7 @@
 """The report as a file, which is there in one piece or not at all.
 
-Strategy: an ordinary file is replaced by a new one that is complete; what is none (`/dev/stdout`, a pipe, a
-device) is written to where it is, never replaced.
+Strategy: an ordinary file is replaced by a new one that is complete; anything else (`/dev/stdout`, a pipe, a
+device) is written to, never replaced.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """How much memory this process may still take, in bytes.
 
-Strategy: what the kernel calls available, and then, from this process's control group up to the root of
-the hierarchy, what each group's limit leaves. The smallest counts. Page cache that can be dropped
-counts as free, in a group as in the whole machine. Which of them it was is told, because more memory can only
-be granted where there is some. Standard library only: both sides of the boundary use it.
+Strategy: the smallest of these counts: the memory that the kernel calls available, and the rest that the
+limit of each control group leaves, from the group of this process up to the root. Page cache that can be
+dropped counts as free, in a group as in the whole machine. The person is told which one it was, because only
+there more memory can be granted. Standard library only: both sides of the boundary use it.
 """
 
 import os

@@ -4,7 +4,7 @@ twice.
 Strategy: a MAC binds a chunk to its name, so a name can be trusted once its chunk has been verified; but
 anybody who holds the archive can leave out chunks, or change their order. `ChunkSequence` accepts one order
 only: the chunks 0, 1, 2, … of one file, then those of the next. A file that breaks it stays broken, and the
-files after it are not concerned. That the last chunk is missing shows later, at the end of the inner archive.
+files after it are not concerned. A missing last chunk shows later, at the end of the inner archive.
 """
 
 import re

@@ -1,9 +1,9 @@
 """The scrypt container: how every member of a backup is encrypted and authenticated.
 
 Strategy: three steps that can only be taken in order. `parse_head` reads the parameters of the key derivation
-(all that is needed to start it, long before the rest has arrived). `keys_match` tells a wrong passphrase
-from the head alone. `open_container` checks the MAC over the whole container, and decrypts nothing before:
-there is no other way to plaintext in this package. Neither copies: a container has up to 100 MiB.
+(all that is needed to start it, long before the rest has arrived). `keys_match` tells a wrong passphrase from
+the head alone. `open_container` checks the MAC over the whole container, and decrypts nothing before: there
+is no other way to plaintext in this package. None of them copies the content: a container has up to 100 MiB.
 
 Layout, the format of the scrypt program (scrypt 1.3, FORMAT): `scrypt`, version 0, log2 N, r and p as
 big-endian u32, salt of 32 bytes, first 16 bytes of SHA-256 over these 48; HMAC-SHA-256 over these 64; the

@@ -5,13 +5,13 @@ checks every value of it, as if R4 had written it. So nothing here judges a name
 cannot be translated is written in a form that the reader refuses with a warning. References are numbers
 (qid) in the old file, and names in the new one.
 
-What each attribute means today is what the stock restorer makes of it (qubesadmin/backup/core2.py), with
-these differences, which tests/conformance/test_core2.py knows. A service becomes the feature
-`service.NAME` whatever its name is, as a qube of R4 looks for it there. A qube whose disposables were to
-use another network than the default gets no default disposable template: the stock restorer invents a
-template `disp-NETVM` for it, and without that template the system's default would give the disposables
-more network than they had. A net VM has no netvm, whatever its attributes say. A number that no qube has
-is no network. `pci_strictreset` counts: the stock restorer takes every value of it for true.
+Each attribute is understood as the stock restorer does (qubesadmin/backup/core2.py), with these differences,
+which tests/conformance/test_core2.py knows. A service becomes the feature `service.NAME` whatever its name
+is, as a qube of R4 looks for it there. A qube whose disposables were to use another network than the default
+gets no default disposable template: the stock restorer invents a template `disp-NETVM` for it, and without
+that template the system's default would give the disposables more network than they had. A net VM has no
+netvm, whatever its attributes say. A number that no qube has is no network. `pci_strictreset` counts: the
+stock restorer takes every value of it for true.
 """
 
 import re
@@ -98,7 +98,7 @@ def _names(untrusted_root: Element) -> dict[str, str]:
 
 
 def _reference(untrusted_qid: str | None, names: dict[str, str]) -> str:
-    """The name of the qube with this number; "" for none. A number that nobody has becomes what is no
+    """The name of the qube with this number; "" for none. A number that no qube has becomes a text that is no
     name.
     """
     if untrusted_qid is None or untrusted_qid.lower() == "none":

@@ -1,9 +1,9 @@
 """backup-header: what kind of backup this is, and how its members' passphrases are made.
 
-Strategy: one strict grammar for the text, `key=value` lines of letters, digits and dashes. The plain text
-is used for one thing only, to say early which format this is; everything else is read after it has been
-authenticated. In format 4 that is the copy in the scrypt container, and `open_header` refuses a backup in
-which the two differ; in format 3 it is the text itself, whose MAC stands behind it.
+Strategy: one strict grammar for the text, `key=value` lines of letters, digits and dashes. The plain text is
+used for one thing only, to say early which format this is; everything else is read after it has been
+authenticated. In format 4, an authenticated copy is in the scrypt container, and `open_header` refuses a
+backup if the two differ. In format 3, the MAC of the text itself stands behind it.
 """
 
 import re

@@ -5,10 +5,10 @@ behind a content. A header block is either zero (the filling between two archive
 pax header (`x`) for the file that must follow at once, or a regular file. Everything else that a tar
 archive may hold (links, devices, directories, GNU's extensions) is refused: a Qubes backup has none of it.
 
-Whatever is wrong before the first member was seen means that this is no backup; before the first chunk, that
-it is a bad one. Behind the first chunk it is damage, which costs what it hit: the reader goes on block by
-block to the next header that is valid and names a chunk. Nothing false can come in that way, because the MAC
-of a chunk binds its name and place. Each block is looked at once, so a search costs no more than reading.
+A fault before the first member means that the file is no backup. A fault before the first chunk means that it
+is a bad one. A fault behind the first chunk is damage, and only what it hit is lost: the reader goes on block
+by block to the next header that is valid and names a chunk. Nothing false can come in that way, because the
+MAC of a chunk binds its name and place. Each block is looked at once, so a search costs no more than reading.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 Strategy: header, name, content, in turn, until the header without a name. Every byte counts for a CRC-32
 that is sent back as the answer, so nothing can be passed over unseen. The CRC guards the transport only;
-what the content is worth is decided by the MACs inside.
+only the MACs inside tell whether the content is authentic.
 
 A header is 32 bytes, little-endian: name length (with its NUL) u32, mode u32, content length u64, then
 access and modification time as four u32 (qubes-linux-utils, qrexec-lib, `struct file_header`).

@@ -5,11 +5,11 @@ against the image size, and keeps them packed. Two readers feed it: `OldGnuReade
 GNU header and its 512-byte extension blocks, and `PaxReader` (sparse format 1.0), whose input is the
 decimal text at the start of the data. Both are sans-I/O; the caller hands them bytes until `complete`.
 
-A map stands before all the data it describes, so it must be held whole. An image with millions of
-small files on it has millions of entries, and the map must not cost what Python objects cost: pairs are
-kept as differences in the narrowest array that holds them, 4 to 8 bytes an entry.
+A map stands before all the data it describes, so it must be held whole. An image with millions of small files
+on it has millions of entries, and Python objects for them would take too much memory: pairs are kept as
+differences in the narrowest array that holds them, 4 to 8 bytes an entry.
 
-What is refused, because no writer makes it and readers differ about it: an entry that begins before
+Refused, because no writer makes it and readers differ about it: an entry that begins before
 the one before it ends or reaches past the image, an empty entry other than a last one at the very end,
 and an odd length (no multiple of 512) that is followed by more data, since GNU tar pads it and others do not.
 """

@@ -4,7 +4,7 @@ Strategy: pure functions from bytes to a frozen value, or `BadTarHeader`. Nothin
 members a backup may hold; the outer and the inner reader decide that, and turn `BadTarHeader` into
 the error of their own place.
 
-What is accepted is what GNU tar, Python's tarfile and Qubes' own tar writer produce: POSIX ustar
+Accepted are the headers that GNU tar, Python's tarfile and Qubes' own tar writer make: POSIX ustar
 headers (POSIX.1-1988) with pax records (POSIX.1-2001), and GNU headers (magic "ustar  "). Pre-POSIX
 headers without a magic, signed checksums and negative numbers are refused.
 """

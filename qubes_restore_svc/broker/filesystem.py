@@ -3,7 +3,7 @@
 Strategy: every name is taken relative to an open directory and no symbolic link is followed below it, so that
 what other programs do to a path while a restore runs cannot lead a write elsewhere. What is created is new
 (never something that was there), and for its owner alone whatever the umask. The functions raise OSError;
-`reporting` makes of it an error that a person can act on.
+`reporting` turns that into an error that a person can act on.
 """
 
 import ctypes

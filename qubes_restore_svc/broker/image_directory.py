@@ -1,8 +1,8 @@
 """Image files in a new directory, which is hidden while it is written, and then appears whole or is removed.
 
 Strategy: all is written under the name `.NAME.partial` and forced to the disk; the last step, one rename,
-gives the directory its name. That name and those of a few files are all that is ever created, and so all that
-is ever removed. Directory and file have one state and one lock each. A broker that gives up abandons a file
+gives the directory its name. Only that name and the names of a few files are ever created, and so only they
+are ever removed. Directory and file have one state and one lock each. A broker that gives up abandons a file
 while a thread of it may still be in a write, and a descriptor that is closed under a write could be another
 file's a moment later. After any failure a file takes no more data, so that no later success can hide it.
 """

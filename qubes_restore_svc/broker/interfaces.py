@@ -1,8 +1,8 @@
-"""What the broker needs of the host that gets the qubes, and of the link to a worker, whichever they are.
+"""The two interfaces of the broker: the host that gets the qubes, and the link to a worker.
 
 Strategy: a restore holds the host's lock, looks at the host once to make its plan, opens one transaction a
 qube, writes volumes through sinks, and commits or rolls back. Everything here blocks; the broker calls it
-from a thread where it may take long. What a host raises is a `RestoreError`, most often `HostFailed` or
+from a thread where it may take long. A host raises a `RestoreError`, most often `HostFailed` or
 `NoSpace`.
 
 A link is an async context manager that owns the worker: entering starts it, leaving destroys it, whatever

@@ -1,10 +1,10 @@
 """What the worker may still claim: every volume of the plan once, and nothing else.
 
-Strategy: the ledger starts with the promises of the plan and crosses off what is answered. What the archive
-holds of a qube without a promise may be announced too, once, while the qube is open: a volume that its class
-keeps, and no other. The class is the one in the plan; the worker has no word of its own in it. A claim that
-is not open is a ProtocolViolation; so a worker cannot name a qube that was not selected, send a volume twice,
-make one larger than announced, have two qubes in the making at once, or finish with something missing.
+Strategy: the ledger starts with the promises of the plan and crosses off what is answered. A volume without a
+promise may be announced too, once, while its qube is open, if the class of the qube keeps such a volume. The
+class is the one in the plan; the worker has no say in it. A claim that is not open is a ProtocolViolation; so
+a worker cannot name a qube that was not selected, send a volume twice, make one larger than announced, have
+two qubes in the making at once, or finish with something missing.
 """
 
 from collections.abc import Iterable

@@ -1,9 +1,9 @@
-"""What is to be restored, under which name and how set up, and what is not, and why.
+"""The plan: which qubes are restored, under which name and how set up; which are not, and why.
 
-Strategy: a pure function from the manifest, the person's choice and the host as it is to one decision a
-qube, in three passes: what the person wants, names (see `NamesInUse`), and, on a Qubes system, what a qube
-needs of others (see `references`). What one pass does not take, the next does not look at. Nothing is
-created here, and nothing that is not in the plan will be.
+Strategy: a pure function from the manifest, the person's choice and the host as it is to one decision a qube,
+in three passes: what the person wants, names (see `NamesInUse`), and, on a Qubes system, what a qube needs of
+others (see `references`). A qube that one pass leaves out is not looked at by the next. Nothing is created
+here, and later only what is in the plan.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -2,8 +2,8 @@
 
 Strategy: one small object a qube with a named stage, and a collection that answers questions about them and
 does nothing. A qube may need another one of the same restore, its template or netvm, wherever in the archive
-that stands; it is ready to be committed when it is settled and what it needs is finished. A default_dispvm is
-needed by nobody (it may be the qube itself): it is set when both are finished.
+that stands; it is ready to be committed when it is settled and what it needs is finished. No qube has to wait
+for its default_dispvm (which may be the qube itself): it is set when both are finished.
 """
 
 import enum

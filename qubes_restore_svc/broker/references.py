@@ -1,8 +1,8 @@
 """How qubes are set up on a Qubes system: what they refer to, and the settings that may come back.
 
-Strategy: begin with all of them and strike out each that lacks what it cannot do without; those that refer to
-it are looked at again, until nothing more falls. That ends with the same qubes whatever their order, and
-looks at each only as often as something it refers to has fallen. What a reference finds:
+Strategy: begin with all qubes, and strike out each that lacks something that it needs. Then look again at
+those that refer to it, until no more are struck out. The result does not depend on the order of the qubes,
+and each is looked at only as often as something it refers to was struck out. What a reference finds:
 
     first    a qube of this restore, by its name in the backup, if it can serve: under its name here
     then     one that an earlier restore of the same backup brought, under this name or a numbered one
@@ -13,17 +13,18 @@ What the person chose for this very qube goes before all of them. It is a qube o
 knows the first, the third and the last of these. But it decides in one pass, so that a qube can outlive its
 template, and a default's name leads it to a qube of the backup, if one has that name.
 
-A reference is authority, and a backup has none over the qubes that are here. Template and netvm stand in the
-plan, where the person reads them. Two do not, and are narrower. A `default_dispvm` gives the qube a shell in
-disposables of that template: only the system's default, none, or a qube of this backup, unless the
-configuration allows it. A template gets no netvm, as a new one has none. In doubt there is none at all: the
-system's default could reach what the qube must not.
+A reference gives rights, and a backup must not give itself rights over the qubes that are here. Template and
+netvm stand in the plan, where the person reads them. Two references do not stand there, and have narrower
+rules. A `default_dispvm` gives the qube a shell in disposables of that template: only the system's default,
+none, or a qube of this backup, unless the configuration allows it. A template gets no netvm, as a new one has
+none. In doubt, a qube gets no netvm: the system's default could give it access that it must not have.
 
-A template is a TemplateVM, for a DispVM a qube that serves as one, and only an AppVM or StandaloneVM
-can; so templates alone never lead in a circle, whatever a backup says. Netvms can: see `netvms_to_give_up`.
+A template is a TemplateVM. The template of a DispVM is a qube that serves disposables, and only an AppVM or a
+StandaloneVM can do that. So templates alone never lead in a circle, whatever a backup says. Netvms can: see
+`netvms_to_give_up`.
 
-Which settings may come back, the allow-list has decided. Here a label that this system does not know is
-replaced, and a device stays behind whose backend is not here.
+The allow-list has already decided which settings may come back. Here, a label that this system does not know
+is replaced, and a device without its backend here stays behind.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Progress for a person: a bar on a terminal, plain lines elsewhere, nothing when told to be quiet.
 
 Strategy: one class an audience, all of them Observers of the broker. Everything goes to standard error;
-standard output is for results. What a display cannot say, because its terminal is gone, is lost.
+standard output is for results. If the terminal of a display is gone, its words are lost.
 """
 
 import asyncio

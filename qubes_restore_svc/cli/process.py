@@ -1,7 +1,7 @@
 """The frame around a command: safe standard streams, signals, and an exit status for every kind of end.
 
-Strategy: a command is a function that returns its status or raises. What it raises is said here, in one way
-for all commands, and only here the process ends.
+Strategy: a command is a function that returns its status or raises. Its error is told here, in one way for
+all commands, and only here the process ends.
 
 One handler takes Ctrl-C, and the other signals that ask a program to end, for the whole life of the command.
 So there is no moment at which a signal would kill it with something half done. What a signal does depends on

@@ -1,13 +1,13 @@
-"""The command line of `qvm-backup-restore --mgmt-vm`, and what dom0 is asked for by it, and on which way.
+"""The command line of `qvm-backup-restore --mgmt-vm`, and the request to dom0 that it makes.
 
 Strategy: every option of the stock command, under its names and with its meaning, and a few more; the result
-is one value with types. What contradicts itself is a UsageError before anything happens. argparse gets the
-options only: it would not take `LOCATION -p FILE QUBE`, and what it does after `--` depends on its version.
-Long options can be abbreviated as in the stock command, because somebody's script may rely on it.
+is one value with types. Options that contradict each other are a UsageError before anything happens. argparse
+gets the options only: it would not take `LOCATION -p FILE QUBE`, and what it does after `--` depends on its
+version. Long options can be abbreviated as in the stock command, because somebody's script may rely on it.
 
-Whatever carries out a restore is dom0's service. In dom0 it is started as a child with all rights, which is
-handed the backup, if that is a file there, and the passphrase. A qube calls it through qrexec. What cannot be
-asked for is refused here, before anybody types a passphrase.
+dom0's service carries out every restore. In dom0 it is started as a child with all rights, which is handed
+the backup, if that is a file there, and the passphrase. A qube calls it through qrexec. A request that cannot
+be made is refused here, before anybody types a passphrase.
 """
 
 import argparse

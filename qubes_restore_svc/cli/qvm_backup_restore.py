@@ -5,9 +5,9 @@ slowed down; a signal in the tenths of a second that importing takes ends the pr
 
 A restore is ours only if `--mgmt-vm` says so, written out and where an option can stand. No option of the
 stock command takes a word that begins with a hyphen for its value, so that a look at the words is enough.
-With any other spelling the stock program gets the words and refuses them, which is the safe end of a
-misunderstanding: it reads backups in dom0. This is the only module of the commands that starts a program,
-and that takes its place.
+With any other spelling, the stock program gets the words and refuses them. That is the safe way to end a
+misunderstanding, because the stock program reads backups in dom0. Of the commands, only this module starts a
+program, which replaces it.
 """
 
 import os

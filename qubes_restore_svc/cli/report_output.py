@@ -1,9 +1,9 @@
 """The report, for the person: shown at the end of a run, and written to the file that was asked for.
 
 Strategy: everything that is shown is taken from the report, so that what is said, what is written and the
-exit status agree. The table is the result, on standard output; all other words go to standard error. Every
-way in which the writing would fail at the end, or would put it over something else, is looked for in the
-beginning.
+exit status agree. The table is the result, on standard output; all other words go to standard error. At the
+beginning, this looks for every reason for which the writing would fail at the end, or would overwrite
+something else.
 """
 
 import os

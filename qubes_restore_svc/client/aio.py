@@ -2,9 +2,9 @@
 
 Strategy: one task listens for as long as the call is open. It gets the messages from the connection of
 `wire/restore_call.py`, tells the observer, and ends with the call: with the report, or with the error that
-ended it. Whatever the caller awaits (a plan, the report) it awaits together with that task, so nothing is
-waited for that cannot come any more. Nothing here waits until dom0 has read something: what is said is
-little, and the end of the call is noticed by listening.
+ended it. While the caller awaits something (a plan, the report), it awaits that task, too. So it never waits
+for something that cannot come any more. Nothing here waits until dom0 has read something: the messages are
+small, and the listening task sees the end of the call.
 """
 
 import asyncio

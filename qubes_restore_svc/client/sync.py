@@ -1,8 +1,8 @@
 """The same call for programs without asyncio: every method blocks until it is done.
 
-Strategy: the call lives in the event loop of a thread of its own; what is asked of it is handed over, and
-waited for. So a program can cancel from any thread while another one waits, and nothing is left to be polled.
-The observer is called in that thread.
+Strategy: the call lives in the event loop of a thread of its own; a method hands its request over to that
+thread, and waits for the answer. So a program can cancel from any thread while another one waits, and does
+not have to poll. The observer is called in that thread.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """How a call reaches dom0: through qrexec from a qube, as a child process in dom0 itself.
 
-Strategy: a transport connects to a service and gives `Streams`, two of them and a word on why they
-ended. Both ways start a program that carries the stream; only the meaning of its exit code differs, and how
-long it may take to end when the call is closed.
+Strategy: a transport connects to a service and gives `Streams`: one to read, one to write, and the reason why
+they ended. Both ways start a program that carries the stream; only the meaning of its exit code differs, and
+how long it may take to end when the call is closed.
 
 The program's standard input and output are one socket. So this side can close one direction or both, and
 another process with a copy of the other end does not keep it waiting. The event loop reads standard error to

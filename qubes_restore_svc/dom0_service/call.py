@@ -1,16 +1,15 @@
 """One call of `restore.Start`, `restore.Verify` or `restore.List`, from its first message to its last.
 
 Strategy: the client is judged by its rights before anything of this system is looked at. Then it is a restore
-like any other; the client is who is shown the plan, who confirms it, and who watches. The work is one task:
-whatever ends the call (a cancel, a client that is gone, nonsense, a signal) cancels it, once, and then it
-undoes what it did. What comes of it is the last message: `refused` as long as nothing was confirmed, the
-report afterwards.
+like any other; the client is shown the plan, confirms it, and watches. The work is one task: whatever ends
+the call (a cancel, a client that is gone, nonsense, a signal) cancels it, once, and then it undoes what it
+did. The last message tells the result: `refused` before a plan was confirmed, the report afterwards.
 
 A backup may lie in a file of dom0. Its path is followed once, to a descriptor that can neither read nor write
-(O_PATH), so that nothing happens to what it leads to, be it a device or a pipe. What was found is judged by
-that descriptor: a regular file, and its real place below the real place of a directory that was granted. Only
-then it is opened, through the descriptor, so that nobody can put something else in its place. Everything that
-can be wrong sounds alike: a symbolic link must not tell whether there is something where it points.
+(O_PATH), so that nothing happens to what it leads to, be it a device or a pipe. The file is judged by that
+descriptor: a regular file, and its real place below the real place of a directory that was granted. Only then
+it is opened, through the descriptor, so that nobody can put something else in its place. Every fault gives
+the same message, so that a symbolic link does not tell whether its target exists.
 """
 
 import asyncio

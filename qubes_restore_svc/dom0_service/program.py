@@ -1,14 +1,14 @@
 """The process around a call: its standard streams, signals, and the lines that are logged of it.
 
 Strategy: standard input and output are the call and nothing else. They are moved to other numbers at once,
-and what is left at 0 and 1 leads nowhere and to standard error: no library, and no program that is started,
-can say a word in the call. qrexec appends standard error to dom0's log of the calling qube
-(`/var/log/qubes/qrexec.QUBE.log`), and the caller never sees it; whether it can be written is nothing to
-wait for.
+and the descriptors 0 and 1 then lead nowhere and to standard error. So no library, and no program that is
+started, can write into the call. qrexec appends standard error to dom0's log of the calling qube
+(`/var/log/qubes/qrexec.QUBE.log`), and the caller never sees it. This program never waits until it can be
+written.
 
-Who calls through qrexec is what qrexec says, and nothing else: it names the calling domain in the
-environment of the service (`execute_qubes_rpc_command` of libqrexec). What is missing there, or is not the
-name of a qube, ends the program before anything is done.
+Only qrexec says who calls: it names the calling domain in the environment of the service
+(`execute_qubes_rpc_command` of libqrexec). If the name is missing there, or is not the name of a qube, the
+program ends before anything is done.
 """
 
 import asyncio

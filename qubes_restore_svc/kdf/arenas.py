@@ -1,8 +1,8 @@
 """The memory that native derivations run in, kept between them.
 
-Strategy: a derivation takes hundreds of MiB and mapping them fresh costs a page fault for each page, so
-an arena that comes back is kept and handed out again. The pool has no limit of its own: whoever keeps
-the budget sees what is held and says how much of it may stay.
+Strategy: a derivation takes hundreds of MiB and mapping them fresh costs a page fault for each page, so an
+arena that comes back is kept and handed out again. The pool has no limit of its own: the owner of the budget
+sees what is held and says how much of it may stay.
 """
 
 from threading import Lock

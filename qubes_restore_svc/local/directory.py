@@ -1,12 +1,12 @@
 """The host that needs no Qubes: every restored qube becomes a directory of sparse images and a `qube.json`.
 
-Strategy: the directory itself is what is locked, so no lock file stays behind. Everything happens relative to
+Strategy: the lock is on the directory itself, so no lock file stays behind. Everything happens relative to
 the descriptor that holds the lock. Who has the lock knows that no other restore is running. So it is safe to
 remove what a killed one left.
 
 A qube is a directory of its name, with its images and the record. The record holds every setting of the
-backup as data, for people and programs to read; nothing in it is acted upon here. How such a directory comes
-to be there as a whole, or not at all, is in `broker/image_directory.py`.
+backup as data, for people and programs to read; nothing in it is acted upon here. `broker/image_directory.py`
+makes such a directory appear as a whole, or not at all.
 """
 
 import fcntl

@@ -5,7 +5,7 @@ gets of the free memory as much as is useful, and something stays for others. Wo
 other, so that each sees what the others were granted, in the command lines of their processes.
 
 A worker is held to it from outside: the limits are generous for an honest worker, whose own budget is far
-tighter; for one that was taken over, they are an end. Resource limits hold everywhere, but they count
+tighter; a worker that was taken over cannot pass them. Resource limits hold everywhere, but they count
 addresses. A control group counts every page. Only the service manager may make one. So it is asked, through
 its own program, about a worker that runs already: a manager that is not there, refuses or hangs costs a
 moment, and nothing else is different.

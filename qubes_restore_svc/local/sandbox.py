@@ -1,11 +1,12 @@
-"""The sandbox around a local worker: bubblewrap's command line, the worker's own, and why there may be none.
+"""The sandbox around a local worker: bubblewrap's command line, the worker's own, and the errors if there can
+be no sandbox.
 
-Strategy: nothing is hidden, little is shown. Every namespace is new; the root is an empty, read-only tmpfs
-in which only the files of the worker's Python appear; nothing can be written anywhere. There is no /proc:
-through /proc/self/fd a process of the same user could open the backup again, for writing; and so a
-container that forbids new /proc mounts can run the sandbox too. Descriptors that are passed in stay usable
-across the namespaces: the worker forbids itself most system calls before it is ready, and with them what
-could be done with those (`worker/system_calls.py`).
+Strategy: nothing is hidden, little is shown. Every namespace is new; the root is an empty, read-only tmpfs in
+which only the files of the worker's Python appear; nothing can be written anywhere. There is no /proc:
+through /proc/self/fd a process of the same user could open the backup again, for writing; and so a container
+that forbids new /proc mounts can run the sandbox too. Descriptors that are passed in stay usable across the
+namespaces: so the worker forbids itself most system calls before it is ready, and can do little with such a
+descriptor (`worker/system_calls.py`).
 
 The worker finds its modules where this process found them: the same interpreter, in isolated mode, with the
 same module path, so that every way of installing works (system packages, a virtual environment, the user's
@@ -13,8 +14,8 @@ site directory, an editable install). The sandbox shows only the places that hol
 and this package, under the same names as outside. A directory that happens to contain one of them, such as a
 home directory, is otherwise empty.
 
-Only the worker knows what derives the keys, and the broker's side imports nothing of it; so it is asked, in a
-process of its own. There is no archive and no input, so no sandbox either: what runs is this package alone.
+Only the worker knows which engine derives the keys, and the broker's side imports nothing of it. So the
+worker is asked, in a process of its own. That process has no archive and no input, so it needs no sandbox.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
 """A worker on this machine: a child process in a sandbox, called through sockets that only it can have.
 
 Strategy: the worker inherits one end of a socket pair. A call makes another pair and sends one half of it
-along. So there is no name under which anybody else could reach the worker, or a worker that was taken over
-could be reached by an accomplice; and nothing in the file system. The same pair is the lifeline:
-when the broker is gone, however it went, the worker reads its end. The worker's first message says that it
-is ready, before it has touched the archive; a sandbox that cannot be had is known by then.
+along. So there is no name and no file under which another process could reach the worker, not even an
+accomplice of a worker that was taken over. The same pair tells the worker when the broker is gone: it reads
+the end then. The worker's first message says that it is ready, before it has touched the archive; a sandbox
+that cannot be had is known by then.
 """
 
 import os

@@ -1,11 +1,11 @@
 """The worker as a process: started, made ready, limited, called, killed and reaped.
 
-Strategy: every descriptor and process has one owner, this object, from the moment it exists; a start that
-was begun is carried on until its process is known, even if cancelled, and is then undone. bubblewrap is
-not simply killed: before it has told the first process of its process namespace, that process may wait for
-it for ever. That first process is killed, and with it the kernel ends everything inside. If this process
-is killed itself, the kernel kills bubblewrap, and the worker reads the end of its calls. (One gap stays, in
-bubblewrap: killed between asking for that and releasing its child, microseconds, it leaves that child.)
+Strategy: every descriptor and process has one owner, this object, from the moment it exists; a start that was
+begun is carried on until its process is known, even if cancelled, and is then undone. bubblewrap is not
+simply killed: before it has told the first process of its process namespace, that process may wait for it for
+ever. That first process is killed, and with it the kernel ends everything inside. If this process is killed
+itself, the kernel kills bubblewrap, and the worker reads the end of its calls. (One gap of microseconds stays
+in bubblewrap: if it is killed between asking for that and releasing its child, the child stays.)
 """
 
 import asyncio

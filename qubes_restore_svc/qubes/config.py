@@ -1,8 +1,8 @@
 """/etc/qubes-restore-svc/config.yaml: how restores are done on this machine, and what they may bring back.
 
 Strategy: a strict frozen model is the whole reference: type, range, unit, default and meaning of every key
-are in it; docs/configuration.md and the sample file are made from it. How a file is read, and what is said
-of a mistake in it, is in `config_file`.
+are in it; docs/configuration.md and the sample file are made from it. `config_file` reads a file, and tells
+the mistakes in it.
 """
 
 import re

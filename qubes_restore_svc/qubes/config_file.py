@@ -1,13 +1,13 @@
 """Reading a configuration: a file that only its owner could have written, in YAML, into a model.
 
-Strategy: PyYAML's safe loader makes nodes, which know their place; what makes values of them is here, and
-knows mappings, lists, texts, whole numbers, true, false and null. What YAML offers beyond that (anchors and
-aliases, tags, merged and repeated keys, numbers to the base of 60, several documents) is a mistake. The model
-checks the values. Every mistake is one sentence with file, line, key and what is expected.
+Strategy: PyYAML's safe loader makes nodes, which know their place; this module makes values of them, and
+knows mappings, lists, texts, whole numbers, true, false and null. Everything else that YAML offers (anchors
+and aliases, tags, merged and repeated keys, numbers to the base of 60, several documents) is a mistake. The
+model checks the values. Every mistake is one sentence with file, line, key and what is expected.
 
 A configuration is a model whose fields are sections, and a section a model whose fields are keys, or names
-with such a model each. What people are told of a key beyond its description stands in its
-`json_schema_extra`, as `for_people` makes it.
+with such a model each. More that people are told of a key, beside its description, stands in its
+`json_schema_extra`; `for_people` makes it.
 """
 
 import difflib

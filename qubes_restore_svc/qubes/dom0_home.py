@@ -2,7 +2,7 @@
 
 Strategy: a hidden directory in the home of dom0's user takes the file; when that is complete and on the disk,
 one rename gives the directory its name. The content of the archive was written by the person who made the
-backup: it is for the person to look into, and not in dom0.
+backup: the person has to look into it, and not in dom0.
 """
 
 import grp

@@ -1,10 +1,10 @@
-"""What a restore is made of in dom0: the only place that knows all the parts.
+"""A restore in dom0, made of its parts: the only place that knows all of them.
 
 Strategy: one function from the configuration, the location and what is requested to a `Dom0Restore`, which
 creates nothing until it runs.
 
 A report of every restore is kept, and a log of what was said. People look for these files later, so a fault
-here never fails the restore. What cannot be written is told once, through the `warn` of the caller. Both
+here never fails the restore. If a file cannot be written, the caller's `warn` is told so once. Both
 files may hold names of qubes: only their owner and group may read them, whatever the umask is. (qrexec starts
 services of dom0 with umask 0077, and the group reads the files, too.)
 """

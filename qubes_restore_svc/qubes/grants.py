@@ -1,13 +1,13 @@
-"""What a caller of `restore.Start`, `restore.Verify` or `restore.List` may do, beyond that it may call.
+"""What a caller of `restore.Start`, `restore.Verify` or `restore.List` may do with it.
 
-Strategy: dom0's policy says who may call which service; what the call may then ask for is compared with the
+Strategy: dom0's policy says who may call which service. What the call asks for is then compared with the
 caller's section of the configuration, before anything is looked up. So a refusal depends on the request and
 the configuration alone: it is the same whether or not there is such a qube, pool or file here. Programs of
 dom0 itself may ask for everything, within the limits of the section `limits`, which hold for everybody.
 
 Those limits are applied to the plan. The sizes are those that the backup records, and no volume that is
-written may be larger than that. So what has no recorded size, or may exceed it, does not go together with a
-limit on sizes.
+written may be larger than that. So a volume that has no recorded size, or may be larger than recorded, is
+refused where sizes are limited.
 """
 
 from pathlib import Path

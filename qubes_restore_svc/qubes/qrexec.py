@@ -4,9 +4,9 @@ Strategy: a call begins in a thread and is known here before a cancel can count.
 process and reaps it as soon as it has ended. On leaving, all that still run are killed: with its process a
 call ends in the qube as well, and a reader of its socket here reads the end.
 
-What was done to the system is undone step by step. If a step fails, the next one is tried all the same, and
-no step is waited for without end. What could not be undone is told without hiding why the work ended: in
-addition to that error where there is one, as an error of its own where not.
+Changes of the system are undone step by step. If a step fails, the next one is tried all the same, and no
+step is waited for without end. What could not be undone is told in the advice of the error that ended the
+work. If there is no such error, it is an error of its own.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """A worker in a DisposableVM, called over qrexec. dom0 calls; it listens on nothing and offers nothing.
 
-Strategy: what a restore takes (the lock, the qube, its calls, the access to the backup) is entered in order
-and left in the reverse one, whatever ended it, so that the worker loses the backup before anything else.
+Strategy: a restore takes the lock, the qube, its calls and the access to the backup in this order, and gives
+them back in the reverse order, however it ends, so that the worker loses the backup before anything else.
 Every call is a process with one half of a socket pair as its input and output; the other half is the
 broker's. The archive never passes through this process; `backup_source` says how it comes to the worker.
 """

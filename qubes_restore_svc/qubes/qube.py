@@ -1,14 +1,14 @@
 """One qube on its way into a Qubes system, and how it gets its settings.
 
-Strategy: the qube exists from the start, for others may be based on it, but it carries two tags until it is
-complete: the system's own, with which it cannot be started, and one of ours, by which the next restore or the
-guard knows it. It has no network meanwhile. Taking the tags away is the last step, and what makes it a
-finished qube.
+Strategy: the qube exists from the start, because others may be based on it. But it carries two tags until it
+is complete: the system's own, with which it cannot be started, and one of ours, by which the next restore or
+the guard knows it. It has no network meanwhile. The last step takes the tags away, and with that the qube is
+finished.
 
 Settings are applied one after the other, each with its own outcome. A setting that fails becomes a remark,
 because a qube without one of its features is better than no qube. The network is the exception: it comes
-last, and only over a firewall that stands, so that a setting which fails never makes a qube reach more than
-it should.
+last, and only if the firewall has been set. So a setting that fails never gives a qube more network than it
+should have.
 """
 
 import enum

@@ -9,7 +9,7 @@
 * `RESTORED_TAG`, with the backup's id, is on a qube that was restored. `set_finished` sets it, and it stays.
 * Tags of the backup itself that the configuration lets back are set with the other settings (`qube.py`).
 
-Strategy: what was left is told by its tags, and only what is ours without doubt is taken away. An unfinished
+Strategy: the tags tell what was left, and only what is certainly ours is removed. An unfinished
 qube of this program carries two tags and has never been started; a worker is a disposable with the worker's
 tag and a worker's name. The caller holds the lock under which such things are made. So they cannot belong to
 a restore that runs.

@@ -1,11 +1,11 @@
 """The worker's DisposableVM: a qube of its own for one restore, without network.
 
 Strategy: it is created under a name that nobody has, with its memory all at once (keys need it at once) and
-with the tag that the policy knows. How much memory is free, nothing in dom0 tells: qmemman takes from other
-qubes what they do not use. So where nobody has said how much it is to be, it is tried: qubesd refuses a start
-whose memory it cannot get, and the next attempt asks for less. On leaving, the tag goes first, and with it
-all that the policy grants, then the qube. What a restore that was killed has left behind goes before the next
-one begins.
+with the tag that the policy knows. Nothing in dom0 tells how much memory is free: qmemman takes from other
+qubes what they do not use. So if nobody has said how much the worker gets, it is tried: qubesd refuses a
+start if it cannot get the memory, and the next attempt asks for less. On leaving, the tag goes first, and
+with it all that the policy grants, then the qube. What a killed restore left behind is removed before the
+next one begins.
 """
 
 import asyncio

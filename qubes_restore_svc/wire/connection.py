@@ -2,12 +2,13 @@
 
 Strategy: what comes in is kept until a frame is complete. A frame is refused as soon as its length has come,
 if nothing that may come now can be so long. Its JSON is read next, then its type is looked up in the table of
-what may come now. Only then its fields are looked at. Whatever is wrong is a ProtocolViolation; the
-connection has come to its end then, and says the same again.
+what may come now. Only then its fields are looked at. Every fault is a ProtocolViolation. It ends the
+connection, which then raises the same again.
 
     frame   4 bytes of length, big-endian, then as many bytes of one JSON object
 
-The two tables, and what no table can tell, are in `messages.py` (a session) and `restore_call.py` (a call).
+The two tables, and the rules that no table can hold, are in `messages.py` (a session) and `restore_call.py`
+(a call).
 """
 
 import enum

@@ -1,4 +1,4 @@
-"""What every message of ours is made of: strict and frozen models.
+"""The models that every message of ours is made of: strict and frozen.
 
 Strategy: one class a message, told apart by `type`; a field is a type of `names.py`, a bounded list of such,
 or another model. Unknown keys are refused, nothing is coerced, and a validation error never quotes what it

@@ -1,8 +1,8 @@
 """What happened, qube by qube and volume by volume: the result of every restore and verify.
 
 Strategy: one set of models. The broker fills them while things happen and sends them to a client as they are;
-every display reads them. A field is checked whenever it is set. What this side has to say is cut to fit
-before that (`remarks`, `ErrorInfo.of`); what another side says and does not fit is refused. The exit status
+every display reads them. A field is checked whenever it is set. Texts of this side are cut before that, so
+that they fit (`remarks`, `ErrorInfo.of`). Texts of another side that do not fit are refused. The exit status
 is computed from them, so the report and the status cannot disagree.
 """
 

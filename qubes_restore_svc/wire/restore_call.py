@@ -1,10 +1,11 @@
 """The messages of `restore.Start`, `restore.Verify` and `restore.List`: between a client and dom0's broker.
 
-Strategy: the client opens, is told the plan, may choose otherwise and is told the new plan, and confirms the
-plan it was told last, by its number: what was shown is what is done. From then on the broker tells how it
-goes, and at the end what came of it. All of it is bounded and closed, as in `models.py`: dom0 answers every
-qube that the policy lets call, and that may be one that has been taken over. What may come when is a table;
-messages of the two sides can cross on the way, so after a `cancel` the broker may still say anything.
+Strategy: the client opens a backup and is told the plan. It may choose otherwise, and is told the new plan.
+Then it confirms the last plan, by its number, so that exactly the plan that was shown is carried out. From
+then on the broker tells the progress, and at the end the result. All of it is bounded and closed, as in
+`models.py`: dom0 answers every qube that the policy lets call, and that may be one that has been taken over.
+What may come when is a table; messages of the two sides can cross on the way, so after a `cancel` the broker
+may still say anything.
 
     IDLE      --open-->     PLANNING
     PLANNING  --plan-->     PLANNED    (CLOSED, if it was only to be listed)

@@ -8,7 +8,7 @@ itself, straight to where they belong. All integers are big-endian.
     record  u64 offset, u32 length (1 to 1 MiB), then `length` bytes of data
     end     u64 2^64-1, u32 0, then u64: the number of data bytes in all records
 
-What no record covers is zero.
+Where there is no record, the image is zero.
 """
 
 import struct

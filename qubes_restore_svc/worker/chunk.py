@@ -1,6 +1,6 @@
 """A chunk on its way from the archive to the unpacking: where it waits, and where it is opened.
 
-Strategy: a chunk carries all that whoever takes it needs. `open` checks its MAC and decrypts it, and is the
+Strategy: a chunk carries all that its user needs. `open` checks its MAC and decrypts it, and is the
 only way to its content; `release` gives its memory back. What proves that it is authentic is in `proofs.py`.
 
 Where the archive can seek, a chunk stays in it until it is opened, so that the memory is left to the

@@ -4,10 +4,9 @@ Strategy: take a call, read its service descriptor, check who calls, hand the co
 dom0 may call. There is one session in a worker's life, and when it ends the daemon ends.
 
 Calls come as connected sockets in one of two ways. A local link holds the other end of one socket and passes
-a descriptor for every call, so nobody else can reach the worker; when that end is closed the broker is gone,
-however it went, and so is every reason to stay. In a Qubes VM the qrexec agent connects to a socket with a
-name, which systemd has made, for root alone, and passes on (sd_listen_fds(3)); who calls is said in the
-service descriptor.
+a descriptor for every call, so nobody else can reach the worker; when that end is closed, the broker is gone,
+and the daemon ends. In a Qubes VM the qrexec agent connects to a socket with a name, which systemd has made,
+for root alone, and passes on (sd_listen_fds(3)); who calls is said in the service descriptor.
 """
 
 import asyncio

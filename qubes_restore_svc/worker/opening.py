@@ -1,9 +1,9 @@
 """The beginning of a backup: header, its authenticated copy, qubes.xml.
 
 Strategy: the first members in their fixed order, each by the same means as every later chunk. Nothing is
-believed of the header until it equals the content of its container, and nothing of qubes.xml before its
-MAC has been checked. The keys of both are derived at once. Each is a witness for the other: a passphrase is
-wrong if neither opens its container, and if only one does, the computation of the other was. So a wrong
+believed of the header until it equals the content of its container, and nothing of qubes.xml before its MAC
+has been checked. The keys of both are derived at once. The two check each other. If neither opens its
+container, the passphrase is wrong; if only one does, the other key was computed wrongly. So a wrong
 passphrase is told without deriving anything twice, and never because a processor was wrong once.
 
 In format 3 no key is derived. The header's MAC must be one of the known digests, by its length; the header

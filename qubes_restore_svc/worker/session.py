@@ -1,11 +1,11 @@
 """The worker's side of `restore.Session`: messages in, the answers of its work out.
 
 Strategy: the event loop only carries messages. What blocks runs in threads, whose answers come back through
-the outbox. They wait while many answers are there, so that a broker that does not read stops the work like
-one that does not fetch. Nobody waits for the threads: one that reads from a silent pipe, or derives a key,
-ends when it can. Every message, in either direction, passes the connection of `wire/messages.py`. The session
-is over when the broker hangs up or cancels, when everything has been said, or when one side breaks the
-protocol.
+the outbox. The threads wait while many answers have not been sent. So a broker that does not read stops the
+work, as one that does not fetch. Nobody waits for the threads: one that reads from a silent pipe, or derives
+a key, ends when it can. Every message, in either direction, passes the connection of `wire/messages.py`. The
+session is over when the broker hangs up or cancels, when everything has been said, or when one side breaks
+the protocol.
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 Strategy: small reads go through a small buffer, large ones straight into the caller's memory. The
 end of the input shows as a short read. What is not needed is skipped: by seeking where the
 input can seek, by reading it away where it cannot. What a file cannot give (EIO) is stepped over and reads
-as zeros: what that costs is decided by checksums and MACs, and `gap` tells the reason. That holds for a disk
+as zeros: checksums and MACs then show what is lost, and `gap` tells the reason. That holds for a disk
 (a block device), too. A pipe cannot be read past an error.
 """
 

@@ -2,14 +2,14 @@
 
 Strategy: the conversation begins when the first byte is wanted. A reader of the qfile knows when its stream
 is over: then the answer is sent and the other side gets a moment to hang up; where the stream stops before,
-the reader asks why. Nothing that the storage VM says is believed: what a chunk is worth, its MAC decides. The
-other side is a call that dom0 has made, or a process of ours (`qrexec-client-vm QUBE qubes.RestoreById+ID`),
-which is ended and reaped at the latest when the session is over.
+the reader asks why. The worker believes nothing that the storage VM says: only the MAC of a chunk tells
+whether it is authentic. The other side is a call that dom0 has made, or a process of ours (`qrexec-client-vm
+QUBE qubes.RestoreById+ID`), which is ended and reaped at the latest when the session is over.
 
-The paths are prefixes (tar2qfile of qubes-core-agent-linux). The sender stops at the first member that none
-of them fits, once each has fitted at least once. Nothing is lost by that: the members of a directory lie
-together, and a directory is asked for with its slash, so that it is not the beginning of another one's name.
-A member counts for the first path that fits, so a path that is the beginning of another comes after it.
+The paths are prefixes (tar2qfile of qubes-core-agent-linux). The sender stops at the first member that fits
+no path, as soon as each path has fitted a member. Nothing is lost: the members of a directory lie together,
+and a directory is asked for with its slash, so that it is not the beginning of another one's name. A member
+counts for the first path that fits, so a path that is the beginning of another comes after it.
 """
 
 import contextlib

@@ -1,9 +1,10 @@
-"""What the threads of the worker share: the word that stops them, and what one says whose work fails.
+"""What the threads of the worker share: the word that stops them, and how a failure becomes an error to send.
 
-Strategy: a thread that dies without a word leaves the others waiting for ever. So each of them catches
-everything at its outermost place, and `as_restore_error` makes of it an error that can be sent. Errors of the
-archive are that already. What has run out has its own words. Everything else is a mistake of this program; it
-is named by its type only, because its text might quote what is secret, or what the archive says.
+Strategy: if a thread died without a word, the others would wait for ever. So each of them catches everything
+at its outermost place, and `as_restore_error` makes of it an error that can be sent. Errors of the archive
+are such errors already. If a resource has run out, the error says which one. Everything else is a mistake of
+this program; it is named by its type only, because its text might quote what is secret, or what the archive
+says.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """The work of one session, in one thread: open the backup, list it, wait until it is said what to read, read.
 
 Strategy: one function goes from one end of it to the other. It makes what it uses (memory, keys, the archive,
-the intake, the pipeline) where that is needed, and hands it on. Each part knows what stands before it, and
-nobody knows all. `Work` is what the session can say meanwhile, and ask: which qubes are wanted, which are no
+the intake, the pipeline) where that is needed, and hands it on. Each part knows what stands before it, and no
+part knows all. Through `Work` the session can ask and say meanwhile: which qubes are wanted, which are no
 more, how far it is, and that it is over.
 """
 
