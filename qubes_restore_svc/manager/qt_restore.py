@@ -111,10 +111,15 @@ class _Deaf(QObject):
         if sip.isdeleted(self._window) or self._window.isVisible():
             return False
         if isinstance(event, QKeyEvent) and isinstance(QApplication.focusWidget(), QLineEdit):
-            return not event.text().isprintable()  # a letter starts nothing, and is not to get lost
+            return not _is_letter(event)  # it starts nothing, and is not to get lost
         if event.type() is QEvent.Type.Close:
             event.ignore()  # otherwise it counts as taken, and the window goes
         return True
+
+
+def _is_letter(event: QKeyEvent) -> bool:
+    no_command = Qt.KeyboardModifier.ShiftModifier | Qt.KeyboardModifier.KeypadModifier
+    return bool(event.text()) and event.text().isprintable() and not event.modifiers() & ~no_command
 
 
 _INPUT = frozenset(

@@ -16,7 +16,7 @@ _UNUSED = {
     "qasync": "",
     "qubesimgconverter": "",
     "xdg/__init__": "",
-    "xdg/BaseDirectory": "xdg_cache_home = ''",
+    "xdg/BaseDirectory": "xdg_cache_home = xdg_config_home = '/nonexistent'",
     "qubesmanager/resources": "",
 }
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from tests.conformance import real_manager
 from tests.support.fixtures import REPOSITORY
 
+#: What is about the window and its start.
+WINDOW = ("tests/manager/test_window.py", "tests/manager/test_launcher.py")
+
 
 def test_the_tests_of_the_window_pass_on_the_real_dialog(
     checkout: Callable[[str], Path], tmp_path: Path
@@ -18,7 +21,7 @@ def test_the_tests_of_the_window_pass_on_the_real_dialog(
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", real_manager.__name__,
-            "-o", f"pythonpath={' '.join(map(str, places))}", "tests/manager/test_window.py",
+            "-o", f"pythonpath={' '.join(map(str, places))}", *WINDOW,
         ],
         cwd=REPOSITORY,
         env=os.environ | {"QT_QPA_PLATFORM": "offscreen"},

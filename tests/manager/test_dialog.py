@@ -19,7 +19,7 @@ from tests.manager.script import (
 
 from PyQt6.QtCore import QEvent, QPointF, Qt, QTimer  # isort: skip
 from PyQt6.QtGui import QKeyEvent, QMouseEvent  # isort: skip
-from PyQt6.QtWidgets import QApplication, QProgressDialog, QPushButton  # isort: skip
+from PyQt6.QtWidgets import QApplication, QLineEdit, QProgressDialog, QPushButton  # isort: skip
 
 from qubes_restore_svc.manager import qt_restore  # isort: skip
 from qubes_restore_svc.manager.restore import BackupRestore  # isort: skip
@@ -219,6 +219,31 @@ def test_what_is_pressed_before_the_waiting_shows_does_not_reach_the_page_below(
     press(below)
     assert len(pressed) == 4
     assert below.close()
+    shown.close()
+
+
+def test_letters_that_are_typed_before_the_waiting_shows_do_not_get_lost() -> None:
+    shown = dialog(Script(QUBES, hold_opening=True), qt_restore.BackupRestore)
+    typed, entered = QLineEdit(shown), list[str]()
+    typed.returnPressed.connect(lambda: entered.append("return"))
+    typed.show()
+    typed.setFocus()
+    qt.process_events()
+    assert typed.hasFocus()
+
+    def type_early() -> None:
+        for text, modifier in (("a", none), ("B", Qt.KeyboardModifier.ShiftModifier), ("\r", none),
+                               ("c", Qt.KeyboardModifier.AltModifier), ("", none)):  # fmt: skip
+            key = Qt.Key.Key_Return if text == "\r" else Qt.Key.Key_A
+            event = QKeyEvent(QEvent.Type.KeyPress, key.value, modifier, text)
+            arrived.append(qt.application().sendEvent(typed, event) and event.type() is not None)
+        assert shown.backup is not None
+        shown.backup.canceled = True
+
+    none, arrived = Qt.KeyboardModifier.NoModifier, list[bool]()
+    QTimer.singleShot(0, type_early)
+    assert not shown.select()
+    assert (len(arrived), typed.text(), entered) == (5, "aB", [])
     shown.close()
 
 

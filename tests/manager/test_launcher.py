@@ -9,9 +9,12 @@ from qubes_restore_svc.manager import launcher
 from tests.manager import qt
 from tests.support.fixtures import REPOSITORY
 
+import qubesadmin  # isort: skip
+import qubesmanager  # isort: skip
 from qubesmanager import utils  # isort: skip
 
-STANDINS = (REPOSITORY / "tests" / "emulation" / "standin", REPOSITORY / "tests" / "manager" / "standin")
+#: Where `qubesadmin` and `qubesmanager` lie: the stand-ins, or the real ones.
+STANDINS = tuple(Path(str(module.__file__)).parents[1] for module in (qubesadmin, qubesmanager))
 RUN = "from qubes_restore_svc.manager.launcher import main; main()"
 
 
@@ -90,6 +93,25 @@ def test_it_starts_the_installed_dialog_and_passes_the_level_on(monkeypatch: pyt
     )
     launcher.main(["--log", "DEBUG"])
     assert shown == [("IsolatedRestoreWindow", ["--log", "DEBUG"])]
+
+
+def test_a_mistake_in_the_dialog_that_is_started_is_not_told_as_one_of_qubes_manager(tmp_path: Path) -> None:
+    code = f"""
+import sys
+import qubesadmin
+from PyQt6.QtWidgets import QApplication, QMessageBox
+class Nothing:
+    domains, local_name = (), "dom0"
+qubesadmin.Qubes = Nothing
+QMessageBox.exec = lambda box: print(box.windowTitle(), "|", box.text())
+QApplication.exec = lambda *_: sys.excepthook(ValueError, ValueError("x"), None)
+{RUN}"""
+    done = launched(tmp_path, *STANDINS, code=code)
+    assert done.stdout == (
+        "Restore Backup (isolated) | Something went wrong in this dialog.\n\nSomething failed that must not"
+        " fail (ValueError). This is a mistake of the program; please report it.\n"
+    ), done.stderr
+    assert done.returncode == 0
 
 
 def test_another_dialog_than_the_one_it_knows_is_told(
