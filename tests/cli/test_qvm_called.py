@@ -229,6 +229,13 @@ def test_what_fits_into_no_message_is_told_without_its_value(line: str, reason: 
     assert reason in caught.value.reason and "a~b" not in caught.value.reason
 
 
+@pytest.mark.parametrize(("line", "digest"), [("b", None), ("--sha256 b", "sha256")])
+def test_the_configuration_says_which_digest_is_told_unless_plain_sha_256_is_asked_for(
+    line: str, digest: str | None
+) -> None:
+    assert restore_request(arguments(f"-d nas {line}"), None, FakeTransport(planned)).digest == digest
+
+
 # --- Which way -----------------------------------------------------------------------------------
 
 
