@@ -55,7 +55,7 @@ class Chunk:
                 return self.proof.verify(self._fetch, remark)
             self._store.wait_for(self)
             if self._error is not None:
-                raise self._error
+                raise as_restore_error(self._error)  # a new one: its traceback leads to this chunk
             assert self._content is not None
             return self._content
         except RestoreError as error:
@@ -215,23 +215,29 @@ class ChunkStore:
         return True
 
     def _work(self) -> None:
-        while (chunk := self._next_ready()) is not None:
-            chunk.open_ahead()
-            with self._budget.lock:
-                chunk._busy = False
-                self._opened.notify_all()
+        while self._open_next():
+            pass  # in a frame of its own, which holds the chunk no longer than it takes
 
-    def _next_ready(self) -> Chunk | None:
-        """Begin the first chunk as soon as it can be opened ahead. None: nothing more is to be."""
+    def _open_next(self) -> bool:
+        """Open the first chunk ahead as soon as that can be. False: nothing more is to be."""
         with self._budget.lock:
-            while not self._closed:
-                if self._open <= self._threads and self._unopened:
-                    chunk = self._unopened[0]
-                    if chunk.proof.ready and self._begin(chunk, ahead=True):
-                        self._turn.notify()  # the one behind it may be ready, too
-                        return chunk
+            while self._closed or (chunk := self._begin_ready()) is None:
+                if self._closed:
+                    return False
                 self._turn.wait()
+            self._turn.notify()  # the one behind it may be ready, too
+        chunk.open_ahead()
+        with self._budget.lock:
+            chunk._busy = False
+            self._opened.notify_all()
+        return True
+
+    def _begin_ready(self) -> Chunk | None:
+        """Begin the first chunk if it can be opened ahead now."""
+        if self._open > self._threads or not self._unopened:
             return None
+        chunk = self._unopened[0]
+        return chunk if chunk.proof.ready and self._begin(chunk, ahead=True) else None
 
     def _next_turn(self) -> None:
         with self._budget.lock:

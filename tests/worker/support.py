@@ -211,6 +211,8 @@ class Pass:
             emit=self.messages.append,
             announce=(receiver or Receiver(self.messages.append)).announce,
         )
+        self.store.open_ahead(2)
+        self.stop.wakes(self.store.close)
         self.intake.start(self.backup.proofs)
         self.thread = in_thread(self.pipeline.run)
 
@@ -221,6 +223,7 @@ class Pass:
     def finish(self) -> None:
         """Wait for the end of the pass, and until all memory has been given back."""
         join(self.thread)
+        self.store.close()
         self.scheduler.close()
         wait_until(lambda: self.budget.used == 0, "the release of all memory")
 
