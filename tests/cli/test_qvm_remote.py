@@ -1,104 +1,36 @@
 """`qvm-backup-restore --mgmt-vm` in a qube: as in dom0, to the letter, and refused where dom0 says no."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.fixtures import REPOSITORY
-from tests.system.support import costly_backup, passphrase_file, small_backup
+from tests.system.support import costly_backup, passphrase_file
 
-from .terminal import Seen, on_terminal
-
-TYPED = f"{PASSPHRASE}\n"
-QUESTION = "Do you want to proceed? [y/N] "
-
-
-@pytest.fixture(scope="module")
-def backup(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("backup") / "sample.qbackup"
-    small_backup().write(path)
-    return path
-
-
-@dataclass
-class Domain:
-    """Where the command runs. What it restores is in `folder` then."""
-
-    module: str
-    folder: Path
-
-    @property
-    def qubes(self) -> list[str]:
-        """What has been restored."""
-        target = self.folder / "restored"
-        return sorted(os.listdir(target)) if target.exists() else []
-
-    @property
-    def report(self) -> dict[str, object]:
-        """What was written, but for times."""
-        content: dict[str, object] = json.loads((self.folder / "report.json").read_text())
-        assert content.pop("started") and content.pop("finished")
-        return content
-
-    def words(self, *options: str | Path) -> list[str]:
-        """The arguments of the driver."""
-        report = self.folder / "report.json"
-        return [str(word) for word in (self.folder, "--mgmt-vm", *options, "--report", report)]
-
-    def piped(
-        self, *options: str | Path, input: str = "", cwd: Path = REPOSITORY
-    ) -> subprocess.CompletedProcess[str]:
-        """As in a script."""
-        return subprocess.run(
-            [sys.executable, "-m", self.module, *self.words(*options)],
-            input=input,
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            start_new_session=True,
-            timeout=60,
-            check=False,
-        )
-
-    def seen(self, *options: str | Path, answers: str = "", types: str = TYPED) -> Seen:
-        """As a person sees it."""
-        return on_terminal(*self.words(*options), types=types, answers=answers, module=self.module)
-
-
-@pytest.fixture
-def qube(tmp_path: Path) -> Domain:
-    return domain("tests.cli.remote_driver", tmp_path / "qube")
-
-
-@pytest.fixture
-def dom0(tmp_path: Path) -> Domain:
-    return domain("tests.cli.qvm_driver", tmp_path / "dom0")
-
-
-def domain(module: str, folder: Path) -> Domain:
-    (folder / "reports").mkdir(parents=True)
-    configure(folder)
-    return Domain(module, folder)
-
-
-def configure(folder: Path, more: str = "") -> None:
-    """How dom0 is set up for the qube."""
-    config = folder / "config.yaml"
-    config.write_text(f"report: {{directory: {folder / 'reports'}}}\n{more}")
-    config.chmod(0o644)
-
+from .domains import QUESTION, Domain, without_times
 
 # --- The same ------------------------------------------------------------------------------------
+
+
+def as_in_dom0(qube: Domain, dom0: Domain, *options: str, report: Mapping[str, object] | None = None) -> int:
+    """The same words, qubes and report, but for the fields in `report`; returns the status."""
+    there, here = (domain.restored(*options) for domain in (dom0, qube))
+    assert (here.returncode, here.stdout, here.stderr) == (there.returncode, there.stdout, there.stderr)
+    assert qube.qubes == dom0.qubes
+    assert qube.report == {**dom0.report, **(report or {})}
+    return here.returncode
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> str:
+    return str(passphrase_file(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -115,53 +47,33 @@ def configure(folder: Path, more: str = "") -> None:
     ids=" ".join,
 )
 def test_what_is_said_written_and_left_is_that_of_dom0(
-    options: list[str], qube: Domain, dom0: Domain, backup: Path
+    options: list[str], qube: Domain, dom0: Domain, secret: str
 ) -> None:
-    secret = passphrase_file(qube.folder)
-    there, here = (domain.piped(backup, "-p", secret, *options) for domain in (dom0, qube))
-    assert (here.returncode, here.stdout, here.stderr) == (there.returncode, there.stdout, there.stderr)
-    assert qube.qubes == dom0.qubes
-    assert qube.report == dom0.report
+    as_in_dom0(qube, dom0, "-p", secret, *options)
 
 
-@pytest.mark.parametrize(
-    "options", [[], ["--skip-conflicting", "-x", "debian"], ["--skip-conflicting", "vault"]], ids=" ".join
-)
-def test_what_does_not_fit_is_said_as_in_dom0(
-    options: list[str], qube: Domain, dom0: Domain, backup: Path
-) -> None:
-    secret = passphrase_file(qube.folder)
-    for domain in (dom0, qube):
-        assert domain.piped(backup, "-p", secret, "vault").returncode == 0
-    there, here = (domain.piped(backup, "-p", secret, *options) for domain in (dom0, qube))
-    assert (here.returncode, here.stdout, here.stderr) == (there.returncode, there.stdout, there.stderr)
-    assert qube.qubes == dom0.qubes
-    assert qube.report == dom0.report
+def test_what_does_not_fit_is_said_as_in_dom0(qube: Domain, dom0: Domain, secret: str) -> None:
+    assert as_in_dom0(qube, dom0, "-p", secret, "vault") == 0
+    for options, status in (([], 1), (["vault"], 1), (["-x", "debian"], 0)):
+        conflicting = ["--skip-conflicting"] if options else []
+        assert as_in_dom0(qube, dom0, "-p", secret, *conflicting, *options) == status
 
 
 @pytest.mark.parametrize("options", [["nobody"], ["-x", "nobody"]], ids=" ".join)
 def test_a_name_that_is_not_in_the_backup_is_refused_as_in_dom0(
-    options: list[str], qube: Domain, dom0: Domain, backup: Path
+    options: list[str], qube: Domain, dom0: Domain, secret: str
 ) -> None:
-    secret = passphrase_file(qube.folder)
-    there, here = (domain.piped(backup, "-p", secret, *options) for domain in (dom0, qube))
-    assert (here.returncode, here.stdout, here.stderr) == (there.returncode, there.stdout, there.stderr)
     # Who is refused is not told which backup it was.
-    assert qube.report == {**dom0.report, "backup_id": None}
+    as_in_dom0(qube, dom0, "-p", secret, *options, report={"backup_id": None})
 
 
-def test_a_wrong_passphrase_is_said_as_in_dom0(qube: Domain, dom0: Domain, backup: Path) -> None:
-    secret = passphrase_file(qube.folder, "wrong")
-    there, here = (domain.piped(backup, "-p", secret) for domain in (dom0, qube))
-    assert (here.returncode, here.stdout, here.stderr) == (there.returncode, there.stdout, there.stderr)
-    assert qube.report == dom0.report
+def test_a_wrong_passphrase_is_said_as_in_dom0(qube: Domain, dom0: Domain, tmp_path: Path) -> None:
+    as_in_dom0(qube, dom0, "-p", str(passphrase_file(tmp_path, "wrong")))
 
 
 @pytest.mark.parametrize("answers", ["y\n", "n\n", "\x03"])
-def test_the_screen_is_that_of_dom0_after_every_answer(
-    answers: str, qube: Domain, dom0: Domain, backup: Path
-) -> None:
-    there, here = (domain.seen(backup, "vault", answers=answers) for domain in (dom0, qube))
+def test_the_screen_is_that_of_dom0_after_every_answer(answers: str, qube: Domain, dom0: Domain) -> None:
+    there, here = (domain.seen("vault", answers=answers) for domain in (dom0, qube))
     assert here.status == there.status == (0 if answers == "y\n" else 130)
     assert here.screen == there.screen
     assert any(line.startswith(QUESTION.strip()) for line in here.screen)
@@ -172,11 +84,11 @@ def test_the_screen_is_that_of_dom0_after_every_answer(
 # --- What is asked for ---------------------------------------------------------------------------
 
 
-def test_the_narrowest_service_is_called(qube: Domain, backup: Path) -> None:
+def test_the_narrowest_service_is_called(qube: Domain) -> None:
     secret = passphrase_file(qube.folder)
-    qube.piped(backup, "-p", secret, "--verify-only", "vault")
+    qube.restored("-p", secret, "--verify-only", "vault")
     assert (qube.folder / "service").read_text() == "restore.Verify\n"
-    qube.piped(backup, "-p", secret, "vault")
+    qube.restored("-p", secret, "vault")
     assert (qube.folder / "service").read_text() == "restore.Start\n"
 
 
@@ -221,15 +133,15 @@ def test_a_name_that_json_cannot_carry_is_refused_here(qube: Domain, backup: Pat
     assert (done.returncode, "ends with a space" in done.stderr) == (2, True)
 
 
-def test_what_only_dom0_knows_is_judged_there(qube: Domain, backup: Path) -> None:
-    configure(qube.folder, "grants: {sys-gui: {pools: ['*']}}\n")
-    done = qube.piped(backup, "-p", passphrase_file(qube.folder), "--pool", "nowhere", "vault")
+def test_what_only_dom0_knows_is_judged_there(qube: Domain) -> None:
+    qube.configure("grants: {sys-gui: {pools: ['*']}}\n")
+    done = qube.restored("-p", passphrase_file(qube.folder), "--pool", "nowhere", "vault")
     assert (done.returncode, "there is no storage pool 'nowhere'" in done.stderr) == (1, True)
-    done = qube.piped(backup, "-p", passphrase_file(qube.folder), "--memory", "9000", "vault")
+    done = qube.restored("-p", passphrase_file(qube.folder), "--memory", "9000", "vault")
     assert (done.returncode, "grants" in done.stderr) == (1, True)
 
 
-def test_a_file_of_dom0_is_asked_for_by_name_and_is_not_looked_for_here(qube: Domain, backup: Path) -> None:
+def test_a_file_of_dom0_is_asked_for_by_name_and_is_not_looked_for_here(qube: Domain) -> None:
     done = qube.piped("-d", "dom0", "/nowhere/b", "-p", passphrase_file(qube.folder), "vault")
     assert done.returncode == 1
     assert "grants.sys-gui.dom0_directories" in done.stderr.replace("\n  ", " ")
@@ -240,7 +152,7 @@ def test_a_file_of_dom0_is_asked_for_by_name_and_is_not_looked_for_here(qube: Do
 
 def test_without_a_grant_the_person_is_told_the_line_that_is_missing(qube: Domain, backup: Path) -> None:
     (qube.folder / "refused").write_text("126")
-    done = qube.piped(backup, "-p", passphrase_file(qube.folder), "--verify-only")
+    done = qube.restored("-p", passphrase_file(qube.folder), "--verify-only")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "qvm-backup-restore: dom0's policy does not let this qube call restore.Verify, or somebody there said"
@@ -252,9 +164,9 @@ def test_without_a_grant_the_person_is_told_the_line_that_is_missing(qube: Domai
 
 
 @pytest.mark.parametrize(("code", "words"), [("127", "Install the package"), ("255", "broke off")])
-def test_a_call_that_fails_otherwise(code: str, words: str, qube: Domain, backup: Path) -> None:
+def test_a_call_that_fails_otherwise(code: str, words: str, qube: Domain) -> None:
     (qube.folder / "refused").write_text(code)
-    seen = qube.seen(backup, "vault")
+    seen = qube.seen("vault")
     assert seen.status == 1
     assert words in " ".join(seen.screen)
 
@@ -277,7 +189,7 @@ def test_ctrl_c_during_the_restore_leaves_nothing_half_and_reports(
     costly.write_bytes(costly_backup(16))
     words = asking.words(costly, "-v", "-p", passphrase_file(asking.folder), "vault", "work")
     with subprocess.Popen(
-        [sys.executable, "-m", asking.module, *words],
+        words,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -291,7 +203,6 @@ def test_ctrl_c_during_the_restore_leaves_nothing_half_and_reports(
     assert asking.qubes == ["vault"]
     assert asking.report["status"] == 130
     (kept,) = (asking.folder / "reports").iterdir()
-    there = json.loads(kept.read_text())
-    here = asking.report
+    there, here = without_times(kept), asking.report
     assert (there.pop("asked_by"), here.pop("asked_by")) == (asked_by, None)
     assert {name: there[name] for name in here} == here  # it is dom0's own
