@@ -249,7 +249,7 @@ def _checked(kind: Kind, entry: str, *, once: bool) -> str:
             return entry
         case _:
             switch = rule.standing.value.strip("`")
-            raise ValueError(f"on the {kind} {entry} no list decides, but {switch}: {rule.why}")
+            raise ValueError(f"no list decides about the {kind} {entry}, but {switch} does: {rule.why}")
 
 
 def with_wildcards(entry: str) -> re.Pattern[str]:

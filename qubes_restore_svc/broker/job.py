@@ -183,9 +183,9 @@ async def _locked(host: Host) -> AsyncIterator[Sequence[str]]:
 
 #: What a person must know of a backup that Qubes R2 to R3.2 wrote, before anything is restored from it.
 OLD_FORMAT = (
-    "the backup has format 3, which Qubes R2 to R3.2 wrote. Each piece of it is authenticated, but its place"
-    " is not: whoever could change the file, and had another backup with the same passphrase, could exchange"
-    " pieces of the two, or leave out settings. Restore it only if nobody else had the file in hand"
+    "the backup has format 3, which Qubes R2 to R3.2 wrote. Each piece of it is authenticated, but not its"
+    " place: somebody who could change the file, and had another backup with the same passphrase, can have"
+    " exchanged pieces of the two, or left out settings. Restore it only if nobody else had the file in hand"
 )
 
 

@@ -90,7 +90,7 @@ class Ledger:
     def take_back(self, message: m.QubeIncomplete) -> None:
         """A qube that was over is not complete; raises ProtocolViolation if it was not over, or twice."""
         if message.key not in self._settled:
-            raise ProtocolViolation("a qube taken back that was not over, or that was taken back before")
+            raise ProtocolViolation("a qube taken back twice, or before it was complete")
         self._settled.remove(message.key)
 
     def finish(self) -> None:

@@ -433,7 +433,7 @@ def _location(arguments: RestoreArguments, archive_fd: int | None, way: Transpor
         return "dom0", HANDED_OVER
     if arguments.in_dom0:
         return "dom0", arguments.location
-    assert archive_fd is not None, "a backup in this qube is open by now"
+    assert archive_fd is not None, "a backup in this qube has been opened before"
     return None, _file_here(arguments.location, archive_fd)
 
 

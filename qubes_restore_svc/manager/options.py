@@ -104,7 +104,7 @@ _WRONG = {
     "qube": "the qube that holds the backup has a name that no qube can have",
     "passphrase": "the passphrase is longer than any can be, or holds characters that none can hold",
     "compression_filter": "the compression filter has a name that no program can have",
-    "pool": "the storage pool has a name that none can have",
+    "pool": "no storage pool can have this name",
 }
 
 

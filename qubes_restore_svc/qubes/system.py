@@ -355,7 +355,7 @@ class QubesSystem:
             # `qubesadmin` takes an assignment to what is an attribute of its own for just that; and setting
             # `name`, which is both, renames the qube.
             if hasattr(type(qube), key) or key not in qube.property_list():
-                raise HostFailed(f"setting property {key} failed: it has none that could be set", qube=name)
+                raise HostFailed(f"setting property {key} failed: the qube has no such property", qube=name)
             if value is None:
                 delattr(qube, key)
             else:

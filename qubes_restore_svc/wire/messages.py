@@ -237,7 +237,7 @@ class VolumeDone(Message):
     def _check(self) -> Self:
         digests = 2 - (self.fsverity, self.sha256).count(None)
         if digests != (self.outcome == "ok") or (self.error is None) != (self.outcome == "ok"):
-            raise ValueError("a volume that is ok has one digest, any other an error, and none has both")
+            raise ValueError("a volume that is ok has one digest, and any other has an error")
         if self.data_bytes > self.image_size:
             raise ValueError("more data than the image has room for")
         return self

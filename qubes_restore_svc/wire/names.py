@@ -180,7 +180,7 @@ def _one_line(untrusted_text: str) -> str:
         any(unicodedata.category(char) in ("Cc", "Cs") for char in untrusted_text)
         or not untrusted_text.strip()
     ):
-        raise ValueError("empty, or with a character that is none")
+        raise ValueError("empty, or with an invalid character")
     return untrusted_text
 
 

@@ -142,11 +142,11 @@ class Choice(Model):
 
 
 _UNFIT = {
-    "pool": "the storage pool has a name that none can have",
+    "pool": "no storage pool can have this name",
     "template": "the template has a name that no qube can have",
     "netvm": "the netvm has a name that no qube can have",
     "qubes": "a choice for a qube that holds something else than one name of each kind",
-    "allow": "a setting that is none: expected property:, feature:, tag: or device: and a name",
+    "allow": "this is no setting: expected property:, feature:, tag: or device: and a name",
 }
 
 

@@ -134,7 +134,7 @@ class ContainerProof:
             return again
         if again != key:
             raise FaultyMachine(
-                "its key was derived twice, with two results, of which none is right: the processor or the"
+                "its key was derived twice, with two results, and neither is right: the processor or the"
                 " memory of this computer is faulty"
             )
         self._costs.misfitted(self.parameters)

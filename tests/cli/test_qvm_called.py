@@ -218,7 +218,7 @@ def test_cancelled_while_it_opens() -> None:
     ("line", "reason"),
     [
         ("--mgmt-template a~b b", "the qube that reads the backup cannot be as it was asked for (template: "),
-        ("--pool a~b b", "the storage pool has a name that none can have"),
+        ("--pool a~b b", "no storage pool can have this name"),
         ("a~b\udcff", "the location of the backup cannot be told to dom0 (text: "),
         ("b a~b\udcff", "a list of qubes that holds something else than names"),
     ],

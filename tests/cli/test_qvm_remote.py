@@ -109,7 +109,7 @@ def test_a_file_is_named_from_wherever_this_qube_is(qube: Domain, backup: Path, 
         (["-d", "no~name", "b"], 2, "is not the name of a qube"),
         (["-d", "sys-usb", "--location-is-service", "a b"], 2, "is not the name of a qrexec service"),
         (["--memory", "100000000", "BACKUP"], 2, "cannot be as it was asked for (memory: "),
-        (["--pool", "a b", "BACKUP"], 2, "the storage pool has a name that none can have"),
+        (["--pool", "a b", "BACKUP"], 2, "no storage pool can have this name"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_here(

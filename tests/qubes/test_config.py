@@ -301,8 +301,8 @@ def test_an_unknown_key_is_told_with_the_nearest(text: str, expected: str) -> No
          "line 4, restore.tags, entry 2: the tag guivm-sys-gui is never restored: a GUI domain's rights over"
          " the qube go by it; the system sets it itself where it belongs"),
         ("restore: {properties: [kernelopts]}",
-         "line 1, restore.properties, entry 1: on the property kernelopts no list decides, but"
-         " restore.kernelopts: it can switch off what protects a qube's system, that of its template"
+         "line 1, restore.properties, entry 1: no list decides about the property kernelopts, but"
+         " restore.kernelopts does: it can switch off what protects a qube's system, that of its template"
          " included"),
         ("restore:\n  features: ['a b']",
          "line 2, restore.features, entry 1: expected the name of a feature, a pattern with * or ?, or"
