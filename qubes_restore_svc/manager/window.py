@@ -12,7 +12,7 @@ import sys
 from queue import Empty
 from types import TracebackType
 
-from PyQt6.QtCore import QSize, Qt, QTimer
+from PyQt6.QtCore import QLocale, QSize, Qt, QTimer, QTranslator
 from PyQt6.QtGui import QCloseEvent, QFont, QTextCharFormat, QTextCursor
 from PyQt6.QtWidgets import (
     QApplication,
@@ -39,12 +39,18 @@ from qubes_restore_svc.manager.qube_table import text_colours
 from qubes_restore_svc.manager.wording import translate
 from qubes_restore_svc.wire import restore_call as c
 
+#: Where translations are put: `qubes-restore-manager_de.qm`.
+TRANSLATIONS = "/usr/share/qubes-restore-svc/translations"
+
 
 class IsolatedRestoreWindow(stock.RestoreVMsWindow):
     """The wizard."""
 
     def __init__(self, qt_app: QApplication, qubes_app: QubesBase, parent: QWidget | None = None) -> None:
         stock.restore = qt_restore
+        translator = QTranslator(qt_app)
+        if translator.load(QLocale(), "qubes-restore-manager", "_", TRANSLATIONS):
+            qt_app.installTranslator(translator)
         super().__init__(qt_app, qubes_app, parent)
         self._closing = False
         self._question: QMessageBox | None = None

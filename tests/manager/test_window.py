@@ -1,3 +1,4 @@
+import base64
 import logging
 import sys
 import threading
@@ -9,7 +10,7 @@ import qubesadmin
 
 from tests.manager import qt  # first: without Qt, all of this is skipped
 
-from PyQt6.QtCore import QEvent, QPoint, QRect, QSize, Qt  # isort: skip
+from PyQt6.QtCore import QEvent, QLocale, QPoint, QRect, QSize, Qt, QTranslator  # isort: skip
 from PyQt6.QtGui import QKeyEvent  # isort: skip
 from PyQt6.QtWidgets import QAbstractButton, QComboBox, QLineEdit, QMessageBox, QToolButton, QWidget, QWizard  # isort: skip
 from qubesmanager import backup_utils  # isort: skip
@@ -25,6 +26,7 @@ from qubes_restore_svc.errors import (
     WrongPassphrase,
 )
 from qubes_restore_svc.manager import call, restore
+from qubes_restore_svc.manager import window as manager_window
 from qubes_restore_svc.manager.window import IsolatedRestoreWindow
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import RefusedQube
@@ -375,6 +377,25 @@ def test_without_a_way_to_dom0_the_backup_is_not_opened_and_it_is_said(
     assert f"{tmp_path}/none" in told[0]
 
 
+def test_a_translation_that_was_put_there_is_used(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "qubes-restore-manager_de.qm").write_bytes(base64.b64decode(GERMAN))
+    monkeypatch.setattr(manager_window, "TRANSLATIONS", str(tmp_path))
+    usual = QLocale()
+    QLocale.setDefault(QLocale("de_DE"))
+    application = qt.application()
+    try:
+        with small_system(tmp_path / "system"):
+            shown = IsolatedRestoreWindow(application, qubesadmin.Qubes())
+        assert shown.windowTitle() == "Sicherung"
+        shown.done(0)
+    finally:
+        QLocale.setDefault(usual)
+        for translator in application.findChildren(QTranslator):
+            application.removeTranslator(translator)
+
+
 def test_a_mistake_of_ours_is_told_in_a_sentence_and_not_blamed_on_qubes_manager(
     window: IsolatedRestoreWindow, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,6 +412,11 @@ def test_a_mistake_of_ours_is_told_in_a_sentence_and_not_blamed_on_qubes_manager
     ]
 
 
+#: "Restore Backup (isolated)" is "Sicherung", as lrelease writes it.
+GERMAN = (
+    "PLhkGMrvnJXNIRy/YKG93acAAAACZGVCAAAACAeI6xkAAAAAaQAAAEcDAAAAEgBTAGkAYwBoAGUAcgB1AG4AZwgAAAAABgAAABlS"
+    "ZXN0b3JlIEJhY2t1cCAoaXNvbGF0ZWQpBwAAAAdSZXN0b3JlAYgAAAACAQE="
+)
 TAKEN = QubeExists("a qube of this name is here", advice="Use --name work=NAME.")
 LACKING = MissingDependency("its template is nowhere", advice="Use --template.")
 
