@@ -40,12 +40,12 @@ class ChoiceTable(TextTable):
             self._heading_width = columns.sectionSizeHint(_CHOOSE)
             columns.setSectionResizeMode(_CHOOSE, QHeaderView.ResizeMode.Fixed)
 
-    def begin(self, info: Mapping[str, VMToRestore]) -> None:
-        """Other rows: these qubes; those that do not fit come first."""
+    def begin(self, info: Mapping[str, VMToRestore], chosen: Mapping[str, c.QubeChoice]) -> None:
+        """Other rows: these qubes; those that do not fit come first. `chosen`: what was chosen before."""
         self.setRowCount(0)
         self._fields.clear()
         for name in sorted(info, key=lambda name: info[name].good_to_go):
-            self._fields[name] = fields = _Fields(name)
+            self._fields[name] = fields = _Fields(chosen.get(name) or c.QubeChoice(name=name))
             fields.changed.connect(self.changed)
             self.setCellWidget(self.add_row(), _CHOOSE, fields)
 
@@ -80,13 +80,14 @@ class ChoiceTable(TextTable):
 
 
 class _Fields(QWidget):
-    """What can be chosen for one qube. A field that was there once stays."""
+    """What can be chosen for one qube, beginning with what was. A field that was there once stays."""
 
     changed = pyqtSignal()
 
-    def __init__(self, qube: str) -> None:
+    def __init__(self, chosen: c.QubeChoice) -> None:
         super().__init__()
-        self._qube = qube
+        self._qube = chosen.name
+        self._chosen = chosen
         self._name: QLineEdit | None = None
         self._template: QComboBox | None = None
         self._netvm: QComboBox | None = None
@@ -116,29 +117,31 @@ class _Fields(QWidget):
         """Fields for what does not fit as it is in the backup, or was changed."""
         taken, settled_by = planned.decision == "take", planned.settled_by
         renamed = planned.new_name != planned.name
+        chosen = self._chosen
         if self._name is None and (renamed or "new-name" in settled_by):
-            self._name = self._add_name()
+            self._name = self._add_name(chosen.new_name)
         if self._name is not None and not self._name.isModified():
             self._name.setText(planned.new_name if renamed else "")
         changed = taken and planned.new_template != planned.template
         if self._template is None and (changed or "template" in settled_by):
             names = offers.disposable_templates if planned.klass == "DispVM" else offers.templates
-            first = planned.new_template if changed else None
+            first = planned.new_template if changed and chosen.template is None else None
             first = first or translate("Restore", "choose a template…")
-            self._template = self._add_box(first, [(name, name) for name in names])
-        if self._netvm is None and "netvm" in settled_by:
+            self._template = self._add_box(first, [(name, name) for name in names], chosen.template)
+        if self._netvm is None and (chosen.netvm is not None or "netvm" in settled_by):
             names = offers.netvms
             nothing = (translate("Restore", "(no network)"), "")
             first = translate("Restore", "choose a net qube…")
-            self._netvm = self._add_box(first, [nothing, *((name, name) for name in names)])
+            self._netvm = self._add_box(first, [nothing, *((name, name) for name in names)], chosen.netvm)
 
     def _add(self, field: QWidget) -> None:
         field.setMinimumWidth(_LETTERS * self.fontMetrics().averageCharWidth())
         self._layout.insertWidget(self._layout.count() - 1, field)
         field.show()  # until then it has no size
 
-    def _add_name(self) -> QLineEdit:
-        edit = QLineEdit()
+    def _add_name(self, chosen: str | None) -> QLineEdit:
+        edit = QLineEdit(chosen)
+        edit.setModified(chosen is not None)
         edit.setValidator(QRegularExpressionValidator(QRegularExpression(QUBE_NAME), edit))
         edit.setPlaceholderText(translate("Restore", "new name"))
         edit.setAccessibleName(translate("Restore", "New name of {qube}").format(qube=self._qube))
@@ -146,12 +149,13 @@ class _Fields(QWidget):
         self._add(edit)
         return edit
 
-    def _add_box(self, first: str, names: Sequence[tuple[str, str]]) -> QComboBox:
+    def _add_box(self, first: str, names: Sequence[tuple[str, str]], chosen: str | None) -> QComboBox:
         box = QComboBox()
         box.setAccessibleName(f"{self._qube}: {first}")
         box.addItem(first, None)
         for shown, name in names:
             box.addItem(shown, name)
+        box.setCurrentIndex(max(0, box.findData(chosen)))
         box.activated.connect(lambda: self.changed.emit())
         self._add(box)
         return box

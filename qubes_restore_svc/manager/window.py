@@ -129,15 +129,18 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         """Called by the stock dialog for the page of the qubes: opens the backup, and lists what is in it."""
         if self.vms_to_restore is not None:
             return
-        self.select_vms_widget.clear()
+        lists = self.select_vms_widget
+        selected = {item.text() for item in lists.selected_list.findItems("*", Qt.MatchFlag.MatchWildcard)}
+        before = self.backup_restore
+        lists.clear()
         try:
             found = self.vms_to_restore = self._open_backup()
         except exc.BackupCancelledError as error:
             if not self._is_cancelled:
                 self._warn(translate("Restore", "The backup was not opened"), str(error))
             self.restart()
-        except (exc.QubesException, exc.PermissionDenied, KeyError) as error:
-            self._warn(translate("Restore", "The backup cannot be opened"), _words(error))
+        except (exc.QubesException, exc.PermissionDenied) as error:
+            self._warn(translate("Restore", "The backup cannot be opened"), str(error))
             self.restart()
             if isinstance(error.__cause__, WrongPassphrase):
                 QTimer.singleShot(0, self._ask_for_passphrase_again)
@@ -145,21 +148,33 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             for name, entry in found.items():
                 item = QListWidgetItem(name)  # and no more: the stock dialog takes its text for the name
                 item.setToolTip(wording.qube_text(entry.planned))
-                self.select_vms_widget.available_list.addItem(item)
+                again = self.backup_restore is before and name in selected
+                (lists.selected_list if again else lists.available_list).addItem(item)
             self.select_vms_page.completeChanged.emit()
 
     def _open_backup(self) -> dict[str, VMToRestore]:
-        self._close_backup()
-        chosen = self.appvm_combobox.currentText() if self.appvm_combobox.currentIndex() > 0 else None
-        self.target_appvm = None if chosen is None else self.qubes_app.domains[chosen]
-        self.backup_restore = qt_restore.BackupRestore(
-            self.qubes_app, self.dir_line_edit.text(), self.target_appvm, self.passphrase_line_edit.text()
-        )
-        options = self.backup_restore.options
+        self.target_appvm = None
+        if self.appvm_combobox.currentIndex() > 0:
+            try:
+                self.target_appvm = self.qubes_app.domains[self.appvm_combobox.currentText()]
+            except KeyError:
+                raise exc.QubesException("%s", _gone()) from None
+        place, passphrase = self.dir_line_edit.text(), self.passphrase_line_edit.text()
+        backup = self.backup_restore
+        if not (
+            backup is not None
+            and (backup.backup_location, backup.backup_vm) == (place, self.target_appvm)
+            and backup.passphrase == passphrase
+            and not backup.canceled
+        ):
+            self._close_backup()
+            backup = qt_restore.BackupRestore(self.qubes_app, place, self.target_appvm, passphrase)
+            self.backup_restore = backup
+        options = backup.options
         options.use_default_template = options.use_default_netvm = self.ignore_missing.isChecked()
         options.ignore_username_mismatch = self.ignore_uname_mismatch.isChecked()
         options.verify_only = self.verify_only.isChecked()
-        return self.backup_restore.get_restore_info()
+        return backup.get_restore_info()
 
     def _ask_for_passphrase_again(self) -> None:
         self.passphrase_line_edit.setFocus()
@@ -182,7 +197,8 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             return
         if self.currentPage() is self.confirm_page:
             self._stale = False
-            self.choices.begin(self.vms_to_restore or {})
+            chosen = {} if self.backup_restore is None else self.backup_restore.options.qubes
+            self.choices.begin(self.vms_to_restore or {}, chosen)
             self._show_plan()
         elif self.currentPage() is self.commit_page:
             self.dom0_restored_label.setVisible(
@@ -206,7 +222,8 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
     def _plan_again(self) -> None:
         if self.currentPage() is not self.confirm_page or self.backup_restore is None:
             return
-        choices = self.backup_restore.options.qubes = self.choices.choices
+        choices = self.choices.choices
+        self.backup_restore.options.qubes = choices
         try:
             self.vms_to_restore = self.backup_restore.restore_info_verify(self.vms_to_restore or {})
         except exc.BackupCancelledError:
@@ -407,10 +424,6 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         button = self.button(which)
         if button is not None:
             button.setEnabled(enabled)
-
-
-def _words(error: Exception) -> str:
-    return _gone() if isinstance(error, KeyError) else str(error)
 
 
 def _gone() -> str:

@@ -230,6 +230,7 @@ def test_a_wrong_passphrase_leads_back_to_the_passphrase_and_to_nothing_else(
     assert window.dir_line_edit.text() == place
     script.refusal = None
     press(window.passphrase_line_edit, Qt.Key.Key_Return)
+    assert len(script.opens) == 2
     assert window.select_vms_widget.available_list.count() == 3
 
 
@@ -312,6 +313,14 @@ def test_a_qube_that_cannot_be_restored_at_all_is_told_where_qubes_are_selected(
     select(window, "work")
     assert why_not(window) == "Cannot be listed: ‹b›odd‹/b›: Its label is malformed."
     assert enabled(window, NEXT)
+
+
+def test_a_qube_that_is_gone_is_told(window: IsolatedRestoreWindow, script: Script, told: list[str]) -> None:
+    window.appvm_combobox.addItem("sys-gone")
+    window.appvm_combobox.setCurrentIndex(window.appvm_combobox.count() - 1)
+    window.next()
+    assert told == ["The backup cannot be opened.\n\nThe qube that holds the backup is not there any more."]
+    assert (window.currentPage() is window.select_dir_page, script.opens) == (True, [])
 
 
 def test_another_qube_has_other_files(window: IsolatedRestoreWindow, script: Script) -> None:
@@ -463,6 +472,40 @@ def test_what_does_not_fit_is_settled_in_the_summary(window: IsolatedRestoreWind
     qt.until(lambda: is_over(window))
     assert script.calls[0].confirmed.is_set()
     qt.until(lambda: "Restoring work-2 (was work)…" in window.commit_text_edit.toPlainText())
+
+
+def test_who_goes_back_finds_again_what_was_selected_and_chosen(
+    window: IsolatedRestoreWindow, script: Script
+) -> None:
+    lacking = refused(qube("vault"), "missing-template", LACKING)
+    renamed = qube("work").model_copy(update={"new_name": "work-1"})
+    script.qubes = (renamed, lacking.model_copy(update={"settled_by": ("template", "netvm")}))
+    script.offers = c.Offers(templates=("fedora-41", "debian-13"), netvms=("sys-firewall",))
+    start(window, "work", "vault")
+    template, netvm = window.choices.findChildren(QComboBox)
+    choose(template, "debian-13")
+    choose(netvm, "sys-firewall")
+    qt.until(lambda: enabled(window, NEXT))
+    window.back()
+    window.back()
+    assert window.currentPage() is window.select_dir_page
+    press_button(window, NEXT)
+    assert window.select_vms_widget.selected_list.count() == 2
+    press_button(window, NEXT)
+    assert len(script.opens) == 1
+    qt.process_events()
+    boxes = [box for box in window.choices.findChildren(QComboBox) if box.isVisible()]
+    assert [box.currentText() for box in boxes] == ["debian-13", "sys-firewall"]
+    (name,) = (edit for edit in window.choices.findChildren(QLineEdit) if edit.isVisible())
+    type_in(name, "x")  # and what was chosen before stays
+    qt.until(lambda: enabled(window, NEXT))
+    chosen = {one.name: one for one in script.chosen[-1].qubes}
+    assert (chosen["work"].new_name, chosen["vault"].template) == ("work-1x", "debian-13")
+    window.back()
+    window.back()
+    window.passphrase_line_edit.setText("another")
+    press_button(window, NEXT)
+    assert (window.select_vms_widget.selected_list.count(), len(script.opens)) == (0, 2)
 
 
 def choose(box: QComboBox, text: str) -> None:
