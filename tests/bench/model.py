@@ -1,7 +1,7 @@
 """Where the time of a 200 GB backup goes, and what bounds it, reckoned from what was measured.
 
 Strategy: three things can bound a restore, and the slowest one does. All cores together do all the work. One
-thread of the worker takes the chunks one after the other through everything but their derivation and the
+thread of the worker takes the chunks, one after the other, through what follows their decryption, but for the
 hashing. The disks read the archive and write the data. The machine is this one's core, as many times as is
 said; what the cores take from each other (memory bandwidth, clock) is not in it.
 """

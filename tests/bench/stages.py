@@ -45,7 +45,7 @@ STAGES = {
     "write": "files and fsync, in the broker",
 }
 #: Those that one thread of the worker does one after the other.
-ONE_THREAD = ("read", "open", "inflate", "tar", "send")
+ONE_THREAD = ("inflate", "tar", "send")
 #: Those that a verify does not need.
 ONLY_RESTORE = ("send", "receive", "write")
 
