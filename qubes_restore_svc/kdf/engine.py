@@ -137,6 +137,11 @@ class KdfEngine(Protocol):
         ...
 
     @property
+    def lanes_for_few(self) -> int:
+        """How many lanes a thread fills where few derivations wait, or there is little memory for them."""
+        ...
+
+    @property
     def strides(self) -> Sequence[int]:
         """The strides that there are, rising from 1: with the stride s, every s-th block is stored."""
         ...
@@ -253,6 +258,10 @@ class OpensslEngine:
 
     @property
     def lanes_for_one(self) -> int:
+        return 1
+
+    @property
+    def lanes_for_few(self) -> int:
         return 1
 
     @property

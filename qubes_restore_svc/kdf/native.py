@@ -32,6 +32,9 @@ STRIDE_WORK = {stride: (stride + 3) / 4 for stride in (1, 2, 4, 8, 16)}
 #: Instruction set: lanes that one of its registers holds (`blockmix_*.c`); one in the others.
 _LANES_IN_REGISTER = {"AVX-512": 4, "AVX2": 2}
 
+#: Instruction set: lanes that use the memory best where it is little; in the others, all of them do.
+_LANES_FOR_FEW = {"AVX-512": 4}
+
 #: What arenas are multiples of, bytes; less than that is not counted.
 _UNIT = 2 << 20
 
@@ -69,6 +72,11 @@ class NativeEngine:
     def lanes_for_one(self) -> int:
         """How many take hardly longer than one does: as many as lie in one register."""
         return _LANES_IN_REGISTER.get(self._instruction_set, 1)
+
+    @property
+    def lanes_for_few(self) -> int:
+        """How many a thread fills where few derivations wait, or there is little memory for them."""
+        return _LANES_FOR_FEW.get(self._instruction_set, self._lanes)
 
     @property
     def strides(self) -> Sequence[int]:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine, KdfLanes, KdfRequest, OpensslEngine
-from qubes_restore_svc.worker.memory import Budget, Situation, choose_stride, least_stride
+from qubes_restore_svc.worker.memory import Budget, Situation, choose_stride, lanes_to_fill, least_stride
 
 #: The thread that what is urgent has for itself.
 _URGENT_THREAD = 0
@@ -271,8 +271,9 @@ class KeyScheduler:
         room = self._budget.arena_room
         waiting = len(self._waiting)
         if self._more_to_come:
-            waiting = max(waiting, self._threads * self._engine.lanes - self._running)
-        uses = max(1.0, (waiting + self._running) / (self._threads * self._engine.lanes))
+            waiting = max(waiting, self._threads * self._engine.lanes_for_few - self._running)
+        each = lanes_to_fill(self._engine, self._threads, waiting + self._running, room, sizes[:2][-1])
+        uses = max(1.0, (waiting + self._running) / (self._threads * each))
         index = choose_stride(
             Situation(
                 sizes=sizes,
@@ -280,7 +281,7 @@ class KeyScheduler:
                 running=self._running,
                 running_here=running_here,
                 threads=self._threads,
-                lanes=self._engine.lanes,
+                lanes=each,
                 room=room,
                 free=room - (self._engine.memory_held - self._engine.memory_idle),
                 least=least_stride(strides, uses),

@@ -127,8 +127,8 @@ class Work:
         budget = Budget(
             request.memory or self._resources.memory,
             engine,
-            # One chunk is being read, one is being unpacked, and every lane has one.
-            jobs * engine.lanes + 2,
+            # One chunk is being read, one is being unpacked, and every lane has one that is filled with few.
+            jobs * engine.lanes_for_few + 2,
             self._stop,
             advice=self._resources.advice,
         )

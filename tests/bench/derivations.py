@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfParameters, KdfRequest
 from qubes_restore_svc.system_memory import memory_room
+from qubes_restore_svc.worker.memory import lanes_to_fill
 
 #: Share of the free memory that is used for measuring.
 _SHARE = 0.8
@@ -87,10 +88,11 @@ class Load:
 
 def share_out(engine: KdfEngine, parameters: KdfParameters, *, count: int, room: int, cores: int) -> Load:
     """How the worker runs one of `count` derivations that wait, when arenas may take `room` bytes."""
-    lanes = min(count, cores * engine.lanes)
+    each = lanes_to_fill(engine, cores, count, room, engine.memory(parameters, engine.strides[:2][-1]))
+    lanes = min(count, cores * each)
     stride = stride_within(engine, parameters, room // lanes)
     fitting = min(lanes, max(1, room // engine.memory(parameters, stride)))
-    return Load(stride, max(1, min(engine.lanes, fitting // cores)))
+    return Load(stride, max(1, min(each, fitting // cores)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,10 @@ class Lanes(OpensslEngine):
         return self._lanes
 
     @property
+    def lanes_for_few(self) -> int:
+        return min(4, self._lanes)
+
+    @property
     def strides(self) -> Sequence[int]:
         return self._strides
 
@@ -91,6 +95,22 @@ def test_memory_is_shared_evenly_among_the_lanes_that_have_something_to_do(
     count: int, room: int, expected: Load
 ) -> None:
     assert share_out(Lanes(4), KdfParameters(20, 8, 1), count=count, room=room, cores=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "room", "expected"),
+    [
+        (100, 16 << 20, Load(1, 8)),
+        (100, 8 << 20, Load(2, 8)),
+        (100, (8 << 20) - 1, Load(2, 4)),  # too little for every second block in all lanes
+        (23, 8 << 20, Load(1, 4)),  # hardly more than there are lanes
+        (24, 8 << 20, Load(2, 8)),
+    ],
+)
+def test_where_it_does_not_pay_only_half_of_the_lanes_are_filled(
+    count: int, room: int, expected: Load
+) -> None:
+    assert share_out(Lanes(8), KdfParameters(20, 8, 1), count=count, room=room, cores=2) == expected
 
 
 def test_an_engine_without_strides_has_one_and_runs_one_a_core() -> None:

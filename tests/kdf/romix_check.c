@@ -254,9 +254,12 @@ check_nothing_of_others(const struct sample *sample)
 	CHECK(is_zero((const uint8_t *)sample->romix.shared[1][0], 2 * size));
 }
 
-/* Lanes of different N, r, p and stride, each finished one followed by another, as the portable one has it. */
+/*
+ * Lanes of different N, r, p and of so many strides, each finished one followed by another, as the portable one has
+ * it.  Where all strides are 1, many steps of all lanes are alike.
+ */
 static void
-check_mixture(const struct kernels *kernels)
+check_mixture(const struct kernels *kernels, unsigned strides)
 {
 	enum { SAMPLES = 60 };
 	struct sample samples[MAX_LANES], alone;
@@ -267,7 +270,7 @@ check_mixture(const struct kernels *kernels)
 
 	for (i = 0; i < kernels->lanes; i++) {
 		seeds[i] = next++;
-		begin_sample(&samples[i], seeds[i], seeds[i] % (ROMIX_MAX_LOG_STRIDE + 1));
+		begin_sample(&samples[i], seeds[i], seeds[i] % strides);
 		lanes[i] = &samples[i].romix;
 	}
 	while (next < SAMPLES) {
@@ -288,7 +291,7 @@ check_mixture(const struct kernels *kernels)
 			end_sample(&alone);
 			end_sample(&samples[i]);
 			seeds[i] = next++;
-			begin_sample(&samples[i], seeds[i], seeds[i] % (ROMIX_MAX_LOG_STRIDE + 1));
+			begin_sample(&samples[i], seeds[i], seeds[i] % strides);
 		}
 	}
 	for (i = 0; i < kernels->lanes; i++)
@@ -352,7 +355,8 @@ main(void)
 		check_blockmix(kernels);
 		for (log_stride = 0; log_stride <= ROMIX_MAX_LOG_STRIDE; log_stride++)
 			check_romix(kernels, log_stride);
-		check_mixture(kernels);
+		check_mixture(kernels, 1);
+		check_mixture(kernels, ROMIX_MAX_LOG_STRIDE + 1);
 		printf("%s\n", kernels->name);
 	}
 	check_arena();

@@ -21,7 +21,7 @@ class LanesEngine:
 
     def __init__(self, lanes: int = 4, strides: Sequence[int] = (1, 2, 4)) -> None:
         self.lanes = lanes
-        self.lanes_for_one = lanes
+        self.lanes_for_one = self.lanes_for_few = lanes
         self.strides = strides
         self.changed = threading.Condition()
         self.running: dict[int, int] = {}  #: number of the request: bytes

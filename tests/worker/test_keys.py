@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 
@@ -431,6 +432,29 @@ def test_where_that_would_leave_too_much_idle_it_has_not(threads: int, lanes: in
     results += [bench.submit() for _ in range(threads * lanes - 1)]
     bench.began(*range(threads * lanes))
     bench.lanes.finish(*range(threads * lanes))
+    bench.ended(*results)
+    bench.scheduler.close()
+
+
+@pytest.mark.parametrize(
+    ("waiting", "limit", "begun"),
+    [
+        (12, 64 * MIB, 8),  # all at stride 1 or 2
+        (11, 64 * MIB, 4),  # hardly more than there are lanes
+        (12, 3 * MIB, 4),  # not enough for half a table in each
+    ],
+)
+def test_all_lanes_are_filled_only_where_much_waits_and_memory_is_there(
+    waiting: int, limit: int, begun: int
+) -> None:
+    bench = LanesBench(threads=1, lanes=8, limit=limit)
+    bench.lanes.lanes_for_few = 4
+    with bench.budget.changed:  # they come all at once
+        results = [bench.submit() for _ in range(waiting)]
+    bench.began(*range(begun))
+    time.sleep(0.05)
+    assert len(bench.lanes.begun) == begun
+    bench.lanes.finish(*range(waiting))
     bench.ended(*results)
     bench.scheduler.close()
 

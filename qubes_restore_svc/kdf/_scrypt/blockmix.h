@@ -25,7 +25,7 @@
 /* The largest numbers of lanes in a register, of groups that take turns, and of lanes in all. */
 #define GROUP_LANES 4
 #define MAX_GROUPS 2
-#define MAX_LANES 4
+#define MAX_LANES 8
 
 /* What the lanes of a group do besides mixing, in `does`. */
 #define GROUP_ADDS 1    /* `add` is xored to the input; otherwise `add` is not read */
@@ -63,7 +63,7 @@ struct group {
 typedef void blockmix_fn(struct group groups[]);
 
 /*
- * The kernels of one instruction set.  `for_lanes[n]` mixes n lanes at once, n being 1, 2 or 4, which lie
+ * The kernels of one instruction set.  `for_lanes[n]` mixes n lanes at once, n being 1, 2, 4 or 8, which lie
  * in groups of `in_group`; `lanes` is the largest n that it has.  It has every power of two below that as well.
  */
 struct kernels {

@@ -6,8 +6,10 @@
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx2")))
-#define ROTATE_128(x, bits) _mm_or_si128(_mm_slli_epi32(x, bits), _mm_srli_epi32(x, 32 - (bits)))
-#define ROTATE_256(x, bits) _mm256_or_si256(_mm256_slli_epi32(x, bits), _mm256_srli_epi32(x, 32 - (bits)))
+#define XOR_ROTATED_128(x, y, bits) \
+	_mm_xor_si128(x, _mm_or_si128(_mm_slli_epi32(y, bits), _mm_srli_epi32(y, 32 - (bits))))
+#define XOR_ROTATED_256(x, y, bits) \
+	_mm256_xor_si256(x, _mm256_or_si256(_mm256_slli_epi32(y, bits), _mm256_srli_epi32(y, 32 - (bits))))
 
 #include "vector_128.h"
 

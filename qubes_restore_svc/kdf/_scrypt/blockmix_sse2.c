@@ -6,7 +6,8 @@
 #include <emmintrin.h>
 
 #define TARGET
-#define ROTATE_128(x, bits) _mm_or_si128(_mm_slli_epi32(x, bits), _mm_srli_epi32(x, 32 - (bits)))
+#define XOR_ROTATED_128(x, y, bits) \
+	_mm_xor_si128(x, _mm_or_si128(_mm_slli_epi32(y, bits), _mm_srli_epi32(y, 32 - (bits))))
 
 #include "vector_128.h"
 

@@ -7,8 +7,10 @@
  *   TARGET        attribute that lets the compiler use the instruction set
  *   VEC           a vector: VEC_LANES lanes of four words
  *   VEC_LANES     how many lanes lie side by side in a vector
- *   VEC_ADD(x, y), VEC_XOR(x, y), VEC_AND(x, y), VEC_ROTATE(x, bits)
+ *   VEC_ADD(x, y), VEC_XOR(x, y), VEC_AND(x, y)
  *                 on every word
+ *   VEC_XOR_ROTATED(x, y, bits)
+ *                 on every word, x xor y, which is rotated first
  *   VEC_TURN(x, places)
  *                 within every lane, move the words `places` down, the lowest ones to the top
  *   VEC_ROW(rows, i)
@@ -36,7 +38,7 @@
 #endif
 
 #define QUARTER(to, x, y, bits) \
-	EACH_GROUP(to[g] = VEC_XOR(to[g], VEC_ROTATE(VEC_ADD(x[g], y[g]), bits)))
+	EACH_GROUP(VEC sum = VEC_ADD(x[g], y[g]); to[g] = VEC_XOR_ROTATED(to[g], sum, bits))
 #define TURN(x, places) EACH_GROUP(x[g] = VEC_TURN(x[g], places))
 
 /* Salsa20/8 (RFC 7914 section 3) of every group's matrix, in place; rows are diagonals. */

@@ -1,10 +1,10 @@
-/* Vectors of 128 bits for blockmix_vector.h: one lane.  Expects TARGET and ROTATE_128(x, bits). */
+/* Vectors of 128 bits for blockmix_vector.h: one lane.  Expects TARGET and XOR_ROTATED_128(x, y, bits). */
 
 #undef VEC
 #undef VEC_LANES
 #undef VEC_ADD
 #undef VEC_XOR
-#undef VEC_ROTATE
+#undef VEC_XOR_ROTATED
 #undef VEC_TURN
 #undef VEC_AND
 #undef VEC_ROW
@@ -18,7 +18,7 @@
 #define VEC_ADD _mm_add_epi32
 #define VEC_XOR _mm_xor_si128
 #define VEC_AND _mm_and_si128
-#define VEC_ROTATE ROTATE_128
+#define VEC_XOR_ROTATED XOR_ROTATED_128
 #define VEC_TURN(x, places) \
 	_mm_shuffle_epi32(x, _MM_SHUFFLE((places + 3) % 4, (places + 2) % 4, (places + 1) % 4, (places) % 4))
 #define VEC_ROW(rows, i) ((rows)[0] + 4 * (i))

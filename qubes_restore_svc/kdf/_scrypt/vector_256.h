@@ -1,10 +1,10 @@
-/* Vectors of 256 bits for blockmix_vector.h: two lanes.  Expects TARGET and ROTATE_256(x, bits). */
+/* Vectors of 256 bits for blockmix_vector.h: two lanes.  Expects TARGET and XOR_ROTATED_256(x, y, bits). */
 
 #undef VEC
 #undef VEC_LANES
 #undef VEC_ADD
 #undef VEC_XOR
-#undef VEC_ROTATE
+#undef VEC_XOR_ROTATED
 #undef VEC_TURN
 #undef VEC_AND
 #undef VEC_ROW
@@ -18,7 +18,7 @@
 #define VEC_ADD _mm256_add_epi32
 #define VEC_XOR _mm256_xor_si256
 #define VEC_AND _mm256_and_si256
-#define VEC_ROTATE ROTATE_256
+#define VEC_XOR_ROTATED XOR_ROTATED_256
 #define VEC_TURN(x, places) \
 	_mm256_shuffle_epi32(x, _MM_SHUFFLE((places + 3) % 4, (places + 2) % 4, (places + 1) % 4, (places) % 4))
 #define VEC_ROW(rows, i) ((rows)[(i) / 2] + 8 * ((i) % 2))
