@@ -219,8 +219,8 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "a directory": (lambda backup, _: ["list", backup.parent], "is a directory, not a backup"),
     "a socket": (lambda backup, folder: ["list", _socket(folder)], "cannot be opened"),
     "an unknown qube": (
-        lambda backup, _: ["verify", backup, "wrok", "-x", "x"],
-        "no qube named 'wrok', 'x'. It holds: debian, dom0, vault, work.",
+        lambda backup, _: ["verify", backup, "wrok"],
+        "no qube named 'wrok'. Did you mean work? It holds: debian, dom0, vault, work.",
     ),
     "nothing selected": (lambda backup, _: ["verify", backup, "work", "-x", "work"], "no qube is selected"),
     "an unknown filter": (lambda backup, _: ["verify", backup, "-Z", "rar"], "choose from"),
