@@ -1,7 +1,7 @@
 """The stand-in for qubesd refuses what the original refuses, and lets a test see and break what it does."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -17,17 +17,6 @@ from tests.emulation.qubesd import Qubesd
 from tests.emulation.small_system import small_system
 
 Action = Callable[[qubesadmin.Qubes], object]
-
-
-@pytest.fixture
-def qubesd(tmp_path: Path) -> Iterator[Qubesd]:
-    with small_system(tmp_path) as qubesd:
-        yield qubesd
-
-
-@pytest.fixture
-def app(qubesd: Qubesd) -> qubesadmin.Qubes:
-    return qubesadmin.Qubes()
 
 
 def create(klass: str, name: str = "new", label: str = "red", **options: str) -> Action:

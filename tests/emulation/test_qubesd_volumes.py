@@ -3,27 +3,13 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 import qubesadmin
 from qubesadmin import exc
 
 from tests.emulation.qubesd import Qubesd
-from tests.emulation.small_system import small_system
-
-
-@pytest.fixture
-def qubesd(tmp_path: Path) -> Iterator[Qubesd]:
-    with small_system(tmp_path) as qubesd:
-        yield qubesd
-
-
-@pytest.fixture
-def app(qubesd: Qubesd) -> qubesadmin.Qubes:
-    return qubesadmin.Qubes()
 
 
 def test_each_class_keeps_the_volumes_that_it_should(app: qubesadmin.Qubes) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from tests.emulation.remote_bench import (
     TEMPLATE,
     VERIFY,
     RemoteBench,
-    open_remote,
     two_qubes,
 )
 from tests.emulation.snapshot import Snapshot
@@ -33,17 +31,9 @@ from tests.support.backup_writer import BackupWriter, ImagePlan, QubePlan, join_
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    with open_remote(tmp_path) as bench:
-        bench.grant(START, VERIFY)
-        yield bench
-
-
-@pytest.fixture
-def backup(bench: RemoteBench, tmp_path: Path) -> str:
-    """The path of a backup in the GUI domain."""
-    two_qubes().write(tmp_path / "backup")
-    return bench.put(tmp_path / "backup")
+def bench(bench: RemoteBench) -> RemoteBench:
+    bench.grant(START, VERIFY)
+    return bench
 
 
 def in_dom0(bench: RemoteBench, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -6,7 +6,7 @@ The backup stays held until dom0 has cleared up, so that nothing but the end of 
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from tests.emulation.remote_bench import (
     RemoteBench,
     SampleBackup,
     open_message,
-    open_remote,
     two_qubes,
 )
 
@@ -34,10 +33,9 @@ BOTH = {"first", "second"}
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    with open_remote(tmp_path) as bench:
-        bench.grant(START, VERIFY)
-        yield bench
+def bench(bench: RemoteBench) -> RemoteBench:
+    bench.grant(START, VERIFY)
+    return bench
 
 
 @dataclass(frozen=True)

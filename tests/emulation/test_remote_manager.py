@@ -1,7 +1,6 @@
 """The manager's adapter in a process of a GUI domain, as the restore dialog uses it, from end to end."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,14 @@ from tests.emulation.remote_bench import (
     Json,
     Program,
     RemoteBench,
-    open_remote,
     two_qubes,
 )
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    with open_remote(tmp_path) as bench:
-        bench.grant(START, VERIFY)
-        yield bench
-
-
-@pytest.fixture
-def backup(tmp_path: Path) -> Path:
-    two_qubes().write(tmp_path / "backup")
-    return tmp_path / "backup"
+def bench(bench: RemoteBench) -> RemoteBench:
+    bench.grant(START, VERIFY)
+    return bench
 
 
 def dialog(bench: RemoteBench, location: str, **wanted: object) -> Program:
@@ -45,8 +36,8 @@ def logged(events: list[Json]) -> str:
     return "\n".join(event["text"] for event in events if event["event"] == "log")
 
 
-def test_a_backup_on_a_usb_qube_is_restored_if_that_is_granted(bench: RemoteBench, backup: Path) -> None:
-    path = bench.put(backup, STORAGE)
+def test_a_backup_on_a_usb_qube_is_restored_if_that_is_granted(bench: RemoteBench, backup: str) -> None:
+    path = bench.put(Path(backup), STORAGE)
     before = bench.snapshot()
     bench.configure(f"storage: [{STORAGE}]")
     events = dialog(bench, path, qube=STORAGE).rest()
@@ -63,10 +54,9 @@ def test_a_backup_on_a_usb_qube_is_restored_if_that_is_granted(bench: RemoteBenc
     bench.check_as_before(before)
 
 
-def test_a_wrong_passphrase_is_an_error_in_clear_words(bench: RemoteBench, backup: Path) -> None:
-    path = bench.put(backup)
+def test_a_wrong_passphrase_is_an_error_in_clear_words(bench: RemoteBench, backup: str) -> None:
     before = bench.snapshot()
-    told = dialog(bench, path, passphrase="wrong").rest()[-1]
+    told = dialog(bench, backup, passphrase="wrong").rest()[-1]
     assert (told["event"], told["kind"]) == ("failed", "QubesException")
     assert "does not open with this passphrase" in told["text"]
     assert "--" not in told["text"], "a dialog has no options of a command"
@@ -97,12 +87,11 @@ def test_a_cancel_in_the_middle_removes_what_was_begun_and_keeps_what_was_finish
 
 
 def test_a_volume_that_fails_is_told_with_what_was_restored_and_what_was_not(
-    bench: RemoteBench, backup: Path
+    bench: RemoteBench, backup: str
 ) -> None:
-    path = bench.put(backup)
     before = bench.snapshot()
     bench.qubes.qubesd.fail("internal.vm.volume.ImportBegin*", message="no such luck", dest="second")
-    events = dialog(bench, path).rest()
+    events = dialog(bench, backup).rest()
     told = events[-1]
     assert (told["event"], told["kind"]) == ("failed", "QubesException")
     assert "1 of 2 qubes restored." in told["text"]

@@ -1,7 +1,7 @@
 """What a GUI domain may not: policy, a person or dom0's configuration say no, or another one restores."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,32 +19,12 @@ from tests.emulation.remote_bench import (
     Json,
     RemoteBench,
     open_message,
-    open_remote,
     two_qubes,
 )
 from tests.emulation.switchboard import Question, say_no, say_yes
 
 SERVICES: dict[str, str] = {"restore": START, "verify": VERIFY, "list": LIST}
 SINCE = r"has been restoring since [0-9]{2}:[0-9]{2} on [0-9]{4}-[0-9]{2}-[0-9]{2} \(process [0-9]+ of "
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    with open_remote(tmp_path) as bench:
-        yield bench
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("backup") / "backup"
-    two_qubes().write(path)
-    return path
-
-
-@pytest.fixture
-def backup(bench: RemoteBench, written: Path) -> str:
-    """The path of a backup in the GUI domain."""
-    return bench.put(written)
 
 
 def request(path: str, mode: str = "restore", **fields: object) -> Json:
@@ -167,7 +147,7 @@ BEYOND = [
         _location(qube="dom0", text="/etc/passwd"),
         ("/no/such/file", _location(qube="dom0", text="/no/such/file")),
     ),
-    Beyond("pools", "lvm", {"pool": "lvm"}, ("nowhere", {"pool": "nowhere"})),
+    Beyond("pools", "lvm", {"choice": {"pool": "lvm"}}, ("nowhere", {"choice": {"pool": "nowhere"}})),
     Beyond(
         "templates",
         "default-dvm",
@@ -226,7 +206,7 @@ def test_dom0s_home_is_restored_for_no_qube(bench: RemoteBench, backup: str, cho
     ("grant", "fields", "words"),
     [
         ("storage: [nas]", _location(qube="nas"), "there is no qube nas"),
-        ("pools: [nowhere]", {"pool": "nowhere"}, "there is no storage pool 'nowhere'"),
+        ("pools: [nowhere]", {"choice": {"pool": "nowhere"}}, "there is no storage pool 'nowhere'"),
     ],
     ids=str,
 )

@@ -1,6 +1,5 @@
 """A GUI domain with the grant has dom0 restore, verify and list, with what dom0 itself would make of it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ from tests.emulation.remote_bench import (
 )
 from tests.emulation.snapshot import Snapshot
 from tests.support.backup_writer import BackupWriter, QubePlan
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    with open_remote(tmp_path) as bench:
-        yield bench
 
 
 @pytest.fixture(scope="module")

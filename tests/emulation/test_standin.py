@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -16,19 +15,6 @@ from qubesadmin.firewall import Action, Rule
 
 from tests.emulation.daemon.state import NEW_TAGS
 from tests.emulation.qubesd import Qubesd
-from tests.emulation.small_system import small_system
-
-
-@pytest.fixture
-def qubesd(tmp_path: Path) -> Iterator[Qubesd]:
-    with small_system(tmp_path) as qubesd:
-        yield qubesd
-
-
-@pytest.fixture
-def app(qubesd: Qubesd) -> qubesadmin.Qubes:
-    return qubesadmin.Qubes()
-
 
 # --- Exceptions ----------------------------------------------------------------------------------
 

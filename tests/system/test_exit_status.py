@@ -25,18 +25,6 @@ from .support import command, environment, finished, passphrase_file, running, s
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
-@pytest.fixture
-def backup(tmp_path: Path) -> Path:
-    path = tmp_path / "sample.qbackup"
-    small_backup().write(path)
-    return path
-
-
-@pytest.fixture
-def passphrase(tmp_path: Path) -> Path:
-    return passphrase_file(tmp_path)
-
-
 #: How each can be reached, by a command that lists a backup: the words, and which damage the backup has.
 WAYS: dict[ExitStatus, tuple[str, str | None]] = {
     ExitStatus.COMPLETE: ("list", None),

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from .support import AT_ONCE_S, passphrase_file, running, small_backup, wait_for
+from .support import AT_ONCE_S, passphrase_file, running, wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 VERIFIED = "4 of 4 qubes verified."
-
-
-@pytest.fixture
-def backup(tmp_path: Path) -> Path:
-    path = tmp_path / "sample.qbackup"
-    small_backup().write(path)
-    return path
 
 
 @pytest.mark.parametrize(

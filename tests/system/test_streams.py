@@ -10,21 +10,9 @@ import pytest
 
 from tests.support.fixtures import REPOSITORY
 
-from .support import command, environment, passphrase_file, running, small_backup, wait_for
+from .support import command, environment, running, wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
-
-
-@pytest.fixture
-def backup(tmp_path: Path) -> Path:
-    path = tmp_path / "sample.qbackup"
-    small_backup().write(path)
-    return path
-
-
-@pytest.fixture
-def passphrase(tmp_path: Path) -> Path:
-    return passphrase_file(tmp_path)
 
 
 def test_the_status_is_that_of_the_work_when_the_reader_of_the_table_has_gone(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from .support import passphrase_file, running, small_backup
+from .support import passphrase_file, running
 
 #: Calls that change a file system, and on what: the positions of the names among their arguments.
 CHANGES = {
@@ -176,13 +176,6 @@ def _split(text: str) -> list[str]:
     """Arguments at the top level: commas in quotes, brackets and paths of descriptors separate nothing."""
     pieces = re.findall(r'(?:"(?:[^"\\]|\\.)*"(?:\.\.\.)?|<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]|[^,])+', text)
     return [piece.strip() for piece in pieces]
-
-
-@pytest.fixture
-def backup(tmp_path: Path) -> Path:
-    path = tmp_path / "sample.qbackup"
-    small_backup().write(path)
-    return path
 
 
 @ways
