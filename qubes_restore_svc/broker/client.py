@@ -137,6 +137,7 @@ class SessionClient:
         self._clock = SourceClock()
         self._stall_named = False
         self._stall_timeout_s: int | None = None
+        self._opened = False
         self._progress: deque[float] = deque(maxlen=MAX_PROGRESS)
         self._failure: Exception | None = None
         self._reader: asyncio.StreamReader
@@ -158,10 +159,15 @@ class SessionClient:
             await self._writer.wait_closed()
 
     async def open(self, options: SessionOptions) -> AsyncGenerator[m.WorkerMessage, None]:
-        """Ask for the manifest; yields log and progress on the way, and the manifest as the last message."""
+        """Ask for the manifest; yields log and progress on the way, and the manifest as the last message.
+
+        May be called again with another passphrase after WrongPassphrase.
+        """
         message = _open_message(options, self._link.storage)
         self._stall_timeout_s = options.stall_timeout_s
-        await self._link.provide_archive()
+        if not self._opened:  # the worker keeps the archive, whatever passphrase is tried next
+            self._opened = True
+            await self._link.provide_archive()
         await self._send(message)
         while self._connection.state is m.State.OPENING:
             yield await self._receive()
@@ -183,7 +189,7 @@ class SessionClient:
 
     def cancel(self) -> None:
         """Tell the worker to stop, if it still listens; waits for nothing."""
-        if self._connection.may_come(m.Cancel):
+        if self._opened and self._connection.may_come(m.Cancel):
             self._writer.write(self._connection.send(m.Cancel()))
 
     def fail(self, error: Exception) -> None:

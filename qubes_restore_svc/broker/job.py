@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
@@ -21,6 +21,7 @@ from qubes_restore_svc.errors import (
     ProtocolViolation,
     RestoreError,
     UsageError,
+    WrongPassphrase,
     exhausted,
 )
 from qubes_restore_svc.waiting import ask, in_thread, when_cleared
@@ -33,15 +34,24 @@ from qubes_restore_svc.wire.restore_call import Choice, Plan
 AskAboutPlan = Callable[[Plan], Awaitable[Choice | None]]
 
 
+#: Brings another passphrase after one that was wrong; None if there is no other.
+OtherPassphrase = Callable[[], Awaitable[str | None]]
+
+
 async def read_manifest(
-    link: Link, options: SessionOptions, observer: Observer, *, stall_s: float = STALL_S
+    link: Link,
+    options: SessionOptions,
+    observer: Observer,
+    *,
+    other_passphrase: OtherPassphrase | None = None,
+    stall_s: float = STALL_S,
 ) -> m.Manifest:
     """Start the worker, have it read the backup up to qubes.xml, and destroy it. Raises RestoreError.
 
     `stall_s`: seconds of silence after which the worker counts as stalled.
     """
     async with link, SessionClient(link, stall_s) as client:
-        manifest = await _opened(client, options, observer.log)
+        manifest = await _opened(client, options, observer.log, other_passphrase)
         client.cancel()
         return manifest
 
@@ -55,18 +65,21 @@ async def run_job(
     *,
     allow: AllowList | None = None,
     confirm: AskAboutPlan | None = None,
+    other_passphrase: OtherPassphrase | None = None,
     stall_s: float = STALL_S,
 ) -> Report:
     """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
 
     `confirm` is awaited with the plan, and with every other one that it asks for; the worker waits meanwhile.
-    Without `confirm` nobody is asked. `allow` says which settings may come back; None: none of them.
-    `stall_s`: seconds of silence after which the worker, or a volume's stream, counts as stalled.
+    Without `confirm` nobody is asked. `other_passphrase` is awaited when a passphrase was wrong. `allow` says
+    which settings may come back; None: none of them. `stall_s`: seconds of silence after which the worker, or
+    a volume's stream, counts as stalled.
     """
     report = Report.begun("verify" if host is None else "restore")
     error: RestoreError | None = None
     try:
-        await _RestoreJob(report, link, host, options, observer, stall_s).run(choice, allow, confirm)
+        job = _RestoreJob(report, link, host, options, observer, stall_s, other_passphrase)
+        await job.run(choice, allow, confirm)
     except RestoreError as caught:
         error = caught
     except asyncio.CancelledError:
@@ -89,6 +102,7 @@ class _RestoreJob:
     options: SessionOptions
     observer: Observer
     stall_s: float
+    other_passphrase: OtherPassphrase | None
 
     async def run(self, choice: Choice, allow: AllowList | None, confirm: AskAboutPlan | None) -> None:
         async with contextlib.AsyncExitStack() as locks:
@@ -96,7 +110,7 @@ class _RestoreJob:
                 for remark in await locks.enter_async_context(_locked(self.host)):
                     self.say("warning", remark)
             async with self.link, SessionClient(self.link, self.stall_s) as client:
-                manifest = await _opened(client, self.options, self.say)
+                manifest = await _opened(client, self.options, self.say, self.other_passphrase)
                 self.report.backup_id = manifest.backup_id
                 planned = await self.agree(manifest, choice, allow, confirm)
                 if planned.plan.taken:
@@ -190,6 +204,24 @@ OLD_FORMAT = (
 
 
 async def _opened(
+    client: SessionClient,
+    options: SessionOptions,
+    say: Callable[[str, str], None],
+    other_passphrase: OtherPassphrase | None,
+) -> m.Manifest:
+    # Keys that are derived ahead are those of one passphrase.
+    options = replace(options, ahead=options.ahead and other_passphrase is None)
+    while True:
+        try:
+            return await _manifest(client, options, say)
+        except WrongPassphrase:
+            other = None if other_passphrase is None else await other_passphrase()
+            if other is None:
+                raise
+            options = replace(options, passphrase=other)
+
+
+async def _manifest(
     client: SessionClient, options: SessionOptions, say: Callable[[str, str], None]
 ) -> m.Manifest:
     async with contextlib.aclosing(client.open(options)) as messages:

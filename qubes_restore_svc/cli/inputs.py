@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from qubes_restore_svc.cli.terminal import say
+from qubes_restore_svc.cli.terminal import say, say_wrapped
 from qubes_restore_svc.errors import EXIT_MEANINGS, Cancelled, UsageError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE, MAX_STALL_TIMEOUT, DigestKind, strip_control
 from qubes_restore_svc.wire.restore_call import AUTO, Auto
 
+_TRIES = 3  #: of a person who types
 _PROMPT = "Passphrase of the backup: "
 _BYTE_ORDER_MARK = "\ufeff"  #: some editors put it at the beginning of a file
 _LONGEST_LINE = 4 * MAX_PASSPHRASE + 8
@@ -81,18 +82,57 @@ def check_target(target: Path) -> None:
         raise UsageError(f"you may not write to {strip_control(str(writable))}")
 
 
-def read_passphrase(
-    passphrase_file: str | None, *, stdin_is_backup: bool, white_space_at_end: bool = True
-) -> str:
-    """The passphrase from a file's or standard input's first line, or asked for. Raises UsageError.
+class Passphrases:
+    """The passphrases to try, one after the other: what is typed, or the first line of `passphrase_file`.
 
-    `white_space_at_end`: does that belong to it, if it comes from a file?
+    A person has three tries. A line is tried as it stands; then without the white space at its end, which the
+    stock qvm-backup has cut off when it encrypted with such a file.
     """
-    if passphrase_file is None or (passphrase_file == "-" and sys.stdin is not None and os.isatty(0)):
-        return _checked(_ask(stdin_is_backup=stdin_is_backup))
+
+    def __init__(self, passphrase_file: str | None, *, stdin_is_backup: bool) -> None:
+        self._file = passphrase_file
+        self._stdin_is_backup = stdin_is_backup
+        self._is_typed = passphrase_file is None or (
+            passphrase_file == "-" and sys.stdin is not None and os.isatty(0)
+        )
+        self._tried = 0
+        self._line = ""
+
+    def first(self) -> str:
+        """Raises UsageError."""
+        self._tried = 1
+        if self._is_typed:
+            return _checked(_ask(stdin_is_backup=self._stdin_is_backup))
+        assert self._file is not None
+        self._line = read_passphrase_file(self._file)
+        return self._line
+
+    @property
+    def has_other(self) -> bool:
+        """Is there another one, should that which was tried last be wrong?"""
+        if self._is_typed:
+            return self._tried < _TRIES
+        return self._tried < 2 and bool(self._line.rstrip()) and self._line != self._line.rstrip()
+
+    def other(self) -> str | None:
+        """The next one, after one was wrong; None if there is none. Says what is tried. Raises UsageError."""
+        if not self.has_other:
+            return None
+        self._tried += 1
+        if self._is_typed:
+            say_wrapped("The backup does not open with this passphrase. Try again.")
+            return _checked(_ask(stdin_is_backup=self._stdin_is_backup))
+        say_wrapped(
+            "The backup does not open with the first line of the passphrase file as it stands. It is tried"
+            " without the white space at its end."
+        )
+        return self._line.rstrip()
+
+
+def read_passphrase_file(passphrase_file: str) -> str:
+    """The first line of a file, or of standard input. Raises UsageError."""
     try:
-        line = _first_line(passphrase_file)
-        return _checked(line if white_space_at_end else line.rstrip())
+        return _checked(_first_line(passphrase_file))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "that is no name of a file"
         raise UsageError(f"the passphrase file cannot be read: {reason}") from None

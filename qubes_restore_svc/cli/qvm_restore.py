@@ -15,7 +15,7 @@ from typing import Never
 from pydantic import SecretStr
 
 from qubes_restore_svc.cli.displays import make_display, with_clock
-from qubes_restore_svc.cli.inputs import archive_size, open_archive, read_passphrase
+from qubes_restore_svc.cli.inputs import Passphrases, archive_size, open_archive
 from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.qvm_arguments import (
     RestoreArguments,
@@ -27,9 +27,10 @@ from qubes_restore_svc.cli.qvm_arguments import (
 )
 from qubes_restore_svc.cli.qvm_review import PlanReview, can_ask
 from qubes_restore_svc.cli.report_output import check_report_path, keep_report, show_error, show_report
+from qubes_restore_svc.cli.tables import listed
 from qubes_restore_svc.client.aio import RestoreCall
 from qubes_restore_svc.client.transports import Handed, ProgramTransport, Transport
-from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, UsageError
+from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, UsageError, WrongPassphrase
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
@@ -92,23 +93,35 @@ class _Prompt:
 
     def __init__(self, arguments: RestoreArguments, interruption: Interruption) -> None:
         self.fault: Exception | None = None  #: why there is none
+        self.before: Callable[[], object] = lambda: None  #: is called before another one is asked for
         self.answered: Callable[[], object] = lambda: None  #: is called when it is there
-        self._arguments = arguments
+        stdin_is_backup = is_file_here(arguments) and arguments.location == "-"
+        self._passphrases = Passphrases(arguments.passphrase_file, stdin_is_backup=stdin_is_backup)
+        self._asked = False
         self._interruption = interruption
 
+    @property
+    def has_other(self) -> bool:
+        """Is there another one to try?"""
+        return self._passphrases.has_other
+
     def __call__(self) -> str:
-        """Raises RestoreError; a signal raises Cancelled."""
-        stdin_is_backup = is_file_here(self._arguments) and self._arguments.location == "-"
+        """Raises RestoreError, WrongPassphrase if there is no other one; a signal raises Cancelled."""
+        passphrase: str | None
         try:
             with self._interruption.raising():
-                # The stock qvm-backup has cut white space off when it encrypted with such a file.
-                passphrase = read_passphrase(
-                    self._arguments.passphrase_file, stdin_is_backup=stdin_is_backup, white_space_at_end=False
-                )
+                if not self._asked:
+                    self._asked = True
+                    passphrase = self._passphrases.first()
+                else:
+                    self.before()
+                    passphrase = self._passphrases.other()
         except Exception as error:
             self.fault = error
             raise
         self.answered()
+        if passphrase is None:
+            raise WrongPassphrase("the backup opens with no passphrase that was given")
         return passphrase
 
 
@@ -122,19 +135,23 @@ def _carried_out(
 ) -> tuple[Report, PlanReview]:
     """Have it done, and come back with what came of it. Raises RestoreError if it did not begin."""
     is_asked_for = isinstance(transport, ProgramTransport)  # otherwise the passphrase is in the request
-    if not is_asked_for:
-        request = request.model_copy(update={"passphrase": SecretStr(prompt())})
-    display = make_display(verbose=arguments.loudness > 0, quiet=arguments.loudness < 0, total=total)
-    review = PlanReview(PROGRAM, arguments, display, request.choice)
-    with closing(display), ExitStack() as before_the_passphrase:
-        if is_asked_for:
-            before_the_passphrase.enter_context(display.paused())
-            prompt.answered = before_the_passphrase.close
-        job = with_clock(display, called(transport, request, display, review))
-        report = interruption.run(job, display.ending)
-    if prompt.fault is not None:
-        raise prompt.fault
-    return report, review
+    while True:
+        if not is_asked_for:
+            request = request.model_copy(update={"passphrase": SecretStr(prompt())})
+        display = make_display(verbose=arguments.loudness > 0, quiet=arguments.loudness < 0, total=total)
+        review = PlanReview(PROGRAM, arguments, display, request.choice)
+        with closing(display), ExitStack() as before_the_passphrase:
+            if is_asked_for:
+                prompt.before = lambda: before_the_passphrase.enter_context(display.paused())  # noqa: B023
+                prompt.answered = before_the_passphrase.close
+                prompt.before()
+            job = with_clock(display, called(transport, request, display, review))
+            report = interruption.run(job, display.ending)
+        if prompt.fault is not None:
+            raise prompt.fault
+        is_wrong = report.error is not None and report.error.kind == WrongPassphrase.kind
+        if is_asked_for or not is_wrong or not prompt.has_other:
+            return report, review
 
 
 def _told(arguments: RestoreArguments, report: Report, review: PlanReview, interruption: Interruption) -> int:
@@ -145,7 +162,10 @@ def _told(arguments: RestoreArguments, report: Report, review: PlanReview, inter
         show_error(PROGRAM, report)  # the table has been seen, and nothing has happened since
         shown = True
     else:
-        shown = show_report(PROGRAM, report, quiet=arguments.loudness < 0)
+        templates = [qube.name for qube in report.qubes if qube.klass == "TemplateVM" and qube.succeeded]
+        update = [f"Install updates for the restored templates: {listed(templates)}."]
+        what_next = update if templates and report.mode == "restore" else []
+        shown = show_report(PROGRAM, report, quiet=arguments.loudness < 0, what_next=what_next)
     # A person who asked for a report, or for the table, relies on it.
     untold = report.status == ExitStatus.COMPLETE and not (written and shown)
     return ExitStatus.PARTLY if untold else report.status

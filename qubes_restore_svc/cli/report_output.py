@@ -9,6 +9,7 @@ something else.
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from qubes_restore_svc.cli.tables import failures, left_out, report_table
@@ -19,8 +20,8 @@ from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.report import Report
 
 
-def show_report(program: str, report: Report, *, quiet: bool) -> bool:
-    """The table, the failures with their reasons, what was left out, and one line to sum it up.
+def show_report(program: str, report: Report, *, quiet: bool, what_next: Sequence[str] = ()) -> bool:
+    """The table, the failures with their reasons, what was left out, one line to sum it up, and what next.
 
     False if the table could not be written; that has been said, then.
     """
@@ -37,7 +38,11 @@ def show_report(program: str, report: Report, *, quiet: bool) -> bool:
     if wanted and not quiet:
         done = sum(qube.succeeded for qube in wanted)
         verb = "verified" if report.mode == "verify" else "restored"
-        say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}.")
+        warned = sum(qube.succeeded and bool(qube.warnings) for qube in wanted)
+        warnings = f", {warned} with warnings" if warned else ""
+        say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}{warnings}.")
+        for line in what_next:
+            say(line)
     return shown
 
 

@@ -94,8 +94,8 @@ class Handed:
     """What a program that is started in dom0 gets besides the call. None: it does not get that.
 
     `archive` is the descriptor of the backup, which stays the caller's. `passphrase` is called in the event
-    loop when the program wants it, and may take its time: nothing else is to be done meanwhile. If it raises
-    a RestoreError, the program gets none, and ends the call.
+    loop when the program wants it, and again when that was wrong. It may take its time: nothing else is to be
+    done meanwhile. If it raises a RestoreError, the program gets none, and ends the call.
     """
 
     archive: int | None = None
@@ -331,12 +331,11 @@ class ProgramStreams:
 async def _give_passphrase(
     ask: Callable[[], str], wanted: asyncio.StreamReader, answer: asyncio.StreamWriter
 ) -> None:
+    """A line each time that it is wanted; the end if there is none. `ask` raises RestoreError then."""
     try:
-        with contextlib.suppress(OSError):
-            if not await wanted.read(1):
-                return
-        with contextlib.suppress(RestoreError):  # who asks knows it
-            answer.write(ask().encode())
+        with contextlib.suppress(OSError, RestoreError):  # whoever asks knows why there is none
+            while await wanted.read(1):
+                answer.write(ask().encode() + b"\n")
     finally:
         with contextlib.suppress(OSError):
             answer.write_eof()

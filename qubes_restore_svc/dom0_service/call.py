@@ -36,7 +36,7 @@ from qubes_restore_svc.errors import (
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.qubes.backup_source import Dom0File, Location
 from qubes_restore_svc.qubes.config import Config, load_config
-from qubes_restore_svc.qubes.dom0_restore import PLACES, Dom0Restore, Places, dom0_restore
+from qubes_restore_svc.qubes.dom0_restore import PLACES, Dom0Restore, OtherPassphrase, Places, dom0_restore
 from qubes_restore_svc.qubes.grants import DOM0, Rights
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo
@@ -145,7 +145,7 @@ class Call:
                 request = request.model_copy(update={"passphrase": SecretStr(secret)})
             size = size_of(location.fd) if isinstance(location, Dom0File) else None
             if request.mode == "list":
-                listed = await restore.listed(request, conversation)
+                listed = await restore.listed(request, conversation, self._other_passphrase)
                 return listed.model_copy(update={"archive_size": size}).fitting()
             return await self._restored(restore, request, conversation, rights, size)
 
@@ -171,13 +171,27 @@ class Call:
             self._running = True
             return None
 
-        report = await restore.run(request, conversation, confirm)
+        report = await restore.run(request, conversation, confirm, self._other_passphrase)
         if not self._running:
             assert report.error is not None, "it has ended before it was confirmed"
             return self._refused(report.error.to_error())
         if report.status == ExitStatus.CANCELLED and conversation.ended is not None:
             report.error = ErrorInfo.of(conversation.ended)
         return report.fitting(MAX_FRAME)
+
+    @property
+    def _other_passphrase(self) -> OtherPassphrase | None:
+        """Asks the program of dom0 that gave the first one."""
+        fd = self._handed.passphrase
+        if fd is None:
+            return None
+
+        async def asked() -> str | None:
+            with contextlib.suppress(Cancelled):
+                return await _passphrase_from(fd)
+            return None
+
+        return asked
 
     def _refused(self, error: RestoreError) -> c.Refused:
         """If something ended the call early, that is the reason, and not the error that followed from it."""
@@ -218,18 +232,20 @@ class Call:
 
 
 async def _passphrase_from(fd: int) -> str:
-    """Say that it is wanted, and wait for it. Raises Cancelled if there is none."""
+    """Say that it is wanted, and wait for it, a line. Raises Cancelled if there is none."""
     loop = asyncio.get_running_loop()
     untrusted_secret = b""
     with socket.socket(fileno=os.dup(fd)) as connection, contextlib.suppress(OSError):
         connection.setblocking(False)
         await loop.sock_sendall(connection, b"?")
-        while len(untrusted_secret) <= 4 * MAX_PASSPHRASE and (
-            piece := await loop.sock_recv(connection, 4 * MAX_PASSPHRASE)
+        while (
+            not untrusted_secret.endswith(b"\n")
+            and len(untrusted_secret) <= 4 * MAX_PASSPHRASE
+            and (piece := await loop.sock_recv(connection, 4 * MAX_PASSPHRASE))
         ):
             untrusted_secret += piece
     try:
-        secret = untrusted_secret.decode()
+        secret = untrusted_secret.removesuffix(b"\n").decode()
     except UnicodeDecodeError:
         raise UsageError("the passphrase is not UTF-8 text") from None
     if not secret:

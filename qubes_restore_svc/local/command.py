@@ -13,19 +13,21 @@ import argparse
 import asyncio
 import contextlib
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Never
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.broker.client import SessionOptions
-from qubes_restore_svc.broker.job import read_manifest, run_job
-from qubes_restore_svc.cli.displays import make_display, with_clock
+from qubes_restore_svc.broker.job import OtherPassphrase, read_manifest, run_job
+from qubes_restore_svc.cli.displays import Display, make_display, with_clock
 from qubes_restore_svc.cli.inputs import (
     EXIT_STATUS,
     MAX_MIB,
+    Passphrases,
     add_compression_filter,
     add_digest,
     add_exclude,
@@ -37,7 +39,6 @@ from qubes_restore_svc.cli.inputs import (
     number_up_to,
     open_archive,
     path,
-    read_passphrase,
 )
 from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.report_output import check_report_path, keep_report, show_report
@@ -49,7 +50,7 @@ from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.sandbox import find_bubblewrap, worker_engine
 from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.wire.messages import Manifest
-from qubes_restore_svc.wire.names import DigestKind
+from qubes_restore_svc.wire.names import DigestKind, strip_control
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.restore_call import Choice
 
@@ -112,7 +113,8 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         if arguments.target is not None:
             check_target(arguments.target)
         choice = Choice.asked(names=tuple(arguments.qubes), exclude=tuple(arguments.exclude))
-        options = _prepare(arguments)
+        passphrases = _passphrases(arguments)
+        options = _prepare(arguments, passphrases)
     except RestoreError as error:
         interruption.hold()
         report = Report.begun("verify" if arguments.target is None else "restore", started)
@@ -124,25 +126,72 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
         report = interruption.run(
-            with_clock(display, run_job(link, host, options, choice, display)), display.ending
+            with_clock(
+                display,
+                run_job(
+                    link,
+                    host,
+                    options,
+                    choice,
+                    display,
+                    other_passphrase=_other(passphrases, display, interruption),
+                ),
+            ),
+            display.ending,
         )
     finally:
         display.close()
     written = keep_report(_PROGRAM, arguments.report, report)
     interruption.resume()
-    shown = show_report(_PROGRAM, report, quiet=arguments.quiet)
+    what_next = [] if arguments.target is None else list(_what_next(report, arguments.target))
+    shown = show_report(_PROGRAM, report, quiet=arguments.quiet, what_next=what_next)
     # A person who asked for a report, or for the table, relies on it.
     untold = report.status == ExitStatus.COMPLETE and not (written and shown)
     return ExitStatus.PARTLY if untold else report.status
 
 
+def _what_next(report: Report, target: Path) -> Iterator[str]:
+    """Where the images are, and how to look into them; each line of a command stands alone, to be copied."""
+    restored = [qube for qube in report.qubes if qube.succeeded]
+    if restored:
+        yield f"They are in {strip_control(str(target.absolute()))}, a directory each."
+    for volume, (before, *commands) in _LOOK_INTO.items():
+        qubes = [qube.name for qube in restored if any(one.name == volume for one in qube.volumes)]
+        if qubes:
+            yield before
+            image = shlex.quote(str(target.absolute() / qubes[0] / f"{volume}.img"))
+            yield from (f"  {strip_control(command.format(image))}" for command in commands)
+
+
+#: What is said of the images of a volume, and then the commands. `noload`: an image of a qube that ran is not
+#: repaired by looking into it, and could not be, read-only.
+_LOOK_INTO = {
+    "private": (
+        "To see the files of a qube, in /mnt/home:",
+        "sudo mount -o loop,ro,noload {} /mnt",
+    ),
+    "root": (
+        "To see the system of a template (losetup prints the N; the file system is the third partition):",
+        "sudo losetup --find --show --read-only --partscan {}",
+        "sudo mount -o ro,noload /dev/loopNp3 /mnt",
+    ),
+}
+
+
 def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
-    options = _prepare(arguments)
+    passphrases = _passphrases(arguments)
+    options = _prepare(arguments, passphrases)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=None)
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
         manifest = interruption.run(
-            with_clock(display, read_manifest(link, options, display)), display.ending
+            with_clock(
+                display,
+                read_manifest(
+                    link, options, display, other_passphrase=_other(passphrases, display, interruption)
+                ),
+            ),
+            display.ending,
         )
     finally:
         display.close()
@@ -150,14 +199,28 @@ def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> 
     return _show_manifest(manifest, as_json=arguments.json)
 
 
-def _prepare(arguments: Arguments) -> SessionOptions:
+def _passphrases(arguments: Arguments) -> Passphrases:
+    return Passphrases(arguments.passphrase_file, stdin_is_backup=arguments.backup == "-")
+
+
+def _other(passphrases: Passphrases, display: Display, interruption: Interruption) -> OtherPassphrase | None:
+    """Asks for another one, within the job; None if there is none, so that keys can be derived ahead."""
+
+    async def asked() -> str | None:
+        with display.paused(), interruption.raising():
+            return passphrases.other()
+
+    return asked if passphrases.has_other else None
+
+
+def _prepare(arguments: Arguments, passphrases: Passphrases) -> SessionOptions:
     """Whatever else can be known to fail, and then the passphrase."""
     if arguments.sandbox:
         find_bubblewrap()
     else:
         say_wrapped(_NO_SANDBOX_WARNING)
     return SessionOptions(
-        passphrase=read_passphrase(arguments.passphrase_file, stdin_is_backup=arguments.backup == "-"),
+        passphrase=passphrases.first(),
         memory=arguments.memory,
         jobs=arguments.jobs,
         compression_filter=arguments.compression_filter,

@@ -21,6 +21,7 @@ from typing import Protocol
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.interfaces import Host, Link
 from qubes_restore_svc.broker.job import AskAboutPlan, read_manifest, run_job
+from qubes_restore_svc.broker.job import OtherPassphrase as OtherPassphrase
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import RestoreError, UsageError
 from qubes_restore_svc.qubes.backup_source import Location
@@ -97,12 +98,22 @@ class Dom0Restore:
             return error
         return None
 
-    async def listed(self, request: OpenBackup, observer: Observer) -> Plan:
+    async def listed(
+        self, request: OpenBackup, observer: Observer, other_passphrase: OtherPassphrase | None = None
+    ) -> Plan:
         """What is in the backup, as a plan of which nothing is done. Raises RestoreError."""
-        manifest = await read_manifest(self.link, self.session_options(request), observer)
+        manifest = await read_manifest(
+            self.link, self.session_options(request), observer, other_passphrase=other_passphrase
+        )
         return make_plan(manifest, request.choice, None).plan.model_copy(update={"mode": "list"})
 
-    async def run(self, request: OpenBackup, observer: Observer, confirm: AskAboutPlan | None) -> Report:
+    async def run(
+        self,
+        request: OpenBackup,
+        observer: Observer,
+        confirm: AskAboutPlan | None,
+        other_passphrase: OtherPassphrase | None = None,
+    ) -> Report:
         """As `run_job`, with the configured allow-list; report and log are kept as it is configured."""
         mode = request.mode
 
@@ -129,6 +140,7 @@ class Dom0Restore:
             watched,
             allow=self.config.restore.policy(),
             confirm=confirm,
+            other_passphrase=other_passphrase,
         )
         if self.config.report.directory is not None:
             asked_by = None if self.client == "dom0" else self.client

@@ -4,6 +4,7 @@ Strategy: see `models.py`. First the parts that several messages have, then what
 the worker says, then the table of what may come when:
 
     IDLE       --open-->          OPENING
+    OPENING    --failed-->        IDLE        (after a wrong passphrase, another `open` may try another one)
     OPENING    --manifest-->      LISTED
     LISTED     --start-->         STREAMING
     STREAMING  --volume_ready-->  VOLUME      (the volume can be fetched with restore.Volume)
@@ -12,7 +13,7 @@ the worker says, then the table of what may come when:
     STREAMING  --qube_settings--> STREAMING
     STREAMING  --qube_incomplete--> STREAMING (of one whose settings were sent)
     STREAMING  --finished-->      CLOSED
-    from OPENING on, log and progress; failed and cancel, to CLOSED; from STREAMING on, skip_qube
+    from OPENING on, log and progress; failed and cancel, to CLOSED otherwise; from STREAMING on, skip_qube
 """
 
 import enum
@@ -283,7 +284,7 @@ class Log(Message):
 
 
 class Failed(Message):
-    """The whole session failed; nothing follows."""
+    """The whole session failed; nothing follows, unless it was the passphrase that was wrong."""
 
     type: Literal["failed"] = "failed"
     error: ErrorInfo
@@ -318,6 +319,7 @@ class State(enum.Enum):
 
 TRANSITIONS: dict[tuple[State, type[Message]], State] = {
     (State.IDLE, Open): State.OPENING,
+    (State.IDLE, Cancel): State.CLOSED,
     (State.OPENING, Manifest): State.LISTED,
     (State.LISTED, Start): State.STREAMING,
     (State.STREAMING, VolumeReady): State.VOLUME,
@@ -330,7 +332,7 @@ TRANSITIONS: dict[tuple[State, type[Message]], State] = {
 for _state in (State.OPENING, State.LISTED, State.STREAMING, State.VOLUME):
     TRANSITIONS[_state, Log] = _state
     TRANSITIONS[_state, Progress] = _state
-    TRANSITIONS[_state, Failed] = State.CLOSED
+    TRANSITIONS[_state, Failed] = State.IDLE if _state is State.OPENING else State.CLOSED
     TRANSITIONS[_state, Cancel] = State.CLOSED
 for _state in (State.STREAMING, State.VOLUME):
     TRANSITIONS[_state, SkipQube] = _state

@@ -51,6 +51,10 @@ def _as_it_is(stored: Iterable[Buffer]) -> Iterable[Buffer]:
     return stored
 
 
+#: Gets the error of a wrong passphrase, and brings another one; it blocks, and may raise.
+OtherPassphrase = Callable[[WrongPassphrase], str]
+
+
 @dataclass(frozen=True, slots=True)
 class OpenedBackup:
     """An authenticated beginning. `filter` is the compression in force, by its canonical name; `proofs` tells
@@ -75,6 +79,7 @@ def open_backup(
     *,
     remark: Remark,
     go_ahead: Callable[[Proofs], None] | None = None,
+    other_passphrase: OtherPassphrase | None = None,
 ) -> OpenedBackup:
     """Read up to the end of qubes.xml. `compression_filter` overrides the header's; `remark` gets lines for
     the person.
@@ -82,14 +87,15 @@ def open_backup(
     The keys of the header and of qubes.xml are derived at once. When both were asked for, `go_ahead` is told
     how the chunks that follow are proven, so that their keys can be derived as well. That is before the
     header has been authenticated: its backup id goes into their passphrases, and if it was false they open
-    nothing.
+    nothing. So it does not go together with `other_passphrase`, which is asked for another passphrase when
+    one was wrong: nothing is read a second time then, but the keys are derived anew.
 
     Raises EmptyInput, NotABackup, UnsupportedFormat, BadHeader, WrongPassphrase and whatever is wrong with
     qubes.xml and its chunks.
     """
     untrusted_text = _header_text(store.members)
     if header_format.peek_version(untrusted_text) == 3:
-        return _open_format_3(store, untrusted_text, passphrase, compression_filter)
+        return _open_format_3(store, untrusted_text, passphrase, compression_filter, other_passphrase)
     header = _Header(store, scheduler, untrusted_text, passphrase)
     xml = None
     try:
@@ -101,7 +107,13 @@ def open_backup(
         complete = xml.begin(before_waiting=header.settle)
         if go_ahead is not None and complete:
             go_ahead(proofs)
-        authentic = header.result(xml.opens, remark)
+        while not header.fits(xml.opens):
+            if other_passphrase is None:
+                raise _wrong()
+            passphrase = other_passphrase(_wrong())  # `proofs` are made with this one from now on
+            header.derive_again(passphrase)
+            xml.derive_again(proofs)
+        authentic = header.result(remark)
         filter_name = check_filter(compression_filter or authentic.effective_filter)
         content = _read_qubes_xml(xml.pieces(), filter_name, 4)
     finally:
@@ -123,11 +135,28 @@ def _header_text(members: MemberStream) -> bytes:
     return bytes(members.read_content(member.size))
 
 
+def _wrong() -> WrongPassphrase:
+    return WrongPassphrase("the backup does not open with this passphrase")
+
+
 def _open_format_3(
-    store: ChunkStore, untrusted_text: bytes, passphrase: str, compression_filter: str | None
+    store: ChunkStore,
+    untrusted_text: bytes,
+    passphrase: str,
+    compression_filter: str | None,
+    other_passphrase: OtherPassphrase | None,
 ) -> OpenedBackup:
-    key = header_format.passphrase_bytes(passphrase)
-    header = _authentic_header(store.members, untrusted_text, key)
+    mac = _header_mac(store.members)
+    while True:
+        key = header_format.passphrase_bytes(passphrase)
+        try:
+            openssl.open_piece(untrusted_text, mac, key)
+            break
+        except AuthenticationFailed:
+            if other_passphrase is None:
+                raise _wrong() from None
+        passphrase = other_passphrase(_wrong())
+    header = header_format.parse_header(untrusted_text)
     cipher = openssl.check_cipher(header.crypto_algorithm) if header.encrypted else None
     proofs = MacLineProofs(openssl.check_digest(header.hmac_algorithm), key)
     filter_name = check_filter(compression_filter or header.effective_filter)
@@ -147,20 +176,17 @@ def _open_format_3(
     return OpenedBackup(header, content, filter_name, proofs, decrypt)
 
 
-def _authentic_header(members: MemberStream, untrusted_text: bytes, key: bytes) -> BackupHeader:
-    """The header of format 3, whose MAC must be the next member. Raises WrongPassphrase, BadHeader."""
+def _header_mac(members: MemberStream) -> openssl.PieceMac:
+    """The MAC of a header of format 3, which must be the next member. Raises BadHeader."""
     member = members.next_member()
     if member is None or member.name != HEADER_HMAC_MEMBER:
         raise BadHeader("the header is not followed by its MAC")
     if member.size > openssl.MAX_MAC_LINE:
         raise BadHeader(f"the header's MAC has {member.size} bytes")
     try:
-        openssl.open_piece(untrusted_text, openssl.parse_mac(members.read_content(member.size)), key)
+        return openssl.parse_mac(members.read_content(member.size))
     except BadContainer:
         raise BadHeader("what follows the header is not a MAC that openssl prints") from None
-    except AuthenticationFailed:
-        raise WrongPassphrase("the backup does not open with this passphrase") from None
-    return header_format.parse_header(untrusted_text)
 
 
 def _read_qubes_xml(stored: Iterable[Buffer], filter_name: str, backup_format: int) -> BackupContent:
@@ -201,15 +227,18 @@ class _Header:
             self._container = bytes(self._copy.untrusted_content())
             self.release()
 
-    def result(self, witness: Callable[[], bool], remark: Remark) -> BackupHeader:
-        """The authenticated header. `witness` tells whether something else opens with the passphrase.
-
-        Raises WrongPassphrase, AuthenticationFailed, BadHeader, and what `Chunk.open` raises.
-        """
+    def fits(self, witness: Callable[[], bool]) -> bool:
+        """Is the passphrase right? `witness` tells whether something else opens with it."""
         self.settle()
+        return self._proof.fits() or witness()
+
+    def derive_again(self, passphrase: str) -> None:
+        """Derive the key from another passphrase; blocks."""
+        self._proof.derive_again(header_format.header_passphrase(passphrase))
+
+    def result(self, remark: Remark) -> BackupHeader:
+        """The authenticated header. Raises AuthenticationFailed, BadHeader, and what `Chunk.open` raises."""
         assert self._container is not None
-        if not self._proof.fits() and not witness():
-            raise WrongPassphrase("the backup does not open with this passphrase")
         key = self._proof.fitting_key(remark)
         if key is None:
             raise BadHeader("the header's authenticated copy does not open, though the passphrase is right")
@@ -257,6 +286,12 @@ class _QubesXml:
         # If something went wrong with it, it is no witness; that is told where the chunk is read.
         proof = None if self._next is None else self._next.proof
         return isinstance(proof, ContainerProof) and not proof.failed() and proof.fits()
+
+    def derive_again(self, proofs: ContainerProofs) -> None:
+        """The same after another passphrase was asked for; blocks."""
+        proof = None if self._next is None else self._next.proof
+        if isinstance(proof, ContainerProof) and self._next is not None:
+            proof.derive_again(proofs.passphrase_of(self._next.name.member))
 
     @property
     def identity(self) -> str:

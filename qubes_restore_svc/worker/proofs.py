@@ -42,7 +42,7 @@ class ContainerProofs:
         self, scheduler: KeyScheduler, passphrase_of: Callable[[str], bytes], *, label: str = ""
     ) -> None:
         self._scheduler = scheduler
-        self._passphrase_of = passphrase_of
+        self.passphrase_of = passphrase_of
         self._label = label
 
     def parse_name(self, untrusted_name: str) -> ChunkName:
@@ -56,7 +56,7 @@ class ContainerProofs:
         costs = self._scheduler.costs
         head = parse_head(untrusted_head, ignore_cost_limit=costs.ignored)
         costs.check(head.parameters)
-        request = head.request(self._passphrase_of(name.member))
+        request = head.request(self.passphrase_of(name.member))
         label = self._label or f"chunk {name.number}"
         return ContainerProof(head, request, label, self._scheduler)
 
@@ -85,6 +85,13 @@ class ContainerProof:
             self._costs.check(self.parameters)
 
         self._key = self._scheduler.submit(self._request, urgent=urgent, check=check_all)
+
+    def derive_again(self, passphrase: bytes) -> None:
+        """Derive the key from another scrypt passphrase; blocks. Raises what engines raise."""
+        request = self._head.request(passphrase)
+        derived: Future[bytes] = Future()
+        derived.set_result(self._scheduler.derive_again(request)[0])
+        self._request, self._key = request, derived
 
     def complete(self, members: MemberStream) -> None:
         """The chunk's content has passed; nothing stands behind it."""

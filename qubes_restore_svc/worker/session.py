@@ -66,7 +66,9 @@ class Session:
 
     @property
     def _closed(self) -> bool:
-        return self._connection.state is m.State.CLOSED
+        state, work = self._connection.state, self._work
+        failed = state is m.State.IDLE and work is not None and not work.waits_for_passphrase
+        return failed or state is m.State.CLOSED
 
     async def _receive(self) -> None:
         while untrusted_data := await self._reader.read(_READ_SIZE):
@@ -85,7 +87,9 @@ class Session:
             self._outbox.put_at_once(m.Failed(error=m.ErrorInfo.of(as_restore_error(error))))
 
     def _act(self, message: m.BrokerMessage) -> None:
-        if isinstance(message, m.Open):
+        if isinstance(message, m.Open) and self._work is not None:
+            self._work.open_with(message.passphrase.get_secret_value())
+        elif isinstance(message, m.Open):
             if message.storage is not None:
                 self._resources.archive.fetch_from(message.storage)
             self._work = Work(message, self._resources, self._outbox.put, self._announce)
@@ -107,7 +111,7 @@ class Session:
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if self._work is not None and not self._closed:
+            if self._work is not None and self._connection.may_come(m.Progress):
                 self._outbox.put_if_idle(self._work.progress())
 
     def _announce(self, ready: m.VolumeReady) -> "concurrent.futures.Future[socket.socket]":

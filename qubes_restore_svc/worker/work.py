@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
 from qubes_restore_svc.archive.qubes_xml import BackupContent
-from qubes_restore_svc.errors import Cancelled, ProtocolViolation
+from qubes_restore_svc.errors import Cancelled, ProtocolViolation, WrongPassphrase
 from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.worker.archive_access import ArchiveAccess
@@ -79,13 +79,22 @@ class Work:
         self._stop = Stop()
         self._gauge = _Gauge()
         self._content: BackupContent | None = None
+        self.waits_for_passphrase = False  #: was one wrong, and can another one be tried?
         self._whole = True
         self._selection: Selection | None = None
+        self._other_passphrase: Future[str] = Future()
         self._started: Future[tuple[m.Start, Selection]] = Future()
         self._stop.wakes(self._started.cancel)
         threading.Thread(target=self._carry_out, name="work", daemon=True).start()
 
     # --- On the event loop -------------------------------------------------------------------------
+
+    def open_with(self, passphrase: str) -> None:
+        """Try this one after one that was wrong. Raises ProtocolViolation if that is not what was wrong."""
+        if self._other_passphrase.done() or not self.waits_for_passphrase:
+            raise ProtocolViolation("'open' again, and it was not the passphrase that was wrong")
+        self.waits_for_passphrase = False
+        self._other_passphrase.set_result(passphrase)
 
     def start(self, request: m.Start) -> None:
         """Read these qubes; once, when the manifest was sent. Raises ProtocolViolation if it lacks one."""
@@ -158,6 +167,7 @@ class Work:
                 request.compression_filter,
                 remark=self._warn,
                 go_ahead=intake.start if ahead else None,
+                other_passphrase=None if ahead else self._ask_for_another,
             )
         finally:
             if not reading.whole:
@@ -201,6 +211,17 @@ class Work:
                 refused=backup.content.refused,
             )
         )
+
+    def _ask_for_another(self, error: WrongPassphrase) -> str:
+        """Tell that the passphrase is wrong, and wait for another one; the archive stays where it is."""
+        self._other_passphrase = Future()
+        self._stop.wakes(self._other_passphrase.cancel)
+        self.waits_for_passphrase = True
+        self._emit(m.Failed(error=m.ErrorInfo.of(error)))
+        try:
+            return self._other_passphrase.result()
+        except CancelledError:
+            raise Cancelled("the restore was cancelled") from None
 
     def _wait_for_start(self) -> tuple[m.Start, Selection]:
         try:

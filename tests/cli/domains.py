@@ -73,7 +73,11 @@ class Domain:
         return self.piped(self.backup, *options, input=input)
 
     def seen(
-        self, *options: str | Path, types: str = TYPED, answers: str | Sequence[str] = "", width: int = WIDTH
+        self,
+        *options: str | Path,
+        types: str | Sequence[str] = TYPED,
+        answers: str | Sequence[str] = "",
+        width: int = WIDTH,
     ) -> Seen:
         """What a person sees who restores from the backup."""
         words = self.words(self.backup, *options)[3:]

@@ -39,7 +39,7 @@ class Seen:
 
 def on_terminal(
     *arguments: str | Path,
-    types: str = "",
+    types: str | Sequence[str] = "",
     answers: str | Sequence[str] = "",
     width: int = 80,
     variables: Mapping[str, str] | None = None,
@@ -47,10 +47,11 @@ def on_terminal(
 ) -> Seen:
     """Run the command to its end on a terminal with `width` columns.
 
-    `types` is typed where it asks for the passphrase, one of `answers` where it asks something else, and the
-    end of input when none is left. `module`: that of another command.
+    One of `types` is typed where it asks for the passphrase, one of `answers` where it asks something else,
+    and the end of input when none is left. `module`: that of another command.
     """
     answers = [answers] if isinstance(answers, str) and answers else list(answers)
+    types = [types] if isinstance(types, str) and types else list(types)
     words = command(*arguments)
     if module is not None:
         words[words.index("-m") + 1] = module
@@ -64,9 +65,8 @@ def on_terminal(
         while piece := os.read(terminal, 4096):
             said += piece
             if types and said.endswith(b": "):
-                os.write(terminal, types.encode())
-                types = ""
-            elif said.endswith((b"? [y/N] ", b"? ")):
+                os.write(terminal, types.pop(0).encode())
+            elif said.endswith((b"of the backup: ", b"? [y/N] ", b"? ")):
                 os.write(terminal, (answers.pop(0) if answers else "\x04").encode())
     os.close(terminal)
     _, status = os.waitpid(process, 0)

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.cli.inputs import archive_size, check_target, open_archive, read_passphrase
+from qubes_restore_svc.cli.inputs import (
+    Passphrases,
+    archive_size,
+    check_target,
+    open_archive,
+    read_passphrase_file,
+)
 from qubes_restore_svc.errors import Cancelled, UsageError
 from qubes_restore_svc.wire.names import MAX_PASSPHRASE
 
@@ -134,14 +140,32 @@ REFUSED = {
 def test_the_passphrase_is_the_first_line_of_a_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "passphrase"
     path.write_bytes(content)
-    assert read_passphrase(str(path), stdin_is_backup=True) == FILES[content]
+    assert read_passphrase_file(str(path)) == FILES[content]
 
 
-def test_of_a_file_for_the_stock_commands_white_space_at_the_end_does_not_count(tmp_path: Path) -> None:
+def test_white_space_at_the_end_of_a_file_is_left_off_if_it_does_not_open_the_backup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "passphrase"
     path.write_bytes(b"  my secret \t\r\n")
-    found = read_passphrase(str(path), stdin_is_backup=False, white_space_at_end=False)
-    assert found == "  my secret"
+    found = Passphrases(str(path), stdin_is_backup=False)
+    assert (found.first(), found.has_other) == ("  my secret \t", True)
+    assert (found.other(), found.has_other, found.other()) == ("  my secret", False, None)
+    assert "without the white space at its end" in capsys.readouterr().err
+    path.write_bytes(b" my secret\n")
+    found = Passphrases(str(path), stdin_is_backup=False)
+    assert (found.first(), found.has_other, found.other()) == (" my secret", False, None)
+
+
+def test_who_types_has_three_tries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["one", "two", "three", "four"])
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: next(typed))
+    found = Passphrases(None, stdin_is_backup=False)
+    assert [found.first(), found.other(), found.other(), found.other()] == ["one", "two", "three", None]
+    assert capsys.readouterr().err.count("does not open with this passphrase. Try again.") == 2
 
 
 @pytest.mark.parametrize("content", REFUSED, ids=range(len(REFUSED)))
@@ -149,7 +173,7 @@ def test_what_is_no_passphrase_is_refused_and_not_quoted(content: bytes, tmp_pat
     path = tmp_path / "passphrase"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=REFUSED[content]) as refused:
-        read_passphrase(str(path), stdin_is_backup=False)
+        read_passphrase_file(str(path))
     assert "secret" not in str(refused.value) and "xxx" not in str(refused.value)
     assert refused.value.__suppress_context__ or refused.value.__context__ is None
 
@@ -157,19 +181,19 @@ def test_what_is_no_passphrase_is_refused_and_not_quoted(content: bytes, tmp_pat
 @pytest.mark.parametrize("name", ["missing", ".", "bad\0name", "/dev/null"])
 def test_a_passphrase_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        read_passphrase(name if name.startswith("/") else f"{tmp_path}/{name}", stdin_is_backup=False)
+        read_passphrase_file(name if name.startswith("/") else f"{tmp_path}/{name}")
 
 
 def test_the_passphrase_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "isatty", lambda fd: False)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" secret \r\nmore")))
-    assert read_passphrase("-", stdin_is_backup=False) == " secret "
+    assert Passphrases("-", stdin_is_backup=False).first() == " secret "
 
 
 def test_what_is_typed_in_answer_to_a_dash_is_not_echoed_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "isatty", lambda fd: True)
     monkeypatch.setattr(getpass, "getpass", lambda prompt: "typed")
-    assert read_passphrase("-", stdin_is_backup=False) == "typed"
+    assert Passphrases("-", stdin_is_backup=False).first() == "typed"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +213,7 @@ def test_a_prompt_that_is_not_answered(
     monkeypatch.setattr(os, "isatty", lambda fd: True)
     monkeypatch.setattr(getpass, "getpass", answer)
     with pytest.raises(expected) as ended:
-        read_passphrase(None, stdin_is_backup=False)
+        Passphrases(None, stdin_is_backup=False).first()
     assert "secret" not in str(ended.value)
 
 

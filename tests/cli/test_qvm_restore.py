@@ -132,7 +132,20 @@ def test_a_script_gets_everything_in_lines(dom0: Domain) -> None:
 
 def test_the_passphrase_file_of_the_stock_backup_opens_its_backup(dom0: Domain) -> None:
     """White space at the end of its line is no part of the passphrase that qvm-backup used."""
-    assert dom0.restored("-p", passphrase_file(dom0.folder, f"{PASSPHRASE} \t"), "vault").returncode == 0
+    done = dom0.restored("-p", passphrase_file(dom0.folder, f"{PASSPHRASE} \t"), "vault")
+    assert (done.returncode, dom0.qubes) == (0, ["vault"]), done.stderr
+    assert "It is tried without the white space at its end." in done.stderr
+
+
+def test_after_a_wrong_passphrase_another_one_is_asked_for_three_times(dom0: Domain) -> None:
+    seen = dom0.seen("vault", types=["no\n", "nor\n", TYPED], answers="y\n")
+    assert (seen.status, dom0.qubes) == (0, ["vault"]), seen.screen
+    assert seen.raw.count("Passphrase of the backup:") == 3
+    seen = dom0.seen("work", types=["no\n", "nor\n", "never\n", TYPED])
+    assert (seen.status, dom0.qubes) == (1, ["vault"])
+    assert seen.raw.count("Passphrase of the backup:") == 3
+    assert "does not open with this passphrase. Check the" in " ".join(seen.screen)
+    assert dom0.report["status"] == 1
 
 
 def test_a_quiet_script_gets_nothing(dom0: Domain) -> None:

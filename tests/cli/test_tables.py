@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+import pytest
+
+from qubes_restore_svc.cli.report_output import show_report
 from qubes_restore_svc.cli.tables import (
     duration_text,
     failures,
@@ -204,3 +207,14 @@ def test_what_ended_the_run_is_not_repeated_for_every_qube() -> None:
         error=lost,
     )
     assert [line.split(":")[0] for line in failures(found)] == ["two/private"]
+
+
+def test_the_last_line_counts_the_qubes_with_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    warned = qube("work", "restored", volume())
+    warned.warnings = ("it has no netvm",)
+    found = report(warned, qube("vault", "restored", volume()), mode="restore")
+    assert show_report("program", found, quiet=False, what_next=["Look."])
+    assert capsys.readouterr().err == "2 of 2 qubes restored, 1 with warnings.\nLook.\n"
+    assert found.status == 0
+    assert show_report("program", found, quiet=True, what_next=["Look."])
+    assert capsys.readouterr() == ("", "")

@@ -31,7 +31,7 @@ from qubes_restore_svc.archive.qfile import QfileReader
 from qubes_restore_svc.archive.qubes_xml import parse_qubes_xml
 from qubes_restore_svc.archive.tar_header import BadTarHeader, parse_pax_records, parse_tar_header
 from qubes_restore_svc.archive.xml_tree import parse_xml
-from qubes_restore_svc.cli.inputs import read_passphrase
+from qubes_restore_svc.cli.inputs import read_passphrase_file
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.kdf.engine import KdfEngine, OpensslEngine, best_engine
@@ -329,7 +329,7 @@ def _passphrase_file() -> int:
 def _passphrase(data: bytes) -> None:
     os.truncate(_passphrase_file(), 0)
     os.pwrite(_passphrase_file(), data, 0)
-    found = read_passphrase(f"/proc/self/fd/{_passphrase_file()}", stdin_is_backup=False)
+    found = read_passphrase_file(f"/proc/self/fd/{_passphrase_file()}")
     assert found and "\n" not in found
 
 

@@ -107,10 +107,29 @@ def test_the_terminal_is_asked_for_the_passphrase_of_a_backup_from_a_pipe(
 
 
 def test_a_wrong_passphrase_is_answered_in_words_that_fit(backup: Path) -> None:
-    seen = on_terminal("verify", backup, "--no-sandbox", types="wrong\n", width=50)
+    seen = on_terminal("verify", backup, "--no-sandbox", types=["wrong\n"] * 3, width=50)
     assert seen.status == 1
     assert max(map(len, seen.screen)) <= 50
     assert " ".join(" ".join(seen.screen).split()).endswith("Caps Lock, and try again.")
+
+
+@needs_bubblewrap
+def test_after_an_extract_it_is_said_where_the_images_are_and_how_to_look_into_them(
+    backup: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "my qubes"
+    seen = on_terminal("extract", backup, "--to", target, "work", "debian", types=f"{PASSPHRASE}\n")
+    assert seen.status == 0
+    assert seen.screen[seen.screen.index("2 of 2 qubes restored.") + 1 :] == [
+        f"They are in {target}, a directory each.",
+        "To see the files of a qube, in /mnt/home:",
+        f"  sudo mount -o loop,ro,noload '{target}/work/private.img' /mnt",
+        "To see the system of a template (losetup prints the N; the file system is the third partition):",
+        f"  sudo losetup --find --show --read-only --partscan '{target}/debian/root.img'",
+        "  sudo mount -o ro,noload /dev/loopNp3 /mnt",
+        "",
+    ]
+    assert (target / "work" / "private.img").is_file() and (target / "debian" / "root.img").is_file()
 
 
 def test_the_picture_of_a_line() -> None:

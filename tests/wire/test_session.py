@@ -38,9 +38,9 @@ Crossing = tuple[str, str, tuple[str, ...], tuple[str, ...]]
 
 #: State: message: next state. What does not stand here is a violation.
 TABLE: dict[str, dict[str, str]] = {
-    "idle": {"open": "opening"},
+    "idle": {"open": "opening", "cancel": "closed"},
     "opening": {
-        "manifest": "listed", "progress": "opening", "log": "opening", "failed": "closed", "cancel": "closed",
+        "manifest": "listed", "progress": "opening", "log": "opening", "failed": "idle", "cancel": "closed",
     },
     "listed": {
         "start": "streaming", "progress": "listed", "log": "listed", "failed": "closed", "cancel": "closed",
@@ -65,7 +65,7 @@ PATHS: dict[str, list[str]] = {
     "listed": ["open", "manifest"],
     "streaming": ["open", "manifest", "start"],
     "volume": ["open", "manifest", "start", "volume_ready"],
-    "closed": ["open", "failed"],
+    "closed": ["open", "cancel"],
 }
 
 

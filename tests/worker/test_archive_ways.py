@@ -38,6 +38,19 @@ async def test_recorded_backups_come_bit_for_bit_by_every_way(
     )
 
 
+@pytest.mark.parametrize("fixture", ["gzip", "format3"])
+@pytest.mark.parametrize("name", ["passed", *NEW_WAYS])
+async def test_a_wrong_passphrase_is_followed_by_another_while_the_backup_stays_open(
+    name: str, fixture: str, make_way: MakeWay
+) -> None:
+    path = shared_fixture(f"{fixture}.qbackup")
+    passphrase, archive = expectation(path).passphrase, path.read_bytes()
+    right = await run(make_way("passed", archive), passphrase=passphrase, memory=256 * MIB)
+    way = make_way(name, archive)
+    assert await run(way, passphrase=passphrase, memory=256 * MIB, wrong=["no", "neither"]) == right
+    assert right.finished and set(right.kinds.values()) == {"ok"}
+
+
 @pytest.mark.parametrize("name", NEW_WAYS)
 async def test_a_backup_with_every_kind_of_qube_and_dom0s_home_comes_by_every_way(
     name: str, make_way: MakeWay

@@ -127,11 +127,34 @@ FAILURES = {
 async def test_a_backup_that_cannot_be_opened_fails_the_session_with_the_right_kind(damage: str) -> None:
     kind, passphrase = FAILURES[damage]
     async with session_over(DAMAGES[damage].apply(WRITER)) as (caller, peer):
-        peer.open(passphrase)
+        peer.say(m.Open(passphrase=SecretStr(passphrase), ahead=True))  # nobody waits for another passphrase
         (failed,) = await peer.rest()
         assert isinstance(failed, m.Failed) and failed.error.kind == kind
         assert PASSPHRASE not in repr(failed)
-        assert len(caller.engine.requests) <= 2
+        peer.writer.close()
+        await caller.ended()
+
+
+async def test_another_passphrase_may_be_tried_only_if_one_was_wrong() -> None:
+    async with session_over(ARCHIVE) as (caller, peer):
+        peer.open("wrong")
+        assert (await peer.expect(m.Failed)).error.kind == "wrong-passphrase"
+        peer.open("wrong, too")
+        assert (await peer.expect(m.Failed)).error.kind == "wrong-passphrase"
+        peer.open()
+        await peer.expect(m.Manifest)
+        peer.writer.close()
+        await caller.ended()
+    async with session_over(DAMAGES["some-other-file"].apply(WRITER)) as (caller, peer):
+        peer.open()
+        assert (await peer.expect(m.Failed)).error.kind == "not-a-backup"
+        await caller.ended()
+
+
+async def test_a_session_that_waits_for_another_passphrase_ends_with_the_broker() -> None:
+    async with session_over(ARCHIVE) as (caller, peer):
+        peer.open("wrong")
+        await peer.expect(m.Failed)
         peer.writer.close()
         await caller.ended()
 
@@ -447,7 +470,7 @@ async def test_what_the_broker_says_after_the_last_word_does_not_take_that_word_
 async def test_a_broker_that_never_hangs_up_is_left_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "LINGER_S", 0.1)
     async with session_over(ARCHIVE) as (caller, peer):
-        peer.open("wrong")
+        peer.say(m.Open(passphrase=SecretStr("wrong"), ahead=True))
         await peer.expect(m.Failed)
         await caller.ended()
 

@@ -136,12 +136,14 @@ async def run(
     passphrase: str = PASSPHRASE,
     memory: int | None = None,
     engine: Engine | None = None,
+    wrong: Sequence[str] = (),
 ) -> Outcome:
-    """A whole session over `way`; all qubes, if no keys are given."""
+    """A whole session over `way`; all qubes, if no keys are given. `wrong`: passphrases to try before."""
     outcome = Outcome()
+    passphrases = [*wrong, passphrase]
     async with way.session(engine) as (caller, peer):
         way.before_open(caller)
-        peer.open(passphrase, storage=way.location, memory=memory)
+        peer.open(passphrases.pop(0), storage=way.location, memory=memory)
         fetches = []
         while (message := await peer.next()) is not None:
             if isinstance(message, m.Manifest):
@@ -161,8 +163,11 @@ async def run(
                 outcome.settings[message.key] = message
             elif isinstance(message, m.Log):
                 outcome.warnings.append(message.text)
+            elif isinstance(message, m.Failed) and message.error.kind == "wrong-passphrase" and passphrases:
+                peer.open(passphrases.pop(0), storage=way.location, memory=memory)
             elif isinstance(message, m.Failed):
                 outcome.failed = message.error
+                break
             elif isinstance(message, m.Finished):
                 outcome.finished = True
         outcome.received = {name: await fetch for name, fetch in fetches}
