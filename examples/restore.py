@@ -13,6 +13,7 @@ from qubes_restore_svc.client.api import (
     OpenBackup,
     QubeReport,
     RestoreError,
+    RestoreProgress,
     system_transport,
 )
 
@@ -20,9 +21,9 @@ from qubes_restore_svc.client.api import (
 class Shown(Observer):
     """Prints what happens."""
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+    def progress(self, progress: RestoreProgress) -> None:
         """About twice a second."""
-        print(f"{archive_bytes >> 20} MiB of the backup are dealt with")
+        print(f"{progress.percent} %, {progress.seconds_left} s left")
 
     def qube_finished(self, report: QubeReport) -> None:
         """A qube is there, or it is not."""

@@ -8,11 +8,13 @@ rolls it back. Only the copying of a volume runs beside the messages.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
+from qubes_restore_svc.broker.estimate import Estimate
 from qubes_restore_svc.broker.interfaces import Host, Link, NewQube, QubeTransaction
 from qubes_restore_svc.broker.ledger import Ledger, believed_error
 from qubes_restore_svc.broker.plan import Planned
@@ -80,6 +82,7 @@ class RestoreRun:
         self._qubes = QubeRuns(planned, report)
         self._begun: list[QubeRun] = []
         self._copy: VolumeCopy | None = None
+        self._estimate = Estimate()
 
     async def run(self) -> None:
         """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
@@ -101,7 +104,7 @@ class RestoreRun:
     async def _take(self, message: m.WorkerMessage) -> None:
         await self._check_copy()
         if isinstance(message, m.Progress):
-            self._observer.progress(message.archive_bytes, message.image_bytes)
+            self._observer.progress(self._estimate.of(message, time.monotonic()))
         elif isinstance(message, m.Log):
             self._log(message)
         elif isinstance(message, m.VolumeReady):

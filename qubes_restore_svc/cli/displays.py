@@ -9,7 +9,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Iterator
 from typing import Never, TypeVar
 
@@ -18,18 +17,15 @@ from tqdm import tqdm
 from qubes_restore_svc.cli.tables import duration_text
 from qubes_restore_svc.cli.terminal import QuietStream, can_redraw, say, width_of
 from qubes_restore_svc.errors import size_text
-from qubes_restore_svc.wire.report import Observer, QubeReport
+from qubes_restore_svc.wire.report import Observer, QubeReport, RestoreProgress
 
 _T = TypeVar("_T")
 
 #: Seconds between plain lines.
 LINE_INTERVAL_S = 10.0
 
-#: Seconds over which the rate is measured. Progress comes in chunks of 100 MiB, each of which takes
-#: seconds; the window is long enough for several, and short enough to forget what was skipped.
-RATE_WINDOW_S = 60.0
-#: Seconds that must have been measured before a time left is guessed.
-_LEAST_MEASURED_S = 3.0
+#: Seconds left below which nothing is counted any more.
+A_MOMENT_S = 10
 
 _TICK_S = 0.5
 _LEAST_BAR = 8  #: columns
@@ -97,17 +93,19 @@ class LineDisplay(QuietDisplay):
     """A line for every event, and one now and then for the progress: for logs and pipes."""
 
     def __init__(self, total: int | None, *, verbose: bool) -> None:
-        self._rate = Rate(total)
+        self._total = total
+        self._progress: RestoreProgress | None = None
         self._verbose = verbose
         self._last = time.monotonic()
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+    def progress(self, progress: RestoreProgress) -> None:
         """At most one line every ten seconds."""
+        self._progress = progress
         now = time.monotonic()
-        self._rate.add(now, archive_bytes)
         if now - self._last >= LINE_INTERVAL_S:
             self._last = now
-            say(self._rate.text())
+            percent = "" if progress.percent is None else f"{progress.percent}%  "
+            say(percent + "  ".join(progress_texts(progress, self._total)))
 
     def log(self, level: str, text: str) -> None:
         """Warnings always, the rest when verbose."""
@@ -140,17 +138,19 @@ class BarDisplay(LineDisplay):
         tqdm.set_lock(threading.RLock())
         tqdm.monitor_interval = 0
         self._bar: tqdm[Never] = tqdm(
-            total=total or None,
-            bar_format="{percentage:3.0f}% {bar} {desc}" if total else "{desc}",
+            total=100,
+            bar_format="{desc}",
             leave=False,
             delay=0.001,  # not drawn before it has a description
             file=QuietStream(),
         )
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        """Move the bar."""
-        self._rate.add(time.monotonic(), archive_bytes)
-        self._bar.n = max(self._bar.n, archive_bytes)
+    def progress(self, progress: RestoreProgress) -> None:
+        """Move the bar; there is none before a percentage is known."""
+        self._progress = progress
+        if progress.percent is not None:
+            self._bar.bar_format = "{percentage:3.0f}% {bar} {desc}"
+            self._bar.n = progress.percent
         self._draw()
 
     def log(self, level: str, text: str) -> None:
@@ -194,7 +194,6 @@ class BarDisplay(LineDisplay):
         finally:
             self._paused = False
             self._started += time.monotonic() - began
-            self._rate.forget()
 
     def close(self) -> None:
         """Remove the bar."""
@@ -206,8 +205,8 @@ class BarDisplay(LineDisplay):
             return
         elapsed = int(time.monotonic() - self._started)
         parts = [f"{elapsed // 60}:{elapsed % 60:02d}"]
-        if self._rate.measured:
-            parts.append(self._rate.text(percent=False))
+        if self._progress is not None:
+            parts += progress_texts(self._progress, self._total)
         # The last column stays free: some terminals would begin a new line.
         self._bar.ncols = (width_of(sys.stderr) or 80) - 1
         room = self._bar.ncols - len("100%  ") - _LEAST_BAR - len("  ".join(parts)) - 2
@@ -217,52 +216,21 @@ class BarDisplay(LineDisplay):
         self._bar.refresh()
 
 
-class Rate:
-    """How fast it goes, measured over the last minute, and how long it still takes."""
+def progress_texts(progress: RestoreProgress, total: int | None) -> list[str]:
+    """How much of an archive of `total` bytes, how fast, and how long still, as far as it is known."""
+    done = size_text(progress.archive_bytes)
+    texts = [f"{done} of {size_text(total)}" if total else done]
+    if progress.per_second:
+        texts.append(f"{size_text(progress.per_second)}/s")
+    seconds = progress.seconds_left
+    if seconds is not None:
+        texts.append(
+            "a few seconds left" if seconds < A_MOMENT_S else f"about {duration_text(rounded(seconds))} left"
+        )
+    return texts
 
-    def __init__(self, total: int | None) -> None:
-        self._total = total
-        self._samples: deque[tuple[float, int]] = deque()
 
-    @property
-    def measured(self) -> bool:
-        """Has anything been added?"""
-        return bool(self._samples)
-
-    def add(self, now: float, done: int) -> None:
-        """`done` bytes are behind us at the time `now`, in seconds of any clock."""
-        self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_WINDOW_S:
-            self._samples.popleft()
-
-    def forget(self) -> None:
-        """Measure anew: what was added before says nothing about what comes."""
-        self._samples.clear()
-
-    @property
-    def per_second(self) -> float:
-        """Bytes a second; 0 while it cannot be told."""
-        if not self._samples:
-            return 0.0
-        (then, before), (now, done) = self._samples[0], self._samples[-1]
-        return (done - before) / (now - then) if now > then else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """A guess; None while there is nothing to guess from."""
-        if not self._total or self.per_second <= 0:
-            return None
-        (then, _), (now, done) = self._samples[0], self._samples[-1]
-        return max(0, self._total - done) / self.per_second if now - then >= _LEAST_MEASURED_S else None
-
-    def text(self, *, percent: bool = True) -> str:
-        """One line: how much, how fast, how long still."""
-        done = self._samples[-1][1] if self._samples else 0
-        parts = [size_text(done) if not self._total else f"{size_text(done)} of {size_text(self._total)}"]
-        if self._total and percent:
-            parts.insert(0, f"{min(100, done * 100 // self._total)}%")
-        if self.per_second > 0:
-            parts.append(f"{size_text(int(self.per_second))}/s")
-        if self.seconds_left is not None:
-            parts.append(f"{duration_text(self.seconds_left)} left")
-        return "  ".join(parts)
+def rounded(seconds: int) -> int:
+    """A guess is not told to the second: a number that jumps says less than one that stands."""
+    step = 5 if seconds < 60 else 30 if seconds < 600 else 60
+    return max(step, round(seconds / step) * step)

@@ -34,7 +34,7 @@ from qubes_restore_svc.errors import Cancelled, ExitStatus, RestoreError, UsageE
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report, warn
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, RestoreProgress, warn
 
 PROGRAM = "qvm-backup-restore"
 
@@ -221,8 +221,8 @@ class _Heard(Observer):
         self._report = report
         self._observer = observer
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        self._observer.progress(archive_bytes, image_bytes)
+    def progress(self, progress: RestoreProgress) -> None:
+        self._observer.progress(progress)
 
     def log(self, level: str, text: str) -> None:
         if level == "warning":

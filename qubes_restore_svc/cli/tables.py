@@ -22,11 +22,13 @@ _MOST_NAMES = 8  #: in a line that says something of several qubes
 
 
 def duration_text(seconds: float) -> str:
-    """`seconds` as `1 h 05 min`, `4 min 10 s` or `12 s`."""
+    """`seconds` as `1 h 05 min`, `4 min 10 s`, `4 min` or `12 s`."""
     whole = int(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60:02d} s".removesuffix(" 00 s")
+    return f"{whole} s"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,8 +17,8 @@ from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, R
 from qubes_restore_svc.waiting import to_the_end
 from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.messages import Cancel, Log, Progress
-from qubes_restore_svc.wire.report import Observer, Report
+from qubes_restore_svc.wire.messages import Cancel, Log
+from qubes_restore_svc.wire.report import Observer, Report, RestoreProgress
 
 #: Seconds that dom0 may take to say what came of a restore that was cancelled; then the call is closed.
 CANCEL_TIMEOUT_S = 60.0
@@ -160,8 +160,8 @@ class RestoreCall:
                 match message:
                     case Log():
                         self._observer.log(message.level, message.text)
-                    case Progress():
-                        self._observer.progress(message.archive_bytes, message.image_bytes)
+                    case RestoreProgress():
+                        self._observer.progress(message)
                     case c.VolumeStarted():
                         self._observer.volume_started(message.qube, message.volume, message.image_size)
                     case c.QubeFinished():

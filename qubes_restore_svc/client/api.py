@@ -14,7 +14,7 @@ from qubes_restore_svc.client.transports import (
     system_transport,
 )
 from qubes_restore_svc.errors import RestoreError
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, RestoreProgress, VolumeReport
 from qubes_restore_svc.wire.restore_call import (
     BackupLocation,
     Choice,
@@ -38,6 +38,7 @@ __all__ = [
     "Report",
     "RestoreCall",
     "RestoreError",
+    "RestoreProgress",
     "Transport",
     "VolumeReport",
     "WorkerWishes",

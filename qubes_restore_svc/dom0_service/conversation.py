@@ -17,10 +17,10 @@ from typing import Literal, Self
 
 from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, RestoreError
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.messages import Cancel, Log, Progress
+from qubes_restore_svc.wire.messages import Cancel, Log
 from qubes_restore_svc.wire.models import MAX_FRAME, Message
 from qubes_restore_svc.wire.names import MAX_TEXT, shortened
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, RestoreProgress
 
 #: Seconds within which the client has to say what it wants, …
 OPEN_TIMEOUT_S = 60.0
@@ -107,11 +107,10 @@ class Conversation(Observer):
 
     # --- What is told: an Observer ---------------------------------------------------------------------
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+    def progress(self, progress: RestoreProgress) -> None:
         """How far it is, if the client still listens."""
-        if self._connection.may_come(Progress):
-            message = Progress(archive_bytes=archive_bytes, image_bytes=image_bytes)
-            self._channel.send_progress(self._connection.send(message))
+        if self._connection.may_come(RestoreProgress):
+            self._channel.send_progress(self._connection.send(progress))
 
     def log(self, level: str, text: str) -> None:
         """A line, if the client reads."""

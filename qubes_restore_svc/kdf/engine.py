@@ -165,6 +165,10 @@ class KdfEngine(Protocol):
         """Bytes that one derivation takes while it runs."""
         ...
 
+    def advances(self, parameters: KdfParameters, stride: int) -> float:
+        """How often lanes have to `advance` for one derivation, about."""
+        ...
+
     def trim(self, keep: int = 0) -> int:
         """Give back idle memory until at most `keep` bytes are held; the bytes given back."""
         ...
@@ -282,6 +286,9 @@ class OpensslEngine:
 
     def memory(self, parameters: KdfParameters, stride: int = 1) -> int:
         return parameters.memory
+
+    def advances(self, parameters: KdfParameters, stride: int) -> float:
+        return 1
 
     def trim(self, keep: int = 0) -> int:
         return 0

@@ -120,6 +120,12 @@ class NativeEngine:
         """Bytes that one derivation takes while it runs; ValueError if scrypt has no such parameters."""
         return _memory(parameters, stride)
 
+    def advances(self, parameters: KdfParameters, stride: int) -> float:
+        """How often lanes have to `advance` for one derivation; more often where others end meanwhile."""
+        # A step with a larger r takes longer, and the lanes take fewer at once.
+        steps = 2 * (1 << parameters.log_n) * parameters.p * STRIDE_WORK[stride] * max(1, parameters.r / 8)
+        return steps / STEPS_AT_ONCE
+
     @property
     def memory_held(self) -> int:
         """Bytes of all arenas: of running derivations, and kept for the next ones."""

@@ -2,7 +2,7 @@
 
 Strategy: a widget of its own, which needs neither the wizard nor Qubes Manager. It is fed by the signals of a
 `ProgressFeed`, which may be told things in any thread: Qt queues the signals to the thread of the page. The
-page keeps no state but what it shows and the arithmetic of `PlanProgress`. All texts are plain text.
+page keeps no state but what it shows. All texts are plain text.
 """
 
 import enum
@@ -12,23 +12,24 @@ from PyQt6.QtCore import QEvent, QObject, Qt, QTimer, pyqtSignal
 from PyQt6.QtGui import QFont, QGuiApplication, QPalette
 from PyQt6.QtWidgets import QHBoxLayout, QLabel, QProgressBar, QPushButton, QSizePolicy, QVBoxLayout, QWidget
 
+from qubes_restore_svc.cli.displays import A_MOMENT_S, rounded
 from qubes_restore_svc.cli.tables import duration_text
-from qubes_restore_svc.errors import Cancelled, RestoreError
+from qubes_restore_svc.errors import Cancelled, RestoreError, size_text
 from qubes_restore_svc.manager import wording
-from qubes_restore_svc.manager.events import PlanProgress, RestoreListener
+from qubes_restore_svc.manager.events import RestoreListener
 from qubes_restore_svc.manager.qube_table import QubeTable, text_colours
 from qubes_restore_svc.manager.wording import translate
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import QubeReport, Report, RestoreProgress
 
-_STEPS = 1000  # of the bar
+_STEPS = 100  # of the bar
 
 
 class ProgressFeed(QObject, RestoreListener):
     """Turns what it is told into signals, from whatever thread it is told."""
 
     begun = pyqtSignal(object)
-    moved = pyqtSignal(object, object)  # not int: a Qt int ends at 2 GiB
+    moved = pyqtSignal(object)
     volume_begun = pyqtSignal(str, str)
     qube_through = pyqtSignal(object)
     undoing = pyqtSignal()
@@ -38,9 +39,9 @@ class ProgressFeed(QObject, RestoreListener):
         """Emits `begun`."""
         self.begun.emit(plan)
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+    def progress(self, progress: RestoreProgress) -> None:
         """Emits `moved`."""
-        self.moved.emit(archive_bytes, image_bytes)
+        self.moved.emit(progress)
 
     def volume_started(self, qube: str, volume: str, image_size: int) -> None:
         """Emits `volume_begun`."""
@@ -78,7 +79,8 @@ class ProgressPage(QWidget):
         self._succeeded = self._cancelled = self._any_done = False
         self._was_asked_to = False  # cancel
         self._mode = "restore"
-        self._progress = PlanProgress(None)
+        self._archive_size: int | None = None
+        self._time_left = ""
         self._began = time.monotonic()
         self._set_up()
         self._clock = QTimer(self)
@@ -99,7 +101,7 @@ class ProgressPage(QWidget):
     # --- What is told ---
 
     def _on_begun(self, plan: c.Plan) -> None:
-        self._mode, self._progress, self._began = plan.mode, PlanProgress(plan), time.monotonic()
+        self._mode, self._archive_size, self._began = plan.mode, plan.archive_size, time.monotonic()
         self.table.begin(plan)
         if self._state is _State.CANCELLING:  # the person was faster
             self._show_cancelling()
@@ -111,18 +113,19 @@ class ProgressPage(QWidget):
             one, more = translate("Restore", "Restoring a qube"), translate("Restore", "Restoring {n} qubes")
         self.headline.setText(one if count == 1 else more.format(n=count))
         self.doing.setText(translate("Restore", "Starting…"))
-        self.bar.setRange(0, 0 if self._progress.total is None else _STEPS)
+        self.bar.setRange(0, 0)  # until it is known how far it is
         self._state = _State.RUNNING
         self._clock.start()
         self._show_elapsed()
 
-    def _on_moved(self, archive_bytes: int, image_bytes: int) -> None:
-        self._progress.add(archive_bytes, image_bytes)
+    def _on_moved(self, progress: RestoreProgress) -> None:
         if self._state is not _State.RUNNING:
             return
-        if self._progress.fraction is not None:
-            self.bar.setValue(int(self._progress.fraction * _STEPS))
-        self.amount.setText(self._progress.amount_text)
+        if progress.percent is not None:
+            self.bar.setRange(0, _STEPS)
+            self.bar.setValue(progress.percent)
+        self.amount.setText(_amount_text(progress, self._archive_size))
+        self._time_left = _left_text(progress)
         self._show_elapsed()
 
     def _on_volume(self, qube: str, volume: str) -> None:
@@ -286,13 +289,32 @@ class ProgressPage(QWidget):
             elapsed = translate("Restore", "{time} so far").format(
                 time=duration_text(time.monotonic() - self._began)
             )
-            parts = [elapsed, self._progress.left_text]
+            parts = [elapsed, self._time_left]
             self.left.setText(", ".join(part for part in parts if part))
 
     def _copy(self) -> None:
         clipboard = QGuiApplication.clipboard()
         if clipboard is not None:
             clipboard.setText("\n".join((self.headline.text(), self.doing.text(), self.table.as_text())))
+
+
+def _amount_text(progress: RestoreProgress, archive_size: int | None) -> str:
+    """How much, and how fast: `1.2 GiB of 4.0 GiB, 80 MiB/s`."""
+    text = size_text(progress.archive_bytes)
+    if archive_size:
+        of = translate("Restore", "{done} of {total}")
+        text = of.format(done=text, total=size_text(archive_size))
+    return f"{text}, {size_text(progress.per_second)}/s" if progress.per_second else text
+
+
+def _left_text(progress: RestoreProgress) -> str:
+    """How long it still takes, as a guess: `about 4 min left`; empty while there is none."""
+    if progress.seconds_left is None:
+        return ""
+    if progress.seconds_left < A_MOMENT_S:
+        return translate("Restore", "a few seconds left")
+    time_left = duration_text(rounded(progress.seconds_left))
+    return translate("Restore", "about {time} left").format(time=time_left)
 
 
 def _label(*, larger: bool = False) -> QLabel:

@@ -34,7 +34,7 @@ from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.waiting import ask
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, RestoreProgress
 from qubes_restore_svc.wire.restore_call import Mode, OpenBackup, Plan
 
 
@@ -259,9 +259,9 @@ class LoggedObserver(Observer):
         self._observer = observer
         self._log = log
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+    def progress(self, progress: RestoreProgress) -> None:
         """Passed on only."""
-        self._observer.progress(archive_bytes, image_bytes)
+        self._observer.progress(progress)
 
     def log(self, level: str, text: str) -> None:
         """Both."""

@@ -270,6 +270,8 @@ class Progress(Message):
     type: Literal["progress"] = "progress"
     archive_bytes: Size  #: how much of the archive has been dealt with
     image_bytes: Size = 0  #: how much of all images has been produced, holes included
+    #: Millionths of all work, keys included; None: it cannot be told yet.
+    done: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] | None = None
     received: Size = 0  #: bytes that have come from the source, in this pass over the archive
     waiting_for_source: bool = False  #: nothing else is to be done until more comes from there
 

@@ -21,6 +21,7 @@ from qubes_restore_svc.wire.names import (
     MAX_QUBES,
     MAX_TEXT,
     BackupId,
+    Count,
     FreeText,
     Sha256,
     Size,
@@ -189,6 +190,17 @@ def warn(report: Report | QubeReport, text: str) -> None:
 # --- Who is told meanwhile --------------------------------------------------------------------------
 
 
+class RestoreProgress(Message):
+    """How far it is, about twice a second."""
+
+    type: Literal["progress"] = "progress"
+    archive_bytes: Size  #: how much of the archive has been dealt with
+    image_bytes: Size = 0  #: how much of all images has been produced, holes included
+    percent: Annotated[int, Field(strict=True, ge=0, le=100)] | None = None  #: of all work; None: not known
+    per_second: Size = 0  #: bytes of the archive; 0 as long as it has not been measured
+    seconds_left: Count | None = None  #: a guess; None: there is nothing to guess from
+
+
 class Observer:
     """Who watches a restore or a verification: told what happens, in its order. Texts are fit for a terminal.
 
@@ -196,8 +208,8 @@ class Observer:
     the restore.
     """
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
-        """How much of the archive is dealt with, and how much of all images has been produced, in bytes."""
+    def progress(self, progress: RestoreProgress) -> None:
+        """How far it is."""
 
     def log(self, level: str, text: str) -> None:
         """A line, `info` or `warning`."""

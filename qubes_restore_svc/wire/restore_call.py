@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from qubes_restore_svc.errors import ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.wire.connection import Connection
-from qubes_restore_svc.wire.messages import Cancel, ListedQube, Log, Progress, RefusedQube
+from qubes_restore_svc.wire.messages import Cancel, ListedQube, Log, RefusedQube
 from qubes_restore_svc.wire.models import (
     MAX_FRAME,
     ErrorInfo,
@@ -58,7 +58,7 @@ from qubes_restore_svc.wire.names import (
     VolumeName,
     shortened,
 )
-from qubes_restore_svc.wire.report import CUT, QubeReport, Remarks, Report, VolumeReport
+from qubes_restore_svc.wire.report import CUT, QubeReport, Remarks, Report, RestoreProgress, VolumeReport
 
 _Received = TypeVar("_Received", bound=Message)
 
@@ -422,7 +422,7 @@ def _check_qube(qube: str) -> None:
 
 
 ClientMessage = OpenBackup | Choose | Confirm | Cancel
-BrokerAnswer = Log | Progress | Plan | VolumeStarted | QubeFinished | Report | Refused
+BrokerAnswer = Log | RestoreProgress | Plan | VolumeStarted | QubeFinished | Report | Refused
 
 
 class CallPhase(enum.Enum):
@@ -445,7 +445,7 @@ TRANSITIONS: dict[tuple[CallPhase, type[Message]], CallPhase] = {
 }
 for _phase in (CallPhase.PLANNING, CallPhase.PLANNED, CallPhase.RUNNING, CallPhase.ENDING):
     TRANSITIONS[_phase, Log] = _phase
-    TRANSITIONS[_phase, Progress] = _phase
+    TRANSITIONS[_phase, RestoreProgress] = _phase
     TRANSITIONS[_phase, Report] = CallPhase.CLOSED
     TRANSITIONS[_phase, Refused] = CallPhase.CLOSED
 for _phase in (CallPhase.PLANNING, CallPhase.PLANNED, CallPhase.RUNNING):

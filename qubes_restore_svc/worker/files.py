@@ -91,6 +91,10 @@ class PlaintextFiles:
         self._in_file = False
         self._position = 0
         self.idle = False  #: does it wait for what the intake has not brought yet?
+        self.opening = False  #: does it wait for a key?
+        self._unpacked = 0  # bytes of the chunks that were taken
+        self._current: Chunk | None = None
+        self._dealt = 0  # bytes of the current one
         self.chunk: int | None = None  #: number of the chunk that is being read
         self.damage: Damage | None = None  #: met right behind the file that was read last
 
@@ -100,6 +104,21 @@ class PlaintextFiles:
         if not self._in_file and self._events.empty():
             self._position = max(self._position, read)
         return self._position
+
+    @property
+    def unpacked(self) -> int:
+        """How much of the wanted chunks has been dealt with, bytes."""
+        return self._unpacked + self._dealt
+
+    def ahead(self) -> float:
+        """How much of those behind has its key, bytes; of a key that is being derived, its part. From any
+        thread."""
+        with self._events.mutex:
+            chunks = [event for event in self._events.queue if isinstance(event, Chunk)]
+        bytes_ahead = sum(chunk.size * chunk.proof.derived for chunk in chunks)
+        if (current := self._current) is not None:
+            bytes_ahead += max(0, current.size - self._dealt) * current.proof.derived
+        return bytes_ahead
 
     def next_file(self) -> str | Passed | Damaged | ArchiveEnd:
         """The name of the next wanted file, or what is there in its place."""
@@ -123,18 +142,23 @@ class PlaintextFiles:
             self.chunk = event.name.number
             dealt_with = event.end - event.size
             self._position = max(self._position, dealt_with)
+            self._current, self.opening = event, True
             try:
                 check()
                 content = event.open(remark)
+                self.opening = False
                 for start in range(0, len(content), _PIECE):
                     check()
                     piece = content[start : start + _PIECE]
                     yield piece
                     dealt_with += len(piece)
+                    self._dealt += len(piece)
                     self._position = max(self._position, dealt_with)
                 self._position = max(self._position, event.end)
             finally:
                 event.release()
+                self._current, self.opening = None, False
+                self._take_off(event)
         self._end_file(event)
 
     def drain(self) -> RestoreError | None:
@@ -144,6 +168,7 @@ class PlaintextFiles:
             event = self._next_event()
             if isinstance(event, Chunk):
                 event.release()
+                self._take_off(event)
                 continue
             try:
                 self._end_file(event)
@@ -157,6 +182,9 @@ class PlaintextFiles:
         event = self._events.get()
         self.idle = False
         return event
+
+    def _take_off(self, chunk: Chunk) -> None:
+        self._unpacked, self._dealt = self._unpacked + chunk.size, 0
 
     def _end_file(self, event: Event) -> None:
         assert isinstance(event, FileEnd)

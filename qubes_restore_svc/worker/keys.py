@@ -34,12 +34,26 @@ _URGENT_THREAD = 0
 _NICENESS = 5
 
 
+class Key(Future[bytes]):
+    """A key of 64 bytes, some time."""
+
+    turns = 0.0  #: how often its lanes are advanced for it, about; 0: it has not begun
+    taken = 0  #: how often they have been
+
+    @property
+    def part(self) -> float:
+        """How much of it is there, 0 to 1. From any thread."""
+        if self.done():
+            return 1.0
+        return min(1.0, self.taken / self.turns) if self.turns else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     request: KdfRequest
     urgent: bool
     check: Callable[[], None]
-    result: "Future[bytes]"
+    result: Key
 
 
 class _Load(NamedTuple):
@@ -102,13 +116,13 @@ class KeyScheduler:
 
     def submit(
         self, request: KdfRequest, *, urgent: bool = False, check: Callable[[], None] = lambda: None
-    ) -> "Future[bytes]":
+    ) -> Key:
         """The 64-byte key of `request`, some time. `cancel` on the future takes it back while it waits.
 
         `urgent`: nothing can be done before it is there, so it gets the memory that makes it quick. `check`
         is called when its turn comes; if it raises, the key is not derived, and that is the result.
         """
-        job = _Job(request, urgent, check, Future())
+        job = _Job(request, urgent, check, Key())
         self._queue(job, self._waiting.append)
         return job.result
 
@@ -122,7 +136,7 @@ class KeyScheduler:
             if fits:
                 with contextlib.suppress(BudgetTooSmall):  # the first one may do with less
                     return self._second.derive([request])[0], self._second.name
-        job = _Job(request, True, lambda: None, Future())
+        job = _Job(request, True, lambda: None, Key())
         self._queue(job, self._waiting.appendleft)
         return job.result.result(), f"{self._engine.name}, once more"
 
@@ -232,7 +246,7 @@ class KeyScheduler:
         self._waiting.popleft()
         if not job.result.set_running_or_notify_cancel():
             # Taken back in this moment: it is derived for nobody.
-            job = replace(job, result=Future())
+            job = replace(job, result=Key())
         jobs[ticket] = job
         self._running += 1
         return True
@@ -290,10 +304,15 @@ class KeyScheduler:
                 avoiding=not job.urgent and self._threads_with_urgent(thread) > 0,
             )
         )
-        return None if index is None else lanes.begin(job.request, strides[index], room)
+        if index is None:
+            return None
+        job.result.turns = self._engine.advances(job.request.parameters, strides[index])
+        return lanes.begin(job.request, strides[index], room)
 
     def _advance(self, lanes: KdfLanes, jobs: dict[int, _Job]) -> None:
         finished = lanes.advance()
+        for job in jobs.values():
+            job.result.taken += 1
         if not finished:
             return
         with self._budget.changed:

@@ -8,6 +8,7 @@ reported for its volume, and the next file begins.
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 
@@ -35,6 +36,7 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import DigestKind, VolumeName
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD
 from qubes_restore_svc.worker.files import ArchiveEnd, Damaged, EventQueue, Passed, PlaintextFiles
+from qubes_restore_svc.worker.meter import Meter, Seen
 from qubes_restore_svc.worker.opening import OpenedBackup
 from qubes_restore_svc.worker.output import ImageHash, VolumeStream
 from qubes_restore_svc.worker.selection import DIRECTORY, SelectedQube, Selection, Stage, WantedFile
@@ -77,6 +79,11 @@ class Pipeline:
         self._announce = announce
         self._doubt = doubt
         self._image_bytes = 0
+        self._meter = Meter()
+        self._hold = {qube.info.key: qube.hold() for qube in selection}
+        self._expected = int(sum(sum(holds.values()) for holds in self._hold.values()))
+        self._volume_on_its_way: tuple[str, str] | None = None
+        self._data_bytes = 0  # of that volume
         self._stop = stop
         self._waker: Callable[[], object] = lambda: None
         stop.wakes(lambda: self._waker())
@@ -116,9 +123,37 @@ class Pipeline:
         """Is there nothing to unpack or to send until more of the archive comes? From any thread."""
         return self._files.idle
 
-    def progress(self, read: int) -> m.Progress:
-        """How far it is when `read` bytes of the archive have been read; may be called from any thread."""
-        return m.Progress(archive_bytes=self._files.position(read), image_bytes=self._image_bytes)
+    def progress(self, read: int, archive_size: int = 0, *, deriving: bool = False) -> m.Progress:
+        """How far it is when `read` bytes of the archive have been read; may be called from any thread.
+
+        `archive_size` is 0 if it is not known. `deriving`: is a key being derived just now?
+        """
+        position = self._files.position(read)
+        data = self._data()
+        seen = Seen(
+            now=time.monotonic(),
+            archive_size=archive_size if self._selection.is_all else 0,
+            position=position,
+            unpacked=self._files.unpacked,
+            ahead=self._files.ahead(),
+            data=data,
+            expected=self._expected,
+            deriving=deriving,
+            unpacking=not (self._files.idle or self._files.opening),
+        )
+        return m.Progress(archive_bytes=position, image_bytes=self._image_bytes, done=self._meter.done(seen))
+
+    def _data(self) -> float:
+        """How much has come of the expected data, in bytes. All of it, of a qube that was given up."""
+        data = 0.0
+        for qube in self._selection:
+            left = tuple(qube.volumes_left) if qube.stage is Stage.WANTED else ()
+            for volume, holds in self._hold[qube.info.key].items():
+                if volume not in left:
+                    data += holds
+                elif self._volume_on_its_way == (qube.info.key, volume):
+                    data += min(holds, self._data_bytes)
+        return data
 
     def _file(self, place: WantedFile, file: str) -> None:
         qube = place.qube
@@ -190,10 +225,11 @@ class Pipeline:
 
         def check() -> None:
             self._check(qube)
-            self._image_bytes = start + digest.hashed
+            self._image_bytes, self._data_bytes = start + digest.hashed, digest.data_bytes
 
         digest = ImageHash(self._digest, check)
         ready = m.VolumeReady(key=info.key, volume=volume, image_size=size)
+        self._volume_on_its_way, self._data_bytes = (info.key, volume), 0
         if volume not in qube.volumes_left:  # nobody has promised it; from here on somebody has
             qube.volumes_left.append(volume)
         with self._fetched(qube, ready) as stream, digest:

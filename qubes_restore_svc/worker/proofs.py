@@ -6,7 +6,6 @@ rest is still coming in. In format 3 the MAC is the next member, and its key is 
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,7 +21,7 @@ from qubes_restore_svc.archive.container import (
 from qubes_restore_svc.archive.openssl import MAX_MAC_LINE, PieceMac, open_piece, parse_mac
 from qubes_restore_svc.errors import AuthenticationFailed, BadContainer, FaultyMachine
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest
-from qubes_restore_svc.worker.keys import KeyScheduler
+from qubes_restore_svc.worker.keys import Key, KeyScheduler
 from qubes_restore_svc.worker.source import MemberStream
 
 #: Gets a line for the person.
@@ -70,7 +69,7 @@ class ContainerProof:
         self._label = label
         self._scheduler = scheduler
         self._costs = scheduler.costs
-        self._key: Future[bytes] = Future()
+        self._key = Key()
 
     @property
     def parameters(self) -> KdfParameters:
@@ -104,6 +103,11 @@ class ContainerProof:
     def ready(self) -> bool:
         """Would `verify` neither wait for the key nor derive it once more?"""
         return self._key.done() and not self._key.cancelled() and not self.failed() and self.fits()
+
+    @property
+    def derived(self) -> float:
+        """How much of the key is there, 0 to 1. From any thread."""
+        return self._key.part
 
     def failed(self) -> bool:
         """Wait for the key: could it not be derived?"""
@@ -175,6 +179,7 @@ class MacLineProof:
     """The line that `openssl dgst -hmac` printed over one piece."""
 
     parameters = None
+    derived = 1.0  #: there is no key
     ready = True
 
     def __init__(self, name: ChunkName, proofs: MacLineProofs) -> None:

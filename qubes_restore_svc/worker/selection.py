@@ -108,6 +108,13 @@ class SelectedQube:
             volume == promised.name for promised in self.info.volumes
         )
 
+    def hold(self) -> dict[VolumeName, float]:
+        """How much data its volumes hold, in bytes, as far as the backup says."""
+        sizes = {volume.name: volume.size or 0 for volume in self.info.volumes}
+        size = sum(sizes.values())
+        data = self.info.backup_size or size
+        return {name: data * (own / size if size else 1 / len(sizes)) for name, own in sizes.items()}
+
     def misses(self, file: str) -> bool:
         """Is it not complete, or too open, without this file, should the file exist?"""
         volume = IMAGES.get(file)
@@ -183,6 +190,7 @@ class Selection:
             for qube in qubes
             if qube.info.key in wanted_keys
         }
+        self.is_all = whole and len(self._qubes) == len(qubes)  #: is there nothing else in the archive?
         self._by_path = {qube.backup.path: qube for qube in self._qubes.values()}
         self._names = {qube.path: qube.info.name for qube in qubes if whole or qube.info.key in wanted_keys}
         self._refused_paths = frozenset(content.refused_paths)

@@ -71,6 +71,11 @@ class ArchiveSource:
         """Can what lies ahead be read later, with `read_at`?"""
         return self._seekable_end is not None
 
+    @property
+    def size(self) -> int:
+        """Bytes from where reading began to the end; 0 if that is not known."""
+        return 0 if self._readable_end is None else max(0, self._readable_end - self._start)
+
     def gap(self, start: int, end: int) -> ArchiveUnreadable | None:
         """Why bytes between the positions `start` and `end` read as zeros; None if they could be read."""
         for gap_start, gap_end, error in self._gaps:

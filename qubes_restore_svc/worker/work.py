@@ -51,7 +51,10 @@ class _Gauge:
 
     def progress(self) -> m.Progress:
         read = 0 if self.source is None else self.source.position
-        progress = m.Progress(archive_bytes=read) if self.pipeline is None else self.pipeline.progress(read)
+        if self.pipeline is None or self.source is None or self.scheduler is None:
+            progress = m.Progress(archive_bytes=read)
+        else:
+            progress = self.pipeline.progress(read, self.source.size, deriving=self.scheduler.busy)
         source = {
             "received": 0 if self.source is None else self.source.received,
             "waiting_for_source": self._waits_for_source(),

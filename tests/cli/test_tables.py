@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 def test_times() -> None:
     assert [duration_text(seconds) for seconds in (0, 59.9, 60, 250, 3900)] == [
-        "0 s", "59 s", "1 min 00 s", "4 min 10 s", "1 h 05 min",
+        "0 s", "59 s", "1 min", "4 min 10 s", "1 h 05 min",
     ]  # fmt: skip
 
 

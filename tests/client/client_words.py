@@ -6,7 +6,6 @@ from qubes_restore_svc.wire.models import Model
 #: Of these, the sources speak with another call in mind.
 TEXTS: dict[type[Model], str] = {
     messages.Cancel: "Stop, and undo what was under way; the last message still comes.",
-    messages.Progress: "How far it is, about twice a second while the backup is read.",
 }
 #: `Model.field`, or the name of a type.
 FIELDS = {

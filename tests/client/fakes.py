@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from qubes_restore_svc.errors import RestoreError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo, Message
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, RestoreProgress, VolumeReport
 from tests.support.reports import NOON
 from tests.support.wire import framed, from_client, heard
 
@@ -169,9 +169,9 @@ class Watching(Observer):
     def __init__(self) -> None:
         self.seen: list[tuple[object, ...]] = []
 
-    def progress(self, archive_bytes: int, image_bytes: int) -> None:
+    def progress(self, progress: RestoreProgress) -> None:
         """Noted."""
-        self.seen.append(("progress", archive_bytes, image_bytes))
+        self.seen.append(("progress", progress.archive_bytes, progress.percent))
 
     def log(self, level: str, text: str) -> None:
         """Noted."""

@@ -17,9 +17,9 @@ from qubes_restore_svc.errors import (
     WrongPassphrase,
 )
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.messages import Cancel, Log, Progress
+from qubes_restore_svc.wire.messages import Cancel, Log
 from qubes_restore_svc.wire.models import MAX_FRAME, Message
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import QubeReport, Report, RestoreProgress
 from tests.support.wire import frame, framed
 
 from .fakes import (
@@ -39,7 +39,7 @@ from .fakes import (
 
 STARTED = c.VolumeStarted(qube="work", volume="private", image_size=5)
 FINISHED = c.QubeFinished(qube=RESULT)
-PROGRESS = Progress(archive_bytes=1, image_bytes=2)
+PROGRESS = RestoreProgress(archive_bytes=1, percent=2)
 LOG = Log(level="warning", text="mind the gap")
 
 

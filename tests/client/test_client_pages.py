@@ -122,7 +122,7 @@ def test_an_example_says_what_is_wrong(
 
 
 def test_the_example_with_the_stock_names_restores(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Script((qube("work"), qube("vault")), steps=[move(0, 64 << 20), finish("work")])
+    script = Script((qube("work"), qube("vault")), steps=[move(64), finish("work")])
     app = SimpleNamespace(local_name="sys-gui", domains={"sys-usb": SimpleNamespace(name="sys-usb")})
     monkeypatch.setattr(restore, "call_dom0", script)
     monkeypatch.setattr(qubesadmin, "Qubes", lambda: app)

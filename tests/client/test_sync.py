@@ -14,7 +14,8 @@ import pytest
 from qubes_restore_svc.client.sync import BlockingRestoreCall, list_backup_blocking
 from qubes_restore_svc.errors import Cancelled, HostFailed, WrongPassphrase
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.messages import Cancel, Progress
+from qubes_restore_svc.wire.messages import Cancel
+from qubes_restore_svc.wire.report import RestoreProgress
 
 from .fakes import PATIENCE_S, RESULT, Watching, plan, refused, report, request
 from .programs import Step, fake_program, is_gone, open_descriptors, said
@@ -43,7 +44,7 @@ def test_a_whole_restore(tmp_path: Path) -> None:
         said(plan(2)),
         ("hear", "confirm"),
         STARTED,
-        said(Progress(archive_bytes=1, image_bytes=2)),
+        said(RestoreProgress(archive_bytes=1)),
         said(c.QubeFinished(qube=RESULT)),
         said(report()),
     )

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from qubes_restore_svc.dom0_service.call import Call
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.messages import Log, Progress
+from qubes_restore_svc.wire.messages import Log
 from qubes_restore_svc.wire.qrexec_call import START
-from qubes_restore_svc.wire.report import Observer, Report
+from qubes_restore_svc.wire.report import Observer, Report, RestoreProgress
 from tests.support import wire
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.wire import from_dom0, parsed
@@ -100,7 +100,7 @@ class Client:
         while (message := await self.hear()) is not None:
             if isinstance(message, kind):
                 return message
-            assert isinstance(message, (Log, Progress, c.VolumeStarted, c.QubeFinished)), message
+            assert isinstance(message, (Log, RestoreProgress, c.VolumeStarted, c.QubeFinished)), message
         raise AssertionError(f"the call ended without a {kind.__name__}")
 
     async def hear(self) -> c.BrokerAnswer | None:

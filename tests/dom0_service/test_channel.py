@@ -12,7 +12,8 @@ import pytest
 from qubes_restore_svc.dom0_service import conversation as module
 from qubes_restore_svc.dom0_service.conversation import Channel
 from qubes_restore_svc.errors import HostFailed
-from qubes_restore_svc.wire.messages import Cancel, Log, Progress
+from qubes_restore_svc.wire.messages import Cancel, Log
+from qubes_restore_svc.wire.report import RestoreProgress
 from tests.support.wire import framed
 
 LINE = framed(Log(level="info", text="x" * 1000))
@@ -20,7 +21,7 @@ LAST = framed(Cancel())
 
 
 def progress(number: int) -> bytes:
-    return framed(Progress(archive_bytes=number))
+    return framed(RestoreProgress(archive_bytes=number))
 
 
 @dataclass

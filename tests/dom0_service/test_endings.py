@@ -8,6 +8,7 @@ import pytest
 
 from qubes_restore_svc.dom0_service import conversation
 from qubes_restore_svc.wire import restore_call as c
+from qubes_restore_svc.wire.report import RestoreProgress
 from tests.support.descriptors import open_descriptors, until_closed
 
 from .parts import CALLER, STORAGE
@@ -90,7 +91,7 @@ async def test_a_restore_goes_on_for_a_client_that_does_not_read(
         await lead_to(c.CallPhase.RUNNING, bed, client)
         for _ in range(2000):  # more than the sockets hold
             bed.observer.log("info", "x" * 1000)
-            bed.observer.progress(1, 1)
+            bed.observer.progress(RestoreProgress(archive_bytes=1))
         bed.parts.begin.set()
         async with asyncio.timeout(PATIENCE_S):
             while bed.notes[-1:] != ["ended: status 0"]:

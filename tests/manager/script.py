@@ -16,7 +16,7 @@ from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import RefusedQube, VolumeInfo
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass
-from qubes_restore_svc.wire.report import Observer, QubeReport, Report
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, RestoreProgress
 from tests.support.reports import NOON
 
 #: Generous: only a test that fails waits so long.
@@ -236,9 +236,9 @@ def begin(name: str, volume: str = "private", size: int = 100 * MIB) -> Step:
     return lambda call: call.observer.volume_started(name, volume, size)
 
 
-def move(archive_bytes: int, image_bytes: int) -> Step:
+def move(percent: int | None) -> Step:
     """A step: so much is done."""
-    return lambda call: call.observer.progress(archive_bytes, image_bytes)
+    return lambda call: call.observer.progress(RestoreProgress(archive_bytes=0, percent=percent))
 
 
 def wait_for(event: threading.Event) -> Step:

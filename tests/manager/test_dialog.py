@@ -140,7 +140,7 @@ def test_a_window_that_is_closed_before_the_restore_leaves_no_call() -> None:
 def test_percents_arrive_while_the_window_lives() -> None:
     seen: list[int] = []
     go_on = threading.Event()
-    script = Script(QUBES, steps=[move(0, 50 << 20), wait_for(go_on), finish("work")])
+    script = Script(QUBES, steps=[move(50), wait_for(go_on), finish("work")])
     shown = dialog(script)
     shown.select()
     shown.confirm("work")

@@ -15,7 +15,7 @@ from qubes_restore_svc.manager.qube_table import text_colours
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import VmClass
-from qubes_restore_svc.wire.report import QubeReport, Report
+from qubes_restore_svc.wire.report import QubeReport, Report, RestoreProgress
 from tests.manager.script import MIB, Script, qube, result
 from tests.support.reports import NOON
 
@@ -46,22 +46,21 @@ def report(status: int, *qubes: QubeReport, error: RestoreError | None = None) -
 
 def test_the_bar_moves_with_what_is_told() -> None:
     shown = page()
-    shown.feed.progress(0, 50 * MIB)
+    shown.feed.progress(RestoreProgress(archive_bytes=0))
     qt.process_events()
-    assert (shown.bar.value(), shown.bar.maximum()) == (250, 1000)
-    assert "50.0 MiB of 200 MiB" in shown.amount.text()
-
-
-def test_sizes_beyond_what_a_qt_number_holds_arrive() -> None:
-    shown = page(qube("work", size=100 << 40))
-    shown.feed.progress(0, 50 << 40)
+    assert (shown.bar.maximum(), shown.amount.text()) == (0, "0 B")  # nobody knows how far it is
+    shown.feed.progress(
+        RestoreProgress(archive_bytes=50 << 40, percent=25, per_second=5 * MIB, seconds_left=100)
+    )
     qt.process_events()
-    assert shown.bar.value() == 500
+    assert (shown.bar.value(), shown.bar.maximum()) == (25, 100)
+    assert shown.amount.text() == "50.0 TiB, 5.0 MiB/s"
+    assert shown.left.text().endswith(" so far, about 1 min 30 s left")
 
 
 def test_the_bar_is_full_at_a_good_end_only() -> None:
     shown = page()
-    shown.feed.progress(0, 400 * MIB)
+    shown.feed.progress(RestoreProgress(archive_bytes=400 * MIB, percent=99))
     qt.process_events()
     assert shown.bar.value() < shown.bar.maximum()
     shown.feed.ended(report(0, result("work"), result("vault")), None)
@@ -129,7 +128,8 @@ def test_a_cancel_is_told_at_once_and_its_end_too() -> None:
     qt.process_events()
     assert shown.headline.text() == "Cancelling…"
     assert "being removed" in shown.doing.text()
-    shown.feed.progress(0, 60 * MIB)  # what crosses it on the way changes nothing
+    # What crosses it on the way changes nothing.
+    shown.feed.progress(RestoreProgress(archive_bytes=0, percent=60))
     shown.feed.volume_started("vault", "private", 100 * MIB)
     qt.process_events()
     assert shown.headline.text() == "Cancelling…"
@@ -216,7 +216,7 @@ def test_what_is_told_in_other_threads_is_shown_in_the_windows_own() -> None:
 
     def tell() -> None:
         for done in range(100):
-            shown.feed.progress(0, done * MIB)
+            shown.feed.progress(RestoreProgress(archive_bytes=done * MIB, percent=done))
         shown.feed.qube_finished(result("work"))
         shown.feed.ended(report(3, result("work"), result("vault", RestoreError("no"))), None)
 
@@ -236,7 +236,7 @@ def test_a_page_that_is_gone_does_not_hurt_who_tells() -> None:
     del shown
     qt.process_events()
     try:
-        feed.progress(0, MIB)
+        feed.progress(RestoreProgress(archive_bytes=MIB))
     except RuntimeError as error:  # what the events of the adapter swallow
         assert "deleted" in str(error)
 

@@ -12,7 +12,6 @@ from qubes_restore_svc.errors import (
 )
 from tests.manager.adapters import MAC, QUBES, adapter
 from tests.manager.script import (
-    MIB,
     Script,
     ScriptedCall,
     finish,
@@ -119,7 +118,7 @@ def test_percents_rise_and_reach_the_end_only_there() -> None:
     def note(call: ScriptedCall) -> None:
         before_the_end.extend(seen)
 
-    moves = [move(0, done * MIB) for done in (0, 20, 20, 10, 100, 200, 999)]
+    moves = [move(percent) for percent in (None, 0, 10, 10, 5, 50, 99)]
     script = Script(QUBES[1:3], steps=[*moves, note, finish("work"), finish("vault")])
     backup = adapter(script)
     backup.progress_callback = seen.append
@@ -133,7 +132,7 @@ def test_a_display_that_fails_does_not_end_the_restore(caplog: pytest.LogCapture
     def fail(percent: int) -> None:
         raise ZeroDivisionError
 
-    script = Script(QUBES[1:2], steps=[move(0, MIB), finish("work")])
+    script = Script(QUBES[1:2], steps=[move(1), finish("work")])
     backup = adapter(script)
     backup.progress_callback = fail
     backup.restore_do(backup.get_restore_info())

@@ -13,7 +13,7 @@ from qubes_restore_svc.qubes.dom0_restore import LogFile, LoggedObserver, file_r
 from qubes_restore_svc.report_file import MAX_REPORT, write_report
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_QUBES
-from qubes_restore_svc.wire.report import CUT, QubeReport, Report
+from qubes_restore_svc.wire.report import CUT, QubeReport, Report, RestoreProgress
 from tests.support.reports import kept_report
 from tests.support.restoring import Recorder
 from tests.wire.test_report import the_longest_report
@@ -51,7 +51,7 @@ def test_the_log_has_what_was_said_and_the_observer_hears_it_too(tmp_path: Path)
     display = LoggedObserver(heard, LogFile(path, print))
     display.log("info", "é it goes on")
     display.volume_started("work", "private", 10)
-    display.progress(1, 1)
+    display.progress(RestoreProgress(archive_bytes=1))
     error = ErrorInfo(kind="error", reason="no room", advice="")
     display.qube_finished(QubeReport(name="work", klass="AppVM", outcome="failed", error=error))
     first, *lines = path.read_text().splitlines()

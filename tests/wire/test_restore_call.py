@@ -11,10 +11,10 @@ import pytest
 from qubes_restore_svc.errors import ProtocolViolation, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.connection import Connection
-from qubes_restore_svc.wire.messages import Cancel, Log, Progress
+from qubes_restore_svc.wire.messages import Cancel, Log
 from qubes_restore_svc.wire.models import Message, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
-from qubes_restore_svc.wire.report import QubeReport, VolumeReport
+from qubes_restore_svc.wire.report import QubeReport, RestoreProgress, VolumeReport
 from qubes_restore_svc.wire.restore_call import QubePath, QubeService
 from tests.support.wire import from_client, from_dom0, parsed
 
@@ -64,7 +64,8 @@ FULL: dict[str, Json] = {
     "cancel": {"type": "cancel"},
     "log": {"type": "log", "level": "warning", "text": "t", "key": "vm10"},
     "progress": {
-        "type": "progress", "archive_bytes": 1, "image_bytes": 2, "received": 3, "waiting_for_source": True,
+        "type": "progress", "archive_bytes": 1, "image_bytes": 2, "percent": 3, "per_second": 4,
+        "seconds_left": 5,
     },
     "plan": {
         "type": "plan", "number": 1, "mode": "restore", "backup_id": "20260101T010203-1234",
@@ -208,6 +209,8 @@ BOUNDS: list[tuple[str, Path, object, object]] = [
     ("open", ("worker", "memory"), 1 << 24, (1 << 24) + 1),
     ("open", ("worker", "memory"), 1, 0),
     ("open", ("worker", "vcpus"), 1024, 1025),
+    ("progress", ("percent",), 100, 101),
+    ("progress", ("seconds_left",), 2**31, 2**31 + 1),
     ("open", ("choice", "names"), ["n"] * MAX_QUBES, ["n"] * (MAX_QUBES + 1)),
     ("open", ("choice", "names", 0), "n" * 1000, "n" * 1001),
     ("open", ("choice", "exclude"), ["n"] * MAX_QUBES, ["n"] * (MAX_QUBES + 1)),
@@ -357,7 +360,7 @@ def test_a_cancel_can_cross_everything_that_the_broker_says() -> None:
         with pytest.raises(ProtocolViolation):
             call.advance(Cancel())
         call.advance(Log(level="info", text="x"))
-        call.advance(Progress(archive_bytes=1))
+        call.advance(RestoreProgress(archive_bytes=1))
 
 
 STORAGE = "sys-usb"

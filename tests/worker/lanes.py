@@ -53,6 +53,9 @@ class LanesEngine:
     def memory(self, parameters: KdfParameters, stride: int = 1) -> int:
         return -(-parameters.memory // stride)
 
+    def advances(self, parameters: KdfParameters, stride: int) -> float:
+        return self.turns
+
     def trim(self, keep: int = 0) -> int:
         with self.changed:
             before = sum(self.idle)
