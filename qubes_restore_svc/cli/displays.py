@@ -29,6 +29,7 @@ A_MOMENT_S = 10
 
 _TICK_S = 0.5
 _LEAST_BAR = 8  #: columns
+_WITH_BAR = "{percentage:3.0f}% {bar} {desc}"
 _ENDING = "cancelling: what is unfinished is being removed, which takes a moment; finished qubes stay"
 _UNKNOWN_SIZE = "size not known in advance"
 
@@ -139,17 +140,17 @@ class BarDisplay(LineDisplay):
         tqdm.monitor_interval = 0
         self._bar: tqdm[Never] = tqdm(
             total=100,
-            bar_format="{desc}",
+            bar_format=_WITH_BAR if total else "{desc}",
             leave=False,
             delay=0.001,  # not drawn before it has a description
             file=QuietStream(),
         )
 
     def progress(self, progress: RestoreProgress) -> None:
-        """Move the bar; there is none before a percentage is known."""
+        """Move the bar; if the archive's size is not known, there is none before a percentage is."""
         self._progress = progress
         if progress.percent is not None:
-            self._bar.bar_format = "{percentage:3.0f}% {bar} {desc}"
+            self._bar.bar_format = _WITH_BAR
             self._bar.n = progress.percent
         self._draw()
 
