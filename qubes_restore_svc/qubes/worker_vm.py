@@ -43,8 +43,8 @@ _NAME_ATTEMPTS = 100
 _SHORTLY_S = 1.0
 
 
-#: MiB for each processor beyond which memory gains little: four lanes, each with a whole table at N = 2^19,
-#: or with every second block at 2^20. And MiB for the chunks and the qube's own system.
+#: MiB for each processor beyond which memory gains little: at N = 2^19 four lanes with a whole table each, or
+#: eight with every second block, which take a tenth less. And MiB for the chunks and the qube's own system.
 MIB_A_PROCESSOR, _MIB_BESIDE = 2048, 1024
 #: MiB with which no template of today starts, or no backup is restored.
 LEAST_MIB = 400
