@@ -88,7 +88,7 @@ class ContainerProof:
     def derive_again(self, passphrase: bytes) -> None:
         """Derive the key from another scrypt passphrase; blocks. Raises what engines raise."""
         request = self._head.request(passphrase)
-        derived: Future[bytes] = Future()
+        derived = Key()
         derived.set_result(self._scheduler.derive_again(request)[0])
         self._request, self._key = request, derived
 
