@@ -167,6 +167,19 @@ def test_a_netvm_for_all_is_for_those_that_miss_theirs(
     assert (plan["old"].error is None) is (expected is not None)
 
 
+@pytest.mark.parametrize(
+    ("netvm", "why"),
+    [
+        ("gone", "'gone', which you chose, is not here"),
+        ("plain", "'plain', which you chose, is not a netvm"),
+    ],
+)
+def test_a_chosen_netvm_that_is_not_here_or_gives_no_network_is_refused(netvm: str, why: str) -> None:
+    refused = plan_of(qube("work"), qubes=chosen("work", netvm=netvm), missing="default")["work"]
+    assert (refused.decision, refused.problem) == ("refuse", "missing-netvm")
+    assert refused.error is not None and refused.error.reason == why
+
+
 # --- What settles a problem -----------------------------------------------------------------------------
 
 
@@ -208,6 +221,8 @@ def test_a_setting_comes_back_for_one_restore_where_the_configuration_permits_it
     assert planned.definition is not None
     assert planned.definition.properties == {"autostart": "True"}
     assert planned.left_out == ("property debug", "tag my-tag")
+    beyond = policy.let_through(work, ("property:debug", "tag:my-tag"))  # whoever does not ask before
+    assert (dict(beyond.properties), beyond.tags) == ({}, ("my-tag",))
     for setting in ("property:debug", "device:pci", "tag:other"):
         with pytest.raises(UsageError, match="does not permit"):
             make_plan(manifest(work), Choice(allow=(setting,)), system(), allow=policy)

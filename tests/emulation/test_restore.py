@@ -181,6 +181,26 @@ def test_a_name_that_is_taken_is_settled_as_the_person_says(
         assert "--rename-conflicting" in done.stdout + done.stderr
 
 
+def test_what_a_person_chooses_is_what_the_qubes_get(dom0: Dom0, tmp_path: Path) -> None:
+    config = dom0.folder / "config.yaml"
+    config.write_text(config.read_text() + "restore: {choosable: ['property:autostart']}\n")
+    backup = write(
+        tmp_path / "backup",
+        plan("personal", template="gone", netvm="gone", properties={"autostart": "True", "debug": "True"}),
+        plan("net", template="gone", properties={"provides_network": "True"}),
+        plan("other", template="debian-12-xfce", netvm="net"),
+    )
+    chosen = "--name personal=mine --name net=net-old --template debian-12-xfce --netvm personal=none"
+    words = [*chosen.split(), "--pool", "varlibqubes", "--allow", "property:autostart"]
+    done = dom0.restore([*dom0.location(backup, "path"), *words], PASSPHRASE)
+    mine, other = (dom0.qubes.app().domains[name] for name in ("mine", "other"))
+    assert (str(mine.template), mine.netvm, str(other.netvm)) == ("debian-12-xfce", None, "net-old")
+    assert (mine.autostart, mine.debug, mine.volumes["private"].pool) == (True, False, "varlibqubes")
+    assert "property debug: mine" in done.stderr and "property autostart" not in done.stderr
+    done = dom0.restore([*dom0.location(backup, "path"), "--allow", "property:debug"], PASSPHRASE, 2)
+    assert "does not permit letting property:debug come back" in done.stderr
+
+
 def test_dom0s_home_comes_unopened_and_only_when_it_is_asked_for(dom0: Dom0, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
     BackupWriter([plan("work", template=None)], log_n=4, dom0_home=True).write(backup)
