@@ -14,7 +14,7 @@ from tests.support.backup_writer import PASSPHRASE
 from tests.support.fixtures import REPOSITORY
 from tests.system.support import costly_backup, passphrase_file
 
-from .domains import QUESTION, Domain, without_times
+from .domains import QUESTION, TYPED, Domain, without_times
 
 # --- The same ------------------------------------------------------------------------------------
 
@@ -206,3 +206,11 @@ def test_ctrl_c_during_the_restore_leaves_nothing_half_and_reports(
     there, here = without_times(kept), asking.report
     assert (there.pop("asked_by"), here.pop("asked_by")) == (asked_by, None)
     assert {name: there[name] for name in here} == here  # it is dom0's own
+
+
+def test_after_a_wrong_passphrase_a_qube_calls_anew_with_another_one(qube: Domain) -> None:
+    seen = qube.seen("vault", types=["no\n", TYPED], answers="y\n")
+    assert (seen.status, qube.qubes) == (0, ["vault"]), seen.screen
+    assert seen.raw.count("Passphrase of the backup:") == 2
+    secret = passphrase_file(qube.folder, f"{PASSPHRASE} ")
+    assert qube.restored("work", "-p", secret).returncode == 0

@@ -137,6 +137,12 @@ def test_the_passphrase_file_of_the_stock_backup_opens_its_backup(dom0: Domain) 
     assert "It is tried without the white space at its end." in done.stderr
 
 
+def test_ctrl_c_where_the_passphrase_is_asked_for_again_ends_the_restore(dom0: Domain) -> None:
+    seen = dom0.seen("vault", types=["no\n", "\x03"])
+    assert (seen.status, dom0.qubes) == (130, [])
+    assert "cancelled" in seen.screen
+
+
 def test_after_a_wrong_passphrase_another_one_is_asked_for_three_times(dom0: Domain) -> None:
     seen = dom0.seen("vault", types=["no\n", "nor\n", TYPED], answers="y\n")
     assert (seen.status, dom0.qubes) == (0, ["vault"]), seen.screen
