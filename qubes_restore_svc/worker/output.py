@@ -34,15 +34,17 @@ class ImageHash:
     """The digest of an image that comes as extents; to be used in a `with`, which ends its thread.
 
     `check` is called for every extent, and again and again while the hashing is waited for; what it raises
-    passes through. The data of an extent must stay as it is until it has been hashed.
+    passes through. So does what goes wrong with the hashing. The data of an extent must stay as it is until it
+    has been hashed.
     """
 
     def __init__(self, kind: DigestKind, check: Callable[[], None]) -> None:
-        self._check = check
+        self._wanted = check
+        self._error: BaseException | None = None  # what has ended the thread
         self._digest = FsVerityDigest() if kind == "fsverity" else PlainDigest()
         self._pieces: queue.Queue[memoryview | int | None] = queue.Queue(_AHEAD)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._hash, name="hash", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="hash", daemon=True)
         self.position = 0  #: where the last extent ended, bytes
         self.data_bytes = 0  #: bytes that came as data
         self.hashed = 0  #: bytes of the image that have been hashed; rises in the thread
@@ -75,7 +77,13 @@ class ImageHash:
         while self._thread.is_alive():
             self._check()
             self._thread.join(_PATIENCE_S)
+        self._check()
         return self._digest.hexdigest()
+
+    def _check(self) -> None:
+        self._wanted()
+        if self._error is not None:
+            raise self._error
 
     def _put(self, piece: memoryview | int | None) -> None:
         while True:
@@ -84,6 +92,12 @@ class ImageHash:
                 return
             except queue.Full:
                 self._check()
+
+    def _work(self) -> None:
+        try:
+            self._hash()
+        except BaseException as error:  # noqa: BLE001 - who waits for the digest is told
+            self._error = error
 
     def _hash(self) -> None:
         while not self._ended.is_set():

@@ -117,6 +117,27 @@ def test_data_that_comes_faster_than_it_is_hashed_waits_and_can_be_stopped(
     assert written == 16
 
 
+@pytest.mark.parametrize("after", [0, 30], ids=["at the end", "while data comes"])
+def test_hashing_that_fails_gives_no_digest_and_holds_up_nobody(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(self: FsVerityDigest, data: bytes | memoryview) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(FsVerityDigest, "update", out_of_memory)
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        assert checks < 100, "it is waited for a thread that has ended"
+
+    with pytest.raises(MemoryError), ImageHash("fsverity", check) as digest:
+        for position in range(after + 1):
+            digest.write(position, memoryview(b"x"))
+        digest.finish(after + 1)
+
+
 @pytest.mark.parametrize("length", [1, 1000, MAX_RECORD, MAX_RECORD + 1, 3 * MAX_RECORD + 7])
 def test_an_extent_of_any_length_arrives_whole_through_a_narrow_socket(length: int) -> None:
     ours, theirs = socket.socketpair()
