@@ -194,7 +194,7 @@ class ChunkStore:
             self._turn.notify()
 
     def _begin(self, chunk: Chunk, *, ahead: bool) -> bool:
-        """Give it memory, if there is room."""
+        """Give it memory, if there is room. False only for one that is to be opened ahead."""
         if chunk._memory is None:
             more = max(0, chunk.size - len(self._spare))
             if ahead and not self._budget.has_room_ahead(more):
@@ -207,6 +207,8 @@ class ChunkStore:
                     memory = bytearray(chunk.size)
                 except MemoryError:
                     self._budget.count_fetched(-chunk.size)
+                    if ahead:
+                        return False
                     raise
             chunk._memory = memory
         self._unopened.remove(chunk)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.container import HEAD_SIZE, OVERHEAD
 from qubes_restore_svc.errors import ArchiveTruncated, AuthenticationFailed
+from qubes_restore_svc.worker import chunk as chunk_module
 from qubes_restore_svc.worker.chunk import Chunk
 
 from ..support.backup_writer import RawMember, join_members
@@ -131,6 +132,28 @@ def test_an_archive_that_shrinks_while_chunks_are_opened_ahead_is_truncated() ->
         assert take_content(run.chunks[0]) == SIZE
         with pytest.raises(ArchiveTruncated, match="became shorter"):
             run.chunks[1].open(print)
+
+
+def test_a_chunk_for_which_the_system_has_no_memory_is_left_to_who_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    def scarce(size: int = 0) -> bytearray:
+        nonlocal asked
+        asked += size > 0
+        if asked == 1 and size:
+            raise MemoryError
+        return bytearray(size)
+
+    with taken([SIZE] * 4) as run:
+        monkeypatch.setattr(chunk_module, "bytearray", scarce, raising=False)
+        run.bench.store.open_ahead(1)
+        wait_until(lambda: asked == 1, "the attempt")
+        assert take_content(run.chunks[0]) == SIZE
+        wait_until(lambda: run.opened == [1, 2], "the opening of others ahead")
+        assert [take_content(one) for one in run.chunks[1:]] == [SIZE] * 3
+        wait_until(lambda: run.bench.budget.used == 0, "the release of all memory")
 
 
 def test_memory_of_chunks_is_used_again() -> None:
