@@ -34,8 +34,8 @@ class ImageHash:
     """The digest of an image that comes as extents; to be used in a `with`, which ends its thread.
 
     `check` is called for every extent, and again and again while the hashing is waited for; what it raises
-    passes through. So does what goes wrong with the hashing. The data of an extent must stay as it is until it
-    has been hashed.
+    passes through. So does what goes wrong with the hashing. The data of an extent must stay as it is until
+    it has been hashed.
     """
 
     def __init__(self, kind: DigestKind, check: Callable[[], None]) -> None:
