@@ -27,9 +27,9 @@
 #define VEC_SCATTER scatter_4
 
 /*
- * What the two ways of blockmix_avx512.c take is different here, where two vectors can be computed with at a time.
- * Two groups are as fast with fewer instructions.  One group gains by every other one that is quicker, and where the
- * processor rotates in one cycle there is room for so many more.
+ * Two groups that take turns keep the processor busy: the fewer instructions, the better.  One group waits for itself,
+ * so half of the rotations are done the quick way of blockmix_avx512.c.  All of them would be too many shifts for
+ * processors that shift 512 bits in one place only.
  */
 #define VEC_XOR_ROTATED(x, y, bits) \
 	(GROUPS > 1 || (bits) > 9 \
