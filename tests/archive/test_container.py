@@ -98,7 +98,7 @@ def test_a_changed_bit_before_the_mac_of_the_head_is_noticed() -> None:
             parse_head(changed)
 
 
-@pytest.mark.parametrize(("log_n", "memory"), [(25, "32 GiB"), (30, "1 TiB")])
+@pytest.mark.parametrize(("log_n", "memory"), [(25, "32.0 GiB"), (30, "1.0 TiB")])
 def test_an_excessive_cost_is_refused_with_what_it_asks_for(log_n: int, memory: str) -> None:
     with pytest.raises(ExcessiveCost, match=f"takes {memory} of memory"):
         parse_head(head(log_n=log_n))

@@ -48,7 +48,8 @@ def said(done: "subprocess.CompletedProcess[str]") -> tuple[int, str, str]:
 
 
 def _unnamed(text: str) -> str:
-    return re.sub(r"disp-restore-[0-9]+", "disp-restore-N", text)
+    without = re.sub(r"cancelling: .*?\n(?=cancelled\n)", "", text)  # said only where it takes a moment
+    return re.sub(r"disp-restore-[0-9]+", "disp-restore-N", without)
 
 
 def remove_new(bench: RemoteBench, before: Snapshot) -> set[str]:
