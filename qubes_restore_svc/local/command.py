@@ -164,16 +164,17 @@ def _what_next(report: Report, target: Path) -> Iterator[str]:
 
 
 #: What is said of the images of a volume, and then the commands. `noload`: an image of a qube that ran is not
-#: repaired by looking into it, and could not be, read-only.
+#: repaired by looking into it, and could not be, read-only. `nosuid,nodev`: what lies in it gives nobody
+#: rights.
 _LOOK_INTO = {
     "private": (
         "To see the files of a qube, in /mnt/home:",
-        "sudo mount -o loop,ro,noload {} /mnt",
+        "sudo mount -o loop,ro,noload,nosuid,nodev {} /mnt",
     ),
     "root": (
         "To see the system of a template (losetup prints the N; the file system is the third partition):",
         "sudo losetup --find --show --read-only --partscan {}",
-        "sudo mount -o ro,noload /dev/loopNp3 /mnt",
+        "sudo mount -o ro,noload,nosuid,nodev /dev/loopNp3 /mnt",
     ),
 }
 

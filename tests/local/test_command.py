@@ -123,10 +123,10 @@ def test_after_an_extract_it_is_said_where_the_images_are_and_how_to_look_into_t
     assert seen.screen[seen.screen.index("2 of 2 qubes restored.") + 1 :] == [
         f"They are in {target}, a directory each.",
         "To see the files of a qube, in /mnt/home:",
-        f"  sudo mount -o loop,ro,noload '{target}/work/private.img' /mnt",
+        f"  sudo mount -o loop,ro,noload,nosuid,nodev '{target}/work/private.img' /mnt",
         "To see the system of a template (losetup prints the N; the file system is the third partition):",
         f"  sudo losetup --find --show --read-only --partscan '{target}/debian/root.img'",
-        "  sudo mount -o ro,noload /dev/loopNp3 /mnt",
+        "  sudo mount -o ro,noload,nosuid,nodev /dev/loopNp3 /mnt",
         "",
     ]
     assert (target / "work" / "private.img").is_file() and (target / "debian" / "root.img").is_file()
