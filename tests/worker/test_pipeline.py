@@ -25,6 +25,7 @@ from qubes_restore_svc.kdf.engine import KdfRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VmClass
 from qubes_restore_svc.worker import memory, pipeline
+from qubes_restore_svc.worker.meter import ALL
 
 from ..support.backup_writer import (
     BackupWriter,
@@ -825,6 +826,8 @@ def test_the_progress_rises_to_the_whole_archive_and_the_whole_images() -> None:
         run.finish()
     seen.append(run.progress())
     assert [one.archive_bytes for one in seen] == sorted(one.archive_bytes for one in seen)
+    done = [one.done or 0 for one in seen]
+    assert done == sorted(done) and len(set(done)) > 3 and done[-1] == ALL
     assert seen[-1].archive_bytes == len(archive)
     assert seen[-1].image_bytes == sum(done.image_size for done in run.volumes.values())
 
@@ -845,6 +848,14 @@ def streaming(pause: "threading.Event", archive: bytes) -> "Iterator[tuple[Pass,
 def large_first() -> BackupWriter:
     first = QubePlan("work", volumes={"private": sample_image(4 * MIB, 1, 3)})
     return BackupWriter([first, sample_qube("vault", 1 << 16, 1, seed=9)], chunk_size=1 << 18, log_n=2)
+
+
+def test_what_has_come_of_a_volume_counts_before_all_of_it_is_there() -> None:
+    pause = threading.Event()
+    with streaming(pause, large_first().to_bytes()) as (run, _):
+        wait_until(lambda: run.pipeline._data() > 0, "data of the first volume")
+        assert run.pipeline._data() < run.pipeline._expected and run.outcomes == {}
+        pause.set()
 
 
 def test_a_qube_can_be_skipped_while_its_volume_is_stuck() -> None:
