@@ -112,7 +112,7 @@ class WorkerVm(Undoable):
             except NotEnoughMemory as error:
                 if self._memory == sizes[-1]:
                     raise self._failed("started", error) from error
-                left = await self.take_down(error)
+                left = await to_the_end(self.take_down(error))
                 if left:
                     raise HostFailed("; ".join(left)) from error
 

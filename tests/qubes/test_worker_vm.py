@@ -12,6 +12,7 @@ import pytest
 from qubes_restore_svc.errors import HostFailed, UsageError, WorkerMissing
 from qubes_restore_svc.kdf.engine import KdfParameters
 from qubes_restore_svc.qubes import qrexec
+from qubes_restore_svc.qubes.system import NotEnoughMemory
 from qubes_restore_svc.qubes.tags import WORKER_TAG
 from qubes_restore_svc.qubes.worker_vm import (
     LEAST_MIB,
@@ -195,6 +196,24 @@ async def test_a_qube_that_the_system_removes_after_a_failed_start_is_not_missed
 async def test_a_cancel_at_any_step_leaves_nothing(system: FakeQubes, traces: Traces, method: str) -> None:
     gate = system.gates[method] = Gate()
     task = asyncio.create_task(_worker(system).__aenter__())
+    await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.01, gate.opened.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert traces.left() == []
+
+
+@pytest.mark.parametrize("method", ["discard_tag", "destroy"])
+async def test_a_cancel_between_two_tries_leaves_nothing(
+    system: FakeQubes, traces: Traces, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def start(name: str) -> None:  # and the qube stays
+        raise NotEnoughMemory("Not enough memory")
+
+    monkeypatch.setattr(system, "start", start)
+    gate = system.gates[method] = Gate()
+    task = asyncio.create_task(WorkerVm(system, TEMPLATE, "auto", 2).__aenter__())
     await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
     task.cancel()
     asyncio.get_running_loop().call_later(0.01, gate.opened.set)
