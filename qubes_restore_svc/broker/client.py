@@ -100,6 +100,7 @@ class SessionOptions:
     ignore_cost_limit: bool = False
     digest: DigestKind = "fsverity"  #: which one of each volume is wanted
     ahead: bool = False
+    retry: bool = False
     stall_timeout_s: int | None = None  #: without data from the source, after which it ends; None: never
 
 

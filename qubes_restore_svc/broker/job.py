@@ -209,8 +209,7 @@ async def _opened(
     say: Callable[[str, str], None],
     other_passphrase: OtherPassphrase | None,
 ) -> m.Manifest:
-    # Keys that are derived ahead are those of one passphrase.
-    options = replace(options, ahead=options.ahead and other_passphrase is None)
+    options = replace(options, retry=other_passphrase is not None)
     while True:
         try:
             return await _manifest(client, options, say)

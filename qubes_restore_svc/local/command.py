@@ -205,7 +205,7 @@ def _passphrases(arguments: Arguments) -> Passphrases:
 
 
 def _other(passphrases: Passphrases, display: Display, interruption: Interruption) -> OtherPassphrase | None:
-    """Asks for another one, within the job; None if there is none, so that keys can be derived ahead."""
+    """Asks for another one, within the job; None if there is none, so that keys are derived ahead at once."""
 
     async def asked() -> str | None:
         with display.paused(), interruption.raising():

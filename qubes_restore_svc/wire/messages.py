@@ -163,6 +163,7 @@ class Open(Message):
     ignore_cost_limit: bool = False  #: accept key derivations of more work than the fixed ceiling
     storage: Storage | None = None  #: None: the archive was passed, or comes with `restore.Archive`
     ahead: bool = False  #: all volumes will be wanted: their keys may be derived before `start`
+    retry: bool = False  #: after a wrong passphrase another may be tried; `ahead` waits until one was right
 
 
 class Start(Message):

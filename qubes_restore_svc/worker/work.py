@@ -161,7 +161,9 @@ class Work:
         store, intake = begin(reading)
         # What follows qubes.xml comes in this pass only if it is the whole archive.
         ahead = request.ahead and reading.whole
-        scheduler.expect_more(ahead)
+        # Keys that are derived before the passphrase has proved right are those of one passphrase.
+        at_once = ahead and not request.retry
+        scheduler.expect_more(at_once)
         try:
             backup = open_backup(
                 store,
@@ -169,12 +171,14 @@ class Work:
                 request.passphrase.get_secret_value(),
                 request.compression_filter,
                 remark=self._warn,
-                go_ahead=intake.start if ahead else None,
-                other_passphrase=None if ahead else self._ask_for_another,
+                go_ahead=intake.start if at_once else None,
+                other_passphrase=self._ask_for_another if request.retry else None,
             )
         finally:
             if not reading.whole:
                 reading.close()
+        if ahead:
+            intake.start(backup.proofs)
         self._list(backup, whole=reading.whole)
         start, selection = self._wait_for_start()
         if not reading.whole:

@@ -128,11 +128,13 @@ class Peer:
         memory: int | None = None,
         jobs: int | None = None,
         storage: m.Storage | None = None,
+        retry: bool = False,
     ) -> None:
         """Say open. `memory` is for chunks and keys, besides what the worker takes itself."""
         if memory is not None:
             memory += OWN_MEMORY
-        self.say(m.Open(passphrase=SecretStr(passphrase), memory=memory, jobs=jobs, storage=storage))
+        secret = SecretStr(passphrase)
+        self.say(m.Open(passphrase=secret, memory=memory, jobs=jobs, storage=storage, retry=retry))
 
     def say(self, message: m.Message) -> None:
         """Send a message, whether it may come now or not."""

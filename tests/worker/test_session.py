@@ -29,7 +29,7 @@ from ..support.backup_writer import (
 )
 from ..support.damage import DAMAGES, edited, flip_bit, sample_backup
 from .caller import Caller, Peer
-from .support import MIB, PATIENCE_S, Engine, file_with, in_thread, join, pipe_with
+from .support import MIB, PATIENCE_S, Engine, file_with, in_thread, join, pipe_with, wait_until
 
 WRITER = sample_backup(log_n=2)
 ARCHIVE = WRITER.to_bytes()
@@ -127,7 +127,7 @@ FAILURES = {
 async def test_a_backup_that_cannot_be_opened_fails_the_session_with_the_right_kind(damage: str) -> None:
     kind, passphrase = FAILURES[damage]
     async with session_over(DAMAGES[damage].apply(WRITER)) as (caller, peer):
-        peer.say(m.Open(passphrase=SecretStr(passphrase), ahead=True))  # nobody waits for another passphrase
+        peer.open(passphrase)
         (failed,) = await peer.rest()
         assert isinstance(failed, m.Failed) and failed.error.kind == kind
         assert PASSPHRASE not in repr(failed)
@@ -137,7 +137,7 @@ async def test_a_backup_that_cannot_be_opened_fails_the_session_with_the_right_k
 
 async def test_another_passphrase_may_be_tried_only_if_one_was_wrong() -> None:
     async with session_over(ARCHIVE) as (caller, peer):
-        peer.open("wrong")
+        peer.open("wrong", retry=True)
         assert (await peer.expect(m.Failed)).error.kind == "wrong-passphrase"
         peer.open("wrong, too")
         assert (await peer.expect(m.Failed)).error.kind == "wrong-passphrase"
@@ -151,9 +151,19 @@ async def test_another_passphrase_may_be_tried_only_if_one_was_wrong() -> None:
         await caller.ended()
 
 
+async def test_keys_are_derived_ahead_once_another_passphrase_was_right() -> None:
+    async with session_over(ARCHIVE) as (caller, peer):
+        peer.say(m.Open(passphrase=SecretStr("wrong"), ahead=True, retry=True))
+        await peer.expect(m.Failed)
+        assert not any("/" in member for member in caller.engine.members)
+        peer.open()
+        await peer.expect(m.Manifest)
+        await asyncio.to_thread(wait_until, lambda: any("/" in member for member in caller.engine.members))
+
+
 async def test_a_session_that_waits_for_another_passphrase_ends_with_the_broker() -> None:
     async with session_over(ARCHIVE) as (caller, peer):
-        peer.open("wrong")
+        peer.open("wrong", retry=True)
         await peer.expect(m.Failed)
         peer.writer.close()
         await caller.ended()
@@ -470,7 +480,7 @@ async def test_what_the_broker_says_after_the_last_word_does_not_take_that_word_
 async def test_a_broker_that_never_hangs_up_is_left_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "LINGER_S", 0.1)
     async with session_over(ARCHIVE) as (caller, peer):
-        peer.say(m.Open(passphrase=SecretStr("wrong"), ahead=True))
+        peer.open("wrong")
         await peer.expect(m.Failed)
         await caller.ended()
 
