@@ -31,7 +31,7 @@ OURS: dict[str, set[str]] = {
     "system_memory": {"errors"},
     "waiting": {"errors"},
     "hardening": {"errors"},
-    "owners": set(),
+    "owners": {"errors", "hardening"},
     "report_file": {"wire", "owners"},
     "wire": {"wire", "errors"},
     "kdf": {"kdf", "errors"},
@@ -41,7 +41,10 @@ OURS: dict[str, set[str]] = {
     "qubes": {"qubes", "broker", "wire", "errors", "owners", "waiting", "hardening", "report_file"},
     "dom0_service": {"dom0_service", "qubes", "wire", "errors", "hardening"},
     "client": {"client", "wire", "errors", "waiting", "hardening"},
-    "cli": {"cli", "client", "wire", "errors", "hardening", "report_file", "__init__"},
+    # dom0's command asks the configuration whether a restore is its own.
+    "cli": {
+        "cli", "client", "qubes.config", "wire", "errors", "owners", "hardening", "report_file", "__init__",
+    },
     "local": {
         "local", "cli", "broker", "wire", "errors", "owners", "waiting", "hardening", "system_memory",
         "report_file", "__init__",

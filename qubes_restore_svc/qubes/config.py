@@ -8,19 +8,17 @@ the mistakes in it.
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qubes_restore_svc.broker.allowlist import DEFAULT, Bus, SettingsPolicy, check_choosable, check_entry
-from qubes_restore_svc.qubes.config_file import for_people, parse, read_private_text, shown
+from qubes_restore_svc.owners import read_private_text
+from qubes_restore_svc.qubes.config_file import for_people, parse, shown
 from qubes_restore_svc.wire.names import MAX_STALL_TIMEOUT, DigestKind, QubeName, is_qube_name
 from qubes_restore_svc.wire.restore_call import AUTO, Auto
 
 CONFIG_PATH = Path("/etc/qubes-restore-svc/config.yaml")
-
-#: Largest file that is read, bytes.
-MAX_SIZE = 1 << 20
 
 
 def _or_empty(value: object) -> object:
@@ -244,6 +242,18 @@ class LogConfig(_Section):
     )
 
 
+class CommandConfig(_Section):
+    """What becomes of `qvm-backup-restore` in dom0 when it is called without `--mgmt-vm`."""
+
+    mgmt_vm: Literal["always", "ask", "when-asked"] = _key(
+        "when-asked",
+        "always, ask or when-asked",
+        "Whether a throw-away qube reads the backup all the same. always: it does. ask: the person is asked;"
+        " without a terminal, the command is refused. when-asked: only `--mgmt-vm` makes it so; otherwise"
+        " the stock command reads the backup in dom0, after a line that says so (`-q`: without it).",
+    )
+
+
 class GrantConfig(_Section):
     """What a qube that dom0's policy lets call `restore.Start`, `.Verify` or `.List` may do with it."""
 
@@ -295,6 +305,7 @@ class Config(_Section):
     limits: LimitsConfig = LimitsConfig()
     report: ReportConfig = ReportConfig()
     log: LogConfig = LogConfig()
+    command: CommandConfig = CommandConfig()
     grants: Annotated[dict[_Caller, GrantConfig], BeforeValidator(_or_empty)] = Field(
         default={ANY_CALLER: GrantConfig()},
         json_schema_extra=for_people(f"names, each with keys below it: {_CALLER_EXPECTED}"),
@@ -307,7 +318,7 @@ class Config(_Section):
 
 def load_config(path: Path = CONFIG_PATH) -> Config:
     """The configuration in the file; the defaults if there is none. Raises BadConfiguration."""
-    text = read_private_text(path, MAX_SIZE)
+    text = read_private_text(path)
     return Config() if text is None else parse_config(text, path)
 
 

@@ -1,4 +1,4 @@
-"""Reading a configuration: a file that only its owner could have written, in YAML, into a model.
+"""Reading a configuration: a text, in YAML, into a model.
 
 Strategy: PyYAML's safe loader makes nodes, which know their place; this module makes values of them, and
 knows mappings, lists, texts, whole numbers, true, false and null. Everything else that YAML offers (anchors
@@ -11,9 +11,7 @@ with such a model each. More that people are told of a key, beside its descripti
 """
 
 import difflib
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar, get_args
@@ -24,8 +22,6 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from qubes_restore_svc.errors import BadConfiguration
-from qubes_restore_svc.hardening import close_read
-from qubes_restore_svc.owners import writers_besides
 from qubes_restore_svc.wire.names import strip_control
 
 #: Deepest nesting that is read; a configuration has four levels.
@@ -62,57 +58,6 @@ def parse(model: type[_M], text: str, path: Path) -> _M:
         entries = "".join(f", entry {part + 1}" for part in mistake.place if isinstance(part, int))
         where = f"{path}, line {mistake.line}{keys and ', ' + keys}{entries}"
         raise BadConfiguration(f"{where}: {mistake}") from None
-
-
-# --- The file ------------------------------------------------------------------------------------
-
-
-def read_private_text(path: Path, max_size: int) -> str | None:
-    """The text (UTF-8) of a file of at most `max_size` bytes; None if there is none.
-
-    Raises BadConfiguration if it cannot be read, or if others than root and the user may write to it. The
-    directory counts too: who may write there can put another file in its place.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise BadConfiguration(f"{path} is a link to a file that is not there") from None
-        return None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            what = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise BadConfiguration(f"{path} is {what}", advice="Put a text file there, or nothing.")
-        directory = Path(os.path.realpath(path)).parent
-        for where, its_status in ((path, status), (directory, os.stat(directory))):
-            if (writer := writers_besides(its_status, os.geteuid())) is not None:
-                why = "who can do that decides what a backup may bring back"
-                mend = (
-                    f"Run `chown root:root {where}` and `chmod go-w {where}`, after a look at what is in it."
-                )
-                raise BadConfiguration(f"{where}: {writer} may write to it, and {why}", advice=mend)
-        with open(descriptor, "rb", closefd=False) as file:
-            untrusted_data = file.read(max_size + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    finally:
-        close_read(descriptor)
-    if len(untrusted_data) > max_size:
-        raise BadConfiguration(f"{path} is larger than {max_size >> 10} KiB")
-    try:
-        return untrusted_data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = untrusted_data.count(b"\n", 0, error.start) + 1
-        raise BadConfiguration(f"{path}, line {line}: this is not UTF-8") from None
-
-
-def _unreadable(path: Path, error: OSError) -> BadConfiguration:
-    return BadConfiguration(
-        f"{path} cannot be read ({error.strerror})", advice="Without the file, the defaults hold."
-    )
 
 
 # --- The YAML ------------------------------------------------------------------------------------

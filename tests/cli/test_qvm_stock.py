@@ -1,16 +1,21 @@
 """Whose restore it is, and the hand-over to the stock program."""
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qubes_restore_svc.cli import qvm_backup_restore
-from qubes_restore_svc.cli.qvm_backup_restore import is_isolated
-from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.cli.qvm_backup_restore import is_isolated, is_isolated_all_the_same
+from qubes_restore_svc.client.transports import QUBESD_SOCKET
+from qubes_restore_svc.errors import BadConfiguration, UsageError
+from qubes_restore_svc.qubes.config import CONFIG_PATH
 from tests.support.fixtures import REPOSITORY
 
 HANDING_OVER = """
@@ -104,18 +109,145 @@ def test_a_program_that_leads_back_to_us_is_called_once(way: str, tmp_path: Path
     assert log.read_text() == "called\n"
 
 
-def test_the_entry_hands_over_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Handed(Exception):
-        pass
+#: The command as in dom0 (or not), with a configuration of its own, and programs that only tell their name.
+ENTRY = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from qubes_restore_svc.cli import qvm_backup_restore as m
+folder, m.QUBESD_SOCKET, *words = map(Path, sys.argv[1:])
+m.CONFIG = folder / "config.yaml"
+ended = lambda name: lambda words: (print(name, *words), sys.exit(0))
+m.hand_over = ended("stock")
+sys.modules["qubes_restore_svc.cli.qvm_restore"] = SimpleNamespace(main=ended("ours"))
+sys.argv[1:] = sys.argv[3:]
+m.main()
+"""
+LINE = "dom0 reads the backup itself, with the stock command. With --mgmt-vm, a throw-away qube reads it.\n"
+UNKNOWN = "so it is not known whether dom0 may read a backup, and it reads none. "
+NOBODY = "there is no terminal to ask on who is to read the backup, a throw-away qube or dom0. "
+ALWAYS, ASK, WHEN_ASKED = (f"command: {{mgmt_vm: {value}}}\n" for value in ("always", "ask", "when-asked"))
 
-    def hand_over(words: list[str]) -> None:
-        raise Handed(*words)
 
-    monkeypatch.setattr(qvm_backup_restore, "hand_over", hand_over)
-    monkeypatch.setattr(sys, "argv", ["x", "--help", "b"])
-    with pytest.raises(Handed) as handed:
-        qvm_backup_restore.main()
-    assert handed.value.args == ("--help", "b")
+def configured(folder: Path, config: str | None, dom0: bool = True) -> list[str]:
+    """The words that start the command there; its own come behind them."""
+    if config is not None:
+        (folder / "config.yaml").write_text(config)
+        (folder / "config.yaml").chmod(0o644)
+    return [sys.executable, "-c", ENTRY, str(folder), "/" if dom0 else "/nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("config", "line", "does", "says"),
+    [
+        (None, "b", "stock", LINE),
+        ("# command:\n  # mgmt_vm: always\n\n", "b work", "stock", LINE),
+        (WHEN_ASKED, "b", "stock", LINE),
+        (WHEN_ASKED, "b -- -q --help", "stock", LINE),
+        (WHEN_ASKED, "-q b", "stock", ""),
+        (WHEN_ASKED, "b --quiet", "stock", ""),
+        (WHEN_ASKED, "--help", "stock", ""),
+        (WHEN_ASKED, "-h", "stock", ""),
+        (WHEN_ASKED, "--version", "stock", ""),
+        (WHEN_ASKED, "b --paranoid-mode", "stock", ""),
+        (WHEN_ASKED, "b --par --auto-close", "stock", ""),
+        (WHEN_ASKED, "b --plan-b", "stock", ""),
+        (WHEN_ASKED, "b --pass pw", "stock", LINE),
+        (WHEN_ASKED, "b --mgmt-vm", "ours", ""),
+        (ALWAYS, "b -p pw -- work", "ours", ""),
+        (ALWAYS, "--help", "ours", ""),
+        (ALWAYS, "b --paranoid-mode -q", "ours", ""),
+        ("# é\u2028command: {mgmt_vm: always}", "b", "ours", ""),
+        (ASK, "b", "2", NOBODY),
+        (ASK, "b -q -p pw", "2", NOBODY),
+        (ASK, "--help", "stock", ""),
+        (ASK, "b --paranoid-mode", "stock", ""),
+        (ASK, "b --mgmt-vm", "ours", ""),
+        ("command: {mgmt_vm: never}", "b", "2", UNKNOWN),
+        ("command: {mgmt-vm: always}", "b", "2", UNKNOWN),
+        ("limits: {qubes: 0}", "b", "2", UNKNOWN),
+        ("{", "b -q", "2", UNKNOWN),
+        ("{", "b --mgmt-vm", "ours", ""),
+    ],
+)
+def test_the_configuration_says_whether_dom0_may_read_a_backup(
+    tmp_path: Path, config: str | None, line: str, does: str, says: str
+) -> None:
+    done = subprocess.run(
+        [*configured(tmp_path, config), *line.split()],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT, timeout=30, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        assert done.stdout == f"{does} {line}\n"
+    else:
+        assert (str(done.returncode), done.stdout) == (does, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda config: config.chmod(0o646), "everybody may write to it"),
+        (lambda config: config.write_bytes(b"# \xff"), "this is not UTF-8"),
+        (
+            lambda config: (config.unlink(), config.symlink_to("gone")),
+            "is a link to a file that is not there",
+        ),
+    ],
+)
+def test_no_backup_is_handed_over_where_the_configuration_cannot_be_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], object], said: str
+) -> None:
+    configured(tmp_path, "# nothing is set\n")
+    monkeypatch.setattr(qvm_backup_restore, "CONFIG", tmp_path / "config.yaml")
+    assert not is_isolated_all_the_same(["-q", "b"])
+    fault(tmp_path / "config.yaml")
+    with pytest.raises(BadConfiguration, match=said):
+        is_isolated_all_the_same(["-q", "b"])
+
+
+def test_in_a_qube_the_line_does_not_speak_of_dom0(tmp_path: Path) -> None:
+    words = [*configured(tmp_path, None, dom0=False), "b"]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=30, check=True)
+    assert done.stderr == f"qvm-backup-restore: {LINE}".replace("dom0", "this qube")
+
+
+@pytest.mark.parametrize(
+    ("answers", "does"),
+    [
+        (["qube\n"], "ours b"),
+        (["DOM0 \n"], "stock b"),
+        (["y\n", "dom\n", "qube\n"], "ours b"),
+        (["\n"], "130"),
+        ([], "130"),
+    ],
+)
+def test_who_is_asked_chooses_who_reads_the_backup(tmp_path: Path, answers: list[str], does: str) -> None:
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ["PYTHONPATH"] = str(REPOSITORY)
+        words = [*configured(tmp_path, ASK), "b"]
+        os.execv(words[0], words)
+    said = b""
+    left = list(answers)
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 4096):
+            said += piece
+            if said.endswith(b"Who is to read the backup? "):
+                os.write(terminal, (left.pop(0) if left else "\x04").encode())
+    os.close(terminal)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    lines = said.decode().split("\r\n")
+    assert (lines[-2] if status == 0 else str(status)) == does
+    assert said.count(b"? ") == max(1, len(answers))
+    if status:
+        assert lines[-2] == "qvm-backup-restore: it was not said who is to read the backup"
+
+
+def test_the_configuration_is_the_one_that_the_service_reads() -> None:
+    assert qvm_backup_restore.CONFIG == CONFIG_PATH
+    assert qvm_backup_restore.QUBESD_SOCKET == QUBESD_SOCKET
 
 
 def entry(*words: str) -> subprocess.CompletedProcess[str]:
@@ -160,10 +292,13 @@ def test_the_installed_program_is_the_entry() -> None:
 
 
 def test_the_stock_command_is_not_slowed_down_by_our_imports() -> None:
-    code = "import sys, qubes_restore_svc.cli.qvm_backup_restore as m; print(*sorted(sys.modules))"
+    code = (
+        "import sys, qubes_restore_svc.cli.qvm_backup_restore as m; from pathlib import Path;"
+        "m.CONFIG = Path('etc/config.yaml'); m.is_isolated_all_the_same(['-q']); print(*sorted(sys.modules))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=30, check=True
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=True
     )
     loaded = set(done.stdout.split())
     assert "qubes_restore_svc.cli.qvm_backup_restore" in loaded
-    assert not loaded & {"pydantic", "argparse", "asyncio", "qubesadmin", "tqdm"}
+    assert not loaded & {"pydantic", "argparse", "asyncio", "qubesadmin", "tqdm", "yaml"}

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.errors import BadConfiguration, UsageError
-from qubes_restore_svc.owners import writers_besides
+from qubes_restore_svc.owners import MAX_SIZE, writers_besides
 from qubes_restore_svc.qubes.config import (
     CONFIG_PATH,
-    MAX_SIZE,
     Config,
     GrantConfig,
     load_config,
@@ -233,8 +232,8 @@ def test_each_key_of_the_restore_section_reaches_the_allow_list() -> None:
          "line 1, worker: expected keys, each on a line of its own below the section's name, found 5"),
         ("worker:\n- memory: 5",
          "line 1, worker: expected keys, each on a line of its own below the section's name, found a list"),
-        ("- worker", "line 1: expected sections: worker, restore, limits, report, log, grants"),
-        ("5", "line 1: expected sections: worker, restore, limits, report, log, grants"),
+        ("- worker", "line 1: expected sections: worker, restore, limits, report, log, command, grants"),
+        ("5", "line 1: expected sections: worker, restore, limits, report, log, command, grants"),
         ("grants:\n  sys-gui:\n    storage: sys-usb",
          "line 3, grants.sys-gui.storage: expected a list of names and patterns, found 'sys-usb'"),
         ("grants:\n  sys-gui:\n    storage:\n    - sys-usb\n    - 'a b'",
@@ -286,7 +285,8 @@ def test_a_wrong_value_is_told_with_line_key_and_what_is_expected(text: str, exp
         ("log:\n  zzz: 5", "line 2, log.zzz: there is no such key; there are file"),
         (
             "zzz: 5",
-            "line 1, zzz: there is no such section; there are worker, restore, limits, report, log, grants",
+            "line 1, zzz: there is no such section; there are worker, restore, limits, report, log, command,"
+            " grants",
         ),
     ],
 )
@@ -521,7 +521,7 @@ def test_every_key_is_explained() -> None:
     for section in pages.SECTIONS.values():
         assert (section.__doc__ or "").endswith(".")
     keys = dict(keys_of(Config))
-    assert len(keys) == 30
+    assert len(keys) == 31
     for name, key in keys.items():
         assert (key.description or "").endswith("."), name
         assert hints(key)[0], name
