@@ -171,18 +171,26 @@ def configured(folder: Path, config: str | None, dom0: bool = True) -> list[str]
     ],
 )
 def test_the_configuration_says_whether_dom0_may_read_a_backup(
-    tmp_path: Path, config: str | None, line: str, does: str, says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    config: str | None,
+    line: str,
+    does: str,
+    says: str,
 ) -> None:
-    done = subprocess.run(
-        [*configured(tmp_path, config), *line.split()],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT, timeout=30, check=False,
-    )  # fmt: skip
-    if done.returncode == 0:
-        assert done.stdout == f"{does} {line}\n"
-    else:
-        assert (str(done.returncode), done.stdout) == (does, "")
-    assert says in done.stderr
-    assert len(done.stderr.splitlines()) == bool(says)
+    _, _, program, *words = configured(tmp_path, config)
+    monkeypatch.setattr(sys, "argv", ["x", *words, *line.split()])
+    for name in ("CONFIG", "QUBESD_SOCKET", "hand_over"):
+        monkeypatch.setattr(qvm_backup_restore, name, None)
+    monkeypatch.setitem(sys.modules, "qubes_restore_svc.cli.qvm_restore", None)
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    with pytest.raises(SystemExit) as ended:
+        exec(program, {})
+    said = capsys.readouterr()
+    assert (said.out or str(ended.value.code)) == (does if does == "2" else f"{does} {line}\n")
+    assert says in said.err
+    assert len(said.err.splitlines()) == bool(says)
 
 
 @pytest.mark.parametrize(
