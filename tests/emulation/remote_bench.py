@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from qubes_restore_svc.wire import restore_call as c
-from qubes_restore_svc.wire.messages import Log, Progress
+from qubes_restore_svc.wire.messages import Log
 from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Report, RestoreProgress
 from tests.dom0_service.support import frame, open_message
 from tests.emulation.dom0 import Dom0, wait_until
 from tests.emulation.domain import REPOSITORY
@@ -404,7 +404,7 @@ class RawCall:
         while (message := self.hear()) is not None:
             if isinstance(message, kind):
                 return message
-            assert isinstance(message, (Log, Progress, c.VolumeStarted, c.QubeFinished)), message
+            assert isinstance(message, (Log, RestoreProgress, c.VolumeStarted, c.QubeFinished)), message
         raise AssertionError(f"the call ended without a {kind.__name__}: {self.heard}")
 
     def _read(self, size: int) -> bytes:
