@@ -64,9 +64,10 @@ class Wanted:
 
 
 def might_be_wanted(file: str) -> bool:
-    """Could a restore want this file, whatever qubes.xml says? Only images, settings and dom0's home."""
+    """Could a restore want this file, whatever qubes.xml says? Only images, settings, directories of
+    templates (format 3) and dom0's home."""
     directory, _, name = file.rpartition("/")
-    return name in IMAGES or name in SETTINGS or directory == "dom0-home"
+    return name in IMAGES or name in SETTINGS or name == DIRECTORY or directory == "dom0-home"
 
 
 class Stage(enum.Enum):

@@ -9,7 +9,7 @@ from qubes_restore_svc.archive.qubes_xml import BackupContent, BackupQube
 from qubes_restore_svc.errors import ArchiveDamaged, BadImage, MissingVolume, SkippedOnRequest
 from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire.names import VmClass, VolumeName
-from qubes_restore_svc.worker.selection import SelectedQube, Selection, Stage
+from qubes_restore_svc.worker.selection import SelectedQube, Selection, Stage, might_be_wanted
 
 from .support import PATIENCE_S, in_thread, join
 
@@ -43,11 +43,13 @@ def select(*names: str) -> tuple[Selection, dict[str, SelectedQube]]:
         ("vm10/firewall.xml", None),
         ("vm10/notes.txt", None),
         ("vm10/whitelisted-appmenus.list", None),
+        ("vm-templates/debian/.", None),  # all of its directory, in format 3
     ],
 )
 def test_images_homes_and_settings_of_selected_qubes_are_wanted(file: str, volume: str | None) -> None:
     selection, _ = select("work", "debian", "dom0")
     assert selection.wanted(file)
+    assert might_be_wanted(file), "and before anybody has selected them"
     place = selection.place(file)
     assert place is not None and place.volume == volume
 
