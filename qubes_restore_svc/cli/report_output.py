@@ -20,12 +20,14 @@ from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.report import Report
 
 
-def show_report(program: str, report: Report, *, quiet: bool, what_next: Sequence[str] = ()) -> bool:
+def show_report(
+    program: str, report: Report, *, quiet: bool, with_table: bool = True, what_next: Sequence[str] = ()
+) -> bool:
     """The table, the failures with their reasons, what was left out, one line to sum it up, and what next.
 
     False if the table could not be written; that has been said, then.
     """
-    table = report_table(report, width_of(sys.stdout))
+    table = report_table(report, width_of(sys.stdout)) if with_table else ""
     shown = quiet or not table or print_result(program, table) is not False
     width = width_of(sys.stderr)
     for line in failures(report, width):

@@ -13,15 +13,17 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Never
+from typing import Literal, Never, get_args
 
 from qubes_restore_svc import __version__
 from qubes_restore_svc.broker.client import SessionOptions
+from qubes_restore_svc.broker.interfaces import Host
 from qubes_restore_svc.broker.job import OtherPassphrase, read_manifest, run_job
 from qubes_restore_svc.cli.displays import Display, make_display, with_clock
 from qubes_restore_svc.cli.inputs import (
@@ -49,8 +51,9 @@ from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.sandbox import find_bubblewrap, worker_engine
 from qubes_restore_svc.local.sandbox_link import LocalLink
+from qubes_restore_svc.local.volume_pipe import VolumePipe
 from qubes_restore_svc.wire.messages import Manifest
-from qubes_restore_svc.wire.names import DigestKind, strip_control
+from qubes_restore_svc.wire.names import DigestKind, VolumeName, strip_control
 from qubes_restore_svc.wire.report import Report
 from qubes_restore_svc.wire.restore_call import Choice
 
@@ -61,6 +64,8 @@ _NO_SANDBOX_WARNING = (
     " your keys, and use your network."
 )
 
+
+_STDOUT, _STDOUT_FD = Path("/dev/stdout"), 1
 
 _MAX_JOBS = 1024  #: as many as the worker accepts
 
@@ -85,6 +90,7 @@ class Arguments(argparse.Namespace):
     qubes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     target: Path | None = None
+    volume: VolumeName | None = None  #: the one that standard output gets; `target` is that then
     json: bool = False
 
 
@@ -110,7 +116,9 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
     if arguments.report is not None:
         check_report_path(arguments.report, archive_fd, arguments.passphrase_file, arguments.target)
     try:
-        if arguments.target is not None:
+        if arguments.volume is not None:
+            _check_standard_output()
+        elif arguments.target is not None:
             check_target(arguments.target)
         choice = Choice.asked(names=tuple(arguments.qubes), exclude=tuple(arguments.exclude))
         passphrases = _passphrases(arguments)
@@ -121,7 +129,11 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         report.close(error)
         keep_report(_PROGRAM, arguments.report, report)
         raise
-    host = None if arguments.target is None else DirectoryHost(arguments.target)
+    host: Host | None = None
+    if arguments.volume is not None:
+        host = VolumePipe(arguments.volume, _STDOUT_FD)
+    elif arguments.target is not None:
+        host = DirectoryHost(arguments.target)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=archive_size(archive_fd))
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
@@ -143,8 +155,9 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         display.close()
     written = keep_report(_PROGRAM, arguments.report, report)
     interruption.resume()
-    what_next = [] if arguments.target is None else list(_what_next(report, arguments.target))
-    shown = show_report(_PROGRAM, report, quiet=arguments.quiet, what_next=what_next)
+    is_piped = arguments.volume is not None
+    what_next = [] if is_piped or arguments.target is None else list(_what_next(report, arguments.target))
+    shown = show_report(_PROGRAM, report, quiet=arguments.quiet, with_table=not is_piped, what_next=what_next)
     # A person who asked for a report, or for the table, relies on it.
     untold = report.status == ExitStatus.COMPLETE and not (written and shown)
     return ExitStatus.PARTLY if untold else report.status
@@ -177,6 +190,15 @@ _LOOK_INTO = {
         "sudo mount -o ro,noload,nosuid,nodev /dev/loopNp3 /mnt",
     ),
 }
+
+
+def _check_standard_output() -> None:
+    if sys.stdout is None:
+        raise UsageError("standard output is closed", advice="Send it to a file or to a program.")
+    if os.isatty(_STDOUT_FD):
+        raise UsageError(
+            "a volume is not written to a terminal", advice="Send standard output to a file or to a program."
+        )
 
 
 def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
@@ -281,7 +303,15 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
         )
     arguments.qubes = tuple(dict.fromkeys((*arguments.qubes, *rest)))
     arguments.exclude = tuple(dict.fromkeys(arguments.exclude))
+    if (arguments.target == _STDOUT) != (arguments.volume is not None):
+        parsers[arguments.command].error("--to - and --volume need each other")
+    if arguments.volume is not None and (len(arguments.qubes) != 1 or set("*?") & set(arguments.qubes[0])):
+        parsers[arguments.command].error("--to - takes one volume of one QUBE, by its name")
     return arguments
+
+
+def _target(text: str) -> Path:
+    return _STDOUT if text == "-" else path(text)
 
 
 def _mebibytes(text: str) -> int:
@@ -317,7 +347,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     extract = _command(commands, "extract", "restore qubes as disk images and settings in a directory")
     extract.add_argument(
-        "--to", dest="target", metavar="DIR", type=path, required=True, help="where; made if it is not there"
+        "--to",
+        dest="target",
+        metavar="DIR",
+        type=_target,
+        required=True,
+        help="where; made if it is not there. -: standard output, which gets one volume of one qube",
+    )
+    extract.add_argument(
+        "--volume",
+        choices=get_args(VolumeName),
+        help="with --to -: the volume. Its bytes flow before all of it is checked: only status 0 says that it"
+        " is complete",
     )
     _add_selection(extract, "restore")
     return parser, {"list": listing, "verify": verify, "extract": extract}

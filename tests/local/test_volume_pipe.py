@@ -1,0 +1,184 @@
+"""One volume on standard output: its bytes and nothing else, its holes in a file, and the exit status."""
+
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from qubes_restore_svc.errors import HostFailed, UsageError
+from qubes_restore_svc.local.command import parse_arguments
+from qubes_restore_svc.local.volume_pipe import PipeSink, VolumePipe
+from tests.cli.terminal import on_terminal
+from tests.local.sample_qubes import new_qube, settings
+from tests.support.backup_writer import join_members
+from tests.support.damage import edited, flip_bit, sample_backup, victim_chunks
+from tests.support.fixtures import REPOSITORY
+from tests.system.support import command, environment, passphrase_file
+
+FAR = 1 << 20
+IMAGE = b"begin".ljust(FAR, b"\0") + b"middle".ljust(FAR, b"\0")
+
+
+def write_image(output: int) -> PipeSink:
+    """The image, whose end is a hole as well."""
+    sink = PipeSink(output, "private")
+    sink.write(0, memoryview(b"begin"))
+    sink.write(FAR, memoryview(b"middle"))
+    sink.finish(2 * FAR)
+    return sink
+
+
+@pytest.mark.parametrize(
+    ("mode", "before", "after", "has_holes"),
+    [
+        (os.O_TRUNC, b"", IMAGE + b"!", True),
+        (os.O_APPEND, b"old", b"old" + IMAGE + b"!", False),
+        (0, b"x" * (2 * FAR + 2), IMAGE + b"!x", False),
+    ],
+    ids=["new", "appended", "over-old-bytes"],
+)
+def test_a_hole_is_left_only_where_it_reads_as_zeros(
+    tmp_path: Path, mode: int, before: bytes, after: bytes, has_holes: bool
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(before)
+    output = os.open(path, os.O_WRONLY | mode)
+    write_image(output)
+    os.write(output, b"!")  # whoever writes next stands behind the image
+    os.close(output)
+    assert path.read_bytes() == after
+    assert (path.stat().st_blocks * 512 < FAR) == has_holes
+
+
+def test_it_begins_where_the_file_stands(tmp_path: Path) -> None:
+    output = os.open(tmp_path / "image", os.O_WRONLY | os.O_CREAT)
+    os.write(output, b"head")
+    write_image(output)
+    os.close(output)
+    assert (tmp_path / "image").read_bytes() == b"head" + IMAGE
+    assert (tmp_path / "image").stat().st_blocks * 512 < FAR
+
+
+def test_a_write_that_waits_for_its_reader_ends_when_it_is_given_up() -> None:
+    reader, output = os.pipe()
+    sink = PipeSink(output, "private")
+    failures: list[HostFailed] = []
+
+    def write() -> None:
+        try:
+            sink.write(0, memoryview(bytes(FAR)))
+        except HostFailed as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    sink.abandon()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert [error.reason for error in failures] == ["it was given up"]
+    os.close(reader)
+    os.close(output)
+
+
+def test_a_qube_without_the_volume_is_refused_before_a_byte() -> None:
+    with pytest.raises(UsageError, match="no volume root") as caught:
+        VolumePipe("root", 1).begin(new_qube())
+    assert caught.value.advice == "It has: private."
+
+
+def test_no_success_without_the_end_of_the_volume_and_others_are_dropped(tmp_path: Path) -> None:
+    with (tmp_path / "image").open("wb") as output:
+        qube = VolumePipe("private", output.fileno()).begin(new_qube())
+        other = qube.create_volume("root", 10)
+        other.write(0, memoryview(b"root"))
+        other.finish(10)
+        with pytest.raises(HostFailed, match="not complete"):
+            qube.commit(settings(), None)
+        qube.create_volume("private", 10).finish(10)
+        assert qube.commit(settings(), None) == ()
+    assert (tmp_path / "image").read_bytes() == bytes(10)
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+BACKUP = sample_backup()
+VICTIM = BACKUP.qubes[0].volumes["private"]
+
+
+def image() -> bytes:
+    """The private volume of `work`."""
+    whole = bytearray(VICTIM.size)
+    for offset, data in VICTIM.extents:
+        whole[offset : offset + len(data)] = data
+    return bytes(whole)
+
+
+def with_a_flipped_bit() -> bytes:
+    """The backup with a damage in the last chunk of that volume."""
+    members = list(BACKUP.members())
+    last = members[victim_chunks(BACKUP, members)[-1]].name
+    return join_members(edited(members, last, lambda data: flip_bit(data, -100)))
+
+
+def extracted(folder: Path, archive: bytes, shell: str) -> subprocess.CompletedProcess[bytes]:
+    """What comes of a line in a shell, in which "$@" is the command with the backup."""
+    (folder / "backup").write_bytes(archive)
+    words = command("extract", folder / "backup", "--to", "-", "-p", passphrase_file(folder))
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", shell, "bash", *words],
+        env={**environment("x"), "PYTHONPATH": str(REPOSITORY)},
+        cwd=folder, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_standard_output_is_the_image_and_nothing_else(tmp_path: Path) -> None:
+    line = '"$@" --volume private work | tee copy && "$@" -q --volume private work > file'
+    done = extracted(tmp_path, join_members(BACKUP.members()), line)
+    assert (done.returncode, done.stdout) == (0, image())
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "file").read_bytes() == image()
+    assert (tmp_path / "file").stat().st_blocks * 512 < VICTIM.size
+    assert done.stderr.count(b"1 of 1 qube restored.\n") == 1  # -q says nothing
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@pytest.mark.parametrize(
+    ("line", "is_damaged", "status", "said"),
+    [
+        ('"$@" --volume private work', True, 1, "work/private"),
+        ('"$@" --volume private work | head -c 1 >/dev/null', False, 1, "has ended before it had all"),
+        ('"$@" --volume root work', False, 1, "this qube has no volume root in the backup. It has: private."),
+        ('"$@" --volume private work >&-', False, 2, "standard output is closed"),
+    ],
+)
+def test_what_is_not_all_of_the_volume_is_no_success(
+    tmp_path: Path, line: str, is_damaged: bool, status: int, said: str
+) -> None:
+    done = extracted(tmp_path, with_a_flipped_bit() if is_damaged else join_members(BACKUP.members()), line)
+    assert done.returncode == status
+    assert said in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+    assert image().startswith(done.stdout)
+    assert len(done.stdout) < VICTIM.size
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["work --to -", "work --to dir --volume private", "--to - --volume private",
+     "a b --to - --volume private", "w* --to - --volume private", "work --to - --volume data"],
+)  # fmt: skip
+def test_standard_output_takes_one_volume_of_one_qube(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["extract", "backup", *words.split()])
+    assert ended.value.code == 2
+    assert "--volume" in capsys.readouterr().err
+
+
+def test_a_volume_is_not_written_to_a_terminal(tmp_path: Path) -> None:
+    seen = on_terminal("extract", "/dev/null", "work", "--to", "-", "--volume", "private")
+    assert seen.status == 2
+    assert "a volume is not written to a terminal" in seen.raw
