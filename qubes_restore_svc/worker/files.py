@@ -20,7 +20,7 @@ from qubes_restore_svc.worker.chunk import Chunk
 from qubes_restore_svc.worker.proofs import Remark
 
 #: Events that may wait. The budget bounds the chunks, and this the files that come without any.
-_MAX_EVENTS = 64
+_MAX_EVENTS = 128
 
 #: Content is handed on in pieces of this size, bytes, so that a cancel is noticed.
 _PIECE = 1 << 20

@@ -35,8 +35,9 @@ BOUNDLESS = MemoryRoom(1 << 60)
 OWN_MEMORY = 80 * MIB
 
 #: Chunks that may be on their way while they lie in the archive. They take no memory; a key that takes long
-#: must not hold up the others behind it.
-MAX_LOCATED = 48
+#: must not hold up the others behind it. Enough to fill eight lanes on each of eight processors
+#: (`lanes_to_fill`).
+MAX_LOCATED = 96
 
 #: The part of the limit that chunks may take which are fetched from the archive, where more than one is.
 _AHEAD = 5
