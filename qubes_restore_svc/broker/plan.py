@@ -200,13 +200,12 @@ def _selected(
     is_home = qube.klass == "AdminVM"
     if qube.name in exclude:
         return _left_out(qube, "excluded")
-    if qube.name in names or (is_home and choice.dom0_home):
+    if is_home and view is not None and not (choice.dom0_home or qube.name in choice.names):
+        # No pattern stands for it.
+        return _left_out(qube, "home-not-asked-for" if not names or qube.name in names else "not-selected")
+    if not names or qube.name in names or (is_home and choice.dom0_home):
         return qube
-    if names:
-        return _left_out(qube, "not-selected")
-    if is_home and view is not None:
-        return _left_out(qube, "home-not-asked-for")
-    return qube
+    return _left_out(qube, "not-selected")
 
 
 # --- Names ---------------------------------------------------------------------------------------

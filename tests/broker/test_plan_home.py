@@ -22,6 +22,8 @@ def test_it_comes_when_it_is_named_or_asked_for() -> None:
     assert home(names=["dom0"]).decision == "take"
     assert home(names=["work"]).problem == "not-selected"
     assert home(names=["work"], dom0_home=True).decision == "take"
+    assert home(names=["*"]).problem == "home-not-asked-for", "no pattern stands for it"
+    assert home(names=["*", "dom0"]).decision == home(names=["*"], dom0_home=True).decision == "take"
     assert home(exclude=["dom0"], dom0_home=True).problem == "excluded"
     directory = HostView(frozenset())
     assert home(view=directory).problem == "home-not-asked-for"
