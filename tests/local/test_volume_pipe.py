@@ -35,10 +35,11 @@ def write_image(output: int) -> PipeSink:
     ("mode", "before", "after", "has_holes"),
     [
         (os.O_TRUNC, b"", IMAGE + b"!", True),
+        (os.O_APPEND, b"", IMAGE + b"!", False),
         (os.O_APPEND, b"old", b"old" + IMAGE + b"!", False),
         (0, b"x" * (2 * FAR + 2), IMAGE + b"!x", False),
     ],
-    ids=["new", "appended", "over-old-bytes"],
+    ids=["new", "appended-to-nothing", "appended", "over-old-bytes"],
 )
 def test_a_hole_is_left_only_where_it_reads_as_zeros(
     tmp_path: Path, mode: int, before: bytes, after: bytes, has_holes: bool
