@@ -337,8 +337,7 @@ for _state in (State.OPENING, State.LISTED, State.STREAMING, State.VOLUME):
     TRANSITIONS[_state, Progress] = _state
     TRANSITIONS[_state, Failed] = State.IDLE if _state is State.OPENING else State.CLOSED
     TRANSITIONS[_state, Cancel] = State.CLOSED
-for _state in (State.STREAMING, State.VOLUME):
-    TRANSITIONS[_state, SkipQube] = _state
+TRANSITIONS |= {(_state, SkipQube): _state for _state in (State.STREAMING, State.VOLUME)}
 
 
 class _Session(Connection[State, _Received]):
