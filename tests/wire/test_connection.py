@@ -150,6 +150,7 @@ def test_a_message_that_may_not_come_now_is_not_even_validated() -> None:
 
 def test_what_comes_after_the_last_word_is_neither_looked_at_nor_kept() -> None:
     end = opening()
+    assert heard(end, framed(MANIFEST)) == [MANIFEST]
     failed = m.Failed(error=m.ErrorInfo(kind="error", reason="r"))
     assert heard(end, framed(failed) + b"\xff\xff\xff\xffgarbage") == [failed]
     tracemalloc.start()

@@ -44,7 +44,7 @@ FULL: dict[str, Json] = {
     "open": {
         "type": "open", "protocol": 1, "passphrase": PASSPHRASE, "memory": 1, "jobs": 2,
         "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
-        "storage": STORAGE, "ahead": True,
+        "storage": STORAGE, "ahead": True, "retry": True,
     },
     "start": {"type": "start", "mode": "verify", "keys": ["vm10", "vm11"], "digest": "sha256"},
     "skip_qube": {"type": "skip_qube", "key": "vm10"},
@@ -76,7 +76,7 @@ FULL: dict[str, Json] = {
 OPTIONAL: dict[str, set[str]] = {
     "open": {
         "protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "ignore_cost_limit",
-        "storage", "ahead",
+        "storage", "ahead", "retry",
     },
     "start": {"digest"},
     "skip_qube": set(),
