@@ -82,6 +82,7 @@ async def test_a_session_yields_every_message_in_its_order() -> None:
         "ignore_size_limit": True,
         "ignore_cost_limit": True,
         "ahead": True,
+        "retry": False,
     }
 
 
@@ -237,7 +238,7 @@ def test_a_worker_is_told_no_name_of_a_qube_but_that_of_the_one_that_holds_the_b
     of_the_person = {
         f"Open.{field}"
         for field in (
-            *("passphrase", "memory", "jobs", "compression_filter", "ahead"),
+            *("passphrase", "memory", "jobs", "compression_filter", "ahead", "retry"),
             *("ignore_size_limit", "ignore_cost_limit"),
         )
     }
