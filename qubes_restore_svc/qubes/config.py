@@ -285,14 +285,14 @@ class GrantConfig(_Section):
     max_memory: int | None = _number(
         None,
         *_MEMORY,
-        "Most memory that it may ask for for the worker. null: no more than `worker.memory`, or"
-        f" {UNGRANTED_MEMORY} if that is auto.",
+        "Most memory that the worker has for it, asked for or taken by auto. null: no more than"
+        f" `worker.memory`, or {UNGRANTED_MEMORY} if that is auto.",
         "MiB",
     )
     max_vcpus: int | None = _number(
         None,
         *_VCPUS,
-        "Most processors that it may ask for for the worker. null: no more than `worker.vcpus`, or"
+        "Most processors that the worker has for it. null: no more than `worker.vcpus`, or"
         f" {UNGRANTED_VCPUS} if that is auto.",
     )
 

@@ -27,7 +27,7 @@ from qubes_restore_svc.errors import RestoreError, UsageError
 from qubes_restore_svc.qubes.backup_source import Location
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config
 from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
-from qubes_restore_svc.qubes.grants import check_limits, check_options
+from qubes_restore_svc.qubes.grants import DOM0, check_limits, check_options, largest_worker
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.locks import RESTORE_LOCK, STOCK_LOCK, WORKER_LOCK, Activity
 from qubes_restore_svc.qubes.qrexec_link import QrexecLink
@@ -188,6 +188,7 @@ def dom0_restore(
         template=request.worker.template or config.worker.template,
         memory=request.worker.memory or config.worker.memory,
         vcpus=request.worker.vcpus or config.worker.vcpus,
+        most=(None, None) if client == DOM0 else largest_worker(config, client),
         ready_timeout_s=config.worker.start_timeout,
         lock_path=places.worker_lock,
         client=client,

@@ -47,6 +47,14 @@ _SERVICE_FOR: dict[Mode, str] = {"restore": START, "verify": VERIFY, "list": LIS
 _DOING: dict[Mode, str] = {"restore": "restore", "verify": "verify", "list": "list"}
 
 
+def largest_worker(config: Config, caller: str) -> tuple[int, int]:
+    """The most MiB and processors that a worker has for `caller`, a qube, whatever it asks for."""
+    grant, worker = config.grant(caller), config.worker
+    memory = UNGRANTED_MEMORY if worker.memory == AUTO else worker.memory
+    vcpus = UNGRANTED_VCPUS if worker.vcpus == AUTO else worker.vcpus
+    return max(memory, grant.max_memory or 0), max(vcpus, grant.max_vcpus or 0)
+
+
 class Rights:
     """The rights of `caller` under `config`, which stands in the file `path`: what errors refer to.
 
@@ -147,21 +155,17 @@ class Rights:
             self._refuse(
                 f"the qube {self.caller} may not have the worker made from {template}", "templates", template
             )
-        memory = wishes.memory, configured.memory, UNGRANTED_MEMORY, grant.max_memory
-        vcpus = wishes.vcpus, configured.vcpus, UNGRANTED_VCPUS, grant.max_vcpus
-        for key, what, (wanted, usual, ungranted, granted) in (
-            ("max_memory", "MiB of memory", memory),
-            ("max_vcpus", "processors", vcpus),
+        most_memory, most_vcpus = largest_worker(self._config, self.caller)
+        for key, what, wanted, usual, most in (
+            ("max_memory", "MiB of memory", wishes.memory, configured.memory, most_memory),
+            ("max_vcpus", "processors", wishes.vcpus, configured.vcpus, most_vcpus),
         ):
             if wanted == AUTO and usual != AUTO:
                 raise NotGranted(
                     f"the worker's {what} are a number here, and the qube {self.caller} may not change that",
                     advice="Ask for a number, or for none.",
                 )
-            if wanted is None or wanted == AUTO:
-                continue
-            most = max(ungranted if usual == AUTO else usual, granted or 0)
-            if wanted > most:
+            if wanted is not None and wanted != AUTO and wanted > most:
                 reason = f"the qube {self.caller} may not give the worker more than {most} {what}"
                 self._refuse(reason, key, str(wanted))
 

@@ -35,7 +35,8 @@ READY_TIMEOUT_S = 60.0
 
 
 class QrexecLink:
-    """The link to a worker on a Qubes system; to be entered once. For `memory` and `vcpus` see `WorkerVm`.
+    """The link to a worker on a Qubes system; to be entered once. For `memory`, `vcpus` and `most` see
+    `WorkerVm`.
 
     `location` is where the backup lies; `template` a disposable template, None for the system's own.
     `ready_timeout_s`: seconds that the worker may take to answer once its qube has started. `client` is the
@@ -50,6 +51,7 @@ class QrexecLink:
         template: str | None,
         memory: int | Auto,
         vcpus: int | Auto,
+        most: tuple[int | None, int | None] = (None, None),
         ready_timeout_s: float = READY_TIMEOUT_S,
         lock_path: Path = WORKER_LOCK,
         client: str = "dom0",
@@ -60,6 +62,7 @@ class QrexecLink:
         self._template = template
         self._memory = memory
         self._vcpus = vcpus
+        self._most = most
         self._ready_timeout_s = ready_timeout_s
         self._lock = GuardedLock(WORKER, lock_path, clear_up_after_kill, client, activity)
         self._held: contextlib.AsyncExitStack | None = None
@@ -97,7 +100,8 @@ class QrexecLink:
             await clear_worker_left(self._system)
             if self._location.qube is not None:
                 await start_storage(self._system, self._location.qube)
-            vm = await held.enter_async_context(WorkerVm(self._system, template, self._memory, self._vcpus))
+            vm = WorkerVm(self._system, template, self._memory, self._vcpus, self._most)
+            await held.enter_async_context(vm)
             self._calls = await held.enter_async_context(QrexecCalls(self._system))
             await ask_ready(self._system, self._calls, vm.name, template, self._ready_timeout_s)
             source = source_of(self._system, self._calls, self._location)

@@ -52,16 +52,16 @@ LEAST_MIB = 400
 MOST_VCPUS = 8
 
 
-def automatic_vcpus() -> int:
+def automatic_vcpus(most: int | None = None) -> int:
     """As many as dom0 has: Xen gives it one for each core of the computer, unless it is told otherwise."""
-    return min(len(os.sched_getaffinity(0)), MOST_VCPUS)
+    return min(len(os.sched_getaffinity(0)), MOST_VCPUS, most or MOST_VCPUS)
 
 
-def automatic_sizes(vcpus: int, total: int | None) -> list[int]:
+def automatic_sizes(vcpus: int, total: int | None, most: int | None = None) -> list[int]:
     """MiB to be tried, from what is of use down to the least. `total` is what the computer has; half of it is
     for others."""
-    most = MIB_A_PROCESSOR * vcpus + _MIB_BESIDE
-    size = most if total is None else min(most, total // 2)
+    size = MIB_A_PROCESSOR * vcpus + _MIB_BESIDE
+    size = min(size, size if total is None else total // 2, most or size)
     sizes = []
     while size > LEAST_MIB:
         sizes.append(size)
@@ -83,15 +83,24 @@ def worker_properties(memory: int, vcpus: int) -> Mapping[str, str]:
 class WorkerVm(Undoable):
     """The qube, started when this is entered and gone when it is left; `memory` in MiB.
 
-    With `auto` it has as many processors, or as much memory, as there is and is of use.
+    With `auto` it has as many processors, or as much memory, as there is and is of use, and `most` (MiB,
+    processors) at the most.
     """
 
-    def __init__(self, system: QubesSystem, template: str, memory: int | Auto, vcpus: int | Auto) -> None:
+    def __init__(
+        self,
+        system: QubesSystem,
+        template: str,
+        memory: int | Auto,
+        vcpus: int | Auto,
+        most: tuple[int | None, int | None] = (None, None),
+    ) -> None:
         self._system = system
         self._template = template
         self._automatic = memory == AUTO
         self._memory = 0 if memory == AUTO else memory
-        self._vcpus = automatic_vcpus() if vcpus == AUTO else vcpus
+        self._most_memory, most_vcpus = most
+        self._vcpus = automatic_vcpus(most_vcpus) if vcpus == AUTO else vcpus
         self.name = ""  #: the qube's name, empty as long as there is none
 
     @property
@@ -103,7 +112,7 @@ class WorkerVm(Undoable):
         """Create and start it. Raises HostFailed."""
         sizes = [self._memory]
         if self._automatic:
-            sizes = automatic_sizes(self._vcpus, await ask(self._system.memory))
+            sizes = automatic_sizes(self._vcpus, await ask(self._system.memory), self._most_memory)
         for self._memory in sizes:
             await to_the_end(self._create())
             try:

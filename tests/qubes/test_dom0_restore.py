@@ -96,6 +96,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "template": None,
         "memory": "auto",
         "vcpus": "auto",
+        "most": (None, None),
         "ready_timeout_s": 120,
         "lock_path": places.worker_lock,
         "client": "dom0",
@@ -168,6 +169,17 @@ def test_which_digest_is_told_is_configured_and_whoever_asks_for_another_gets_th
     configure(places, configured)
     wanted = request(digest=asked)
     assert parts(places, wanted).session_options(wanted).digest == holds
+
+
+def test_a_qube_gets_no_larger_worker_by_asking_for_none(places: Places, made: Made) -> None:
+    parts(places, client="mgmt")
+    assert made.link["most"] == (4000, 2)
+    configure(places, "grants: {mgmt: {max_memory: 9000, max_vcpus: 1}}")
+    parts(places, client="mgmt")
+    assert made.link["most"] == (9000, 2)
+    configure(places, "worker: {memory: 500, vcpus: 6}")
+    parts(places, client="mgmt")
+    assert made.link["most"] == (500, 6)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,12 @@ async def test_it_takes_as_much_memory_as_is_of_use_and_the_system_gives(
     assert traces.left() == []
 
 
+async def test_it_takes_no_more_than_its_caller_may_have(system: FakeQubes) -> None:
+    system.total_memory = 65536
+    async with WorkerVm(system, TEMPLATE, "auto", "auto", (1000, 1)) as worker:
+        assert system.there[worker.name].properties == worker_properties(1000, 1)
+
+
 @pytest.mark.parametrize(("cores", "vcpus"), [(1, 1), (4, 4), (8, 8), (32, 8)])
 async def test_it_gets_as_many_processors_as_dom0_has(
     system: FakeQubes, monkeypatch: pytest.MonkeyPatch, cores: int, vcpus: int
