@@ -75,13 +75,13 @@ def flood(descriptor: int, size: int) -> None:
 
 
 def take_passphrase(note: Path) -> None:
-    """Ask for the passphrase; note it, and which descriptors are open besides the standard ones."""
+    """Ask for the passphrase, a line; note it, and which descriptors are open besides the standard ones."""
     handed = {name: int(number) for name, _, number in (word.partition("=") for word in sys.argv[3:])}
     there = [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
     there = [fd for fd in there if os.path.exists(f"/proc/self/fd/{fd}")]
     os.write(handed["passphrase"], b"?")
     said = b""
-    while piece := os.read(handed["passphrase"], 1 << 16):
+    while not said.endswith(b"\n") and (piece := os.read(handed["passphrase"], 1 << 16)):
         said += piece
     note.write_text(json.dumps([said.decode(), sorted(there), handed]))
 

@@ -76,7 +76,7 @@ async def test_a_program_gets_what_is_handed_over_and_no_other_descriptor(tmp_pa
         async with RestoreCall(transport, request()) as call:
             assert await call.confirm() == report()
         passphrase, there, handed = json.loads((tmp_path / "taken").read_text())
-        assert passphrase == "büro" * 9000
+        assert passphrase == "büro" * 9000 + "\n"
         assert there == sorted(handed.values())
         assert handed["archive"] == backup.fileno() and handed.keys() == {"archive", "passphrase"}
 

@@ -143,7 +143,7 @@ async def run(
     passphrases = [*wrong, passphrase]
     async with way.session(engine) as (caller, peer):
         way.before_open(caller)
-        peer.open(passphrases.pop(0), storage=way.location, memory=memory)
+        peer.open(passphrases.pop(0), storage=way.location, memory=memory, retry=bool(wrong))
         fetches = []
         while (message := await peer.next()) is not None:
             if isinstance(message, m.Manifest):
