@@ -237,17 +237,22 @@ class NamesInUse:
         looks_like_dom0 = qube.klass != "AdminVM" and qube.name.casefold() in _DOM0_NAMES
         return (self._is_system and looks_like_dom0) or qube.name in self._on_host
 
-    def take(self, name: str) -> str | None:
-        """Take a name that the person chose; why it cannot be had, if it cannot.
+    def take(self, name: str, of: str) -> str | None:
+        """Take a name that the person chose for the qube `of` of the backup; why it cannot be had, if it
+        cannot.
 
-        The name of another qube of the backup is none: what refers to that would find this one.
+        The name of another qube of the backup is none, and neither is a numbered one of it: what refers to
+        that would find this one, now or in a later restore.
         """
+        base, _, number = name.rpartition("-")
         if name.casefold() in _DOM0_NAMES:
             return "that is a name of dom0"
         if name in self._on_host:
             return "a qube of this name is there already"
         if name in self._in_backup:
             return "the backup has another qube of this name"
+        if number.isdecimal() and base != of and base in self._in_backup:
+            return f"'{base}' of the backup is called so if its own name is taken"
         if name in self._taken:
             return "another qube of this restore gets this name"
         self._taken.add(name)
@@ -283,7 +288,7 @@ def _named(
         return _home(qube, choice, system)
     if chosen.new_name not in (None, qube.name):
         assert chosen.new_name is not None
-        why = in_use.take(chosen.new_name)
+        why = in_use.take(chosen.new_name, qube.name)
         if why is None:
             return _with(qube, [f"will be renamed to '{chosen.new_name}'"], new_name=chosen.new_name)
         reason = f"it cannot be called '{chosen.new_name}': {why}"

@@ -38,6 +38,7 @@ def test_a_chosen_name_is_given_and_references_follow_it() -> None:
         ("plain", "a qube of this name is there already"),
         ("vault", "the backup has another qube of this name"),
         ("lost", "the backup has another qube of this name"),
+        ("vault-3", "'vault' of the backup is called so if its own name is taken"),
         ("DOM0", "that is a name of dom0"),
     ],
 )
