@@ -113,11 +113,11 @@ def stopped_program(script: str, place: Path, step: str) -> Iterator["subprocess
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"here\n"
-        yield process
-        # With what it has started; its guard has a session of its own, as soon as it runs.
+        # Its guard has a session of its own, as soon as it runs; before that, it would be killed as well.
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not any(os.getsid(int(child)) == int(child) for child in children.read_text().split()):
             time.sleep(0.005)
+        yield process
         os.killpg(process.pid, signal.SIGKILL)
 
 
