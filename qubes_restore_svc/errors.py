@@ -19,7 +19,8 @@ class ExitStatus(enum.IntEnum):
     """How commands and services end. A report tells it as its `status`.
 
     A class of errors has the status of a run that ends with such an error. Where that is NOTHING, or where
-    there was no error, the report decides: by what has become of the qubes (`wire/report.py`).
+    there was no error, the report decides: by what has become of the qubes (`wire/report.py`). A class with
+    another status is not for a worker to say.
     """
 
     COMPLETE = 0  #: all that was wanted is there. Of a service: the caller was told how the call ended

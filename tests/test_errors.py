@@ -50,6 +50,11 @@ def test_advice_is_a_sentence_and_the_docstring_says_what_happened(cls: type[Res
 
 
 @EACH
+def test_no_worker_can_choose_the_exit_status(cls: type[RestoreError]) -> None:
+    assert cls.exit_status is ExitStatus.NOTHING or not cls.for_a_worker_to_say
+
+
+@EACH
 def test_every_class_is_made_and_printed_the_same_way(cls: type[RestoreError]) -> None:
     error = cls("the reason", qube="work", volume="root", chunk=3)
     advice = f" {cls.default_advice}" if cls.default_advice else ""
