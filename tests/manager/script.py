@@ -256,10 +256,14 @@ def until_cancelled(call: ScriptedCall) -> None:
     assert call.cancelled.wait(LONG_S)
 
 
-def undo_when(event: threading.Event) -> Step:
-    """A step: until it is cancelled, and then until the test lets the undoing end."""
+def undo_when(event: threading.Event, name: str) -> Step:
+    """A step: in a qube until it is cancelled, and then until the test lets the undoing end.
+
+    It is one step, because a call that is cancelled between two steps does not begin the second.
+    """
 
     def step(call: ScriptedCall) -> None:
+        begin(name)(call)
         until_cancelled(call)
         event.wait(LONG_S)
 

@@ -102,7 +102,7 @@ def test_a_qube_that_does_not_fit_stops_the_dialog_until_it_is_left_out() -> Non
 
 def test_a_cancel_in_the_middle_does_not_hold_the_window_up() -> None:
     undone = threading.Event()
-    script = Script(QUBES, steps=[finish("work"), begin("vault"), undo_when(undone)])
+    script = Script(QUBES, steps=[finish("work"), undo_when(undone, "vault")])
     shown = dialog(script)
     shown.select()
     shown.confirm("work", "vault")

@@ -175,7 +175,7 @@ def press(widget: QWidget, key: Qt.Key) -> None:
 def held(at: str = "work") -> tuple[threading.Event, list[Step]]:
     """Steps that wait in a qube until the event is set or it is cancelled, and then for the event."""
     undone = threading.Event()
-    return undone, [begin(at), undo_when(undone)]
+    return undone, [undo_when(undone, at)]
 
 
 def test_a_restore_goes_through_the_wizard_and_its_result_stands(
