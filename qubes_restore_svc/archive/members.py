@@ -93,39 +93,32 @@ class MemberReader(Protocol):
     @property
     def wanted(self) -> int:
         """How many bytes the next `feed` must get, exactly; 0: the stream has ended, nothing may follow."""
-        ...
 
     @property
     def content_left(self) -> int:
         """How many bytes of the current member's content are still due, before the next `feed`."""
-        ...
 
     def feed(self, untrusted_data: Buffer) -> Member | None:
         """Take `wanted` bytes. A member: its `size` bytes of content come next. None: feed again.
 
         Raises BadArchive, NotABackup.
         """
-        ...
 
     def take_damage(self) -> Damage | None:
         """What was passed over before the last member, or the end, that was found; once."""
-        ...
 
     def content(self, data: Buffer) -> None:
         """Take note of bytes of the current member's content, in order, in pieces of any size."""
-        ...
 
     def skip(self, size: int) -> bool:
         """May the next `size` bytes of content be passed over unseen? True: they count as delivered.
         False: they have to be read, and shown to `content`."""
-        ...
 
     def eof(self, untrusted_rest: Buffer = b"") -> None:
         """The input has ended; `untrusted_rest` are the bytes read for the next `feed`, fewer than `wanted`.
 
         Returns if the archive may end here. Raises EmptyInput, NotABackup, ArchiveTruncated.
         """
-        ...
 
 
 def check_member_name(untrusted_name: Buffer) -> str:

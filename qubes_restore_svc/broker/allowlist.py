@@ -50,7 +50,6 @@ class AllowList(Protocol):
 
     def check(self, also: Collection[str]) -> None:
         """Raises UsageError if the person may not let these settings come back."""
-        ...
 
     def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
         """The properties, features, tags and devices of `qube` that may come back; `also`: as the person
@@ -59,7 +58,6 @@ class AllowList(Protocol):
         The references `netvm` and `default_dispvm`, and `template_for_dispvms` and `provides_network`, on
         which other qubes of the restore may depend, are for the plan: it reads them in the manifest.
         """
-        ...
 
 
 class SettingsPolicy:

@@ -114,11 +114,9 @@ class VolumeSink(Protocol):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Put `data` (1 byte to 1 MiB) at `offset`, in bytes; offsets rise from call to call."""
-        ...
 
     def finish(self, size: int) -> None:
         """The volume is complete and `size` bytes long; what was not written is zero."""
-        ...
 
     def abandon(self) -> None:
         """The volume will not be completed; gives back what it holds. Harmless after `finish`.
@@ -126,7 +124,6 @@ class VolumeSink(Protocol):
         To be called at any time, from any thread: a `write` or `finish` that is under way ends as soon as the
         system lets it, and this does not wait for it.
         """
-        ...
 
 
 class QubeTransaction(Protocol):
@@ -137,11 +134,9 @@ class QubeTransaction(Protocol):
 
     def create_volume(self, volume: VolumeName, image_size: int) -> VolumeSink:
         """A sink for a volume of at most `image_size` bytes (exactly as many, but for `home`)."""
-        ...
 
     def change_template(self, template: str) -> None:
         """The template of the definition could not be restored: use this one, which is there."""
-        ...
 
     def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
         """Apply settings and definition, and make the qube a finished one.
@@ -150,14 +145,12 @@ class QubeTransaction(Protocol):
         names is finished by now. Brings remarks for the person on what could not be applied and does no
         harm by its absence (clauses, fit for a terminal).
         """
-        ...
 
     def rollback(self) -> None:
         """Remove all that was created, volumes that are not finished included.
 
         Does nothing after `commit` or a second time.
         """
-        ...
 
 
 class Host(Protocol):
@@ -169,30 +162,24 @@ class Host(Protocol):
         Brings remarks on that for the person (clauses, fit for a terminal). Raises RestoreInProgress at once
         when somebody else holds it.
         """
-        ...
 
     def view(self) -> HostView:
         """The host as it is now."""
-        ...
 
     def free_space(self, pool: str | None = None) -> int | None:
         """Bytes that volumes can still take, in the pool that the person chose if one was, if it is known."""
-        ...
 
     def begin(self, qube: NewQube) -> QubeTransaction:
         """Start a qube; raises QubeExists if its name is taken by now."""
-        ...
 
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """Give a finished qube the disposable template that has been restored after it."""
-        ...
 
     def disconnect(self, qube: str, backup_id: str) -> bool:
         """Take the network of a finished qube away, if it is halted and still as this backup brought it.
 
         Says whether that was done.
         """
-        ...
 
 
 #: What `source` is if a program pipes the backup in.
@@ -204,7 +191,6 @@ class Link(Protocol):
 
     async def __aenter__(self) -> Self:
         """Start the worker; raises SandboxUnavailable or WorkerLost."""
-        ...
 
     async def __aexit__(
         self,
@@ -213,35 +199,29 @@ class Link(Protocol):
         traceback: TracebackType | None,
     ) -> None:
         """Destroy the worker and wait until it is gone (a second at the most)."""
-        ...
 
     async def call(self, service: str, argument: str = "") -> socket.socket:
         """Call a service of the worker; the socket is blocking, and the caller's. Raises WorkerLost."""
-        ...
 
     @property
     def source(self) -> str:
         """Where the archive comes from, as the person knows it: `sys-usb`, `the file of the backup`."""
-        ...
 
     @property
     def storage(self) -> Storage | None:
         """Where the worker has to fetch the archive itself; None if it has it, or gets it."""
-        ...
 
     async def provide_archive(self) -> None:
         """Let the worker have the archive, if that needs a call: once before `open`, once before `start`.
 
         Raises WorkerLost, and ArchiveUnreadable if the storage side does not give it.
         """
-        ...
 
     async def archive_fault(self) -> ArchiveUnreadable | None:
         """Why the archive ends early, if the side that brings it has failed: the worker sees only its end.
 
         To be asked when something is missing; waits for a moment, until that side has ended as well.
         """
-        ...
 
     @property
     def archive_gaps(self) -> str | None:
@@ -249,8 +229,6 @@ class Link(Protocol):
 
         What the worker reads itself, it tells itself.
         """
-        ...
 
     async def wait_gone(self) -> str:
         """Return when the worker has ended, with what is known of why (printable, one line)."""
-        ...

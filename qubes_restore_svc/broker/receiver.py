@@ -24,7 +24,6 @@ class Writer(Protocol):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Put `data` at `offset`, in bytes; offsets rise from call to call."""
-        ...
 
 
 class VolumeCopy:

@@ -65,20 +65,16 @@ class Streams(Protocol):
     @property
     def reader(self) -> asyncio.StreamReader:
         """What dom0 says."""
-        ...
 
     @property
     def writer(self) -> asyncio.StreamWriter:
         """What dom0 is told."""
-        ...
 
     async def fault(self) -> RestoreError | None:
         """Why the call ended, once `reader` has; None if nothing is known. Takes seconds at the most."""
-        ...
 
     async def close(self) -> None:
         """Close the call, and with it everything it needed here; safe to repeat."""
-        ...
 
 
 class Transport(Protocol):
@@ -86,7 +82,6 @@ class Transport(Protocol):
 
     async def connect(self, service: str) -> Streams:
         """Call `service` (`restore.Start`); raises RestoreError. If it is cancelled, nothing is left."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

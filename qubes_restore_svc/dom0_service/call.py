@@ -75,7 +75,6 @@ class Assemble(Protocol):
         /,
     ) -> Dom0Restore:
         """Raises RestoreError."""
-        ...
 
 
 class Call:

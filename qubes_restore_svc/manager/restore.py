@@ -54,7 +54,6 @@ class NamedQube(Protocol):
     @property
     def name(self) -> str:
         """Its name."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

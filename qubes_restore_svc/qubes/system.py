@@ -54,11 +54,9 @@ class CreationWatcher(Protocol):
 
     def creating(self, name: str) -> None:
         """`name`, which is free, will now be asked for."""
-        ...
 
     def created(self, name: str) -> None:
         """`name` carries its tags now, or is gone. Not told if it could not be removed again."""
-        ...
 
 
 class ServiceProcess(Protocol):
@@ -69,11 +67,9 @@ class ServiceProcess(Protocol):
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs. Reaps the process."""
-        ...
 
     def kill(self) -> None:
         """Kill it, if it still runs."""
-        ...
 
 
 class QubesSystem:
