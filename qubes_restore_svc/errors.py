@@ -3,7 +3,8 @@
 Strategy: an error carries *where* it happened (qube, volume, chunk), *why* (`reason`, a clause
 without a final stop) and *what the person can do* (`advice`, a sentence). The class gives the
 kind: a stable word for reports and for the session protocol, so that the broker can rebuild the
-error of a worker from its kind without trusting the worker's wording.
+error of a worker from its kind without trusting the worker's wording. The word follows from the name of the
+class. Who renames a class changes the protocol; docs/clients.md lists the words.
 
 This module imports the standard library only, so that both sides of the VM boundary can use it.
 """
@@ -11,6 +12,7 @@ This module imports the standard library only, so that both sides of the VM boun
 import enum
 import errno
 import os.path
+import re
 import signal
 from typing import ClassVar
 
@@ -71,6 +73,11 @@ class RestoreError(Exception):
     #: May a worker say it? Not what only the broker's side can know: that would be its word for ours.
     for_a_worker_to_say: ClassVar[bool] = True
 
+    def __init_subclass__(cls) -> None:
+        """A class of this module that does not say its kind has its name for one: `bad-header`."""
+        if cls.__module__ == __name__ and "kind" not in vars(cls):
+            cls.kind = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
     def __init__(
         self,
         reason: str,
@@ -114,28 +121,24 @@ class RestoreError(Exception):
 class EmptyInput(RestoreError):
     """There is not a single byte to read."""
 
-    kind = "empty-input"
     default_advice = "Check that this is the right file and that it was copied completely."
 
 
 class NotABackup(RestoreError):
     """The input does not begin like any Qubes backup."""
 
-    kind = "not-a-backup"
     default_advice = "Check that this is the right file."
 
 
 class UnsupportedFormat(RestoreError):
     """A Qubes backup, in a format that this version does not read."""
 
-    kind = "unsupported-format"
     default_advice = "Formats 3 (written by Qubes R2 to R3.2) and 4 (R4.0 and later) can be restored."
 
 
 class ArchiveTruncated(RestoreError):
     """The archive ends in the middle of something."""
 
-    kind = "archive-truncated"
     default_advice = (
         "The file was cut off; look for a complete copy. Qubes that lie before the cut can be restored."
     )
@@ -144,56 +147,48 @@ class ArchiveTruncated(RestoreError):
 class ArchiveUnreadable(RestoreError):
     """The operating system, or the storage VM, could not deliver the archive's bytes."""
 
-    kind = "archive-unreadable"
     default_advice = "Check the medium; copy the backup to another disk and try again."
 
 
 class BadArchive(RestoreError):
     """The outer archive (tar or qfile) holds something that no Qubes backup holds."""
 
-    kind = "bad-archive"
     default_advice = "The file is damaged or was made to attack; do not trust it."
 
 
 class ArchiveDamaged(RestoreError):
     """A part of the archive is not as it was written, and was passed over."""
 
-    kind = "archive-damaged"
     default_advice = "The medium or the copy is damaged; look for another copy of what is lost."
 
 
 class BadHeader(RestoreError):
     """backup-header is malformed, or differs from its authenticated copy."""
 
-    kind = "bad-header"
     default_advice = "The beginning of the backup is damaged or was tampered with; look for another copy."
 
 
 class UnknownFilter(RestoreError):
     """The header names a compression program that is not known here."""
 
-    kind = "unknown-filter"
     default_advice = "If you know how it was compressed, name it with --compression-filter."
 
 
 class WrongPassphrase(RestoreError):
     """The header's container does not open with this passphrase."""
 
-    kind = "wrong-passphrase"
     default_advice = "Check the keyboard layout and Caps Lock, and try again."
 
 
 class BadContainer(RestoreError):
     """A scrypt container is malformed."""
 
-    kind = "bad-container"
     default_advice = "This part of the backup is damaged; look for another copy."
 
 
 class ExcessiveCost(RestoreError):
     """scrypt parameters past the fixed ceiling: no Qubes system of today writes them."""
 
-    kind = "excessive-cost"
     default_advice = (
         "The file is damaged or was made to attack. If you know that a computer as fast as that wrote it,"
         " --ignore-cost-limit accepts it."
@@ -203,28 +198,24 @@ class ExcessiveCost(RestoreError):
 class BudgetTooSmall(RestoreError):
     """One key derivation needs more memory than the budget holds."""
 
-    kind = "budget-too-small"
     default_advice = "Grant more memory with --memory MIB."
 
 
 class AuthenticationFailed(RestoreError):
     """A chunk's MAC does not match: changed, moved, renamed, or from another backup."""
 
-    kind = "authentication-failed"
     default_advice = "The backup was damaged or tampered with here; look for another copy."
 
 
 class FaultyMachine(RestoreError):
     """This computer has computed one thing twice, with two results."""
 
-    kind = "faulty-machine"
     default_advice = "The backup may be good: restore it on another computer, and test this one's memory."
 
 
 class ChunkOutOfOrder(RestoreError):
     """A chunk is missing, repeated, or stands in the wrong place."""
 
-    kind = "chunk-out-of-order"
     default_advice = "The backup is incomplete or was tampered with; look for another copy."
 
 
@@ -237,7 +228,6 @@ REST_IS_MISSING = (
 class BadCompression(RestoreError):
     """The compressed stream is malformed, ends early, or is followed by something."""
 
-    kind = "bad-compression"
     default_advice = (
         "The backup is damaged here, or was compressed in another way than its header says"
         " (--compression-filter)."
@@ -247,35 +237,30 @@ class BadCompression(RestoreError):
 class BadImage(RestoreError):
     """The inner archive is not one file of the expected name."""
 
-    kind = "bad-image"
     default_advice = "This volume cannot be restored from this backup."
 
 
 class BadSparseMap(RestoreError):
     """A sparse map overlaps, runs backwards, or reaches past the image."""
 
-    kind = "bad-sparse-map"
     default_advice = "This volume cannot be restored from this backup."
 
 
 class ImageTooLarge(RestoreError):
     """An image is larger than what qubes.xml, or the fixed ceiling, allows."""
 
-    kind = "image-too-large"
     default_advice = "If you trust this backup, --ignore-size-limit accepts it."
 
 
 class BadMetadata(RestoreError):
     """qubes.xml, firewall.xml, notes or menu list is malformed or out of bounds."""
 
-    kind = "bad-metadata"
     default_advice = "The settings in this backup cannot be used as they are."
 
 
 class MissingVolume(RestoreError):
     """qubes.xml promises a volume that the archive does not hold."""
 
-    kind = "missing-volume"
     default_advice = "The backup is incomplete; look for a complete copy."
 
 
@@ -285,7 +270,6 @@ class MissingVolume(RestoreError):
 class ProtocolViolation(RestoreError):
     """The other side sent something that the protocol does not allow, here or now."""
 
-    kind = "protocol-violation"
     for_a_worker_to_say = False
     default_advice = "The worker was ended; it may have been taken over by the archive. Do not trust it."
 
@@ -293,7 +277,6 @@ class ProtocolViolation(RestoreError):
 class WorkerLost(RestoreError):
     """The worker, or the connection to it, went away."""
 
-    kind = "worker-lost"
     for_a_worker_to_say = False
     default_advice = (
         "Try again; if it happens again, end other programs, raise the limit of its memory, or report it."
@@ -303,7 +286,6 @@ class WorkerLost(RestoreError):
 class WorkerStalled(RestoreError):
     """The worker said nothing for too long."""
 
-    kind = "worker-stalled"
     for_a_worker_to_say = False
     default_advice = "Check that the medium still answers, and try again."
 
@@ -311,28 +293,24 @@ class WorkerStalled(RestoreError):
 class SourceStalled(RestoreError):
     """The side that brings the archive sent nothing, or hardly anything, for longer than --stall-timeout."""
 
-    kind = "source-stalled"
     default_advice = "Check that the medium and the qube that holds the backup still answer, and try again."
 
 
 class SandboxUnavailable(RestoreError):
     """The worker cannot be isolated on this machine."""
 
-    kind = "sandbox-unavailable"
     for_a_worker_to_say = False
 
 
 class WorkerMissing(RestoreError):
     """The disposable template has no worker in it, or there is no such template."""
 
-    kind = "worker-missing"
     for_a_worker_to_say = False
 
 
 class ResourcesExhausted(RestoreError):
     """A limit on processes, threads, open files or memory was reached."""
 
-    kind = "resources-exhausted"
     default_advice = "Close other programs, or raise the limit, and try again."
 
 
@@ -342,7 +320,6 @@ class ResourcesExhausted(RestoreError):
 class QubeExists(RestoreError):
     """A qube of that name is there already; it is never overwritten."""
 
-    kind = "qube-exists"
     for_a_worker_to_say = False
     default_advice = "Move it away, or restore to another directory."
 
@@ -350,7 +327,6 @@ class QubeExists(RestoreError):
 class MissingDependency(RestoreError):
     """A template or netvm that a qube needs is neither on the host nor restored with it."""
 
-    kind = "missing-dependency"
     for_a_worker_to_say = False
     default_advice = (
         "Restore or install it first, or use --ignore-missing to take the system's default instead, or"
@@ -361,7 +337,6 @@ class MissingDependency(RestoreError):
 class HostFailed(RestoreError):
     """Creating a qube or writing its volume failed on the host."""
 
-    kind = "host-failed"
     for_a_worker_to_say = False
     default_advice = "Settle the cause and restore this qube again."
 
@@ -369,14 +344,12 @@ class HostFailed(RestoreError):
 class NoSpace(HostFailed):
     """The target has no room left."""
 
-    kind = "no-space"
     default_advice = "Free some space, or restore this qube to another place."
 
 
 class RestoreInProgress(RestoreError):
     """Another restore holds the lock."""
 
-    kind = "restore-in-progress"
     for_a_worker_to_say = False
     default_advice = "Wait until it has finished."
     #: There is only a guard that clears up after a restore that was killed: it is worth waiting for.
@@ -389,7 +362,6 @@ class RestoreInProgress(RestoreError):
 class NotGranted(RestoreError):
     """The caller has not been given the right to do this, by dom0's policy or by its configuration."""
 
-    kind = "not-granted"
     for_a_worker_to_say = False
 
 
@@ -404,14 +376,12 @@ class UsageError(RestoreError):
 class BadConfiguration(UsageError):
     """The configuration file has a mistake in it, cannot be read, or is not to be trusted."""
 
-    kind = "bad-configuration"
     default_advice = "Correct the file; a key that is not in it has its default."
 
 
 class Cancelled(RestoreError):
     """The person, or a signal, stopped the restore."""
 
-    kind = "cancelled"
     for_a_worker_to_say = False
     exit_status = ExitStatus.CANCELLED
 
@@ -436,10 +406,7 @@ _PROCESSES = (
 _MEMORY = ("there is no memory left", "Close other programs, or give --memory MIB with a smaller number.")
 _EXHAUSTED = {
     errno.EAGAIN: _PROCESSES,
-    errno.EMFILE: (
-        "one process has too many files open",
-        "Raise the limit (ulimit -n), and try again.",
-    ),
+    errno.EMFILE: ("one process has too many files open", "Raise the limit (ulimit -n), and try again."),
     errno.ENFILE: ("the system has too many files open", "Close other programs, and try again."),
     errno.ENOMEM: _MEMORY,
     errno.ENOBUFS: _MEMORY,
