@@ -17,7 +17,6 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import NoReturn
 
-from qubes_restore_svc.archive.chunks import names_a_chunk
 from qubes_restore_svc.archive.container import OVERHEAD
 from qubes_restore_svc.archive.members import (
     MAX_MEMBER_SIZE,
@@ -25,6 +24,7 @@ from qubes_restore_svc.archive.members import (
     Damage,
     Member,
     check_member_name,
+    names_a_chunk,
     shown,
 )
 from qubes_restore_svc.archive.tar_header import (

@@ -16,7 +16,7 @@ from qubes_restore_svc.cli.displays import A_MOMENT_S, rounded
 from qubes_restore_svc.cli.tables import duration_text
 from qubes_restore_svc.errors import Cancelled, RestoreError, size_text
 from qubes_restore_svc.manager import wording
-from qubes_restore_svc.manager.events import RestoreListener
+from qubes_restore_svc.manager.call import RestoreListener
 from qubes_restore_svc.manager.qube_table import QubeTable, text_colours
 from qubes_restore_svc.manager.wording import translate
 from qubes_restore_svc.wire import restore_call as c

@@ -28,9 +28,8 @@ from qubesadmin import exc
 from qubes_restore_svc.cli.tables import plan_table, settings_left_behind
 from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
 from qubes_restore_svc.manager import entries, wording
-from qubes_restore_svc.manager.call import KeptCall, OpenCall, call_dom0
-from qubes_restore_svc.manager.events import LOG, Events, RestoreListener
-from qubes_restore_svc.manager.options import BackupRestoreOptions, choice_from, open_request
+from qubes_restore_svc.manager.call import LOG, Events, KeptCall, OpenCall, RestoreListener, call_dom0
+from qubes_restore_svc.manager.entries import BackupRestoreOptions, choice_from, open_request
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import RefusedQube
 from qubes_restore_svc.wire.report import Report

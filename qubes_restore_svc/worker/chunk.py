@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from qubes_restore_svc.archive.chunks import ChunkName
+from qubes_restore_svc.archive.members import ChunkName
 from qubes_restore_svc.errors import ArchiveTruncated, RestoreError
 from qubes_restore_svc.worker.memory import Budget
 from qubes_restore_svc.worker.proofs import Proof, Proofs, Remark

@@ -16,8 +16,7 @@ import queue
 import threading
 from dataclasses import replace
 
-from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence
-from qubes_restore_svc.archive.members import Damage, Member
+from qubes_restore_svc.archive.members import ChunkName, ChunkSequence, Damage, Member
 from qubes_restore_svc.errors import (
     ArchiveDamaged,
     BadArchive,

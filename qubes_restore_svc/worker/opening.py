@@ -15,12 +15,11 @@ from dataclasses import dataclass, field, replace
 
 from qubes_restore_svc.archive import header as header_format
 from qubes_restore_svc.archive import openssl
-from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence
 from qubes_restore_svc.archive.container import open_small
 from qubes_restore_svc.archive.filters import check_filter, decompress
 from qubes_restore_svc.archive.header import HEADER_HMAC_MEMBER, MAX_HEADER_SIZE, BackupHeader
 from qubes_restore_svc.archive.inner_tar import read_small_file
-from qubes_restore_svc.archive.members import Buffer, shown
+from qubes_restore_svc.archive.members import Buffer, ChunkName, ChunkSequence, shown
 from qubes_restore_svc.archive.qubes_xml import MAX_QUBES_XML, BackupContent, parse_qubes_xml
 from qubes_restore_svc.errors import (
     AuthenticationFailed,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from qubes_restore_svc.archive.chunks import ChunkName, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.container import (
     HEAD_SIZE,
     OVERHEAD,
@@ -18,6 +17,7 @@ from qubes_restore_svc.archive.container import (
     open_container,
     parse_head,
 )
+from qubes_restore_svc.archive.members import ChunkName, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.openssl import MAX_MAC_LINE, PieceMac, open_piece, parse_mac
 from qubes_restore_svc.errors import AuthenticationFailed, BadContainer, FaultyMachine
 from qubes_restore_svc.kdf.engine import KdfParameters, KdfRequest

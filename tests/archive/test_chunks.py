@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.archive import chunks
-from qubes_restore_svc.archive.chunks import ChunkName, ChunkSequence, parse_chunk_name, parse_piece_name
+from qubes_restore_svc.archive import members
+from qubes_restore_svc.archive.members import ChunkName, ChunkSequence, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.errors import BadArchive, ChunkOutOfOrder, RestoreError
 
 
@@ -174,7 +174,7 @@ def test_only_the_file_that_was_out_of_order_is_broken() -> None:
 
 
 def test_the_number_of_files_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "MAX_FILES", 3)
+    monkeypatch.setattr(members, "MAX_FILES", 3)
     sequence = ChunkSequence()
     for file in "abc":
         sequence.expect(name(file, 0))

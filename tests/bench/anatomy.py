@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qubes_restore_svc.archive import header as header_format
-from qubes_restore_svc.archive.chunks import parse_chunk_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, ContainerHead, open_container, parse_head
+from qubes_restore_svc.archive.members import parse_chunk_name
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.kdf.engine import KdfEngine, KdfRequest
 from qubes_restore_svc.system_memory import memory_room

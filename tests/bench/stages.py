@@ -22,11 +22,10 @@ from qubes_restore_svc.archive.filters import decompress
 from qubes_restore_svc.archive.inner_tar import Extent, read_image, without_zeros
 from qubes_restore_svc.broker.image_directory import ImageFile
 from qubes_restore_svc.broker.receiver import receive_volume
-from qubes_restore_svc.fs_verity import FsVerityDigest
 from qubes_restore_svc.kdf.engine import KdfParameters, best_engine
 from qubes_restore_svc.wire.volume import MAX_IMAGE_SIZE, MAX_RECORD, encode_end, encode_header, encode_record
 from qubes_restore_svc.worker.memory import OWN_MEMORY
-from qubes_restore_svc.worker.output import VolumeStream
+from qubes_restore_svc.worker.output import FsVerityDigest, VolumeStream
 
 from .anatomy import Anatomy, Container, archive_source, derive_keys, dissect
 from .derivations import DerivationCosts, Load, share_out

@@ -21,11 +21,16 @@ from typing import TypeVar
 from pydantic import SecretStr, ValidationError
 
 from qubes_restore_svc.archive import header, openssl, settings_files
-from qubes_restore_svc.archive.chunks import ChunkSequence, parse_chunk_name, parse_piece_name
 from qubes_restore_svc.archive.container import HEAD_SIZE, open_small, parse_head
 from qubes_restore_svc.archive.filters import BLOCK_SIZE, FILTERS, decompress
 from qubes_restore_svc.archive.inner_tar import read_directory, read_image, read_small_file
-from qubes_restore_svc.archive.members import MemberReader, shown
+from qubes_restore_svc.archive.members import (
+    ChunkSequence,
+    MemberReader,
+    parse_chunk_name,
+    parse_piece_name,
+    shown,
+)
 from qubes_restore_svc.archive.outer_tar import OuterTarReader
 from qubes_restore_svc.archive.qfile import QfileReader
 from qubes_restore_svc.archive.qubes_xml import parse_qubes_xml

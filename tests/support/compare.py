@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qubes_restore_svc.fs_verity import FsVerityDigest
+from qubes_restore_svc.worker.output import FsVerityDigest
 
 _PIECE = 1 << 20
 

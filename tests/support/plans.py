@@ -15,7 +15,7 @@ from typing import overload
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from qubes_restore_svc.fs_verity import FsVerityDigest
+from qubes_restore_svc.worker.output import FsVerityDigest
 
 FIRST_QID = 10  # of the first qube in a backup; lower numbers are dom0 and the qubes only referred to
 DEFAULT_TEMPLATE = "fedora-41"

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from qubes_restore_svc.archive.members import Buffer
 from qubes_restore_svc.errors import Cancelled, ResourcesExhausted, SkippedOnRequest
-from qubes_restore_svc.fs_verity import FsVerityDigest
 from qubes_restore_svc.wire.names import DigestKind
 from qubes_restore_svc.wire.volume import MAX_RECORD
-from qubes_restore_svc.worker.output import ImageHash, PlainDigest, VolumeOffers, VolumeStream
+from qubes_restore_svc.worker.output import FsVerityDigest, ImageHash, PlainDigest, VolumeOffers, VolumeStream
 
 from .support import MIB, in_thread, join, receive
 

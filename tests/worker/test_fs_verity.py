@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_restore_svc.fs_verity import FsVerityDigest
+from qubes_restore_svc.worker.output import FsVerityDigest
 
 BLOCK, FULL = 4096, 128 * 4096
 
@@ -106,7 +106,7 @@ def test_16_tebibytes_of_holes_take_next_to_no_steps_and_no_memory(monkeypatch: 
         hashed += 1
         return hashlib.sha256(block).digest()
 
-    monkeypatch.setattr("qubes_restore_svc.fs_verity._hash", counted)
+    monkeypatch.setattr("qubes_restore_svc.worker.output._hash", counted)
     digest = FsVerityDigest()
     tracemalloc.start()
     for _ in range(16):
