@@ -47,7 +47,7 @@ def main(storage_qube: str, path: str) -> None:
         print(message["error"]["reason"], message["error"]["advice"])
     else:
         for qube in message["qubes"]:
-            print(qube["name"], qube["klass"], qube["backup_size"])
+            print(qube["name"], qube["class"], qube["backup_size"])
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def write_report(path: Path, report: Report, mode: int | None = None, asked_by: 
 
 
 def _encoded(report: Report, asked_by: str | None) -> bytes:
-    fields = report.model_dump(exclude=_NOT_KEPT)
+    fields = report.model_dump(by_alias=True, exclude=_NOT_KEPT)
     head = {
         "tool": "qubes-restore-svc",
         "version": fields.pop("version"),

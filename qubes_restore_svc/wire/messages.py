@@ -84,7 +84,7 @@ class ListedQube(Model):
 
     key: QubeKey
     name: QubeName
-    klass: VmClass
+    klass: Annotated[VmClass, Field(validation_alias="class", serialization_alias="class")]
     label: LabelName
     template: QubeName | None = None  #: None: has none
     netvm: NetvmName | None = None  #: None: the default; "": no netvm

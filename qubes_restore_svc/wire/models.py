@@ -34,8 +34,11 @@ from qubes_restore_svc.wire.names import (
 _FIELDS: set[str] = set()
 
 
-class Model(BaseModel):
-    """What all models share: strict, frozen, closed, and silent about the values they refuse."""
+class Model(BaseModel, populate_by_name=True):
+    """What all models share: strict, frozen, closed, and silent about the values they refuse.
+
+    `klass` is called `class` in JSON, which is no name for anything in Python.
+    """
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False
@@ -43,7 +46,7 @@ class Model(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: object) -> None:
-        _FIELDS.update(cls.model_fields)
+        _FIELDS.update(field.serialization_alias or name for name, field in cls.model_fields.items())
 
 
 MAX_FRAME = 4 << 20  #: the largest message of all, bytes
@@ -131,14 +134,14 @@ _Form = TypeVar("_Form", bound=Model)
 
 def encode_message(message: Message) -> bytes:
     """The payload of the frame for `message`; raises ProtocolViolation if it is too large for its kind."""
-    payload = message.model_dump_json().encode()
+    payload = message.model_dump_json(by_alias=True).encode()
     check_size(type(message), len(payload))
     return payload
 
 
 def encoded_size(part: Model) -> int:
     """Bytes that a message, or a part of one, takes."""
-    return len(part.model_dump_json().encode())
+    return len(part.model_dump_json(by_alias=True).encode())
 
 
 def fullest(forms: Iterable[_Form], fits: Callable[[_Form], bool]) -> _Form:

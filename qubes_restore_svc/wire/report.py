@@ -73,7 +73,8 @@ class QubeReport(Model):
 
     name: FreeText
     name_in_backup: FreeText | None = None  #: if it is another one
-    klass: VmClass | Literal["?"]  #: ?: the qube could not even be listed
+    #: ?: the qube could not even be listed
+    klass: Annotated[VmClass | Literal["?"], Field(validation_alias="class", serialization_alias="class")]
     outcome: Literal["restored", "verified", "incomplete", "failed", "refused", "left out"]
     remark: FreeText = ""
     error: ErrorInfo | None = None

@@ -97,7 +97,7 @@ def _section(model: type[Model]) -> str:
     hints = get_type_hints(model, include_extras=True)
     rows = [
         [
-            f"`{name}`",
+            f"`{field.serialization_alias or name}`",
             _described(hints[name]),
             _default(field),
             _meaning(f"{model.__name__}.{name}", meanings),

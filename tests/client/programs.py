@@ -17,7 +17,7 @@ Step = Sequence[Any]
 
 def said(message: Message) -> Step:
     """The step that says it."""
-    return ("say", json.loads(message.model_dump_json()))
+    return ("say", json.loads(message.model_dump_json(by_alias=True)))
 
 
 def fake_command(folder: Path, steps: Sequence[Step]) -> list[str]:

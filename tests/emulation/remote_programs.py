@@ -73,12 +73,12 @@ def _client() -> None:
     transport = QrexecTransport(program=_qrexec())
     try:
         if request.mode == "list":
-            tell("plan", plan=list_backup_blocking(transport, request).model_dump(mode="json"))
+            tell("plan", plan=list_backup_blocking(transport, request).model_dump(mode="json", by_alias=True))
             return
         with BlockingRestoreCall(transport, request, _Telling()) as call:
-            tell("plan", plan=call.plan.model_dump(mode="json"))
+            tell("plan", plan=call.plan.model_dump(mode="json", by_alias=True))
             if sys.stdin.readline() == "confirm\n":
-                tell("report", report=call.confirm().model_dump(mode="json"))
+                tell("report", report=call.confirm().model_dump(mode="json", by_alias=True))
     except RestoreError as error:
         tell("error", kind=error.kind, reason=error.reason, advice=error.advice)
 

@@ -119,7 +119,7 @@ def test_a_list_shows_what_is_in_the_backup_and_leaves_nothing_running(
     request = open_message(backup, "list", location={"text": bench.put(backup)})
     before = bench.snapshot()
     (event,) = bench.client(request).rest()
-    listed = {qube["name"]: (qube["klass"], qube["label"]) for qube in event["plan"]["qubes"]}
+    listed = {qube["name"]: (qube["class"], qube["label"]) for qube in event["plan"]["qubes"]}
     assert {name: klass for name, (klass, _) in listed.items()} == {
         "mine": "TemplateVM", "work": "AppVM", "personal": "AppVM", "dom0": "AdminVM",
     }  # fmt: skip

@@ -367,7 +367,7 @@ def _text(data: bytes) -> None:
 # --- Seeds -----------------------------------------------------------------------------------------------
 
 _QUBE = (
-    b'{"key":"vm10","name":"work","klass":"AppVM","label":"red","volumes":[{"name":"private","size":4096}]}'
+    b'{"key":"vm10","name":"work","class":"AppVM","label":"red","volumes":[{"name":"private","size":4096}]}'
 )
 _ERROR = b'"error":{"kind":"bad-image","reason":"x","qube":null,"volume":null,"chunk":1,"advice":""}'
 
@@ -417,7 +417,7 @@ _CLIENT = (
 _ANSWER = (
     b'"type":"plan","number":1,"mode":"restore","backup_id":"x","qubes":[]',
     b'"type":"volume_started","qube":"work","volume":"private","image_size":1',
-    b'"type":"qube_finished","qube":{"name":"work","klass":"AppVM","outcome":"restored"}',
+    b'"type":"qube_finished","qube":{"name":"work","class":"AppVM","outcome":"restored"}',
     b'"type":"refused",' + _ERROR,
     b'"type":"report","mode":"restore","version":"1","started":"2026-01-01T00:00:00Z","finished":'
     b'"2026-01-01T00:00:00Z","status":0',

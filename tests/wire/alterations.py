@@ -4,6 +4,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from qubes_restore_svc.wire.models import Model
+
 Json = dict[str, Any]
 Path = tuple[str | int, ...]
 
@@ -18,6 +20,11 @@ def places(value: object, path: Path = ()) -> Iterator[Path]:
     for key, inner in members:
         yield (*path, key)
         yield from places(inner, (*path, key))
+
+
+def names_in_json(model: type[Model]) -> set[str]:
+    """What the fields of a model are called in JSON."""
+    return {field.serialization_alias or name for name, field in model.model_fields.items()}
 
 
 def at(message: Json, path: Path) -> Any:
