@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from qubes_restore_svc import __version__
 from qubes_restore_svc.cli.inputs import (
     EXIT_STATUS,
@@ -184,12 +182,17 @@ def restore_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _flag(group: "argparse._ArgumentGroup", text: str, *names: str) -> None:
+    group.add_argument(*names, action="store_true", help=text)
+
+
+def _named(group: "argparse._ArgumentGroup", name: str, text: str) -> None:
+    group.add_argument(name, metavar="NAME", type=not_empty, help=text)
+
+
 def _add_what(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--verify-only",
-        action="store_true",
-        help="read the backup to its last byte and check it; nothing is created, and nobody is asked",
-    )
+    text = "read the backup to its last byte and check it; nothing is created, and nobody is asked"
+    _flag(group, text, "--verify-only")
     add_exclude(group)
     home = group.add_mutually_exclusive_group()
     home.add_argument(
@@ -205,7 +208,7 @@ def _add_what(group: "argparse._ArgumentGroup") -> None:
         const=False,
         help="do not restore dom0's home; this is the default with --mgmt-vm",
     )
-    group.add_argument("--pool", metavar="NAME", type=not_empty, help="storage pool for the restored qubes")
+    _named(group, "--pool", "storage pool for the restored qubes")
     group.add_argument(
         "--allow",
         metavar="SETTING",
@@ -217,14 +220,9 @@ def _add_what(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_misfits(group: "argparse._ArgumentGroup") -> None:
-    def flag(name: str, text: str) -> None:
-        group.add_argument(name, action="store_true", help=text)
-
-    flag("--skip-conflicting", "leave out qubes whose names are taken here")
-    flag(
-        "--rename-conflicting",
-        "restore qubes whose names are taken under other names, with numbers at the end",
-    )
+    _flag(group, "leave out qubes whose names are taken here", "--skip-conflicting")
+    text = "restore qubes whose names are taken under other names, with numbers at the end"
+    _flag(group, text, "--rename-conflicting")
 
     def choice(name: str, metavar: str, pair: Callable[[str], tuple[str, str]], text: str) -> None:
         group.add_argument(name, metavar=metavar, type=pair, action="append", default=[], help=text)
@@ -242,9 +240,11 @@ def _add_misfits(group: "argparse._ArgumentGroup") -> None:
         _for_one_or_all,
         "connect QUBE, or all qubes that miss their netvm, to this one, or to none; may be repeated",
     )
-    flag("--skip-broken", "leave out qubes whose template or netvm is neither here nor in the backup")
-    flag("--ignore-missing", "restore them all the same, with the default template or netvm")
-    flag("--ignore-username-mismatch", "restore dom0's home even if it is that of another user name")
+    text = "leave out qubes whose template or netvm is neither here nor in the backup"
+    _flag(group, text, "--skip-broken")
+    _flag(group, "restore them all the same, with the default template or netvm", "--ignore-missing")
+    text = "restore dom0's home even if it is that of another user name"
+    _flag(group, text, "--ignore-username-mismatch")
     add_limits(group)
 
 
@@ -257,25 +257,16 @@ def _add_backup(group: "argparse._ArgumentGroup") -> None:
         type=not_empty,
         help="the qube that holds the backup (default: the one you are in, or dom0 if you are there)",
     )
-    group.add_argument(
-        "--location-is-service",
-        action="store_true",
-        help="LOCATION is a qrexec service of that qube, possibly with an argument after a +",
-    )
+    text = "LOCATION is a qrexec service of that qube, possibly with an argument after a +"
+    _flag(group, text, "--location-is-service")
     add_passphrase_file(group)
     add_compression_filter(group)
 
 
 def _add_worker(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--mgmt-vm", action="store_true", help="let a throw-away qube read the backup; cannot be abbreviated"
-    )
-    group.add_argument(
-        "--mgmt-template",
-        metavar="NAME",
-        type=not_empty,
-        help="the disposable template to make it from (default: the configuration's, or management_dispvm)",
-    )
+    _flag(group, "let a throw-away qube read the backup; cannot be abbreviated", "--mgmt-vm")
+    text = "the disposable template to make it from (default: the configuration's, or management_dispvm)"
+    _named(group, "--mgmt-template", text)
     group.add_argument(
         "--memory",
         metavar="MIB",
@@ -305,27 +296,17 @@ def _for_one_or_all(text: str) -> tuple[str, str]:
 
 
 def _add_rest(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--yes", action="store_true", help="create the qubes without asking")
+    _flag(group, "create the qubes without asking", "--yes")
     group.add_argument("--report", metavar="FILE", type=path, help="write what happened as JSON")
     add_digest(group, default=None)
     group.add_argument("-v", "--verbose", action="count", default=0, help="say more")
-    group.add_argument(
-        "-q",
-        "--quiet",
-        action="count",
-        default=0,
-        help="say less: nothing but errors, warnings and questions",
-    )
-    group.add_argument(
-        "--paranoid-mode",
-        "--plan-b",
-        action="store_true",
-        help="accepted; --mgmt-vm isolates the restore already",
-    )
-    group.add_argument("--auto-close", action="store_true", help="accepted; there is no window to be closed")
+    text = "say less: nothing but errors, warnings and questions"
+    group.add_argument("-q", "--quiet", action="count", default=0, help=text)
+    _flag(group, "accepted; --mgmt-vm isolates the restore already", "--paranoid-mode", "--plan-b")
+    _flag(group, "accepted; there is no window to be closed", "--auto-close")
     # As far as the stock command lets it be abbreviated; without this, it would not be clear from --allow.
     group.add_argument("--a", action="store_true", dest="auto_close", help=argparse.SUPPRESS)
-    group.add_argument("--force-root", action="store_true", help="accepted; root is not refused")
+    _flag(group, "accepted; root is not refused", "--force-root")
     group.add_argument(
         "--version",
         action="version",
@@ -340,13 +321,6 @@ def _add_rest(group: "argparse._ArgumentGroup") -> None:
 #: There in dom0 only, and there in every qube.
 QUBESD_SOCKET = transports.QUBESD_SOCKET
 QREXEC_CLIENT = Path(transports.QREXEC_PROGRAM)
-
-#: What is said of a part of a request that no message can hold.
-_UNFIT = {
-    "location": "the location of the backup cannot be told to dom0",
-    "worker": "the qube that reads the backup cannot be as it was asked for",
-}
-_UNFIT_OTHERWISE = "what was asked for cannot be told to dom0"
 
 
 def in_a_qube() -> bool:
@@ -398,27 +372,19 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
         allow=tuple(dict.fromkeys(arguments.allow)),
     )
     qube, text = _location(arguments, archive_fd, way)
-    try:
-        return c.OpenBackup.model_validate(
-            {
-                "mode": "verify" if arguments.verify_only else "restore",
-                "location": {"qube": qube, "text": text, "service": arguments.location_is_service},
-                "passphrase": "",
-                "choice": choice,
-                "compression_filter": arguments.compression_filter,
-                "ignore_size_limit": arguments.ignore_size_limit,
-                "ignore_cost_limit": arguments.ignore_cost_limit,
-                "digest": arguments.digest,
-                "stall_timeout": arguments.stall_timeout,
-                "worker": {
-                    "template": arguments.mgmt_template,
-                    "memory": arguments.memory,
-                    "vcpus": arguments.vcpus,
-                },
-            }
-        )
-    except ValidationError as error:
-        raise _unfit(error) from None
+    template, memory, vcpus = arguments.mgmt_template, arguments.memory, arguments.vcpus
+    return c.OpenBackup.asked(
+        mode="verify" if arguments.verify_only else "restore",
+        location={"qube": qube, "text": text, "service": arguments.location_is_service},
+        passphrase="",
+        choice=choice,
+        compression_filter=arguments.compression_filter,
+        ignore_size_limit=arguments.ignore_size_limit,
+        ignore_cost_limit=arguments.ignore_cost_limit,
+        digest=arguments.digest,
+        stall_timeout=arguments.stall_timeout,
+        worker={"template": template, "memory": memory, "vcpus": vcpus},
+    )
 
 
 def _location(arguments: RestoreArguments, archive_fd: int | None, way: Transport) -> tuple[str | None, str]:
@@ -452,12 +418,3 @@ def _file_here(location: str, archive_fd: int) -> str:
     if path != path.strip():
         raise UsageError(f"the name of {shown} ends with a space", advice="Rename it.")
     return path
-
-
-def _unfit(error: ValidationError) -> UsageError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    what, where = _UNFIT_OTHERWISE, [str(part) for part in first["loc"]]
-    if where and where[0] in _UNFIT:
-        what, where = _UNFIT[where[0]], where[1:2]  # behind a field come pydantic's names of its types
-    problem = strip_control(first["msg"])
-    return UsageError(f"{what} ({'.'.join(where)}: {problem})" if where else f"{what}: {problem}")

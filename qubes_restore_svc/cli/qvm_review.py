@@ -17,7 +17,6 @@ import os
 import sys
 import termios
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from qubes_restore_svc.cli.displays import Display
 from qubes_restore_svc.cli.qvm_arguments import NONE, RestoreArguments
@@ -45,28 +44,17 @@ _DOM0_NOTE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Misfit:
-    """A kind of qube that does not fit: what is wrong, and what is said of those that are left out for it."""
-
-    problem: Problem
-    statement: str
-    settled: str = "They will not be restored."
-
-
-_MISFITS = (
-    _Misfit(
-        "already-exists",
-        "*** There are qubes of the same names here: {names} ***",
-        "Those in the backup will not be restored. Those here stay as they are.",
-    ),
-    _Misfit("missing-template", "*** There is no matching template for: {names} ***"),
-    _Misfit("missing-netvm", "*** There is no matching netvm for: {names} ***"),
-    _Misfit(
-        "username-mismatch",
-        "*** The user name in the backup is not the one here! This can break some settings. ***",
-    ),
-)
+#: What is said of qubes that do not fit, by what is wrong with them.
+_MISFITS: dict[Problem, str] = {
+    "already-exists": "There are qubes of the same names here: {names}",
+    "missing-template": "There is no matching template for: {names}",
+    "missing-netvm": "There is no matching netvm for: {names}",
+    "username-mismatch": "The user name in the backup is not the one here! This can break some settings.",
+}
+#: What is said of those that are left out.
+_LEFT_OUT: dict[Problem, str] = {
+    "already-exists": "Those in the backup will not be restored. Those here stay as they are."
+}
 
 
 class PlanReview:
@@ -121,15 +109,15 @@ class PlanReview:
     def _tell_misfits(self, plan: Plan, *, quiet: bool) -> list[PlanQube]:
         """Say what does not fit; those that nobody has said about what is to become of them."""
         found, open_ones = False, list[PlanQube]()
-        for misfit in _MISFITS:
-            those = [qube for qube in plan.qubes if qube.problem == misfit.problem]
+        for problem, statement in _MISFITS.items():
+            those = [qube for qube in plan.qubes if qube.problem == problem]
             still = [qube for qube in those if not self._is_settled(qube)]
             found, open_ones = found or bool(those), open_ones + still
             if not those or (not still and quiet and plan.taken):
                 continue
-            say_wrapped(misfit.statement.format(names=listed([qube.name for qube in still or those])))
+            say_wrapped(f"*** {statement.format(names=listed([qube.name for qube in still or those]))} ***")
             if not still:
-                say_wrapped(misfit.settled)
+                say_wrapped(_LEFT_OUT.get(problem, "They will not be restored."))
             advice: dict[str, list[str]] = {}
             for qube in still:
                 advice.setdefault("" if qube.error is None else qube.error.advice, []).append(qube.name)

@@ -15,7 +15,6 @@ from typing import Self
 from qubes_restore_svc.client.transports import Streams, Transport
 from qubes_restore_svc.errors import Cancelled, HostFailed, ProtocolViolation, RestoreError, UsageError
 from qubes_restore_svc.waiting import to_the_end
-from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import Cancel, Log
 from qubes_restore_svc.wire.report import Observer, Report, RestoreProgress
@@ -25,11 +24,6 @@ CANCEL_TIMEOUT_S = 60.0
 #: The same before anything was confirmed.
 EARLY_CANCEL_TIMEOUT_S = 15.0
 
-_SERVICES: dict[c.Mode, str] = {
-    "list": qrexec_call.LIST,
-    "verify": qrexec_call.VERIFY,
-    "restore": qrexec_call.START,
-}
 _READ_SIZE = 64 << 10
 _VERSIONS = "dom0 and this qube may have different versions of qubes-restore-svc: update both."
 _WHERE_TO_LOOK = "What came of it stands in dom0, in the newest report below /var/log/qubes-restore-svc."
@@ -87,7 +81,7 @@ class RestoreCall:
         """
         opening = self._frame(self._request)
         try:
-            self._streams = await self._transport.connect(_SERVICES[self._request.mode])
+            self._streams = await self._transport.connect(c.SERVICES[self._request.mode])
             self._streams.writer.write(opening)
             self._listening = asyncio.create_task(self._listen(self._streams))
             if self._cancel_wanted:

@@ -20,7 +20,6 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pydantic import SecretStr
 
@@ -61,20 +60,8 @@ class HandedOver:
 NOTHING = HandedOver()
 
 
-class Assemble(Protocol):
-    """Makes the restore from its parts, as `dom0_restore` does; a test has others."""
-
-    def __call__(
-        self,
-        location: Location,
-        request: c.OpenBackup,
-        places: Places,
-        config: Config,
-        client: str,
-        note: Callable[[str], None],
-        /,
-    ) -> Dom0Restore:
-        """Raises RestoreError."""
+#: Makes the restore from its parts, as `dom0_restore` does; a test has others. Raises RestoreError.
+Assemble = Callable[[Location, c.OpenBackup, Places, Config, str, Callable[[str], None]], Dom0Restore]
 
 
 class Call:
@@ -212,21 +199,15 @@ class Call:
     @contextlib.contextmanager
     def _located(self, location: c.BackupLocation, rights: Rights) -> Iterator[Location]:
         qube = location.qube or self._caller
-        if qube == DOM0 and location.service:
-            raise UsageError("dom0 has no service that brings a backup", advice="Name a qube, or a file.")
-        if qube != DOM0:
+        if qube != DOM0 or location.service:
             kind = QubeService if location.service else QubePath
             yield kind(qube, location.text)
             return
         if location.text == HANDED_OVER and self._handed.archive is not None:
             yield Dom0File(self._handed.archive)
             return
-        found = (
-            any_file(location.text)
-            if rights.unlimited
-            else granted_file(location.text, rights.dom0_directories)
-        )
-        with found as fd:
+        directories = None if rights.unlimited else rights.dom0_directories
+        with file_in_dom0(location.text, directories) as fd:
             yield Dom0File(fd)
 
 
@@ -267,39 +248,14 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
-def granted_file(text: str, directories: Sequence[Path]) -> Iterator[int]:
-    """A descriptor of the file, open for reading; it must lie below one of `directories`.
+def file_in_dom0(text: str, directories: Sequence[Path] | None) -> Iterator[int]:
+    """A descriptor of the file, open for reading, which must lie below one of `directories`; with None, for
+    programs of dom0, of any file or device.
 
-    Raises UsageError, always the same.
+    Raises UsageError; where directories are given, always the same.
     """
-    fd = _opened_below(text, directories)
-    if fd is None:
-        raise UsageError(
-            f"{strip_control(text)} in dom0 is not a file that can be read from here",
-            advice="Name a backup below a directory that is granted to this qube.",
-        )
+    fd = _opened(text) if directories is None else _opened_below(text, directories)
     try:
-        yield fd
-    finally:
-        close_read(fd)
-
-
-@contextlib.contextmanager
-def any_file(text: str) -> Iterator[int]:
-    """A descriptor of the file or device, open for reading, for programs of dom0. Raises UsageError."""
-    shown = strip_control(text)
-    if not os.path.isabs(text):
-        raise UsageError(f"{shown} is not a whole path", advice="It has to begin with /.")
-    try:
-        fd = os.open(text, _READ)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{shown} cannot be opened: {reason}") from None
-    try:
-        mode = os.fstat(fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
-            what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a socket"
-            raise UsageError(f"{shown} is {what}, not a backup")
         os.set_blocking(fd, True)
         yield fd
     finally:
@@ -312,22 +268,32 @@ def size_of(fd: int) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _opened_below(text: str, directories: Sequence[Path]) -> int | None:
+def _opened(text: str) -> int:
+    shown = strip_control(text)
+    if not os.path.isabs(text):
+        raise UsageError(f"{shown} is not a whole path", advice="It has to begin with /.")
     try:
+        fd = os.open(text, _READ)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{shown} cannot be opened: {reason}") from None
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
+        return fd
+    close_read(fd)
+    what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a socket"
+    raise UsageError(f"{shown} is {what}, not a backup")
+
+
+def _opened_below(text: str, directories: Sequence[Path]) -> int:
+    with contextlib.ExitStack() as held, contextlib.suppress(OSError, ValueError):
         place = os.open(text, os.O_PATH | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return None
-    try:
+        held.callback(close_read, place)
         way = f"/proc/self/fd/{place}"
-        real = Path(os.readlink(way))
-        if not stat.S_ISREG(os.fstat(place).st_mode):
-            return None
-        if not any(real.is_relative_to(os.path.realpath(directory)) for directory in directories):
-            return None
-        fd = os.open(way, _READ)
-    except (OSError, ValueError):
-        return None
-    finally:
-        close_read(place)
-    os.set_blocking(fd, True)
-    return fd
+        real, is_file = Path(os.readlink(way)), stat.S_ISREG(os.fstat(place).st_mode)
+        if is_file and any(real.is_relative_to(os.path.realpath(directory)) for directory in directories):
+            return os.open(way, _READ)
+    raise UsageError(
+        f"{strip_control(text)} in dom0 is not a file that can be read from here",
+        advice="Name a backup below a directory that is granted to this qube.",
+    )

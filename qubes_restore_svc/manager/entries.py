@@ -8,8 +8,6 @@ what dom0 has decided, and changing it decides nothing. The names are those of t
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from pydantic import SecretStr, ValidationError
-
 from qubes_restore_svc.errors import UsageError
 from qubes_restore_svc.wire import restore_call as c
 
@@ -240,32 +238,11 @@ def open_request(
     source: RestoreSource, qube: str | None, options: BackupRestoreOptions, choice: c.Choice
 ) -> c.OpenBackup:
     """The message that opens the backup; raises UsageError for what no such message can say."""
-    try:
-        return c.OpenBackup(
-            mode="verify" if options.verify_only else "restore",
-            location=c.BackupLocation(
-                qube=qube, text=source.backup_location, service=source.location_is_service
-            ),
-            passphrase=SecretStr(source.passphrase),
-            choice=choice,
-            compression_filter=source.force_compression_filter,
-            ignore_size_limit=options.ignore_size_limit,
-        )
-    except ValidationError as error:
-        raise UsageError(_what_is_wrong(error)) from None
-
-
-_WRONG = {
-    "location": "the place of the backup is empty, too long, or holds characters that no path holds",
-    "text": "the place of the backup is empty, too long, or holds characters that no path holds",
-    "qube": "the qube that holds the backup has a name that no qube can have",
-    "passphrase": "the passphrase is longer than any can be, or holds characters that none can hold",
-    "compression_filter": "the compression filter has a name that no program can have",
-    "pool": "no storage pool can have this name",
-}
-
-
-def _what_is_wrong(error: ValidationError) -> str:
-    # Never the value: it may be the passphrase.
-    places = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
-    return _WRONG.get(str(places[0]) if places else "", "an option has a value that it cannot have")
+    return c.OpenBackup.asked(
+        mode="verify" if options.verify_only else "restore",
+        location={"qube": qube, "text": source.backup_location, "service": source.location_is_service},
+        passphrase=source.passphrase,
+        choice=choice,
+        compression_filter=source.force_compression_filter,
+        ignore_size_limit=options.ignore_size_limit,
+    )

@@ -26,6 +26,7 @@ from qubes_restore_svc.wire.names import strip_control
 from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
 from qubes_restore_svc.wire.restore_call import (
     AUTO,
+    SERVICES,
     BackupLocation,
     Choice,
     Mode,
@@ -43,8 +44,6 @@ MODES: dict[str, tuple[Mode, ...]] = {
     VERIFY: ("verify", "list"),
     LIST: ("list",),
 }
-_SERVICE_FOR: dict[Mode, str] = {"restore": START, "verify": VERIFY, "list": LIST}
-_DOING: dict[Mode, str] = {"restore": "restore", "verify": "verify", "list": "list"}
 
 
 def largest_worker(config: Config, caller: str) -> tuple[int, int]:
@@ -81,8 +80,8 @@ class Rights:
         """May all of this be asked of that service?"""
         if request.mode not in MODES[service]:
             raise NotGranted(
-                f"the service {service} does not {_DOING[request.mode]} backups",
-                advice=f"Call {_SERVICE_FOR[request.mode]}, if dom0's policy lets you.",
+                f"the service {service} does not {request.mode} backups",
+                advice=f"Call {SERVICES[request.mode]}, if dom0's policy lets you.",
             )
         if self.unlimited:
             return

@@ -91,8 +91,8 @@ class QubesHost:
         policy_names, unread = names_in_policy(self._policy)
         system = QubesView(
             qubes=qubes,
-            default_template=self._system.default_template(),
-            default_dispvm=self._system.default_dispvm(),
+            default_template=self._system.default("default_template"),
+            default_dispvm=self._system.default("default_dispvm"),
             labels=self._system.labels(),
             dom0_user=dom0_user(),
             policy_names=policy_names,

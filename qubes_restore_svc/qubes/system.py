@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
 from qubes_restore_svc.broker.interfaces import RESTORED_TAG, HostQube
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
@@ -137,20 +137,11 @@ class QubesSystem:
 
         return list(self._of_each("listing the qubes", ask))
 
-    def default_template(self) -> str | None:
-        """The template of new qubes."""
-        with asking("asking for the default template"):
-            return _property(self._app, "default_template", "") or None
-
-    def default_dispvm(self) -> str | None:
-        """The disposable template that qubes use unless they name another."""
-        with asking("asking for the default disposable template"):
-            return _property(self._app, "default_dispvm", "") or None
-
-    def management_dispvm(self) -> str | None:
-        """The disposable template that dom0 uses to manage qubes."""
-        with asking("asking for the management disposable template"):
-            return _property(self._app, "management_dispvm", "") or None
+    def default(self, key: Literal["default_template", "default_dispvm", "management_dispvm"]) -> str | None:
+        """The template of new qubes, the disposable template that qubes use unless they name another, or the
+        one that dom0 uses to manage qubes."""
+        with asking(f"asking for the property {key} of the system"):
+            return _property(self._app, key, "") or None
 
     def labels(self) -> frozenset[str]:
         """The names of all labels."""

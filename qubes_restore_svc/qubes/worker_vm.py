@@ -199,7 +199,7 @@ async def choose_template(system: QubesSystem, template: str | None) -> str:
 
     Raises UsageError if that is none, and WorkerMissing if it says that it has no worker.
     """
-    name = template or await ask(system.management_dispvm)
+    name = template or await ask(system.default, "management_dispvm")
     is_one = None if name is None else await ask(system.is_disposable_template, name)
     if name is None or not is_one:
         why = "this system has no management disposable template"

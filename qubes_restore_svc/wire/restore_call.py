@@ -57,13 +57,17 @@ from qubes_restore_svc.wire.names import (
     StallTimeout,
     VolumeName,
     shortened,
+    strip_control,
 )
+from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
 from qubes_restore_svc.wire.report import CUT, QubeReport, Remarks, Report, RestoreProgress, VolumeReport
 
+_Model = TypeVar("_Model", bound=Model)
 _Received = TypeVar("_Received", bound=Message)
 
 #: What a call is for. Each of the three services does what its name says, and less.
 Mode = Literal["list", "verify", "restore"]
+SERVICES: dict[Mode, str] = {"list": LIST, "verify": VERIFY, "restore": START}
 
 _Names = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
 
@@ -130,24 +134,9 @@ class Choice(Model):
         return self
 
     @classmethod
-    def asked(cls, **fields: object) -> "Choice":
+    def asked(cls, **fields: object) -> Self:
         """From what a person asked for. Raises UsageError for what no message can say."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
-            field = str(place[0]) if place else "qubes"
-            unfit = "a list of qubes that holds something else than names"
-            raise UsageError(_UNFIT.get(field, unfit)) from None
-
-
-_UNFIT = {
-    "pool": "no storage pool can have this name",
-    "template": "the template has a name that no qube can have",
-    "netvm": "the netvm has a name that no qube can have",
-    "qubes": "a choice for a qube that holds something else than one name of each kind",
-    "allow": "this is no setting: expected property:, feature:, tag: or device: and a name",
-}
+        return _asked(cls, fields)
 
 
 #: A size of the worker that follows the machine.
@@ -180,6 +169,11 @@ class OpenBackup(Message):
     worker: WorkerWishes = WorkerWishes()
     max_size: ClassVar[int] = 1 << 20
 
+    @classmethod
+    def asked(cls, **fields: object) -> Self:
+        """From what a person asked for. Raises UsageError for what no message can say."""
+        return _asked(cls, fields)
+
 
 class Choose(Message):
     """Make another plan, from this choice alone."""
@@ -194,6 +188,37 @@ class Confirm(Message):
 
     type: Literal["confirm"] = "confirm"
     plan: Count
+
+
+#: What is said of a field that no message can hold; of those after it, also which part and why.
+_UNFIT = {
+    "names": "a list of qubes that holds something else than names",
+    "exclude": "a list of qubes that holds something else than names",
+    "pool": "no storage pool can have this name",
+    "template": "the template has a name that no qube can have",
+    "netvm": "the netvm has a name that no qube can have",
+    "qubes": "a choice for a qube that holds something else than one name of each kind",
+    "allow": "this is no setting: expected property:, feature:, tag: or device: and a name",
+    "passphrase": "the passphrase is longer than any can be, or holds characters that none can hold",
+    "compression_filter": "the compression filter has a name that no program can have",
+}
+_UNFIT_IN_PART = {
+    "location": "the location of the backup cannot be told to dom0",
+    "worker": "the qube that reads the backup cannot be as it was asked for",
+}
+
+
+def _asked(model: type[_Model], fields: dict[str, object]) -> _Model:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field, *parts = [str(part) for part in first["loc"]] or ["qubes"]
+        if field in _UNFIT:  # never the value: it may be the passphrase
+            raise UsageError(_UNFIT[field]) from None
+        what = _UNFIT_IN_PART.get(field, f"{field.replace('_', '-')} cannot be told to dom0")
+        part, why = f"{parts[0]}: " if parts else "", first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{what} ({part}{strip_control(why)})") from None
 
 
 # --- Broker to client ----------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_everything_that_the_stock_constructor_takes_arrives() -> None:
 
 @pytest.mark.parametrize(
     ("location", "vm", "passphrase", "word"),
-    [("", None, "x", "place"), ("a\nb", None, "x", "place"), ("/a", "-x", "x", "qube"),
+    [("", None, "x", "location"), ("a\nb", None, "x", "location"), ("/a", "-x", "x", "qube"),
      ("/a", None, "x" * 5000, "passphrase")],
 )  # fmt: skip
 def test_what_no_call_can_say_is_a_clear_error(

@@ -53,8 +53,8 @@ def test_the_system_is_told_in_plain_values(system: QubesSystem) -> None:
         NETVM: HostQube(NETVM, "AppVM", provides_network=True),
         DISPOSABLES: HostQube(DISPOSABLES, "AppVM", template_for_dispvms=True),
     }
-    assert (system.default_template(), system.default_dispvm()) == (TEMPLATE, DISPOSABLES)
-    assert system.management_dispvm() == DISPOSABLES
+    assert (system.default("default_template"), system.default("default_dispvm")) == (TEMPLATE, DISPOSABLES)
+    assert system.default("management_dispvm") == DISPOSABLES
     assert {"red", "blue"} <= system.labels()
     assert system.template_of(NETVM) == TEMPLATE
     assert system.template_of(TEMPLATE) is None
@@ -64,14 +64,14 @@ def test_the_system_is_told_in_plain_values(system: QubesSystem) -> None:
     assert system.saved_volumes(NETVM) == {"private"}
     assert system.saved_volumes(TEMPLATE) == {"root", "private"}
     assert system.exists(NETVM) and not system.exists("no")
-    for value in (system.default_template(), system.template_of(NETVM), *system.labels()):
+    for value in (system.default("default_template"), system.template_of(NETVM), *system.labels()):
         assert type(value) is str
     assert type(system.is_disposable_template(NETVM)) is bool
 
 
 def test_defaults_that_are_not_set_are_none(system: QubesSystem, qubesd: Qubesd) -> None:
     qubesadmin.Qubes().management_dispvm = None
-    assert system.management_dispvm() is None
+    assert system.default("management_dispvm") is None
 
 
 def test_what_others_do_to_the_system_is_seen_at_once(system: QubesSystem) -> None:
