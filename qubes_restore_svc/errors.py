@@ -29,6 +29,7 @@ class ExitStatus(enum.IntEnum):
     NOTHING = 1  #: nothing is there
     USAGE = 2  #: the command cannot be carried out as it was given
     PARTLY = 3  #: a part is there, or the report or the table could not be written
+    DIFFERENT = 4  #: all was compared, and not all is the same
     CANCELLED = 130  #: what shells say of a program that Ctrl-C has ended
 
 
@@ -39,6 +40,7 @@ EXIT_MEANINGS = {
     ExitStatus.NOTHING: "nothing is",
     ExitStatus.USAGE: "the command cannot be carried out as given",
     ExitStatus.PARTLY: "a part of it is there",
+    ExitStatus.DIFFERENT: "all of it was compared, and something differs or is missing here",
     ExitStatus.CANCELLED: "cancelled",
 }
 

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
-from qubes_restore_svc.errors import ArchiveUnreadable
+from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube, QubeSettings, Storage
 from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import Difference
 
 #: On a restored qube, with the backup's id after it.
 RESTORED_TAG = "restored-from-backup-"
@@ -109,14 +110,27 @@ class NewQube:
     pool: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a sink that writes nothing has found: how the volume here is. `error`: why it cannot be told."""
+
+    outcome: Literal["same", "differs", "newer", "missing", "failed"]
+    difference: Difference | None = None
+    error: RestoreError | None = None
+
+
 class VolumeSink(Protocol):
-    """One volume being written."""
+    """One volume being written, or compared with what is here."""
 
     def write(self, offset: int, data: memoryview) -> None:
         """Put `data` (1 byte to 1 MiB) at `offset`, in bytes; offsets rise from call to call."""
 
-    def finish(self, size: int) -> None:
-        """The volume is complete and `size` bytes long; what was not written is zero."""
+    def finish(self, size: int) -> Comparison | None:
+        """The volume is complete and `size` bytes long; what was not written is zero.
+
+        Brings what was found, if it was compared. A fault of the volume here is one of the findings: nothing
+        of a comparison raises it, because the other volumes of the qube are compared all the same.
+        """
 
     def abandon(self) -> None:
         """The volume will not be completed; gives back what it holds. Harmless after `finish`.
@@ -154,7 +168,11 @@ class QubeTransaction(Protocol):
 
 
 class Host(Protocol):
-    """A place where qubes can be created."""
+    """A place where qubes can be created; or one where they are, and are compared with those of the backup.
+
+    For a comparison, `begin` finds a qube instead of creating it, `commit` and `rollback` let it go, and
+    `view` names those that can be compared.
+    """
 
     def lock(self) -> AbstractContextManager[Sequence[str]]:
         """The one-restore lock, also clears up what an interrupted restore left behind.

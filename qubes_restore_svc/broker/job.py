@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
-from qubes_restore_svc.broker.interfaces import Host, Link
+from qubes_restore_svc.broker.interfaces import Host, HostView, Link
 from qubes_restore_svc.broker.plan import Planned, make_plan
 from qubes_restore_svc.broker.restore_run import RestoreRun
 from qubes_restore_svc.errors import (
@@ -33,6 +33,8 @@ from qubes_restore_svc.wire.restore_call import Choice, Plan
 #: not, another plan is to be made from that, and shown. Raises RestoreError to end the job.
 AskAboutPlan = Callable[[Plan], Awaitable[Choice | None]]
 
+
+_MOST_NAMES = 20  #: in a warning
 
 #: Brings another passphrase after one that was wrong; None if there is no other.
 OtherPassphrase = Callable[[], Awaitable[str | None]]
@@ -67,15 +69,17 @@ async def run_job(
     confirm: AskAboutPlan | None = None,
     other_passphrase: OtherPassphrase | None = None,
     stall_s: float = STALL_S,
+    compare: bool = False,
 ) -> Report:
     """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
 
+    `compare`: `host` has qubes that are compared with those of the backup, and nothing is written.
     `confirm` is awaited with the plan, and with every other one that it asks for; the worker waits meanwhile.
     Without `confirm` nobody is asked. `other_passphrase` is awaited when a passphrase was wrong. `allow` says
     which settings may come back; None: none of them. `stall_s`: seconds of silence after which the worker, or
     a volume's stream, counts as stalled.
     """
-    report = Report.begun("verify" if host is None else "restore")
+    report = Report.begun("verify" if host is None else "compare" if compare else "restore")
     error: RestoreError | None = None
     try:
         job = _RestoreJob(report, link, host, options, observer, stall_s, other_passphrase)
@@ -115,7 +119,7 @@ class _RestoreJob:
                 planned = await self.agree(manifest, choice, allow, confirm)
                 if planned.plan.taken:
                     await self.carry_out(planned, client)
-                elif not any(qube.outcome == "refused" for qube in self.report.qubes):
+                elif all(qube.outcome == "left out" for qube in self.report.qubes):
                     raise UsageError("no qube is selected", advice="")
 
     async def agree(
@@ -124,12 +128,15 @@ class _RestoreJob:
         """Plan until nothing else is wanted."""
         for number in itertools.count(1):
             view = None if self.host is None else await ask(self.host.view)
-            planned = make_plan(manifest, choice, view, allow=allow, number=number)
+            compare = self.report.mode == "compare"
+            planned = make_plan(manifest, choice, view, allow=allow, number=number, compare=compare)
             plan = planned.plan
-            if self.host is not None:
+            if self.host is not None and not compare:
                 self.warn_of_space(plan, await ask(self.host.free_space, choice.pool))
             for remark in () if view is None else view.remarks:
                 self.say("warning", remark)
+            if view is not None and compare:
+                self.warn_of_unsaved(plan, view, choice)
             self.report.qubes = plan.reports()
             try:
                 other = None if confirm is None else await confirm(plan)
@@ -165,6 +172,14 @@ class _RestoreJob:
         if free is not None and needed > free:
             took, left = f"{needed >> 20} MiB", f"{free >> 20} MiB"
             self.say("warning", f"the qubes took {took} when they were backed up, and only {left} are free")
+
+    def warn_of_unsaved(self, plan: Plan, view: HostView, choice: Choice) -> None:
+        """Which qubes are here and not in the backup, if all are compared."""
+        saved = {qube.new_name for qube in plan.qubes} | {qube.name for qube in plan.unlisted}
+        unsaved = sorted(view.names - saved)
+        if unsaved and not choice.names:
+            more = f" and {len(unsaved) - _MOST_NAMES} more" if len(unsaved) > _MOST_NAMES else ""
+            self.say("warning", f"not in the backup: {', '.join(unsaved[:_MOST_NAMES])}{more}")
 
     def say(self, level: str, text: str) -> None:
         """A line for the person. A warning is kept, and said once, however many plans it is about."""

@@ -59,6 +59,7 @@ _REMARKS: dict[Problem, str] = {
     "missing-netvm": "no netvm",
     "username-mismatch": "another user's home",
     "home-not-asked-for": "its home comes only if you name it",
+    "not-here": "missing here",
 }
 
 
@@ -83,12 +84,14 @@ def make_plan(
     *,
     allow: AllowList | None = None,
     number: int = 1,
+    compare: bool = False,
 ) -> Planned:
     """Decide for every qube. `view` is the host as it is now; None to only verify.
 
     `allow` says which settings may come back (None: none of them), `number` is that of the plan. dom0's home
-    is verified like everything else, but restored only on request. Raises UsageError for names that the
-    backup does not hold, and for what no plan can be made from.
+    is verified like everything else, but restored only on request. With `compare`, the qubes of `view` are
+    compared with those of the backup: what is not there is missing, and nothing is set up. Raises UsageError
+    for names that the backup does not hold, and for what no plan can be made from.
     """
     in_backup = {qube.name for qube in manifest.qubes} | {qube.name for qube in manifest.refused}
     names = _matching(choice.names, in_backup)
@@ -100,11 +103,18 @@ def make_plan(
     _check_choices(manifest, chosen)
     if allow is not None:
         allow.check(choice.allow)
-    qubes = [_selected(PlanQube.taken(qube), names, exclude, choice, view) for qube in manifest.qubes]
+    # Where a home is and can be compared, it need not be asked for.
+    spares_home = view is not None and not (compare and "dom0" in view.names)
+    qubes = [
+        _selected(PlanQube.taken(qube), names, exclude, choice, spares_home=spares_home)
+        for qube in manifest.qubes
+    ]
     sources = {qube.key: qube for qube in manifest.qubes}
     found: Mapping[str, SetUp | Missing] = {}
     can_choose = Offers()
-    if view is not None:
+    if view is not None and compare:
+        qubes = [_found(qube, chosen.get(qube.name), view) for qube in qubes]
+    elif view is not None:
         in_use = NamesInUse(view, in_backup, [one.new_name for one in choice.qubes if one.new_name])
         qubes = [
             _named(qube, in_use, choice, chosen.get(qube.name, QubeChoice(name=qube.name)), view.qubes_system)
@@ -134,7 +144,7 @@ def make_plan(
             can_choose = offers(view.qubes_system).model_copy(update={"settings": tuple(could)[:MAX_OFFERED]})
     plan = Plan(
         number=number,
-        mode="verify" if view is None else "restore",
+        mode="verify" if view is None else "compare" if compare else "restore",
         backup_id=manifest.backup_id,
         qubes=tuple(qubes),
         unlisted=tuple(
@@ -195,17 +205,27 @@ def _check_choices(manifest: Manifest, chosen: Mapping[str, QubeChoice]) -> None
 
 
 def _selected(
-    qube: PlanQube, names: frozenset[str], exclude: frozenset[str], choice: Choice, view: HostView | None
+    qube: PlanQube, names: frozenset[str], exclude: frozenset[str], choice: Choice, *, spares_home: bool
 ) -> PlanQube:
     is_home = qube.klass == "AdminVM"
     if qube.name in exclude:
         return _left_out(qube, "excluded")
-    if is_home and view is not None and not (choice.dom0_home or qube.name in choice.names):
+    if is_home and spares_home and not (choice.dom0_home or qube.name in choice.names):
         # No pattern stands for it.
         return _left_out(qube, "home-not-asked-for" if not names or qube.name in names else "not-selected")
     if not names or qube.name in names or (is_home and choice.dom0_home):
         return qube
     return _left_out(qube, "not-selected")
+
+
+def _found(qube: PlanQube, chosen: QubeChoice | None, view: HostView) -> PlanQube:
+    """With which qube it is compared: the one of its name, or of the name that the person chose."""
+    name = qube.new_name if chosen is None or chosen.new_name is None else chosen.new_name
+    if qube.decision != "take":
+        return qube
+    if name not in view.names:
+        return _left_out(qube, "not-here").model_copy(update={"new_name": name})
+    return qube.model_copy(update={"new_name": name})
 
 
 # --- Names ---------------------------------------------------------------------------------------

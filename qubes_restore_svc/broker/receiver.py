@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from qubes_restore_svc.broker.interfaces import VolumeSink
+from qubes_restore_svc.broker.interfaces import Comparison, VolumeSink
 from qubes_restore_svc.errors import ProtocolViolation, RestoreError, WorkerLost, exhausted
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.waiting import in_thread, started, to_the_end
@@ -41,6 +41,7 @@ class VolumeCopy:
         end_session: Callable[[Exception], None],
     ) -> None:
         self.ready = ready
+        self.comparison: Comparison | None = None  #: what was found, if it was compared; after `finish`
         self._connection = connection
         self._sink = sink
         self._end_session = end_session
@@ -80,7 +81,7 @@ class VolumeCopy:
                 expected = result if done.volume == "home" else self.ready.image_size
                 if (done.data_bytes, done.image_size) != (result, expected):
                     raise ProtocolViolation("a volume whose size is not what was announced and sent")
-                await in_thread(self._sink.finish, done.image_size, on_cancel=self._give_up)
+                self.comparison = await in_thread(self._sink.finish, done.image_size, on_cancel=self._give_up)
             return None
         except ProtocolViolation:
             raise

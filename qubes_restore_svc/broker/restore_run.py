@@ -11,11 +11,11 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
 from qubes_restore_svc.broker.estimate import Estimate
-from qubes_restore_svc.broker.interfaces import Host, Link, NewQube, QubeTransaction
+from qubes_restore_svc.broker.interfaces import Comparison, Host, Link, NewQube, QubeTransaction
 from qubes_restore_svc.broker.ledger import Ledger, believed_error
 from qubes_restore_svc.broker.plan import Planned
 from qubes_restore_svc.broker.qube_runs import (
@@ -40,7 +40,13 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import DigestKind, VolumeName
-from qubes_restore_svc.wire.report import Observer, Report, warn
+from qubes_restore_svc.wire.report import Observer, Report, VolumeReport, warn
+
+_Finding = Literal["missing", "differs", "newer"]
+_Outcome = Literal["restored", "verified", "same", "incomplete", "failed"] | _Finding
+
+#: What is not the same here, the worst first.
+_FINDINGS: tuple[_Finding, ...] = get_args(_Finding)
 
 _TOO_MUCH_WAITS = (
     "its settings would have to wait for its template or its netvm, which come later in the backup; and"
@@ -51,6 +57,8 @@ _TOO_MUCH_WAITS = (
 class RestoreRun:
     """Restores the qubes that were planned to `host`, or verifies them if `host` is None.
 
+    A report of the mode `compare` makes it a comparison with the qubes of `host`. To the worker, that is a
+    restore.
     `report` has a report of each qube of the plan, and takes the warnings that belong to none of them.
     `tail_timeout_s`: seconds that the rest of a volume may take to arrive once the worker has called it
     complete.
@@ -83,6 +91,7 @@ class RestoreRun:
         self._begun: list[QubeRun] = []
         self._copy: VolumeCopy | None = None
         self._estimate = Estimate()
+        self._creates = host is not None and report.mode == "restore"
 
     async def run(self) -> None:
         """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
@@ -178,9 +187,10 @@ class RestoreRun:
             await self._volume_failed(self._qubes[ready.key], ready.volume, failure)
 
     async def _volume_done(self, qube: QubeRun, done: m.VolumeDone) -> None:
-        host_error = None
+        host_error, comparison = None, None
         if self._copy is not None:
             host_error = await self._copy.finish(done, self._tail_timeout_s)
+            comparison = self._copy.comparison
             self._copy = None
         elif self._host is not None and done.outcome == "ok" and not qube.finished:
             raise ProtocolViolation("a volume that is said to be complete and was never sent")
@@ -189,6 +199,8 @@ class RestoreRun:
             volume.outcome = "ok"
             volume.size, volume.data_bytes = done.image_size, done.data_bytes
             volume.fsverity, volume.sha256 = done.fsverity, done.sha256
+            if comparison is not None:
+                _take_comparison(qube, volume, comparison)
         elif host_error is not None:  # the reason why the worker stopped, whatever it says
             await self._volume_failed(qube, done.volume, host_error)
         else:
@@ -250,7 +262,7 @@ class RestoreRun:
             return
         if settings.error is not None:
             await self._fail(qube, await self._client.explained(believed_error(settings.error)))
-        elif any(volume.outcome != "ok" for volume in qube.report.volumes):
+        elif not all(volume.is_whole for volume in qube.report.volumes):
             await self._fail(qube, RestoreError("not all of its volumes are complete"))
         elif self._host is None:
             self._conclude(qube, "verified")
@@ -274,21 +286,21 @@ class RestoreRun:
         run: the firewall may be what it lacks."""
         if not qube.finished:
             await self._fail(qube, error)
-        elif qube.report.succeeded:
-            if self._host is not None:
-                now = ", without a netvm now" if await self._disconnect(qube, self._host) else ""
+        elif qube.report.succeeded or qube.report.is_different:
+            if self._creates:
+                now = ", without a netvm now" if await self._disconnect(qube) else ""
                 error.advice = (
                     f"It had been created by then and is still there{now}. Look at what it lacks, a firewall"
                     " above all, before you start it; or remove it."
                 )
             qube.report.error = ErrorInfo.of(error.at(qube=qube.name)).without_place()
-            self._conclude(qube, "failed" if self._host is None else "incomplete")
+            self._conclude(qube, "incomplete" if self._creates else "failed")
 
-    async def _disconnect(self, qube: QubeRun, host: Host) -> bool:
-        if qube.definition is None or qube.definition.netvm == "":
+    async def _disconnect(self, qube: QubeRun) -> bool:
+        if self._host is None or qube.definition is None or qube.definition.netvm == "":
             return False
         try:
-            return await in_thread(host.disconnect, qube.name, self._backup_id)
+            return await in_thread(self._host.disconnect, qube.name, self._backup_id)
         except RestoreError as error:
             self._warn(qube, f"its netvm could not be taken away: {error.reason}")
             return False
@@ -311,11 +323,11 @@ class RestoreRun:
             return
         except asyncio.CancelledError:
             if qube.transaction is None:
-                self._conclude(qube, "restored")
+                self._conclude(qube, self._success(qube))
             raise
         for remark in remarks:
             self._warn(qube, remark)
-        self._conclude(qube, "restored")
+        self._conclude(qube, self._success(qube))
         for waiting in self._qubes.waiting_for_dispvm(qube):
             try:
                 await in_thread(host.set_default_dispvm, waiting.name, qube.name)
@@ -367,9 +379,15 @@ class RestoreRun:
         for waiting in self._qubes.waiting_for_dispvm(dispvm):
             self._warn(waiting, without_dispvm(dispvm))
 
-    def _conclude(
-        self, qube: QubeRun, outcome: Literal["restored", "verified", "incomplete", "failed"]
-    ) -> None:
+    def _success(self, qube: QubeRun) -> _Outcome:
+        """How a qube is called of which all has come: by the worst that was found of its volumes, if it was
+        compared."""
+        if self._creates:
+            return "restored"
+        found = {volume.outcome for volume in qube.report.volumes}
+        return next((one for one in _FINDINGS if one in found), "same")
+
+    def _conclude(self, qube: QubeRun, outcome: _Outcome) -> None:
         qube.finish()
         qube.report.outcome = outcome
         self._observer.qube_finished(qube.report)
@@ -394,6 +412,13 @@ class RestoreRun:
 
 def _without_template(template: QubeRun) -> RestoreError:
     return MissingDependency(f"its template {template.name} could not be restored")
+
+
+def _take_comparison(qube: QubeRun, volume: VolumeReport, comparison: Comparison) -> None:
+    volume.outcome, volume.difference = comparison.outcome, comparison.difference
+    if comparison.error is not None:
+        volume.error = ErrorInfo.of(comparison.error).without_place()
+        qube.blame(comparison.error)
 
 
 def _reason(done: m.VolumeDone) -> RestoreError:

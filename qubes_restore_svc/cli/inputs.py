@@ -53,6 +53,18 @@ def archive_size(fd: int) -> int | None:
     return max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
 
 
+def check_compared(directory: Path) -> None:
+    """Say before the passphrase is typed that there is nothing to compare with. Raises UsageError."""
+    try:
+        os.listdir(directory)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "that is no name of a directory"
+        shown = strip_control(str(directory))
+        raise UsageError(
+            f"{shown} cannot be read: {reason}", advice="Name another one after --with."
+        ) from None
+
+
 def check_target(target: Path) -> None:
     """Say before the passphrase is typed that nothing can be restored to `target`. Raises UsageError.
 

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qubes_restore_svc.cli.tables import failures, left_out, report_table
+from qubes_restore_svc.cli.tables import differences, failures, left_out, report_table
 from qubes_restore_svc.cli.terminal import print_result, say, say_wrapped, width_of
 from qubes_restore_svc.errors import ExitStatus, UsageError
 from qubes_restore_svc.report_file import write_report
 from qubes_restore_svc.wire.names import strip_control
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Report, RunMode
 
 
 def show_report(
@@ -33,19 +33,39 @@ def show_report(
     for line in failures(report, width):
         say(line)
     if not quiet:
+        for line in differences(report, width):
+            say(line)
         for line in left_out(report, width):
             say(line)
     show_error(program, report)
     wanted = [qube for qube in report.qubes if qube.outcome != "left out"]
     if wanted and not quiet:
         done = sum(qube.succeeded for qube in wanted)
-        verb = "verified" if report.mode == "verify" else "restored"
+        verb = _DONE[report.mode]
         warned = sum(qube.succeeded and bool(qube.warnings) for qube in wanted)
         warnings = f", {warned} with warnings" if warned else ""
+        for outcome, text in _DIFFERENT.items():
+            if count := sum(qube.outcome == outcome for qube in wanted):
+                warnings += f", {count} {text[count > 1]}"
         say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}{warnings}.")
         for line in what_next:
             say(line)
     return shown
+
+
+_DONE: dict[RunMode, str] = {
+    "verify": "verified",
+    "restore": "restored",
+    "compare": "the same as in the backup",
+}
+
+
+#: What else became of qubes that were compared: of one, and of several.
+_DIFFERENT = {
+    "differs": ("differs", "differ"),
+    "newer": ("is newer", "are newer"),
+    "missing": ("is missing", "are missing"),
+}
 
 
 def show_error(program: str, report: Report) -> None:

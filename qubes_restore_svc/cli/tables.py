@@ -12,7 +12,7 @@ from qubes_restore_svc.errors import size_text
 from qubes_restore_svc.wire.messages import Manifest, ManifestQube
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import shortened
-from qubes_restore_svc.wire.report import QubeReport, Report, VolumeReport
+from qubes_restore_svc.wire.report import Difference, QubeReport, Report, VolumeReport
 from qubes_restore_svc.wire.restore_call import Plan, PlanQube, Problem
 
 #: What a digest is, and how it is made of an image file.
@@ -105,7 +105,7 @@ def report_table(report: Report, width: int | None = None) -> str:
     """One row a volume, and one for each qube that has none; qubes that were not wanted have no row.
 
     A digest has 64 characters. Where the rows would be wider than the terminal, it stands in a line of its
-    own when verifying, which is about these digests, and only in the JSON report when restoring.
+    own when verifying, which is about these digests, and only in the JSON report otherwise.
     """
     rows = [row for qube in report.qubes if qube.outcome != "left out" for row in _rows(report, qube)]
     if not rows:
@@ -116,7 +116,7 @@ def report_table(report: Report, width: int | None = None) -> str:
     if width is None or max(map(len, text.splitlines())) <= width:
         return text
     head, *lines = table(headings[:-1], [row[:-1] for row in rows]).splitlines()
-    if report.mode == "restore":
+    if report.mode != "verify":
         return "\n".join([head, *lines])
     digests = [headings[-1], *(row[-1] for row in rows)]
     return "\n".join(
@@ -136,6 +136,35 @@ def failures(report: Report, width: int | None = None) -> list[str]:
         wrapped(f"{listed(names)}: {reason}. {advice}".rstrip(), width)
         for (reason, advice), names in places.items()
     ]
+
+
+def differences(report: Report, width: int | None = None) -> list[str]:
+    """What a comparison has found not to be the same, with the places; what is missing comes first."""
+    missing, lines = list[str](), list[str]()
+    for qube in report.qubes:
+        if qube.outcome == "missing" and all(volume.outcome == "missing" for volume in qube.volumes):
+            missing.append(qube.name)
+            continue
+        for volume in qube.volumes:
+            name = f"{qube.name}/{volume.name}"
+            if volume.outcome == "missing":
+                missing.append(name)
+            elif volume.difference is not None:
+                text = "; ".join(_difference_texts(volume, volume.difference))
+                lines.append(wrapped(f"{name}: {text}", width))
+    return [wrapped(f"missing here: {listed(missing)}", width), *lines] if missing else lines
+
+
+def _difference_texts(volume: VolumeReport, difference: Difference) -> Iterable[str]:
+    if volume.outcome == "newer":
+        yield "written to after the backup"
+    if difference.different_bytes:
+        places = [f"{place.length} bytes at {place.offset}" for place in difference.places]
+        if difference.more_places:
+            places.append(f"{difference.more_places} more places")
+        yield f"{size_text(difference.different_bytes)} differ: {', '.join(places)}"
+    if difference.size != volume.size:
+        yield f"it has {difference.size} bytes here, and {volume.size} in the backup"
 
 
 def left_out(report: Report, width: int | None = None) -> list[str]:
@@ -169,13 +198,20 @@ def _rows(report: Report, qube: QubeReport) -> list[tuple[str, str, str, str, st
         for volume in qube.volumes
     ]
     # The volumes of a qube that failed for another reason do not look like a failure.
-    if not rows or (not qube.succeeded and all(row[3] in ("verified", "restored") for row in rows)):
+    if not rows or (not qube.succeeded and all(row[3] in _GOOD for row in rows)):
         rows.append((qube.name, "-", "-", qube.outcome, ""))
     return rows if qube.outcome != "refused" else rows[-1:]
 
 
+_GOOD = ("verified", "restored", "same")
+
+
 def _volume_result(report: Report, qube: QubeReport, volume: VolumeReport) -> str:
     """What is true of a volume now: one that came whole, with a qube that failed, is not there."""
+    if volume.difference is not None:
+        size = volume.difference.different_bytes
+        extent = f"differs in {size_text(size)}" if size else "differs in size"
+        return f"newer, {extent}" if volume.outcome == "newer" else extent
     if volume.outcome != "ok":
         return volume.outcome
     if report.mode == "verify":

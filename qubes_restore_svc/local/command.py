@@ -1,4 +1,4 @@
-"""`qubes-restore-svc`: list, verify and extract backups on any Linux machine.
+"""`qubes-restore-svc`: list, verify, extract and compare backups on any Linux machine.
 
 Strategy: arguments, descriptors and passphrase first, in the foreground, so that whatever can be refused is
 refused before anybody has to wait; then one asyncio task that a signal cancels; then the report, the table,
@@ -37,6 +37,7 @@ from qubes_restore_svc.cli.inputs import (
     add_passphrase_file,
     add_stall_timeout,
     archive_size,
+    check_compared,
     check_target,
     number_up_to,
     open_archive,
@@ -48,13 +49,14 @@ from qubes_restore_svc.cli.tables import manifest_table
 from qubes_restore_svc.cli.terminal import print_result, say_wrapped, width_of
 from qubes_restore_svc.errors import ExitStatus, RestoreError, UsageError
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.local.comparison import ComparedDirectory
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.local.sandbox import find_bubblewrap, worker_engine
 from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.local.volume_pipe import VolumePipe
 from qubes_restore_svc.wire.messages import Manifest
 from qubes_restore_svc.wire.names import DigestKind, VolumeName, strip_control
-from qubes_restore_svc.wire.report import Report
+from qubes_restore_svc.wire.report import Report, RunMode
 from qubes_restore_svc.wire.restore_call import Choice
 
 _PROGRAM = "qubes-restore-svc"
@@ -73,7 +75,7 @@ _MAX_JOBS = 1024  #: as many as the worker accepts
 class Arguments(argparse.Namespace):
     """What the person asked for. `memory` in bytes."""
 
-    command: Literal["list", "verify", "extract"]
+    command: Literal["list", "verify", "extract", "compare"]
     backup: str
     passphrase_file: str | None
     memory: int | None
@@ -90,6 +92,7 @@ class Arguments(argparse.Namespace):
     qubes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     target: Path | None = None
+    compared: Path | None = None
     volume: VolumeName | None = None  #: the one that standard output gets; `target` is that then
     json: bool = False
 
@@ -114,18 +117,21 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         return _list(arguments, archive_fd, interruption)
     started = datetime.now(UTC)
     if arguments.report is not None:
-        check_report_path(arguments.report, archive_fd, arguments.passphrase_file, arguments.target)
+        directory = arguments.target or arguments.compared
+        check_report_path(arguments.report, archive_fd, arguments.passphrase_file, directory)
     try:
         if arguments.volume is not None:
             _check_standard_output()
         elif arguments.target is not None:
             check_target(arguments.target)
+        elif arguments.compared is not None:
+            check_compared(arguments.compared)
         choice = Choice.asked(names=tuple(arguments.qubes), exclude=tuple(arguments.exclude))
         passphrases = _passphrases(arguments)
         options = _prepare(arguments, passphrases)
     except RestoreError as error:
         interruption.hold()
-        report = Report.begun("verify" if arguments.target is None else "restore", started)
+        report = Report.begun(_MODES[arguments.command], started)
         report.close(error)
         keep_report(_PROGRAM, arguments.report, report)
         raise
@@ -134,6 +140,8 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         host = VolumePipe(arguments.volume, _STDOUT_FD)
     elif arguments.target is not None:
         host = DirectoryHost(arguments.target)
+    elif arguments.compared is not None:
+        host = ComparedDirectory(arguments.compared)
     display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=archive_size(archive_fd))
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
@@ -147,6 +155,7 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
                     choice,
                     display,
                     other_passphrase=_other(passphrases, display, interruption),
+                    compare=arguments.command == "compare",
                 ),
             ),
             display.ending,
@@ -190,6 +199,9 @@ _LOOK_INTO = {
         "sudo mount -o ro,noload,nosuid,nodev /dev/loopNp3 /mnt",
     ),
 }
+
+
+_MODES: dict[str, RunMode] = {"verify": "verify", "extract": "restore", "compare": "compare"}
 
 
 def _check_standard_output() -> None:
@@ -361,7 +373,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         " is complete",
     )
     _add_selection(extract, "restore")
-    return parser, {"list": listing, "verify": verify, "extract": extract}
+
+    compare = _command(commands, "compare", "compare a backup with what was extracted; writes nothing")
+    compare.add_argument(
+        "--with",
+        dest="compared",
+        metavar="DIR",
+        type=path,
+        required=True,
+        help="the directory that `extract` restored to",
+    )
+    _add_selection(compare, "compare")
+    return parser, {"list": listing, "verify": verify, "extract": extract, "compare": compare}
 
 
 def _command(

@@ -18,6 +18,7 @@ from qubes_restore_svc import __version__
 from qubes_restore_svc.errors import ExitStatus, RestoreError
 from qubes_restore_svc.wire.models import MAX_FRAME, ErrorInfo, Message, Model, encoded_size, fullest
 from qubes_restore_svc.wire.names import (
+    MAX_COUNT,
     MAX_QUBES,
     MAX_TEXT,
     BackupId,
@@ -37,7 +38,13 @@ MAX_REMARKS, MAX_WARNINGS = 1024, 100
 #: Stands in a report in place of what there was no room for.
 CUT = "there was more to say than there is room for: texts were shortened or left out"
 
+#: Most places that are kept of those where one volume differs.
+MAX_PLACES = 8
+
 Remarks = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_REMARKS)]
+
+#: What a run does with the qubes that it takes.
+RunMode = Literal["verify", "restore", "compare"]
 
 _Sized = TypeVar("_Sized", "QubeReport", "Report")
 
@@ -51,21 +58,46 @@ def remarks(texts: Iterable[str]) -> tuple[str, ...]:
     return lines if len(lines) <= MAX_REMARKS else (*lines[: MAX_REMARKS - 1], CUT)
 
 
+class Place(Model):
+    """Bytes in a row that differ: whole blocks of 4 KiB, as far as the volume reaches."""
+
+    offset: Size  #: bytes
+    length: Size  #: bytes
+
+
+class Difference(Model):
+    """How a volume here differs from the one of the backup. Behind its end, either counts as zeros."""
+
+    size: Size  #: bytes of the volume here
+    different_bytes: Size  #: of all places together
+    places: Annotated[tuple[Place, ...], Field(fail_fast=True, max_length=MAX_PLACES)] = ()  #: the first
+    more_places: Count = 0  #: how many follow
+
+
 class VolumeReport(Model):
     """What came of a volume. One that is ok has one digest, over the whole image, holes as zeros.
+
+    In place of ok, a comparison says how the volume here is: the same, or it differs, or it is missing. It is
+    newer if it differs and was written to after the backup. `size` and digest are those of the backup.
 
     `fsverity` is the one that `fsverity digest FILE` prints (SHA-256, blocks of 4 KiB, no salt), `sha256` the
     one that `sha256sum FILE` prints.
     """
 
     name: VolumeName
-    outcome: Literal["ok", "failed", "skipped", "not reached"]
+    outcome: Literal["ok", "same", "differs", "newer", "missing", "failed", "skipped", "not reached"]
     size: Size | None = None  #: bytes
     data_bytes: Size | None = None  #: bytes of it that travelled
     fsverity: Sha256 | None = None
     sha256: Sha256 | None = None
+    difference: Difference | None = None  #: if it differs
     error: ErrorInfo | None = None
     model_config = _FILLED
+
+    @property
+    def is_whole(self) -> bool:
+        """Has all of it come, and been verified?"""
+        return self.outcome not in ("failed", "skipped", "not reached")
 
 
 class QubeReport(Model):
@@ -75,7 +107,10 @@ class QubeReport(Model):
     name_in_backup: FreeText | None = None  #: if it is another one
     #: ?: the qube could not even be listed
     klass: Annotated[VmClass | Literal["?"], Field(validation_alias="class", serialization_alias="class")]
-    outcome: Literal["restored", "verified", "incomplete", "failed", "refused", "left out"]
+    outcome: Literal[
+        "restored", "verified", "same", "differs", "newer", "missing", "incomplete", "failed", "refused",
+        "left out",
+    ]  # fmt: skip
     remark: FreeText = ""
     error: ErrorInfo | None = None
     warnings: Remarks = ()
@@ -86,7 +121,12 @@ class QubeReport(Model):
     @property
     def succeeded(self) -> bool:
         """Is it there, or verified, to its last byte?"""
-        return self.outcome in ("restored", "verified")
+        return self.outcome in ("restored", "verified", "same")
+
+    @property
+    def is_different(self) -> bool:
+        """Was it compared, and is it not the same here?"""
+        return self.outcome in ("differs", "newer", "missing")
 
     def fitting(self, limit: int, size: Callable[["QubeReport"], int] = encoded_size) -> "QubeReport":
         """The fullest form of it whose `size` is within the limit, both in bytes."""
@@ -95,7 +135,12 @@ class QubeReport(Model):
     def within(self, room: "_Room") -> "QubeReport":
         """The same, shortened. Outcomes, sizes and digests stay as they are."""
         volumes = tuple(
-            volume.model_copy(update={"error": _error_within(volume.error, room)})
+            volume.model_copy(
+                update={
+                    "error": _error_within(volume.error, room),
+                    "difference": volume.difference if room.places else _without_places(volume.difference),
+                }
+            )
             for volume in self.volumes
             if room.volumes
         )
@@ -126,7 +171,7 @@ class Report(Message):
     """The end: what came of everything."""
 
     type: Literal["report"] = "report"
-    mode: Literal["verify", "restore"]
+    mode: RunMode
     version: FreeText  #: of the broker
     backup_id: BackupId | None = None
     started: Timestamp
@@ -139,7 +184,7 @@ class Report(Message):
     model_config = _FILLED
 
     @classmethod
-    def begun(cls, mode: Literal["verify", "restore"], started: datetime | None = None) -> Self:
+    def begun(cls, mode: RunMode, started: datetime | None = None) -> Self:
         """The report of a run that begins; as long as it is not closed, it ends there, with nothing done."""
         started = datetime.now(UTC) if started is None else started
         return cls(
@@ -153,10 +198,12 @@ class Report(Message):
         wanted = [qube for qube in self.qubes if qube.outcome != "left out"]
         if error is not None and error.exit_status is not ExitStatus.NOTHING:
             self.status = error.exit_status
-        elif not any(qube.succeeded or qube.outcome == "incomplete" for qube in wanted):
+        elif not any(qube.succeeded or qube.is_different or qube.outcome == "incomplete" for qube in wanted):
             self.status = ExitStatus.NOTHING
         elif error is None and all(qube.succeeded for qube in wanted):
             self.status = ExitStatus.COMPLETE
+        elif error is None and all(qube.succeeded or qube.is_different for qube in wanted):
+            self.status = ExitStatus.DIFFERENT
         else:
             self.status = ExitStatus.PARTLY
 
@@ -233,12 +280,13 @@ class _Room:
     remarks: int
     volume_errors: bool = True
     volumes: bool = True
+    places: bool = False
 
 
 #: From the largest to the smallest, in which every qube's name, outcome and reason still stand. A report of
 #: as many qubes as a backup may hold takes 3 MB then.
 _ROOMS = (
-    _Room(MAX_TEXT, 10),
+    _Room(MAX_TEXT, 10, places=True),
     _Room(300, 3),
     _Room(100, 1),
     _Room(60, 0, volume_errors=False),
@@ -250,6 +298,13 @@ def _error_within(error: ErrorInfo | None, room: _Room, *, always: bool = False)
     if error is None or not (always or room.volume_errors):
         return None
     return error.within(room.text, advice=room.remarks > 0)
+
+
+def _without_places(difference: Difference | None) -> Difference | None:
+    if difference is None:
+        return None
+    more = difference.more_places + len(difference.places)
+    return difference.model_copy(update={"places": (), "more_places": min(more, MAX_COUNT)})
 
 
 def _remarks_within(lines: tuple[str, ...], room: _Room) -> tuple[str, ...]:

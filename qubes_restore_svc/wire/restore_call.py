@@ -233,11 +233,19 @@ Problem = Literal[
     "missing-netvm",
     "username-mismatch",
     "home-not-asked-for",
+    "not-here",
 ]
 #: What would settle a problem: another name (`QubeChoice.new_name`), a number after its name (`conflicts`
 #: rename), a template or netvm that is here, the system's default (`missing` default), leaving the qube out,
 #: or `ignore_username_mismatch`.
 Settlement = Literal["new-name", "number", "template", "netvm", "default", "leave-out", "ignore"]
+
+
+_OUTCOMES: dict[Decision, Literal["left out", "refused", "failed"]] = {
+    "take": "failed",
+    "leave-out": "left out",
+    "refuse": "refused",
+}
 
 
 class PlanQube(ListedQube):
@@ -263,16 +271,19 @@ class PlanQube(ListedQube):
     def report(self) -> QubeReport:
         """What is to be said of it if nothing more comes of it."""
         is_taken = self.decision == "take"
+        is_missing = self.problem == "not-here"
         return QubeReport(
             name=self.new_name,
             name_in_backup=None if self.new_name == self.name else self.name,
             klass=self.klass,
-            outcome="failed" if is_taken else "left out" if self.decision == "leave-out" else "refused",
+            outcome="missing" if is_missing else _OUTCOMES[self.decision],
             remark=shortened("; ".join(self.notes), MAX_TEXT) if is_taken else self.remark,
             error=None if self.error is None else self.error.without_place(),
             settings_left_out=self.settings_left_out,
             volumes=tuple(
-                VolumeReport(name=one.name, outcome="not reached") for one in self.volumes if is_taken
+                VolumeReport(name=one.name, outcome="missing" if is_missing else "not reached")
+                for one in self.volumes
+                if is_taken or is_missing
             ),
         )
 
@@ -305,7 +316,7 @@ class Plan(Message):
 
     type: Literal["plan"] = "plan"
     number: Count  #: rises from plan to plan of a call
-    mode: Mode
+    mode: Mode | Literal["compare"]
     backup_id: BackupId
     archive_size: Size | None = None  #: bytes, if it is known in advance
     qubes: Annotated[tuple[PlanQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]

@@ -23,6 +23,7 @@ from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import SessionOptions
 from qubes_restore_svc.broker.interfaces import Host
 from qubes_restore_svc.broker.job import run_job
+from qubes_restore_svc.local.comparison import ComparedDirectory
 from qubes_restore_svc.wire.report import Observer, QubeReport, Report
 from qubes_restore_svc.wire.restore_call import Choice
 from tests.broker.fake_worker import BackupQube, FakeLink, Step
@@ -98,8 +99,9 @@ def run(
     stubborn: bool = False,
     cancel_at: Sequence[int] = (),
     thorough: bool = True,
+    compare: bool = False,
 ) -> Outcome:
-    """Restore to the directory `target` (None: verify), and check that nothing is left.
+    """Restore to the directory `target` (None: verify), and check that nothing is left. Or `compare` with it.
 
     `host` makes another host than a directory without trouble; `choice` is taken instead of `names` and
     `exclude`. `cancel_at`: numbers of the suspensions of the job at which it is cancelled. A job that takes
@@ -115,6 +117,8 @@ def run(
         loop.set_exception_handler(lambda _, context: unseen.append(context))
         link, observer = FakeLink(steps, heartbeat_s=heartbeat_s, deaf=deaf, stubborn=stubborn), Recorder()
         where = None if target is None else TroubledHost(target, {}) if host is None else host(link)
+        if compare and target is not None:
+            where = ComparedDirectory(target)
         work = run_job(
             link,
             where,
@@ -123,6 +127,7 @@ def run(
             observer,
             allow=allow,
             stall_s=stall_s,
+            compare=compare,
         )
         begun = time.monotonic()
         link.job = asyncio.create_task(_cancelled_at(work, cancel_at))

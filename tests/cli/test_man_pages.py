@@ -47,7 +47,7 @@ def test_the_page_of_qvm_backup_restore_tells_its_options(capsys: pytest.Capture
 
 def test_the_page_of_qubes_restore_svc_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     options = helped(capsys, "--help")
-    for command in ("list", "verify", "extract"):
+    for command in ("list", "verify", "extract", "compare"):
         options |= helped(capsys, command, "--help")
     assert {"--to", "--no-sandbox", "--json", "--version"} <= options
     assert described("qubes-restore-svc.1") == options

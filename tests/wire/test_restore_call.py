@@ -14,7 +14,7 @@ from qubes_restore_svc.wire.connection import Connection
 from qubes_restore_svc.wire.messages import Cancel, Log
 from qubes_restore_svc.wire.models import Message, encode_message
 from qubes_restore_svc.wire.names import MAX_QUBES
-from qubes_restore_svc.wire.report import QubeReport, RestoreProgress, VolumeReport
+from qubes_restore_svc.wire.report import Difference, Place, QubeReport, RestoreProgress, VolumeReport
 from qubes_restore_svc.wire.restore_call import QubePath, QubeService
 from tests.support.wire import from_client, from_dom0, parsed
 
@@ -39,13 +39,16 @@ QUBE: Json = {
     "new_template": "debian-13", "new_netvm": "", "problem": "already-exists", "remark": "m",
     "error": ERROR, "settled_by": ["new-name"], "notes": ["n"], "settings_left_out": ["s"],
 }  # fmt: skip
+DIFFERENCE: Json = {
+    "size": 5, "different_bytes": 4, "places": [{"offset": 1, "length": 2}], "more_places": 3,
+}  # fmt: skip
 RESULT: Json = {
     "name": "work1", "name_in_backup": "work", "class": "AppVM", "outcome": "restored", "remark": "m",
     "error": ERROR, "warnings": ["w"], "settings_left_out": ["s"],
     "volumes": [
         {
             "name": "private", "outcome": "ok", "size": 5, "data_bytes": 4, "fsverity": "a" * 64,
-            "sha256": None, "error": ERROR,
+            "sha256": None, "error": ERROR, "difference": DIFFERENCE,
         }
     ],
 }  # fmt: skip
@@ -117,6 +120,8 @@ def test_the_tests_know_every_message_and_every_field() -> None:
         (c.PlanQube, QUBE),
         (QubeReport, RESULT),
         (VolumeReport, RESULT["volumes"][0]),
+        (Difference, DIFFERENCE),
+        (Place, DIFFERENCE["places"][0]),
     ):
         assert names_in_json(cls) == set(sample)
 
@@ -232,6 +237,12 @@ BOUNDS: list[tuple[str, Path, object, object]] = [
     ("report", ("qubes", 0, "outcome"), "left out", "fine"),
     ("report", ("qubes", 0, "volumes", 0, "sha256"), "0" * 64, "0" * 63),
     ("report", ("qubes", 0, "volumes", 0, "fsverity"), "0" * 64, "g" * 64),
+    (
+        "report",
+        ("qubes", 0, "volumes", 0, "difference", "places"),
+        [{"offset": 0, "length": 1}] * 8,
+        [{"offset": 0, "length": 1}] * 9,
+    ),
 ]
 
 

@@ -1,0 +1,225 @@
+"""A volume of the backup against the volume that is here: the sink that writes nothing.
+
+Strategy: what comes is compared with what is here at the same place, piece by piece; a piece that is not the
+same is looked at in blocks of 4 KiB. Where the backup has a hole, only what is here as data is read: a hole
+on both sides costs nothing. A volume that ends counts as zeros from there on, and its size is compared by
+itself. So a volume that was only made larger differs in its size, and in no block.
+
+A fault of the volume here never stops the worker, because the other volumes of the qube are compared all the
+same. It is kept, and is what was found.
+"""
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from qubes_restore_svc.broker.filesystem import reporting
+from qubes_restore_svc.broker.interfaces import Comparison
+from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.wire.names import MAX_COUNT, VolumeName
+from qubes_restore_svc.wire.report import MAX_PLACES, Difference, Place
+
+#: Bytes of the blocks that differ as a whole, or not at all.
+BLOCK = 4096
+
+_ZEROS = bytes(1 << 20)
+
+
+@contextmanager
+def looking(doing: str, *, qube: str | None = None, volume: str | None = None) -> Iterator[None]:
+    """Turn an OSError of the block into HostFailed, as `reporting` does, with the advice for a comparison."""
+    try:
+        with reporting(doing, qube=qube, volume=volume):
+            yield
+    except HostFailed as error:
+        if error.advice == error.default_advice:
+            error.advice = "Settle the cause and compare it again."
+        raise
+
+
+class ComparedVolume:
+    """A `VolumeSink` that compares what it gets with an open file or block device.
+
+    `shown` is what it is called; `newer`: a difference only says that it was written to after the backup.
+    """
+
+    def __init__(self, file: int, shown: str, qube: str, volume: VolumeName, *, newer: bool = False) -> None:
+        """The descriptor `file` is open for reading, and is closed when this has ended."""
+        self._file = file
+        self._shown = shown
+        self._qube = qube
+        self._volume: VolumeName = volume
+        self._newer = newer
+        self._at_first = _written(file)
+        self._end = 0  #: bytes that were compared
+        self._differences = _Places()
+        self._error: HostFailed | None = None
+        self._mutex = threading.Lock()
+        self._abandoned = False
+        self._closed = False
+        self.was_changed = False  #: meanwhile, so that what was found may be true of neither state
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Compare `data` (1 byte to 1 MiB) with what is at `offset`; offsets rise from call to call."""
+
+        def step() -> None:
+            self._compare_hole(offset)
+            self._compare(offset, data.tobytes())
+            self._end = offset + len(data)
+
+        self._carry_out(step)
+
+    def finish(self, size: int) -> Comparison:
+        """The volume of the backup has `size` bytes."""
+        found: list[Comparison] = []
+
+        def step() -> None:
+            here = os.lseek(self._file, 0, os.SEEK_END)
+            self._compare_hole(max(size, here))
+            self.was_changed = _written(self._file) != self._at_first
+            found.append(self._found(size, here))
+
+        self._carry_out(step)
+        self.abandon()
+        return found[0] if found else Comparison("failed", error=self._error or self._given_up())
+
+    def abandon(self) -> None:
+        """Close the file. Waits for nothing: a thread that is in a step closes it at the end of that step."""
+        self._abandoned = True
+        if self._mutex.acquire(blocking=False):
+            try:
+                self._close()
+            finally:
+                self._mutex.release()
+
+    def _found(self, size: int, here: int) -> Comparison:
+        difference = self._differences.difference(here, max(size, here))
+        if here == size and not difference.different_bytes:
+            return Comparison("same")
+        outcome: Literal["newer", "differs"] = "newer" if self._newer else "differs"
+        return Comparison(outcome, difference)
+
+    def _carry_out(self, step: Callable[[], None]) -> None:
+        """What a step fails with is kept; after that, none is carried out."""
+        with self._mutex:
+            if self._error is None and not self._closed:
+                try:
+                    with looking(f"reading {self._shown}", qube=self._qube, volume=self._volume):
+                        step()
+                except HostFailed as error:
+                    self._error = error
+        if self._abandoned:  # meanwhile, perhaps
+            self.abandon()
+
+    def _compare_hole(self, end: int) -> None:
+        """From where the last data ended to `end`, the volume of the backup is zeros."""
+        position = self._end
+        while position < end:
+            try:
+                position = os.lseek(self._file, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return  # there is no more data
+            stop = min(end, os.lseek(self._file, position, os.SEEK_HOLE))
+            while position < stop:
+                count = min(len(_ZEROS), stop - position)
+                self._compare(position, _ZEROS[:count])
+                position += count
+
+    def _compare(self, offset: int, data: bytes) -> None:
+        if self._abandoned:
+            raise self._given_up()
+        here = self._read(offset, len(data))
+        if here == data:
+            return
+        position = 0
+        while position < len(data):
+            stop = position + BLOCK - (offset + position) % BLOCK
+            if here[position:stop] != data[position:stop]:
+                self._differences.add((offset + position) // BLOCK)
+            position = stop
+
+    def _read(self, offset: int, size: int) -> bytes:
+        """What is here, and zeros behind its end."""
+        parts = []
+        while size:
+            part = os.pread(self._file, size, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join([*parts, bytes(size)])
+
+    def _given_up(self) -> HostFailed:
+        return HostFailed("it was given up", qube=self._qube, volume=self._volume)
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            close_read(self._file)
+
+
+class NotHere:
+    """A `VolumeSink` for a volume that is not here, or that cannot be compared and why."""
+
+    def __init__(self, error: HostFailed | None = None) -> None:
+        self._found = Comparison("missing") if error is None else Comparison("failed", error=error)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """There is nothing to compare it with."""
+
+    def finish(self, size: int) -> Comparison:
+        """What was known from the start."""
+        return self._found
+
+    def abandon(self) -> None:
+        """There is nothing to be given back."""
+
+
+class _Places:
+    """Blocks that differ: how many, and the first of the places in which they lie."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[int, int]] = []  #: first block, and the one behind the last
+        self._more = 0
+        self._blocks = 0
+        self._end = 0  #: the block behind the last one
+
+    def add(self, block: int) -> None:
+        """A block differs. The numbers rise, and one may come twice."""
+        if block < self._end:
+            return
+        if block > self._end or not self._blocks:
+            if len(self._places) < MAX_PLACES:
+                self._places.append((block, block))
+            else:
+                self._more += 1
+        if not self._more:
+            self._places[-1] = (self._places[-1][0], block + 1)
+        self._blocks += 1
+        self._end = block + 1
+
+    def difference(self, size: int, longest: int) -> Difference:
+        """All of it. `size` is that of the volume here, `longest` that of the longer of the two."""
+        beyond = max(0, self._end * BLOCK - longest)
+        return Difference(
+            size=size,
+            different_bytes=self._blocks * BLOCK - beyond,
+            places=tuple(
+                Place(offset=first * BLOCK, length=min(end * BLOCK, longest) - first * BLOCK)
+                for first, end in self._places
+            ),
+            more_places=min(self._more, MAX_COUNT),
+        )
+
+
+def _written(file: int) -> tuple[int, int]:
+    """Another pair means that somebody has written to it; of a block device, nothing tells."""
+    status = os.fstat(file)
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (0, 0)
