@@ -6,14 +6,12 @@ device) is written to, never replaced.
 
 import contextlib
 import errno
-import json
 import os
-from datetime import datetime
 from pathlib import Path
 
-from pydantic.main import IncEx
-
 from qubes_restore_svc.owners import interference, user_name
+from qubes_restore_svc.wire.documents import Document
+from qubes_restore_svc.wire.names import QubeName
 from qubes_restore_svc.wire.report import Report
 
 _ATTEMPTS = 100
@@ -21,14 +19,11 @@ _ATTEMPTS = 100
 #: Bytes that a report may have; one of 250 qubes has less than a tenth of it.
 MAX_REPORT = 8 << 20
 
-#: Fields that only a message has. In the file, an error stands at its qube or volume, and does not name it
-#: again.
-_ERROR: dict[str, IncEx | bool] = {"error": {"qube": True, "volume": True}}
-_NOT_KEPT: dict[str, IncEx | bool] = {
-    "type": True,
-    **_ERROR,
-    "qubes": {"__all__": {**_ERROR, "volumes": {"__all__": _ERROR}}},
-}
+
+class KeptReport(Report, Document):
+    """What came of everything, and who asked for it."""
+
+    asked_by: QubeName | None = None  #: the domain that asked, if it is another than the one that keeps this
 
 
 def write_report(path: Path, report: Report, mode: int | None = None, asked_by: str | None = None) -> None:
@@ -38,8 +33,8 @@ def write_report(path: Path, report: Report, mode: int | None = None, asked_by: 
     umask. What exists and is replaced counts as new. `asked_by`: the domain that asked for the restore, if it
     was another than the one that keeps the report.
     """
-    short = report.fitting(MAX_REPORT, lambda form: len(_encoded(form, asked_by)))
-    content = _encoded(short, asked_by)
+    kept = KeptReport.model_validate(dict(report) | {"asked_by": asked_by})
+    content = kept.fitting(MAX_REPORT, lambda form: len(form.text().encode())).text().encode()
     if path.exists() and not path.is_file():
         # A pipe without a reader would let an ordinary open wait, past every signal.
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -66,21 +61,6 @@ def write_report(path: Path, report: Report, mode: int | None = None, asked_by: 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def _encoded(report: Report, asked_by: str | None) -> bytes:
-    fields = report.model_dump(by_alias=True, exclude=_NOT_KEPT)
-    head = {
-        "tool": "qubes-restore-svc",
-        "version": fields.pop("version"),
-        "mode": fields.pop("mode"),
-        "asked_by": asked_by,
-    }
-    return (json.dumps(head | fields, indent=2, ensure_ascii=False, default=_moment) + "\n").encode()
-
-
-def _moment(moment: datetime) -> str:
-    return moment.isoformat().replace("+00:00", "Z")
 
 
 def _new_file_beside(path: Path, mode: int) -> tuple[int, Path]:

@@ -62,8 +62,8 @@ LIBRARIES: dict[str, set[str]] = {
     "worker": {"pydantic"},
     "broker": {"pydantic"},
     "qubes": {"qubesadmin", "pydantic", "yaml"},
-    "report_file": {"pydantic"},
     "dom0_service": {"pydantic"},
+    "local": {"pydantic"},
     "cli": {"tqdm", "pydantic"},
     "manager": {"PyQt6", "pydantic", "qubesadmin", "qubesmanager"},
 }

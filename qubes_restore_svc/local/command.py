@@ -12,7 +12,6 @@ abbreviated: one of them turns the sandbox off, and that should not happen with 
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -51,10 +50,11 @@ from qubes_restore_svc.errors import ExitStatus, RestoreError, UsageError
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.comparison import ComparedDirectory
 from qubes_restore_svc.local.directory import DirectoryHost
+from qubes_restore_svc.local.documents import BackupList
 from qubes_restore_svc.local.sandbox import find_bubblewrap, worker_engine
 from qubes_restore_svc.local.sandbox_link import LocalLink
 from qubes_restore_svc.local.volume_pipe import VolumePipe
-from qubes_restore_svc.wire.messages import Manifest
+from qubes_restore_svc.wire.messages import Manifest, RefusedQube
 from qubes_restore_svc.wire.names import DigestKind, VolumeName, strip_control
 from qubes_restore_svc.wire.report import Report, RunMode
 from qubes_restore_svc.wire.restore_call import Choice
@@ -279,22 +279,11 @@ def _show_manifest(manifest: Manifest, *, as_json: bool) -> int:
 
 
 def _manifest_json(manifest: Manifest) -> str:
-    qubes = [
-        {
-            "name": qube.name,
-            "class": qube.klass,
-            "template": qube.template,
-            "netvm": qube.netvm,
-            "label": qube.label,
-            "size": qube.backup_size,
-            "volumes": {volume.name: volume.size for volume in qube.volumes},
-        }
-        for qube in manifest.qubes
-    ]
-    refused = [
-        {"name": qube.name, "kind": qube.error.kind, "reason": qube.error.reason} for qube in manifest.refused
-    ]
-    return json.dumps({"backup_id": manifest.backup_id, "qubes": qubes, "refused": refused}, indent=2)
+    refused = tuple(
+        RefusedQube(name=qube.name, error=qube.error.without_place()) for qube in manifest.refused
+    )
+    listed = BackupList(backup_id=manifest.backup_id, qubes=manifest.qubes, refused=refused)
+    return listed.text().rstrip("\n")
 
 
 # --- The command line ------------------------------------------------------------------------------

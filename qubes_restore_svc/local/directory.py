@@ -10,7 +10,6 @@ makes such a directory appear as a whole, or not at all.
 """
 
 import fcntl
-import json
 import os
 import re
 import threading
@@ -18,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qubes_restore_svc import __version__
 from qubes_restore_svc.broker.filesystem import (
     make_directory,
     make_file,
@@ -35,12 +33,13 @@ from qubes_restore_svc.broker.image_directory import (
 from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube
 from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
 from qubes_restore_svc.hardening import close_read
+from qubes_restore_svc.local.documents import QubeRecord, RecordedVolume
 from qubes_restore_svc.owners import interference
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import QUBE_NAME, VolumeName, strip_control
+from qubes_restore_svc.wire.report import remarks
 
 RECORD = "qube.json"
-RECORD_FORMAT = 1  #: rises when a reader of the record has to know
 
 _FILES = frozenset({RECORD, *VOLUME_FILES.values()})
 _LOCK_ATTEMPTS = 16
@@ -280,7 +279,7 @@ class DirectoryQube(ImageDirectory):
             if settings.key != self._qube.source.key:
                 raise self._failure("the settings are those of another qube")
             with reporting(f"writing {RECORD}", qube=name):
-                self._write_record(record(self._qube, settings, self._sizes()))
+                self._write_record(record(self._qube, settings, self._sizes()).text().encode())
             with reporting("giving the complete qube its name", qube=name):
                 if self._publish([name]) is None:
                     raise QubeExists("something of that name has appeared in the directory", qube=name)
@@ -311,41 +310,24 @@ def clear_unfinished(directory: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return clear_partials(directory, QUBE_NAME, _FILES)
 
 
-def record(qube: NewQube, settings: QubeSettings, sizes: Mapping[VolumeName, int]) -> bytes:
-    """The content of `qube.json`: UTF-8, keys in order, the same bytes for the same qube.
-
-    `sizes` are those of the volumes that were written, in bytes. `null` stands for what the backup does not
-    say (`netvm`: the system's default), and for settings files that could not be had; why is a warning.
-    """
+def record(qube: NewQube, settings: QubeSettings, sizes: Mapping[VolumeName, int]) -> QubeRecord:
+    """What `qube.json` says; `sizes` are those of the volumes that were written, in bytes."""
     source = qube.source
     warnings = list(qube.warnings)
     if settings.error is not None:
         warnings.append(str(settings.error.to_error()))
-    content = {
-        "format": RECORD_FORMAT,
-        "tool_version": __version__,
+    fields = dict(source) | {
         "backup_id": qube.backup_id,
         "name": qube.name,
         "name_in_backup": source.name,
-        "class": source.klass,
-        "label": source.label,
-        "template": source.template,
-        "netvm": source.netvm,
-        "properties": source.properties,
-        "features": source.features,
-        "tags": sorted(source.tags),
-        "firewall": _rules(settings),
+        "tags": tuple(sorted(source.tags)),
+        "firewall": settings.firewall,
         "notes": settings.notes,
-        "appmenus": None if settings.appmenus is None else list(settings.appmenus),
-        "volumes": {volume: {"file": VOLUME_FILES[volume], "size": size} for volume, size in sizes.items()},
-        "warnings": warnings,
+        "appmenus": settings.appmenus,
+        "volumes": tuple(
+            RecordedVolume.model_validate({"name": name, "size": size, "file": VOLUME_FILES[name]})
+            for name, size in sizes.items()
+        ),
+        "warnings": remarks(warnings),
     }
-    text = json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-    # A lone surrogate (from a path in a warning) becomes \udcXX, which is how JSON writes it.
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _rules(settings: QubeSettings) -> list[dict[str, object]] | None:
-    if settings.firewall is None:
-        return None
-    return [rule.model_dump(exclude_none=True) for rule in settings.firewall]
+    return QubeRecord.model_validate(fields)

@@ -46,7 +46,7 @@ Remarks = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_R
 #: What a run does with the qubes that it takes.
 RunMode = Literal["verify", "restore", "compare"]
 
-_Sized = TypeVar("_Sized", "QubeReport", "Report")
+_Sized = TypeVar("_Sized", bound="QubeReport | Report")
 
 #: Unlike what only travels, a report is filled while things happen.
 _FILLED = ConfigDict(frozen=False, validate_assignment=True)
@@ -172,7 +172,7 @@ class Report(Message):
 
     type: Literal["report"] = "report"
     mode: RunMode
-    version: FreeText  #: of the broker
+    tool_version: FreeText  #: of the broker
     backup_id: BackupId | None = None
     started: Timestamp
     finished: Timestamp
@@ -188,7 +188,7 @@ class Report(Message):
         """The report of a run that begins; as long as it is not closed, it ends there, with nothing done."""
         started = datetime.now(UTC) if started is None else started
         return cls(
-            mode=mode, version=__version__, started=started, finished=started, status=ExitStatus.NOTHING
+            mode=mode, tool_version=__version__, started=started, finished=started, status=ExitStatus.NOTHING
         )
 
     def close(self, error: RestoreError | None = None, finished: datetime | None = None) -> None:
@@ -207,7 +207,7 @@ class Report(Message):
         else:
             self.status = ExitStatus.PARTLY
 
-    def fitting(self, limit: int, size: Callable[["Report"], int] = encoded_size) -> "Report":
+    def fitting(self, limit: int, size: Callable[[Self], int] = encoded_size) -> Self:
         """The fullest form of it whose `size` is within the limit, both in bytes.
 
         One that is not all of it says so in its warnings.
@@ -219,7 +219,7 @@ class Report(Message):
         """Characters of its longest parts."""
         return sum(map(len, self.warnings)) + sum(qube.text_length for qube in self.qubes)
 
-    def _within(self, room: "_Room") -> "Report":
+    def _within(self, room: "_Room") -> Self:
         return self.model_copy(
             update={
                 "error": _error_within(self.error, room, always=True),

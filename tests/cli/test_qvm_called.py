@@ -190,7 +190,7 @@ def test_a_cancelled_task_comes_back_with_a_report(answered: bool) -> None:
 
     restoring = Restoring(dom0)
     found = asyncio.run(whole())
-    assert (found.status, found.version) == (130, "1" if answered else found.version)
+    assert (found.status, found.tool_version) == (130, "1" if answered else found.tool_version)
     assert found.error is not None and found.error.kind == "cancelled"
     assert [qube.outcome for qube in found.qubes][:1] == ["restored"]
 

@@ -54,7 +54,7 @@ def report(mode: c.Mode = "restore", status: int = 0, error: RestoreError | None
     assert mode != "list"
     return Report(
         mode=mode,
-        version="1",
+        tool_version="1",
         backup_id="backup-1",
         started=NOON,
         finished=NOON,

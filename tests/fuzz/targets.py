@@ -419,7 +419,7 @@ _ANSWER = (
     b'"type":"volume_started","qube":"work","volume":"private","image_size":1',
     b'"type":"qube_finished","qube":{"name":"work","class":"AppVM","outcome":"restored"}',
     b'"type":"refused",' + _ERROR,
-    b'"type":"report","mode":"restore","version":"1","started":"2026-01-01T00:00:00Z","finished":'
+    b'"type":"report","mode":"restore","tool_version":"1","started":"2026-01-01T00:00:00Z","finished":'
     b'"2026-01-01T00:00:00Z","status":0',
 )
 _JSON_WORDS = (

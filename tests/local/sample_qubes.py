@@ -3,6 +3,10 @@
 from qubes_restore_svc.broker.interfaces import Host, NewQube
 from qubes_restore_svc.wire.messages import FirewallRule, ManifestQube, QubeSettings, VolumeInfo
 
+DOM0 = ManifestQube(
+    key="dom0", name="dom0", klass="AdminVM", label="black", volumes=(VolumeInfo(name="home"),)
+)
+
 
 def new_qube(name: str = "work", warnings: tuple[str, ...] = ()) -> NewQube:
     """An AppVM with a private volume, `vm10` and `work` in its backup."""

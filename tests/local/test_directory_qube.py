@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.broker import filesystem, image_directory
+from qubes_restore_svc.broker.interfaces import NewQube
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
 from qubes_restore_svc.local.directory import DirectoryQube
 from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
 from tests.local.conftest import failing
-from tests.local.sample_qubes import new_qube, settings
+from tests.local.sample_qubes import DOM0, new_qube, settings
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, function: str, number: int) -> None:
@@ -37,7 +38,7 @@ def test_a_committed_qube_has_its_images_and_its_record(tmp_path: Path, qube: Di
     assert (tmp_path / "work/private.img").read_bytes() == b"private data".rjust(22, b"\0").ljust(100, b"\0")
     assert (tmp_path / "work/root.img").read_bytes() == b"root data".rjust(19, b"\0").ljust(100, b"\0")
     volumes = json.loads((tmp_path / "work/qube.json").read_text())["volumes"]
-    assert {name: entry["size"] for name, entry in volumes.items()} == {"private": 100, "root": 100}
+    assert {volume["name"]: volume["size"] for volume in volumes} == {"private": 100, "root": 100}
 
 
 def test_a_qube_whose_new_name_cannot_be_looked_at_is_rolled_back(
@@ -55,11 +56,11 @@ def test_a_qube_whose_new_name_cannot_be_looked_at_is_rolled_back(
 def test_a_home_is_a_tar_file_whose_ceiling_may_be_past_what_the_file_system_holds(
     tmp_path: Path, directory: int
 ) -> None:
-    qube = DirectoryQube(directory, new_qube("dom0"))
+    qube = DirectoryQube(directory, NewQube("dom0", DOM0, "20260101T010203-1234"))
     sink = qube.create_volume("home", MAX_NUMBER)
     sink.write(0, memoryview(b"tar"))
     sink.finish(3)
-    qube.commit(settings())
+    qube.commit(settings("dom0"))
     assert (tmp_path / "dom0/home.tar").read_bytes() == b"tar"
 
 

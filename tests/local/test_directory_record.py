@@ -10,7 +10,7 @@ from qubes_restore_svc import __version__
 from qubes_restore_svc.broker.image_directory import partial_name
 from qubes_restore_svc.errors import BadMetadata, HostFailed
 from qubes_restore_svc.local.directory import check_name, clear_unfinished, record
-from qubes_restore_svc.wire.messages import ErrorInfo, QubeSettings
+from qubes_restore_svc.wire.messages import ErrorInfo, FirewallRule, QubeSettings
 from tests.local.sample_qubes import new_qube, settings
 
 
@@ -103,13 +103,20 @@ def test_a_leftover_that_holds_a_link_or_a_directory_is_kept(directory: int, tmp
     assert (tmp_path / ".c.partial").exists()
 
 
+def rule(**fields: str) -> dict[str, str | None]:
+    """A firewall rule as JSON."""
+    return dict.fromkeys(FirewallRule.model_fields) | fields
+
+
 def test_the_record_holds_everything_that_the_backup_says() -> None:
     qube = new_qube("work-2", warnings=("no such template",))
-    content = record(qube, settings(), {"private": 1 << 40})
+    content = record(qube, settings(), {"private": 1 << 40}).text()
     assert json.loads(content) == {
-        "format": 1,
+        "type": "qube",
+        "schema_version": 1,
         "tool_version": __version__,
         "backup_id": "20260101T010203-1234",
+        "key": "vm10",
         "name": "work-2",
         "name_in_backup": "work",
         "class": "AppVM",
@@ -119,35 +126,36 @@ def test_the_record_holds_everything_that_the_backup_says() -> None:
         "properties": {"memory": "400", "autostart": "True"},
         "features": {"gui": "1"},
         "tags": ["audio", "zoo"],
-        "firewall": [{"action": "accept", "dsthost": "example.org"}, {"action": "drop"}],
+        "devices": [],
+        "home_user": None,
+        "backup_size": 0,
+        "firewall": [rule(action="accept", dsthost="example.org"), rule(action="drop")],
         "notes": "naïve\nnotes",
         "appmenus": ["firefox.desktop"],
-        "volumes": {"private": {"file": "private.img", "size": 1 << 40}},
+        "volumes": [{"name": "private", "size": 1 << 40, "file": "private.img"}],
         "warnings": ["no such template"],
     }
 
 
-def test_the_record_is_indented_and_sorted_utf_8() -> None:
-    text = record(new_qube(), settings(), {"root": 1, "private": 2}).decode("utf-8")
+def test_the_record_is_indented_utf_8_that_begins_with_what_it_is() -> None:
+    text = record(new_qube(), settings(), {"root": 1, "private": 2}).text()
     assert "naïve" in text
+    assert text.startswith('{\n  "type": "qube",\n  "schema_version": 1,\n  "tool_version": "')
     assert text.endswith("\n}\n")
-    keys = [line.split('"')[1] for line in text.splitlines() if line.startswith('  "')]
-    assert keys == sorted(keys)
-    assert text.index('"private": {') < text.index('"root": {')
 
 
 def test_settings_that_could_not_be_had_are_null_and_a_warning() -> None:
     error = ErrorInfo.of(BadMetadata("firewall.xml is malformed"))
-    content = json.loads(record(new_qube(), QubeSettings(key="vm10", error=error), {}))
+    content = json.loads(record(new_qube(), QubeSettings(key="vm10", error=error), {}).text())
     assert content["firewall"] is content["notes"] is content["appmenus"] is None
     assert "firewall.xml is malformed" in content["warnings"][0]
 
 
 def test_no_rules_are_not_the_same_as_unknown_rules() -> None:
-    content = json.loads(record(new_qube(), QubeSettings(key="vm10", firewall=(), appmenus=()), {}))
+    content = json.loads(record(new_qube(), QubeSettings(key="vm10", firewall=(), appmenus=()), {}).text())
     assert content["firewall"] == content["appmenus"] == []
 
 
 def test_a_warning_that_is_not_quite_unicode_still_gives_valid_json() -> None:
-    content = record(new_qube(warnings=("/media/\udcff",)), settings(), {})
-    assert json.loads(content.decode("utf-8"))["warnings"] == ["/media/\udcff"]
+    content = record(new_qube(warnings=("/media/\udcff",)), settings(), {}).text().encode()
+    assert json.loads(content)["warnings"] == ["/media/\ufffd"]

@@ -210,7 +210,7 @@ class ScriptedCall(BlockingRestoreCall):
         error = Cancelled("the restore was cancelled") if self.cancelled.is_set() else self.error
         return Report(
             mode="verify" if self.request.mode == "verify" else "restore",
-            version="1",
+            tool_version="1",
             backup_id=self.plan.backup_id,
             started=NOON,
             finished=NOON,

@@ -35,7 +35,7 @@ def page(*qubes: c.PlanQube, mode: c.Mode = "restore") -> ProgressPage:
 def report(status: int, *qubes: QubeReport, error: RestoreError | None = None) -> Report:
     return Report(
         mode="restore",
-        version="1",
+        tool_version="1",
         started=NOON,
         finished=NOON,
         status=status,

@@ -105,7 +105,7 @@ def test_the_headline_sums_it_up(good: int, bad: int, expected: str) -> None:
 def _report(*qubes: QubeReport) -> Report:
     return Report(
         mode="restore",
-        version="1",
+        tool_version="1",
         started=NOON,
         finished=NOON,
         status=3,

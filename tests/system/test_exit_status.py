@@ -61,11 +61,11 @@ def test_0_and_a_full_report_when_everything_is_restored(
     assert outcome.report is not None
     facts = outcome.report
     assert set(facts) == {
-        "tool", "version", "mode", "asked_by", "backup_id", "started", "finished", "status", "error",
-        "warnings", "qubes",
+        "type", "schema_version", "tool_version", "mode", "asked_by", "backup_id", "started", "finished",
+        "status", "error", "warnings", "qubes",
     }  # fmt: skip
     assert facts["asked_by"] is None
-    assert (facts["tool"], facts["version"]) == ("qubes-restore-svc", "0.1.0")
+    assert (facts["type"], facts["schema_version"], facts["tool_version"]) == ("report", 1, "0.1.0")
     assert (facts["mode"], facts["backup_id"], facts["status"]) == ("restore", "20260101T010203-1234", 0)
     began, ended = (datetime.fromisoformat(str(facts[key])) for key in ("started", "finished"))
     assert began <= ended and began.tzinfo is not None
@@ -137,7 +137,9 @@ def test_0_and_the_list_as_json(backup: Path, passphrase: Path) -> None:
     assert listed["backup_id"] == "20260101T010203-1234"
     assert listed["refused"] == []
     assert [qube["name"] for qube in listed["qubes"]] == ["dom0", "work", "vault", "debian"]
-    assert set(listed["qubes"][1]) == {"name", "class", "template", "netvm", "label", "size", "volumes"}
+    assert set(listed["qubes"][1]) == {
+        "key", "name", "class", "template", "netvm", "label", "home_user", "backup_size", "volumes",
+    }  # fmt: skip
     assert outcome.errors == ""
 
 

@@ -78,7 +78,7 @@ FULL: dict[str, Json] = {
     "volume_started": {"type": "volume_started", "qube": "work", "volume": "private", "image_size": 5},
     "qube_finished": {"type": "qube_finished", "qube": RESULT},
     "report": {
-        "type": "report", "mode": "restore", "version": "1.0", "backup_id": "b",
+        "type": "report", "mode": "restore", "tool_version": "1.0", "backup_id": "b",
         "started": "2026-11-23T14:00:00Z", "finished": "2026-11-23T15:00:00Z", "status": 3, "error": ERROR,
         "warnings": ["w"], "qubes": [RESULT],
     },
