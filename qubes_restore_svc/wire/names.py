@@ -19,6 +19,7 @@ from pydantic import (
     StringConstraints,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
 )
 
 MAX_QUBES = 4096  #: qubes in one manifest
@@ -93,7 +94,12 @@ ErrorKind = Annotated[str, _pattern(r"^[a-z-]+$", 64)]
 #: A storage pool, as qubesd names them.
 PoolName = Annotated[str, _pattern(r"^[A-Za-z0-9_.-]+$", 64)]
 #: A moment, in UTC: `2026-11-23T14:05:59Z` (RFC 3339).
-Timestamp = Annotated[datetime, BeforeValidator(_moment), PlainSerializer(_seconds, when_used="json")]
+Timestamp = Annotated[
+    datetime,
+    BeforeValidator(_moment),
+    PlainSerializer(_seconds, when_used="json"),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
 #: What the digest of a volume is: its fs-verity digest, which knows holes for nothing, or plain SHA-256.
 DigestKind = Literal["fsverity", "sha256"]
 #: A digest of either kind; the one of fs-verity is a SHA-256 as well.

@@ -11,7 +11,7 @@ import ast
 import inspect
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from qubes_restore_svc.errors import ERROR_KINDS, RestoreError
-from qubes_restore_svc.wire import messages, models, names, report
+from qubes_restore_svc.wire import names
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.models import Message, Model
 
@@ -43,17 +43,32 @@ _BEHIND = re.compile(r"#: ?(.*)$")
 def page(current: str) -> str:
     """The page with everything between its marks made anew."""
     client, broker = get_args(c.ClientMessage), get_args(c.BrokerAnswer)
-    parts = list(_parts((*client, *broker)))
-    used = {name for model in (*client, *broker, *parts) for name in _names_in(model)}
-    for name, content in {
-        "states": _states(),
-        "client messages": "\n".join(map(_section, client)),
-        "broker messages": "\n".join(map(_section, broker)),
-        "parts": "\n".join(map(_section, parts)),
-        "types": _table(["type", "JSON", "meaning"], map(_type_row, sorted(used))),
-        **{path.stem: _example(path) for path in EXAMPLES},
-        "errors": _table(["kind", "meaning", "what is advised, if nothing better is known"], _error_rows()),
-    }.items():
+    parts = list(parts_of((*client, *broker)))
+    used = {name for model in (*client, *broker, *parts) for name in names_in(model)}
+    return with_parts(
+        current,
+        {
+            "states": _states(),
+            "client messages": "\n".join(map(_section, client)),
+            "broker messages": "\n".join(map(_section, broker)),
+            "parts": "\n".join(map(_section, parts)),
+            "types": types_text(used),
+            **{path.stem: _example(path) for path in EXAMPLES},
+            "errors": table_text(
+                ["kind", "meaning", "what is advised, if nothing better is known"], _error_rows()
+            ),
+        },
+    )
+
+
+def types_text(used: Iterable[str]) -> str:
+    """The table of these types of `names`."""
+    return table_text(["type", "JSON", "meaning"], map(type_row, sorted(used)))
+
+
+def with_parts(current: str, made: Mapping[str, str]) -> str:
+    """A page with what stands between its marks made anew. Raises ValueError if one has not one place."""
+    for name, content in made.items():
         begin, end = f"<!-- made: {name} -->\n", "<!-- end -->"
         before, mark, rest = current.partition(begin)
         _, end_mark, after = rest.partition(end)
@@ -82,7 +97,7 @@ def _states() -> str:
                 leaving.setdefault((side, after), []).append(f"`{_word(kind)}`")
         for (side, after), words in leaving.items():
             rows.append([phase.value, side, ", ".join(words), after.value])
-    return _table(["while the call is", "may be said by", "", "and then it is"], rows)
+    return table_text(["while the call is", "may be said by", "", "and then it is"], rows)
 
 
 # --- Messages ------------------------------------------------------------------------------------
@@ -93,23 +108,38 @@ def _section(model: type[Model]) -> str:
     text = TEXTS.get(model) or _paragraph(model.__doc__ or "")
     if issubclass(model, Message):
         text += f" At most {_bytes(model.max_size)}."
-    meanings = _meanings(model)
-    hints = get_type_hints(model, include_extras=True)
+    meanings = meanings_of_fields(model)
     rows = [
-        [
-            f"`{field.serialization_alias or name}`",
-            _described(hints[name]),
-            _default(field),
-            _meaning(f"{model.__name__}.{name}", meanings),
-        ]
-        for name, field in model.model_fields.items()
+        [f"`{name}`", described(hint), _default(field), meanings[name]]
+        for name, hint, field in fields_of(model)
         if name != "type"
     ]
-    table = _table(["field", "is", "default", "meaning"], rows) if rows else "No other fields than `type`.\n"
+    table = (
+        table_text(["field", "is", "default", "meaning"], rows) if rows else "No other fields than `type`.\n"
+    )
     return f"{head}\n\n{text}\n\n{table}"
 
 
-def _described(hint: object) -> str:
+def fields_of(model: type[Model]) -> Iterator[tuple[str, object, FieldInfo]]:
+    """The fields of a model: what JSON calls each, its type, and the rest."""
+    hints = get_type_hints(model, include_extras=True)
+    for name, field in model.model_fields.items():
+        yield field.serialization_alias or name, hints[name], field
+
+
+def meanings_of_fields(model: type[Model]) -> dict[str, str]:
+    """What each field of a model means, by its name in JSON. Raises ValueError if nothing is said of one."""
+    comments = _meanings(model)
+    found = {}
+    for name, field in model.model_fields.items():
+        if name != "type":
+            names_of_it = (f"{one.__name__}.{name}" for one in model.__mro__)
+            word = next((one for one in names_of_it if one in FIELDS), name)
+            found[field.serialization_alias or name] = _meaning(word, comments)
+    return found
+
+
+def described(hint: object) -> str:
     """What JSON a value of this type is."""
     name = _name_of(hint)
     if name is not None:
@@ -122,9 +152,11 @@ def _described(hint: object) -> str:
     if origin is Literal:
         return " or ".join(f"`{_json(value)}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join("`null`" if item is type(None) else _described(item) for item in arguments)
+        return " or ".join("`null`" if item is type(None) else described(item) for item in arguments)
+    if origin is dict:
+        return f"an object of {described(arguments[1])} by {described(arguments[0])}"
     if origin is tuple:
-        return f"a list of {_described(arguments[0])}"
+        return f"a list of {described(arguments[0])}"
     if isinstance(hint, type) and issubclass(hint, Model):
         return f"[{hint.__name__}](#{hint.__name__.lower()})"
     simple = {bool: "`true` or `false`", str: "a text", int: "a whole number", SecretStr: "a text"}
@@ -133,10 +165,10 @@ def _described(hint: object) -> str:
 
 
 def _with_limits(base: object, limits: Iterable[object]) -> str:
-    text, least, most = _described(base), None, None
+    text, least, most = described(base), None, None
     for limit in limits:
         if isinstance(limit, MaxLen):
-            unit = "" if text.startswith("a list") else " characters"
+            unit = "" if text.startswith(("a list", "an object")) else " characters"
             text += f", at most {limit.max_length}{unit}"
         elif isinstance(limit, Ge):
             least = limit.ge
@@ -155,7 +187,7 @@ def _default(field: FieldInfo) -> str:
     return "all defaults" if isinstance(value, BaseModel) else f"`{_json(value)}`"
 
 
-def _parts(found: Iterable[object]) -> Iterator[type[Model]]:
+def parts_of(found: Iterable[object]) -> Iterator[type[Model]]:
     """The models that these have fields of, in their order, each once."""
     seen: list[type[Model]] = []
     for model in found:
@@ -173,7 +205,7 @@ def _models_in(model: object) -> Iterator[type[Model]]:
                 yield from _models_in(item)
 
 
-def _names_in(model: type[Model]) -> Iterator[str]:
+def names_in(model: type[Model]) -> Iterator[str]:
     for hint in get_type_hints(model, include_extras=True).values():
         yield from (name for item in _walk(hint) if (name := _name_of(item)) is not None)
 
@@ -192,7 +224,7 @@ def _name_of(hint: object) -> str | None:
 # --- Types and errors ----------------------------------------------------------------------------
 
 
-def _type_row(name: str) -> list[str]:
+def type_row(name: str) -> list[str]:
     base, *limits = get_args(_NAMED[name])
     text = "a whole number" if base is int else "a text"
     if base is datetime:
@@ -226,9 +258,9 @@ def _meaning(name: str, comments: dict[str, str]) -> str:
 def _meanings(model: type[Model]) -> dict[str, str]:
     """What the comments say of the fields of a model, and of those that it inherits."""
     found: dict[str, str] = {}
-    for one in reversed([one for one in model.__mro__ if one.__module__.startswith(names.__package__ or "")]):
+    for one in reversed([one for one in model.__mro__ if one.__module__.startswith("qubes_restore_svc.")]):
         module = inspect.getmodule(one)
-        assert module in (c, messages, models, report)
+        assert module is not None
         found |= _meanings_of(module, one.__name__)
     return found
 
@@ -283,7 +315,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+def table_text(head: list[str], rows: Iterable[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

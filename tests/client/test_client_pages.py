@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import qubesadmin
 
+from qubes_restore_svc import report_file
 from qubes_restore_svc.client import api, transports
 from qubes_restore_svc.errors import WrongPassphrase
+from qubes_restore_svc.local import documents
 from qubes_restore_svc.manager import restore
 from qubes_restore_svc.wire import messages, models, names
 from qubes_restore_svc.wire import report as reports
@@ -60,7 +62,7 @@ def test_the_page_names_the_public_interface_which_is_all_there() -> None:
 
 
 def test_nothing_is_said_of_what_is_not_there() -> None:
-    modules = (c, models, messages, names, reports)
+    modules = (c, models, messages, names, reports, documents, report_file)
     for name in FIELDS:
         model, _, field = name.partition(".")
         found = next(getattr(module, model) for module in modules if hasattr(module, model))

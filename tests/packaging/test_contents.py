@@ -21,7 +21,7 @@ LISTENS_AT = "/run/qubes-restore-worker/calls.sock"
 
 #: All that the packages install beside Python code. A key is the end of a package's name.
 OTHERS = {
-    "common": set[str](),
+    "common": {"/usr/share/qubes-restore-svc/schema/documents-1.json"},
     "tools": {
         "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
         "/usr/share/qubes-restore-svc/man/man1/qvm-backup-restore.1.gz",
@@ -48,7 +48,11 @@ OTHERS = {
         "/usr/lib/systemd/system/qubes-restore-worker.service",
         "/usr/lib/systemd/system/qubes-restore-worker.socket",
     },
-    "": {"/usr/bin/qubes-restore-svc", "/usr/share/man/man1/qubes-restore-svc.1.gz"},
+    "": {
+        "/usr/bin/qubes-restore-svc",
+        "/usr/share/man/man1/qubes-restore-svc.1.gz",
+        "/usr/share/qubes-restore-svc/schema/documents-1.json",
+    },
 }
 
 PROGRAMS = {

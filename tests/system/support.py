@@ -28,6 +28,7 @@ from tests.support.backup_writer import (
     sample_qube,
 )
 from tests.support.damage import with_cost
+from tests.support.documents import checked
 from tests.support.fixtures import REPOSITORY
 
 #: Seconds within which a person must be back at the prompt.
@@ -123,7 +124,7 @@ class Run:
         assert output is not None and errors is not None
         said = Outcome(self.process.wait(PATIENCE_S), output.read().decode(), errors.read().decode(), None)
         if self.report is not None and self.report.exists():
-            said.report = json.loads(self.report.read_text())
+            said.report = checked(self.report.read_text(), "report")
         return said
 
     def processes(self) -> list[int]:

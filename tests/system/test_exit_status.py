@@ -18,6 +18,7 @@ import pytest
 from qubes_restore_svc.errors import ExitStatus
 from tests.support.backup_writer import PASSPHRASE
 from tests.support.damage import DAMAGES, sample_backup
+from tests.support.documents import checked
 from tests.support.fixtures import REPOSITORY
 
 from .support import command, environment, finished, passphrase_file, running, small_backup
@@ -90,6 +91,11 @@ def test_0_and_a_full_report_when_everything_is_restored(
     assert 0 < volume["data_bytes"] <= volume["size"]
     for _, fsverity, _ in expected.values():
         assert fsverity in outcome.output
+    records = {
+        path.parent.name: checked(path.read_text(), "qube") for path in tmp_path.glob("out/*/qube.json")
+    }
+    assert records.keys() == {"work", "vault", "debian"}
+    assert all(record["class"] == qubes[name]["class"] for name, record in records.items())
 
 
 def test_plain_sha_256_is_told_in_its_place_when_it_is_asked_for(
@@ -133,7 +139,7 @@ def test_0_without_the_sandbox_which_says_what_is_lost(backup: Path, passphrase:
 def test_0_and_the_list_as_json(backup: Path, passphrase: Path) -> None:
     outcome = finished("list", backup, "-p", passphrase, "--json")
     assert outcome.status == 0
-    listed = json.loads(outcome.output)
+    listed = checked(outcome.output, "list")
     assert listed["backup_id"] == "20260101T010203-1234"
     assert listed["refused"] == []
     assert [qube["name"] for qube in listed["qubes"]] == ["dom0", "work", "vault", "debian"]
@@ -301,4 +307,4 @@ def test_3_when_a_qube_cannot_even_be_listed(passphrase: Path, tmp_path: Path) -
     outcome = finished("list", backup, "-p", passphrase, "--json")
     assert outcome.status == 3
     assert outcome.errors.startswith("not listed: ")
-    assert len(json.loads(outcome.output)["refused"]) == 1
+    assert len(checked(outcome.output, "list")["refused"]) == 1
