@@ -13,7 +13,7 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' qubes_restore_svc/_
 RPM := build/rpm
 DEB := build/deb
 # What the packages are made of: the work tree as it is, without what was built in it.
-PACKAGED := LICENSE README.md bin debian desktop docs/administration.md docs/configuration.md docs/schema etc man \
+PACKAGED := LICENSE README.md bin completion debian desktop docs/administration.md docs/configuration.md docs/schema etc man \
     post-install.d pyproject.toml qubes-rpc qubes_restore_svc rpc-policy setup.py systemd tmpfiles tools
 TAR_SOURCE := tar --create --exclude=__pycache__ --exclude='*.so' --owner=0 --group=0 \
     --transform='s,^,qubes-restore-svc-$(VERSION)/,' $(PACKAGED)

@@ -291,7 +291,7 @@ def _manifest_json(manifest: Manifest) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> Arguments:
     """The arguments of the process, or `argv`. Exits with 2 and a usage message where the form is wrong."""
-    main_parser, parsers = _parsers()
+    main_parser, parsers = command_parsers()
     arguments, rest = main_parser.parse_known_args(argv, Arguments())
     rest = [word for word in rest if word != "--"]
     unknown = [word for word in rest if word.startswith("-")]
@@ -329,7 +329,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command, and those of its subcommands."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="qubes-restore-svc",

@@ -24,6 +24,9 @@ OTHERS = {
     "common": {"/usr/share/qubes-restore-svc/schema/documents-1.json"},
     "tools": {
         "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
+        "/usr/share/qubes-restore-svc/completion/_qvm-backup-restore",
+        "/usr/share/qubes-restore-svc/completion/qvm-backup-restore.bash",
+        "/usr/share/qubes-restore-svc/completion/qvm-backup-restore.fish",
         "/usr/share/qubes-restore-svc/man/man1/qvm-backup-restore.1.gz",
     },
     "manager": {
@@ -50,6 +53,8 @@ OTHERS = {
     },
     "": {
         "/usr/bin/qubes-restore-svc",
+        "/usr/share/bash-completion/completions/qubes-restore-svc",
+        "/usr/share/fish/vendor_completions.d/qubes-restore-svc.fish",
         "/usr/share/man/man1/qubes-restore-svc.1.gz",
         "/usr/share/qubes-restore-svc/schema/documents-1.json",
     },
@@ -109,7 +114,10 @@ def test_these_packages_are_made(rpms: Packages, debs: Packages) -> None:
 def test_a_package_installs_exactly_these_files(packages: Packages) -> None:
     for name, package in packages.items():
         assert package.modules - compiled(package) == MODULES[name], name
-        assert {file for file in package.files if not file.startswith(package.site)} == OTHERS[name], name
+        files = {file for file in package.files if not file.startswith(package.site)}
+        zsh = "vendor-completions" if package.site.endswith("dist-packages") else "site-functions"
+        completion = {f"/usr/share/zsh/{zsh}/_qubes-restore-svc"} if name == "" else set[str]()
+        assert files == OTHERS[name] | completion, name
         assert len(compiled(package)) == (name in ("vm", "")), name
 
 
@@ -152,7 +160,11 @@ def test_an_rpm_owns_the_directories_that_nobody_else_has(rpms: Packages) -> Non
               "/usr/bin", "/usr/lib", "/usr/lib/systemd", "/usr/lib/systemd/system",
               "/usr/lib/systemd/system-preset", "/usr/lib/tmpfiles.d", "/usr/libexec", "/usr/share",
               "/usr/share/applications", "/usr/share/doc", "/usr/share/licenses", "/usr/share/man",
-              "/usr/share/man/man1", "/var", "/var/log"}  # fmt: skip
+              "/usr/share/man/man1", "/var", "/var/log",
+              # Fedora's package filesystem has the places for completion.
+              "/usr/share/bash-completion", "/usr/share/bash-completion/completions", "/usr/share/fish",
+              "/usr/share/fish/vendor_completions.d", "/usr/share/zsh",
+              "/usr/share/zsh/site-functions"}  # fmt: skip
     common = {name for name, entry in rpms["common"].entries.items() if entry.is_directory}
     for package in rpms.values():
         owned = {name for name, entry in package.entries.items() if entry.is_directory} | common

@@ -13,6 +13,12 @@ LINKS = {
     "usr/local/bin/qvm-backup-restore": "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
     "usr/local/share/man/man1/qvm-backup-restore.1.gz":
         "/usr/share/qubes-restore-svc/man/man1/qvm-backup-restore.1.gz",
+    "usr/local/share/bash-completion/completions/qvm-backup-restore":
+        "/usr/share/qubes-restore-svc/completion/qvm-backup-restore.bash",
+    "usr/local/share/zsh/site-functions/_qvm-backup-restore":
+        "/usr/share/qubes-restore-svc/completion/_qvm-backup-restore",
+    "usr/local/share/fish/vendor_completions.d/qvm-backup-restore.fish":
+        "/usr/share/qubes-restore-svc/completion/qvm-backup-restore.fish",
 }  # fmt: skip
 COMMAND = "usr/local/bin/qvm-backup-restore"
 HOOK = "/etc/qubes/post-install.d/20-qubes-restore-svc.sh"
@@ -32,7 +38,9 @@ def system(tmp_path: Path) -> ScratchSystem:
                    "usr/lib/tmpfiles.d", "usr/libexec", "usr/share/applications", "usr/share/doc",
                    "usr/share/licenses", "usr/share/man/man1",
                    "usr/lib/python3.11/site-packages", "usr/lib/python3/dist-packages",
-                   "usr/local/bin", "usr/local/share/man/man1"):  # fmt: skip
+                   "usr/local/bin", "usr/local/share/man/man1", "usr/local/share/zsh/site-functions",
+                   "usr/local/share/fish/vendor_completions.d",
+                   "usr/local/share/bash-completion/completions"):  # fmt: skip
         (system.root / folder).mkdir(parents=True, exist_ok=True)
     return system
 
