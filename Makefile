@@ -6,6 +6,8 @@ PROCESSES := 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The command alone, as the demo needs it.
+COMMAND := $(VENV)/.command
 DEMO := build/demo
 PASSPHRASE := correct horse battery staple
 
@@ -23,7 +25,7 @@ RPM_DEPENDENCIES := $(if $(wildcard /etc/fedora-release),,--nodeps)
 .PHONY: help demo test lint types check bench torture fuzz mutants conformance format rpm deb clean system-demo system-test
 
 help:
-	@echo "make demo    write a sample backup, restore it in the sandbox, compare"
+	@echo "make demo    write a sample backup, restore it in the sandbox, compare, look into it"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make conformance QUBES=DIR   compare the emulation with the sources of Qubes R4.3 in DIR"
 	@echo "make bench   measure a restore beside the stock programs; BENCH_ARGS=--help for options"
@@ -34,12 +36,14 @@ help:
 	@echo "make deb     the packages for Debian, in $(DEB)"
 	@echo "make clean   remove what the other targets made"
 
-demo: system-demo $(STAMP)
+demo: system-demo $(COMMAND)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	@echo "== A sample backup: three qubes, encrypted with the passphrase '$(PASSPHRASE)'"
+	@echo; echo "== A sample backup: three qubes, encrypted with the passphrase '$(PASSPHRASE)'"
+	@tools/demo-images $(DEMO)/images
 	@$(BIN)/python -m tests.support.backup_writer $(DEMO)/sample.qbackup --expect $(DEMO)/sample.json \
 	    --passphrase "$(PASSPHRASE)" --log-n 16 --chunk-mib 8 \
-	    --qube work:64:0.5 --qube vault:32:0.3 --qube debian-12-clone:48:0.4:TemplateVM
+	    --qube work:64:0 --image work/private=$(DEMO)/images/private.img --qube vault:32:0.3 \
+	    --qube debian-12-clone:48:0.4:TemplateVM --image debian-12-clone/root=$(DEMO)/images/root.img
 	@echo "$(PASSPHRASE)" > $(DEMO)/passphrase
 	@echo; echo "== What is in it"
 	$(BIN)/qubes-restore-svc list $(DEMO)/sample.qbackup -p $(DEMO)/passphrase
@@ -47,6 +51,8 @@ demo: system-demo $(STAMP)
 	$(BIN)/qubes-restore-svc extract $(DEMO)/sample.qbackup -p $(DEMO)/passphrase --to $(DEMO)/restored
 	@echo; echo "== Compare the disk images with what went into the backup"
 	@$(BIN)/python -m tests.support.compare $(DEMO)/sample.json $(DEMO)/restored
+	@echo; echo "== Look into one: the commands above mount them; this needs no root"
+	PATH=$$PATH:/usr/sbin:/sbin debugfs -R 'cat /home/user/Documents/notes.txt' $(DEMO)/restored/work/private.img
 
 test: system-test $(STAMP) lint types
 	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -109,7 +115,12 @@ system-demo:
 system-test:
 	@tools/system-packages test $(PYTHON)
 
-$(STAMP): pyproject.toml setup.py $(wildcard qubes_restore_svc/kdf/_scrypt/*) | system-demo
+$(COMMAND): pyproject.toml setup.py $(wildcard qubes_restore_svc/kdf/_scrypt/*) | system-demo
+	@echo "== Install the command and its libraries in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --editable .
+	@touch $@
+
+$(STAMP): $(COMMAND)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

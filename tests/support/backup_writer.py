@@ -22,14 +22,14 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from .containers import chunks, compress, header_text, scrypt_container
 from .inner_archives import home_tar, inner_tar, plain_tar
 from .outer_archive import RawMember, join_members, outer_member, outer_pieces, qfile_stream
-from .plans import DOM0_HOME, ImagePlan, QubePlan, expectation_of, sample_image, sample_qube
+from .plans import DOM0_HOME, ImagePlan, QubePlan, expectation_of, image_of_file, sample_image, sample_qube
 from .qubes_xml_writer import qubes_xml
 
 #: With what most tests need of the layers.
@@ -185,6 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="backup_writer", description="Write a Qubes backup of sample data.")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--qube", action="append", required=True, metavar="NAME:MIB:FILL[:CLASS]")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="NAME/VOLUME=FILE",
+        help="back up this file as a volume of a qube, instead of sample data",
+    )
     parser.add_argument("--passphrase", default=PASSPHRASE, help="of the sample, no secret")
     parser.add_argument("--backup-id", default=BACKUP_ID)
     parser.add_argument("--compress", default="gzip", metavar="FILTER", help="a compression filter, or none")
@@ -195,10 +202,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="chunks encrypted at a time")
     parser.add_argument("--expect", type=Path, metavar="OUT.json", help="say here what the backup holds")
     options = parser.parse_args(arguments)
+    pairs = (pair.partition("=") for pair in options.image)
+    images = {volume: image_of_file(Path(file)) for volume, _, file in pairs}
     qubes = []
     for seed, description in enumerate(options.qube, 1):
         name, mib, fill, klass = (description + ":AppVM").split(":")[:4]
-        qubes.append(sample_qube(name, int(float(mib) * (1 << 20)), float(fill), klass, seed))
+        qube = sample_qube(name, int(float(mib) * (1 << 20)), float(fill), klass, seed)
+        given = {volume: images.pop(f"{name}/{volume}", image) for volume, image in qube.volumes.items()}
+        qubes.append(replace(qube, volumes=given))
+    if images:
+        parser.error(f"there is no volume {', '.join(images)}")
     writer = BackupWriter(
         qubes,
         passphrase=options.passphrase,

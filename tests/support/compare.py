@@ -5,15 +5,15 @@
 Exits with 1 and a line for each difference.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from qubes_restore_svc.worker.output import FsVerityDigest
+
+from .plans import data_of
 
 _PIECE = 1 << 20
 
@@ -44,23 +44,13 @@ def fsverity(path: Path) -> str:
     """The fs-verity digest of a file, in hexadecimal; its holes are not read."""
     digest, position = FsVerityDigest(), 0
     with path.open("rb") as file:
-        for start, end in _data_of(file.fileno()):
+        for start, end in data_of(file.fileno()):
             digest.skip(start - position)
             for offset in range(start, end, _PIECE):
                 digest.update(os.pread(file.fileno(), min(_PIECE, end - offset), offset))
             position = end
         digest.skip(os.fstat(file.fileno()).st_size - position)
     return digest.hexdigest()
-
-
-def _data_of(fd: int) -> Iterator[tuple[int, int]]:
-    """Where the file has data: from, to."""
-    end = 0
-    with contextlib.suppress(OSError):  # there is no more
-        while True:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE)
-            yield start, end
 
 
 def main() -> None:

@@ -5,12 +5,15 @@ stand in a test. A sample image is the exception in size only: its data is made 
 its seed, so that a volume of any size fits.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import overload
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -22,6 +25,7 @@ DEFAULT_TEMPLATE = "fedora-41"
 LABELS = ("red", "orange", "yellow", "green", "gray", "blue", "purple", "black")
 SNAPSHOT_CLASSES = ("AppVM", "DispVM")  # their root is a snapshot of the template's
 DOM0_HOME = "dom0-home/user"
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,26 @@ def sample_image(size: int, fill: float, seed: int) -> ImagePlan:
     """An image that looks like a volume: `fill` (0 to 1) of it is data, in runs of up to 4 MiB with
     holes between, half of each run incompressible and half text. Made when read, so any size fits."""
     return ImagePlan(size, _SampleExtents(size, fill, seed))
+
+
+def image_of_file(path: Path) -> ImagePlan:
+    """The image that a file is, with its holes."""
+    extents = []
+    with path.open("rb") as file:
+        for start, end in data_of(file.fileno()):
+            file.seek(start)
+            extents += [(at, file.read(min(_PIECE, end - at))) for at in range(start, end, _PIECE)]
+    return ImagePlan(path.stat().st_size, extents)
+
+
+def data_of(fd: int) -> Iterator[tuple[int, int]]:
+    """Where the file has data: from, to."""
+    end = 0
+    with contextlib.suppress(OSError):  # there is no more
+        while True:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            yield start, end
 
 
 def sample_qube(name: str, size: int, fill: float, klass: str = "AppVM", seed: int = 1) -> QubePlan:

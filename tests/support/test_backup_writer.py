@@ -22,7 +22,7 @@ from .backup_writer import BackupWriter, Replacements
 from .fixtures import expectation
 from .inner_archives import plain_tar
 from .outer_archive import join_members
-from .plans import sample_qube
+from .plans import image_of_file, sample_qube
 from .reading_back import content_of, decompressed, file_of, opened, read
 
 STYLES = ["gnu", "pax", "none"]
@@ -40,6 +40,22 @@ def test_chunks_of_one_backup_can_differ_in_cost(log_n: backup_writer.Costs) -> 
     assert [member.data[7] for member in writer.members()][1:6] == [4, 5, 6, 4, 5]
     image = content_of(file_of(writer, "vm10/private.img"), "vm10/private.img")
     assert hashlib.sha256(image).hexdigest() == WORK.volumes["private"].sha256()
+
+
+def test_a_file_is_backed_up_with_its_holes(tmp_path: Path) -> None:
+    disk, backup, expected = tmp_path / "disk", tmp_path / "backup", tmp_path / "expected"
+    with disk.open("wb") as file:
+        file.truncate(5 << 20)
+        file.seek(2 << 20)
+        file.write(b"data" * 1024)
+    assert image_of_file(disk).extents == [(2 << 20, b"data" * 1024)]
+    words = [str(backup), "--qube", "a:1:1", "--image", f"a/private={disk}", "--log-n", "1", "--expect"]
+    backup_writer.main([*words, str(expected)])
+    volumes = json.loads(expected.read_text())["volumes"]
+    content = disk.read_bytes()
+    assert volumes == {"a/private": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    with pytest.raises(SystemExit):
+        backup_writer.main([*words, str(expected), "--image", f"b/private={disk}"])
 
 
 @pytest.mark.parametrize("style", STYLES)
