@@ -32,15 +32,18 @@ WAYS: dict[ExitStatus, tuple[str, str | None]] = {
     ExitStatus.NOTHING: ("list", "header-with-a-key-twice"),
     ExitStatus.USAGE: ("list --memory 0", None),
     ExitStatus.PARTLY: ("list", "qube-name-with-dotdot"),
+    ExitStatus.DIFFERENT: ("compare --with {directory}", None),
     ExitStatus.CANCELLED: ("list", None),
 }
 
 
 @pytest.mark.parametrize("status", ExitStatus)
-def test_every_exit_status_that_is_told_can_be_reached(status: ExitStatus, passphrase: Path) -> None:
+def test_every_exit_status_that_is_told_can_be_reached(
+    status: ExitStatus, passphrase: Path, tmp_path: Path
+) -> None:
     words, damage = WAYS[status]
     backup = DAMAGES[damage].apply(sample_backup()) if damage else small_backup().to_bytes()
-    with running(*words.split(), "-", "-p", passphrase, feed=True) as run:
+    with running(*words.format(directory=tmp_path).split(), "-", "-p", passphrase, feed=True) as run:
         run.feed(backup[:100] if status is ExitStatus.CANCELLED else backup)
         if status is ExitStatus.CANCELLED:
             run.worker()
