@@ -9,8 +9,9 @@ from threading import Lock
 
 from qubes_restore_svc.kdf._romix import Arena
 
-#: How many times as large as it has to be an arena may be. What is larger is memory that another could have.
-_LOOSEST_FIT = 2
+#: How many times as large as it has to be an arena may be. What is larger is memory that another could have,
+#: who would take a smaller stride with it.
+_LOOSEST_FIT = 1.2
 
 
 class ArenaPool:

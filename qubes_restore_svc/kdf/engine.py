@@ -7,7 +7,7 @@ the head of a container has to pass. Every engine can carry out what passes it; 
 check only `check_possible`, before they allocate anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from types import TracebackType
@@ -137,8 +137,14 @@ class KdfEngine(Protocol):
         ...
 
     @property
+    def step_times(self) -> Mapping[int, float]:
+        """By the number of lanes that are filled: how long a step of all of them takes, in steps of one lane.
+
+        A number that is not in it takes as long as the next one that is; `lanes` is in it."""
+
+    @property
     def lanes_for_few(self) -> int:
-        """How many lanes a thread fills where few derivations wait, or there is little memory for them."""
+        """How many lanes a thread fills while nobody knows yet how many derivations come."""
         ...
 
     @property
@@ -213,8 +219,8 @@ class CostLimit:
     """What the keys of one backup may cost together, where heads are forged; `ignored`: whatever they like.
 
     Anybody can forge a head that asks for all that `check_cost` admits, for every file of a backup. So the
-    work for keys that fitted nothing is counted. When it comes to MAX_WORK, nothing is accepted any more that
-    is much dearer than what did fit, which only the passphrase can bring about. For any thread.
+    work of every key that did not fit is subtracted from MAX_WORK. A later head may ask for what is left, or
+    for VARIATION times the work of the dearest key that did fit, whichever is more. For any thread.
     """
 
     def __init__(self, *, ignored: bool = False) -> None:
@@ -263,6 +269,10 @@ class OpensslEngine:
     @property
     def lanes_for_one(self) -> int:
         return 1
+
+    @property
+    def step_times(self) -> Mapping[int, float]:
+        return {1: 1.0}
 
     @property
     def lanes_for_few(self) -> int:

@@ -5,13 +5,13 @@ OpenSSL's; scryptROMix is the C extension's, which runs up to `lanes` derivation
 little more than the time of one. Each thread that derives has lanes of its own; the arenas are common to
 all, so what one thread gives back the next one takes.
 
-A derivation runs in less memory when it stores only every second, fourth, eighth or sixteenth block (the
+A derivation runs in less memory when it stores only every second, third, … up to sixteenth block (the
 `stride`) and computes the others again. It is worth a lane: four at stride 4 fit where one does at stride
 1, and together need about half the time that one after the other would.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import pbkdf2_hmac
 from types import TracebackType
@@ -27,12 +27,20 @@ KEY_SIZE = 64
 
 #: The strides that there are, and the steps that a derivation takes with each, relative to the first.
 #: The time grows a little less: what is computed again is not waited for.
-STRIDE_WORK = {stride: (stride + 3) / 4 for stride in (1, 2, 4, 8, 16)}
+STRIDE_WORK = {stride: (stride + 3) / 4 for stride in range(1, 17)}
 
 #: Instruction set: lanes that one of its registers holds (`blockmix_*.c`); one in the others.
 _LANES_IN_REGISTER = {"AVX-512": 4, "AVX2": 2}
 
-#: Instruction set: lanes that use the memory best where it is little; in the others, all of them do.
+#: Instruction set: by how many lanes are filled, how long a step of all takes, in steps of one lane (see
+#: docs/performance.md). The strides 2 to 8 have about the same.
+_STEP_TIMES = {
+    "AVX-512": {1: 1.0, 2: 1.1, 4: 1.65, 8: 2.35},
+    "AVX2": {1: 1.0, 2: 1.1, 4: 1.45},
+    "SSE2": {1: 1.0, 2: 1.3},
+}
+
+#: Instruction set: lanes to begin with; in the others, all of them.
 _LANES_FOR_FEW = {"AVX-512": 4}
 
 #: What arenas are multiples of, bytes; less than that is not counted.
@@ -74,8 +82,13 @@ class NativeEngine:
         return _LANES_IN_REGISTER.get(self._instruction_set, 1)
 
     @property
+    def step_times(self) -> Mapping[int, float]:
+        """How long a step takes with so many lanes, in steps of one lane."""
+        return _STEP_TIMES.get(self._instruction_set, {1: 1.0})
+
+    @property
     def lanes_for_few(self) -> int:
-        """How many a thread fills where few derivations wait, or there is little memory for them."""
+        """How many a thread fills while nobody knows yet how many derivations come."""
         return _LANES_FOR_FEW.get(self._instruction_set, self._lanes)
 
     @property
@@ -262,7 +275,7 @@ class NativeLanes:
         begun.blocks = bytearray(
             pbkdf2_hmac("sha256", request.passphrase, request.salt, 1, 128 * cost.r * cost.p)
         )
-        lane = self._lanes.begin(begun.blocks, cost.log_n, cost.r, _log(begun.stride), begun.arena)
+        lane = self._lanes.begin(begun.blocks, cost.log_n, cost.r, begun.stride, begun.arena)
         self._running[lane] = begun
 
     def _finish(self, done: _Running) -> tuple[int, bytes]:
@@ -282,12 +295,8 @@ def _memory(parameters: KdfParameters, stride: int) -> int:
         raise ValueError(f"the stride is one of {', '.join(map(str, STRIDE_WORK))}")
     if parameters.p < 1 or parameters.r < 1 or parameters.r * parameters.p >= 1 << 30:
         raise ValueError("scrypt parameters out of bounds")
-    arena = _romix.memory(parameters.log_n, parameters.r, _log(stride))
+    arena = _romix.memory(parameters.log_n, parameters.r, stride)
     # Scrypt's B stands beside the arena, twice for a moment, and a large p makes it larger than the table.
     # So the arena is made larger by as much and that part of it is never touched: all count arenas only.
     beside = 2 * 128 * parameters.r * parameters.p
     return arena + beside // _UNIT * _UNIT
-
-
-def _log(power_of_two: int) -> int:
-    return power_of_two.bit_length() - 1

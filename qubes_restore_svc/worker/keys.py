@@ -286,7 +286,7 @@ class KeyScheduler:
         waiting = len(self._waiting)
         if self._more_to_come:
             waiting = max(waiting, self._threads * self._engine.lanes_for_few - self._running)
-        each = lanes_to_fill(self._engine, self._threads, waiting + self._running, room, sizes[:2][-1])
+        each = lanes_to_fill(self._engine, self._threads, waiting + self._running, sizes, room)
         uses = max(1.0, (waiting + self._running) / (self._threads * each))
         index = choose_stride(
             Situation(

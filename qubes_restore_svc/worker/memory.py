@@ -8,14 +8,15 @@ enough. What remains is for arenas (`arena_room`). A buffer
 is admitted only while that stays enough for the largest derivation that waits or runs, in its smallest form.
 So whatever was admitted can be derived in the end, and nothing waits for itself.
 
-`choose_stride` shares out the room for arenas. Measured, four derivations in one vector register take little
-longer than one, and to store fewer blocks costs less than to leave a lane empty. So memory is shared evenly
-among all lanes that have something to do, and only then each share is used as well as it can be. Not better,
-though: memory that was never touched is paid for page by page, so what a larger share saves can be less than
-it costs.
+`lanes_to_fill` says how many derivations run, and `choose_stride` shares out the room for arenas among them.
+Measured, four derivations in one vector register take 1.6 times as long as one. So with much memory more
+lanes are quicker, and with little memory fewer. Each lane gets the same share, and uses it as well as it can.
+Not better, though: memory that was never touched is paid for page by page, so what a larger share saves can be
+less than it costs.
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -215,9 +216,12 @@ class Budget:
         return self._engine.memory(parameters, self._engine.strides[-1])
 
 
-#: The index of the first stride with which more memory saves more than it costs on any machine: below, shares
-#: of the same size are worth more than some larger ones.
-_SLOW = 3
+#: From this stride on, more memory saves more than it costs on any machine: below, shares of the same size
+#: are worth more than some larger ones.
+_SLOW = 5
+
+#: How many times as long as with the best number of lanes it may take with fewer.
+_ABOUT_THE_SAME = 1.1
 
 #: Seconds to mix one byte, with four lanes in AVX-512 on a processor of 2024.
 _MIX_COST = 2e-10
@@ -225,7 +229,7 @@ _MIX_COST = 2e-10
 #: Seconds to touch a byte for the first time. It is 0.15 s for a GiB on a machine that has its memory, and 1
 #: to 3 s on a virtual one whose host has to find it first. This is between them: with either in its place the
 #: next stride would be right, and the time a fifth less at most.
-_PAGE_COST = 6.5e-10
+_PAGE_COST = 5e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,34 +267,50 @@ def choose_stride(situation: Situation) -> int | None:
     if situation.urgent:
         # As soon as can be; but the rest is for those that come right behind it, even if none is there yet.
         share = situation.free // 2
-    elif _index(situation, share) >= _SLOW:
+    elif share * (_SLOW - 1) < situation.sizes[0]:
         # What others took sparingly is for those that are still to begin.
         share = max(share, situation.free // max(1, total - situation.running))
     index = _index(situation, share)
     return index if situation.sizes[index] <= situation.free else None
 
 
-def lanes_to_fill(engine: KdfEngine, threads: int, jobs: int, room: int, at_stride_2: int) -> int:
+def lanes_to_fill(engine: KdfEngine, threads: int, jobs: int, sizes: Sequence[int], room: int) -> int:
     """How many lanes each of `threads` threads is to fill, when `jobs` derivations run or wait.
 
-    Their arenas may take `room` bytes, of which one that stores every second block takes `at_stride_2`.
-
-    Measured with AVX-512: eight lanes at stride 2 take a tenth less than four in the same memory at stride 1;
-    at larger strides, four are as quick or quicker. And with eight, the first key comes later. So all lanes
-    are filled where many more derivations wait, and where there is memory for that stride in every lane.
+    Their arenas may take `room` bytes, of which one takes `sizes[i]` at the stride with the index i. More
+    lanes take their steps together; but each has less memory, and needs more steps. What counts is when the
+    last derivation ends. Where that is about the same, fewer lanes bring the first key sooner.
     """
-    lanes = threads * engine.lanes
-    return engine.lanes if jobs * 2 >= lanes * 3 and room >= lanes * at_stride_2 else engine.lanes_for_few
+    each = -(-jobs // threads)
+
+    def seconds(lanes: int) -> float:
+        """Until a thread is through, in units of its own, if it fills so many lanes again and again."""
+        rounds, rest = divmod(each, lanes)
+        of_the_rest = _round_time(engine, sizes, room // (threads * rest), rest) if rest else 0.0
+        return rounds * _round_time(engine, sizes, room // (threads * lanes), lanes) + of_the_rest
+
+    candidates = range(1, max(1, min(each, engine.lanes)) + 1)
+    best = min(map(seconds, candidates))
+    return next(lanes for lanes in candidates if seconds(lanes) <= best * _ABOUT_THE_SAME)
+
+
+def _round_time(engine: KdfEngine, sizes: Sequence[int], share: int, lanes: int) -> float:
+    """How long derivations in `lanes` lanes take, if each may take `share` bytes; endless if that is too
+    little."""
+    if share < sizes[-1]:
+        return math.inf
+    step = min(time for count, time in engine.step_times.items() if count >= lanes)
+    return step * (max(1.0, sizes[0] / share) + 3)
 
 
 def least_stride(strides: Sequence[int], uses: float) -> int:
     """The index of the smallest of the rising `strides` that is worth the new memory that it needs, if `uses`
     derivations run in it one after the other.
 
-    With the stride s instead of 2s, a derivation of N blocks mixes N·s/2 blocks less (romix.h) and stores
-    N/(2s) more: every byte saves s² bytes of mixing.
+    With the stride s instead of s + 1, a derivation of N blocks mixes N/2 blocks less (romix.h) and stores
+    N/(s(s + 1)) more: every byte saves s(s + 1)/2 bytes of mixing.
     """
-    worth = (i for i, stride in enumerate(strides) if stride * stride * _MIX_COST * uses >= _PAGE_COST)
+    worth = (i for i, s in enumerate(strides) if s * (s + 1) / 2 * _MIX_COST * uses >= _PAGE_COST)
     return next(worth, len(strides) - 1)
 
 

@@ -88,7 +88,8 @@ class Load:
 
 def share_out(engine: KdfEngine, parameters: KdfParameters, *, count: int, room: int, cores: int) -> Load:
     """How the worker runs one of `count` derivations that wait, when arenas may take `room` bytes."""
-    each = lanes_to_fill(engine, cores, count, room, engine.memory(parameters, engine.strides[:2][-1]))
+    sizes = [engine.memory(parameters, stride) for stride in engine.strides]
+    each = lanes_to_fill(engine, cores, count, sizes, room)
     lanes = min(count, cores * each)
     stride = stride_within(engine, parameters, room // lanes)
     fitting = min(lanes, max(1, room // engine.memory(parameters, stride)))

@@ -1,7 +1,7 @@
 """What a key derivation costs, and how the worker's budget is shared out."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -66,8 +66,8 @@ class Lanes(OpensslEngine):
         return self._lanes
 
     @property
-    def lanes_for_few(self) -> int:
-        return min(4, self._lanes)
+    def step_times(self) -> Mapping[int, float]:
+        return {1: 1.0} if self._lanes == 1 else {4: 1.0, 8: 1.4}
 
     @property
     def strides(self) -> Sequence[int]:
@@ -83,8 +83,8 @@ class Lanes(OpensslEngine):
         (100, 8 << 20, Load(1, 4)),  # all eight lanes at full size
         (100, (8 << 20) - 8, Load(2, 4)),  # a little less: every second block
         (100, 3 << 20, Load(4, 4)),
-        (100, 1 << 19, Load(16, 4)),
-        (100, (1 << 19) - 1, Load(16, 3)),  # not even so for all eight: seven fit, three a core
+        (100, 1 << 19, Load(16, 3)),  # all eight would take about as long
+        (100, (1 << 19) - 1, Load(16, 2)),
         (100, 1 << 16, Load(16, 1)),
         (100, 1, Load(16, 1)),
         (3, 3 << 20, Load(1, 1)),  # three on two cores
@@ -101,15 +101,13 @@ def test_memory_is_shared_evenly_among_the_lanes_that_have_something_to_do(
     ("count", "room", "expected"),
     [
         (100, 16 << 20, Load(1, 8)),
-        (100, 8 << 20, Load(2, 8)),
-        (100, (8 << 20) - 1, Load(2, 4)),  # too little for every second block in all lanes
-        (23, 8 << 20, Load(1, 4)),  # hardly more than there are lanes
-        (24, 8 << 20, Load(2, 8)),
+        (100, 12 << 20, Load(2, 8)),
+        (100, 6 << 20, Load(2, 4)),  # eight would store every third block, and take about as long
+        (16, 12 << 20, Load(2, 8)),
+        (8, 12 << 20, Load(1, 4)),  # no more are there
     ],
 )
-def test_where_it_does_not_pay_only_half_of_the_lanes_are_filled(
-    count: int, room: int, expected: Load
-) -> None:
+def test_lanes_are_filled_as_far_as_it_pays(count: int, room: int, expected: Load) -> None:
     assert share_out(Lanes(8), KdfParameters(20, 8, 1), count=count, room=room, cores=2) == expected
 
 

@@ -185,15 +185,15 @@ check_blockmix(const struct kernels *kernels)
 }
 
 static void
-check_romix(const struct kernels *kernels, unsigned log_stride)
+check_romix(const struct kernels *kernels, unsigned stride)
 {
 	uint8_t blocks[128], expected[128];
 	struct romix romix, *lane = &romix;
-	void *memory = allocate(romix_memory(4, 1, log_stride));
+	void *memory = allocate(romix_memory(4, 1, stride));
 
 	from_hex(blocks, block_input, 128);
 	from_hex(expected, romix_16_output, 128);
-	romix_begin(&romix, blocks, 1, 1, 4, log_stride, memory);
+	romix_begin(&romix, blocks, 1, 1, 4, stride, memory);
 	while (!romix_is_finished(&romix))
 		romix_advance(kernels, &lane, 1, 5);
 	CHECK(memcmp(blocks, expected, 128) == 0);
@@ -203,7 +203,7 @@ check_romix(const struct kernels *kernels, unsigned log_stride)
 
 /* One derivation of the mixture below, `seed` of which says what it is. */
 struct sample {
-	unsigned log_n, log_stride;
+	unsigned log_n, stride;
 	size_t r, p;
 	uint8_t *blocks;
 	void *memory;
@@ -211,31 +211,31 @@ struct sample {
 };
 
 static void
-begin_sample(struct sample *sample, unsigned seed, unsigned log_stride)
+begin_sample(struct sample *sample, unsigned seed, unsigned stride)
 {
 	size_t i, size;
 
 	sample->log_n = 1 + seed % 7;
 	sample->r = (const size_t[]){8, 8, 3, 8, 1, 8}[seed % 6];
 	sample->p = 1 + seed % 2;
-	sample->log_stride = log_stride;
+	sample->stride = stride;
 	size = sample->p * sample->r * 128;
 	sample->blocks = malloc(size);
 	CHECK(sample->blocks != NULL);
 	for (i = 0; i < size; i++)
 		sample->blocks[i] = (uint8_t)(i * 151 + seed * 89 + i / 251);
-	size = romix_memory(sample->log_n, sample->r, log_stride);
+	size = romix_memory(sample->log_n, sample->r, stride);
 	sample->memory = allocate(size);
 	memset(sample->memory, 0, size);
-	romix_begin(&sample->romix, sample->blocks, sample->r, sample->p, sample->log_n, log_stride, sample->memory);
+	romix_begin(&sample->romix, sample->blocks, sample->r, sample->p, sample->log_n, stride, sample->memory);
 }
 
 static void
 end_sample(struct sample *sample)
 {
-	size_t all = romix_memory(sample->log_n, sample->r, sample->log_stride);
-	size_t of_v = ((size_t)1 << (sample->log_n > sample->log_stride ? sample->log_n - sample->log_stride : 0)) *
-	              sample->r * 128;
+	size_t all = romix_memory(sample->log_n, sample->r, sample->stride);
+	size_t stored = (((size_t)1 << sample->log_n) - 1) / sample->stride + 1;
+	size_t of_v = stored * sample->r * 128;
 
 	romix_wipe(&sample->romix);
 	CHECK(is_zero((const uint8_t *)sample->memory + of_v, all - of_v));
@@ -270,7 +270,7 @@ check_mixture(const struct kernels *kernels, unsigned strides)
 
 	for (i = 0; i < kernels->lanes; i++) {
 		seeds[i] = next++;
-		begin_sample(&samples[i], seeds[i], seeds[i] % strides);
+		begin_sample(&samples[i], seeds[i], 1 + seeds[i] % strides);
 		lanes[i] = &samples[i].romix;
 	}
 	while (next < SAMPLES) {
@@ -284,14 +284,14 @@ check_mixture(const struct kernels *kernels, unsigned strides)
 		for (i = 0; i < kernels->lanes; i++) {
 			if (!romix_is_finished(&samples[i].romix))
 				continue;
-			begin_sample(&alone, seeds[i], 0);
+			begin_sample(&alone, seeds[i], 1);
 			while (!romix_is_finished(&alone.romix))
 				romix_advance(kernels_find("portable"), &lone, 1, 1000);
 			CHECK(memcmp(samples[i].blocks, alone.blocks, alone.p * alone.r * 128) == 0);
 			end_sample(&alone);
 			end_sample(&samples[i]);
 			seeds[i] = next++;
-			begin_sample(&samples[i], seeds[i], seeds[i] % strides);
+			begin_sample(&samples[i], seeds[i], 1 + seeds[i] % strides);
 		}
 	}
 	for (i = 0; i < kernels->lanes; i++)
@@ -342,21 +342,24 @@ int
 main(void)
 {
 	const struct kernels *kernels;
-	unsigned log_stride;
+	unsigned stride;
 	size_t i;
 
-	CHECK(romix_memory(0, 8, 0) == 0 && romix_memory(33, 8, 0) == 0 && romix_memory(16, 1, 0) == 0);
-	CHECK(romix_memory(10, 0, 0) == 0 && romix_memory(10, 8, 5) == 0 && romix_memory(10, 8, 0) > 1 << 20);
+	CHECK(romix_memory(0, 8, 1) == 0 && romix_memory(33, 8, 1) == 0 && romix_memory(16, 1, 1) == 0);
+	CHECK(romix_memory(10, 0, 1) == 0 && romix_memory(10, 8, 0) == 0 && romix_memory(10, 8, 17) == 0);
+	CHECK(romix_memory(10, 8, 1) > 1 << 20);
+	/* Blocks 0, 3, 6 and 9 of the 1024, up to 1023, are 342. */
+	CHECK(romix_memory(10, 8, 1) - romix_memory(10, 8, 3) == (1024 - 342) << 10);
 	CHECK(kernels_find("MMX") == NULL && kernels_find(NULL) != NULL);
 	for (i = 0; i < SETS; i++) {
 		kernels = kernels_find(set_names[i]);
 		if (kernels == NULL)
 			continue;
 		check_blockmix(kernels);
-		for (log_stride = 0; log_stride <= ROMIX_MAX_LOG_STRIDE; log_stride++)
-			check_romix(kernels, log_stride);
+		for (stride = 1; stride <= ROMIX_MAX_STRIDE; stride++)
+			check_romix(kernels, stride);
 		check_mixture(kernels, 1);
-		check_mixture(kernels, ROMIX_MAX_LOG_STRIDE + 1);
+		check_mixture(kernels, ROMIX_MAX_STRIDE);
 		printf("%s\n", kernels->name);
 	}
 	check_arena();

@@ -17,7 +17,7 @@ MIB = 1 << 20
 def test_lanes_that_a_thread_is_advancing_are_nobody_elses() -> None:
     lanes = Lanes()
     arena = Arena(64 * MIB)
-    lanes.begin(bytearray(1024), 15, 8, 0, arena)
+    lanes.begin(bytearray(1024), 15, 8, 1, arena)
     thread = threading.Thread(target=lanes.advance, args=(1 << 20,))
     thread.start()
     time.sleep(0.005)
@@ -45,14 +45,14 @@ def test_a_lane_refuses_what_does_not_fit_together(
     blocks: bytearray, log_n: int, arena_size: int, error: str
 ) -> None:
     with pytest.raises(ValueError, match=error):
-        Lanes().begin(blocks, log_n, 8, 0, Arena(arena_size))
+        Lanes().begin(blocks, log_n, 8, 1, Arena(arena_size))
 
 
 def test_an_arena_takes_one_derivation_at_a_time_and_none_once_released() -> None:
     arena, lanes, others = Arena(1), Lanes(), Lanes()
-    lanes.begin(bytearray(1024), 4, 8, 0, arena)
+    lanes.begin(bytearray(1024), 4, 8, 1, arena)
     with pytest.raises(ValueError, match="in use"):
-        others.begin(bytearray(1024), 4, 8, 0, arena)
+        others.begin(bytearray(1024), 4, 8, 1, arena)
 
     lanes.abandon()
     arena.release()
@@ -60,12 +60,12 @@ def test_an_arena_takes_one_derivation_at_a_time_and_none_once_released() -> Non
 
     assert arena.size == 0
     with pytest.raises(ValueError, match="too small"):
-        others.begin(bytearray(1024), 4, 8, 0, arena)
+        others.begin(bytearray(1024), 4, 8, 1, arena)
 
 
 def test_a_lane_is_taken_over_with_all_that_belongs_to_it() -> None:
     arena, lanes, others, blocks = Arena(1), Lanes(), Lanes(), bytearray(1024)
-    lane = others.begin(blocks, 4, 8, 0, arena)
+    lane = others.begin(blocks, 4, 8, 1, arena)
     assert lanes.take_over(others, lane) == 0
     for nothing in (lane, -1, 99):
         with pytest.raises(ValueError, match="nothing runs"):
@@ -103,7 +103,7 @@ def mappings_with(*flags: str) -> int:
 
 def test_blocks_cannot_be_resized_under_a_running_derivation() -> None:
     lanes, blocks = Lanes(), bytearray(1024)
-    lanes.begin(blocks, 4, 8, 0, Arena(1))
+    lanes.begin(blocks, 4, 8, 1, Arena(1))
 
     with pytest.raises(BufferError):
         blocks.clear()

@@ -22,6 +22,7 @@ class LanesEngine:
     def __init__(self, lanes: int = 4, strides: Sequence[int] = (1, 2, 4)) -> None:
         self.lanes = lanes
         self.lanes_for_one = self.lanes_for_few = lanes
+        self.step_times = {lanes: 1.0}
         self.strides = strides
         self.changed = threading.Condition()
         self.running: dict[int, int] = {}  #: number of the request: bytes

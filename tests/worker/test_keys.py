@@ -439,16 +439,16 @@ def test_where_that_would_leave_too_much_idle_it_has_not(threads: int, lanes: in
 @pytest.mark.parametrize(
     ("waiting", "limit", "begun"),
     [
-        (12, 64 * MIB, 8),  # all at stride 1 or 2
-        (11, 64 * MIB, 4),  # hardly more than there are lanes
-        (12, 3 * MIB, 4),  # not enough for half a table in each
+        (16, 64 * MIB, 8),
+        (4, 64 * MIB, 4),  # no more wait
+        (16, 3 * MIB, 4),  # with eight, each would have to compute what it has no memory for
     ],
 )
 def test_all_lanes_are_filled_only_where_much_waits_and_memory_is_there(
     waiting: int, limit: int, begun: int
 ) -> None:
     bench = LanesBench(threads=1, lanes=8, limit=limit)
-    bench.lanes.lanes_for_few = 4
+    bench.lanes.step_times = {4: 1.0, 8: 1.5}
     with bench.budget.changed:  # they come all at once
         results = [bench.submit() for _ in range(waiting)]
     bench.began(*range(begun))

@@ -397,7 +397,7 @@ def test_the_share_that_a_derivation_gets(situation: Situation, index: int | Non
     assert choose_stride(situation) == index
 
 
-@pytest.mark.parametrize(("uses", "stride"), [(1, 2), (3, 2), (4, 1), (100, 1)])
+@pytest.mark.parametrize(("uses", "stride"), [(1, 2), (2, 2), (3, 1), (100, 1)])
 def test_new_memory_is_taken_as_far_as_it_pays(uses: float, stride: int) -> None:
     strides = (1, 2, 4, 8, 16)
     assert strides[least_stride(strides, uses)] == stride

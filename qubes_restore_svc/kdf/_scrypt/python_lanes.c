@@ -79,15 +79,15 @@ free_lane(LanesObject *self)
 static PyObject *
 Lanes_begin(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-	static char *names[] = {"blocks", "log_n", "r", "log_stride", "arena", NULL};
+	static char *names[] = {"blocks", "log_n", "r", "stride", "arena", NULL};
 	LanesObject *self = (LanesObject *)object;
 	PyObject *blocks;
 	ArenaObject *arena;
 	struct lane *lane;
-	Py_ssize_t log_n, r, log_stride;
+	Py_ssize_t log_n, r, stride;
 	size_t memory, block_size;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "YnnnO!:begin", names, &blocks, &log_n, &r, &log_stride,
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "YnnnO!:begin", names, &blocks, &log_n, &r, &stride,
 	                                 &Arena_Type, &arena))
 		return NULL;
 	if (check_not_advancing(self) != 0)
@@ -95,9 +95,8 @@ Lanes_begin(PyObject *object, PyObject *args, PyObject *kwargs)
 	lane = free_lane(self);
 	if (lane == NULL)
 		return NULL;
-	if (log_n < 0 || log_n > ROMIX_MAX_LOG_N || r < 0 || r > ROMIX_MAX_R || log_stride < 0 ||
-	    log_stride > ROMIX_MAX_LOG_STRIDE ||
-	    (memory = romix_memory((unsigned)log_n, (size_t)r, (unsigned)log_stride)) == 0) {
+	if (log_n < 0 || log_n > ROMIX_MAX_LOG_N || r < 0 || r > ROMIX_MAX_R || stride < 1 ||
+	    stride > ROMIX_MAX_STRIDE || (memory = romix_memory((unsigned)log_n, (size_t)r, (unsigned)stride)) == 0) {
 		PyErr_SetString(PyExc_ValueError, "parameters out of bounds");
 		return NULL;
 	}
@@ -120,7 +119,7 @@ Lanes_begin(PyObject *object, PyObject *args, PyObject *kwargs)
 		arena->arena.used = memory;
 	lane->arena = arena;
 	romix_begin(&lane->romix, lane->blocks.buf, (size_t)r, (size_t)lane->blocks.len / block_size,
-	            (unsigned)log_n, (unsigned)log_stride, arena->arena.memory);
+	            (unsigned)log_n, (unsigned)stride, arena->arena.memory);
 	return PyLong_FromSsize_t(lane - self->lanes);
 }
 
@@ -246,9 +245,9 @@ Lanes_get_instruction_set(PyObject *object, void *unused)
 
 static PyMethodDef Lanes_methods[] = {
 	{"begin", (PyCFunction)(void (*)(void))Lanes_begin, METH_VARARGS | METH_KEYWORDS,
-	 "begin(blocks, log_n, r, log_stride, arena) -> int: occupy a free lane with a derivation.\n\n"
+	 "begin(blocks, log_n, r, stride, arena) -> int: occupy a free lane with a derivation.\n\n"
 	 "`blocks` is a bytearray of p times 128 * r bytes; scryptROMix works on it in place. It and the\n"
-	 "arena, of memory(log_n, r, log_stride) bytes at least, are held until the lane is free again.\n"
+	 "arena, of memory(log_n, r, stride) bytes at least, are held until the lane is free again.\n"
 	 "Returns the number of the lane. ValueError for parameters, blocks or an arena that do not do;\n"
 	 "RuntimeError if no lane is free."},
 	{"take_over", Lanes_take_over, METH_VARARGS,

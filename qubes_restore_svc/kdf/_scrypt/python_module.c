@@ -5,15 +5,15 @@
 static PyObject *
 memory(PyObject *module, PyObject *args)
 {
-	Py_ssize_t log_n, r, log_stride;
+	Py_ssize_t log_n, r, stride;
 	size_t size = 0;
 	(void)module;
 
-	if (!PyArg_ParseTuple(args, "nnn:memory", &log_n, &r, &log_stride))
+	if (!PyArg_ParseTuple(args, "nnn:memory", &log_n, &r, &stride))
 		return NULL;
-	if (log_n >= 0 && log_n <= ROMIX_MAX_LOG_N && r >= 0 && r <= ROMIX_MAX_R && log_stride >= 0 &&
-	    log_stride <= ROMIX_MAX_LOG_STRIDE)
-		size = arena_size(romix_memory((unsigned)log_n, (size_t)r, (unsigned)log_stride));
+	if (log_n >= 0 && log_n <= ROMIX_MAX_LOG_N && r >= 0 && r <= ROMIX_MAX_R && stride >= 1 &&
+	    stride <= ROMIX_MAX_STRIDE)
+		size = arena_size(romix_memory((unsigned)log_n, (size_t)r, (unsigned)stride));
 	if (size == 0) {
 		PyErr_SetString(PyExc_ValueError, "parameters out of bounds");
 		return NULL;
@@ -23,8 +23,8 @@ memory(PyObject *module, PyObject *args)
 
 static PyMethodDef functions[] = {
 	{"memory", memory, METH_VARARGS,
-	 "memory(log_n, r, log_stride) -> int: size in bytes of the arena that a derivation takes.\n\n"
-	 "N is 2 ** log_n; every (2 ** log_stride)th block of V is stored. ValueError if out of bounds."},
+	 "memory(log_n, r, stride) -> int: size in bytes of the arena that a derivation takes.\n\n"
+	 "N is 2 ** log_n; every `stride`th block of V is stored. ValueError if out of bounds."},
 	{NULL, NULL, 0, NULL},
 };
 

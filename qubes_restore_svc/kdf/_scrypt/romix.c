@@ -34,22 +34,22 @@ static void put_lane(const struct group *group, size_t in_group, size_t lane, co
 static void swap(uint32_t **x, uint32_t **y);
 
 size_t
-romix_memory(unsigned log_n, size_t r, unsigned log_stride)
+romix_memory(unsigned log_n, size_t r, unsigned stride)
 {
 	uint64_t stored;
 
 	if (log_n < 1 || log_n > ROMIX_MAX_LOG_N || r < 1 || r > ROMIX_MAX_R || log_n >= 16 * r)
 		return 0;
-	if (log_stride > ROMIX_MAX_LOG_STRIDE)
+	if (stride < 1 || stride > ROMIX_MAX_STRIDE)
 		return 0;
-	stored = (uint64_t)1 << (log_n > log_stride ? log_n - log_stride : 0);
+	stored = (((uint64_t)1 << log_n) - 1) / stride + 1;
 	if (stored + WORKING_BLOCKS > SIZE_MAX / BLOCK_BYTES(r))
 		return 0;
 	return (size_t)(stored + WORKING_BLOCKS) * BLOCK_BYTES(r);
 }
 
 void
-romix_begin(struct romix *m, uint8_t *blocks, size_t r, size_t p, unsigned log_n, unsigned log_stride,
+romix_begin(struct romix *m, uint8_t *blocks, size_t r, size_t p, unsigned log_n, unsigned stride,
             void *memory)
 {
 	uint32_t *working;
@@ -59,12 +59,12 @@ romix_begin(struct romix *m, uint8_t *blocks, size_t r, size_t p, unsigned log_n
 	m->r = r;
 	m->p = p;
 	m->n = (uint64_t)1 << log_n;
-	m->log_stride = log_stride;
+	m->stride = stride;
 	m->part = 0;
 	m->missing = 0;
 
 	m->v = memory;
-	working = m->v + romix_memory(log_n, r, log_stride) / sizeof(uint32_t) - WORKING_BLOCKS * BLOCK_WORDS(r);
+	working = m->v + romix_memory(log_n, r, stride) / sizeof(uint32_t) - WORKING_BLOCKS * BLOCK_WORDS(r);
 	for (i = 0; i < MAX_GROUPS; i++) {
 		m->shared[i][0] = working + 2 * i * BLOCK_WORDS(r);
 		m->shared[i][1] = working + (2 * i + 1) * BLOCK_WORDS(r);
@@ -231,7 +231,7 @@ take_steps_alike(blockmix_fn *blockmix, struct group groups[], struct romix *con
 static uint64_t
 steps_alike(const struct romix *m)
 {
-	int alike = m->log_stride == 0 && (m->state == ROMIX_FILL || m->state == ROMIX_MIX);
+	int alike = m->stride == 1 && (m->state == ROMIX_FILL || m->state == ROMIX_MIX);
 
 	return alike && m->n - m->turn > 2 ? m->n - m->turn - 2 : 0;
 }
@@ -304,16 +304,15 @@ static void
 prepare_fill(struct romix *m)
 {
 	uint64_t following = m->turn + 1;
-	uint64_t stride_mask = ((uint64_t)1 << m->log_stride) - 1;
 
 	m->drops_x = 0;
 	m->add = m->zero;
 	m->copy = NULL;
 	m->past_cache = following < m->n;
 	if (following == m->n)
-		m->copy = m->log_stride > 0 ? m->saved : NULL;
-	else if ((following & stride_mask) == 0)
-		m->copy = m->v + (following >> m->log_stride) * BLOCK_WORDS(m->r);
+		m->copy = m->stride > 1 ? m->saved : NULL;
+	else if (following % m->stride == 0)
+		m->copy = m->v + following / m->stride * BLOCK_WORDS(m->r);
 }
 
 /* The RFC's j = Integerify(X) mod N. */
@@ -328,9 +327,9 @@ integerify(const struct romix *m, const struct group *group, size_t in_group, si
 static void
 prepare_mix(struct romix *m, uint64_t j)
 {
-	const uint32_t *stored = m->v + (j >> m->log_stride) * BLOCK_WORDS(m->r);
+	const uint32_t *stored = m->v + j / m->stride * BLOCK_WORDS(m->r);
 
-	m->missing = (unsigned)(j & (((uint64_t)1 << m->log_stride) - 1));
+	m->missing = (unsigned)(j % m->stride);
 	if (m->missing > 0) {
 		m->state = ROMIX_RECOMPUTE;
 		prepare_recompute(m, stored, 1);
@@ -338,7 +337,7 @@ prepare_mix(struct romix *m, uint64_t j)
 		m->state = ROMIX_MIX;
 		m->drops_x = 0;
 		m->add = stored;
-		m->copy = m->log_stride > 0 ? m->saved_next : NULL;
+		m->copy = m->stride > 1 ? m->saved_next : NULL;
 		m->past_cache = 0;
 	}
 }

@@ -5,7 +5,7 @@
  * next step and where a copy of the result goes, so a kernel can take the next step of any derivations
  * together, whatever their N and wherever they stand.
  *
- * Storing only every second, fourth, ... block of V saves memory: a block that was left out is computed
+ * Storing only every second, third, ... block of V saves memory: a block that was left out is computed
  * again from the stored one before it.  With the stride s that takes (s + 3) / 4 times the steps.
  */
 #ifndef ROMIX_H
@@ -16,10 +16,10 @@
 
 #include "blockmix.h"
 
-/* The bounds that romix_memory() checks; strides are 1, 2, 4, 8 and 16. */
+/* The bounds that romix_memory() checks; strides are at least 1. */
 #define ROMIX_MAX_LOG_N 32
 #define ROMIX_MAX_R (1 << 16)
-#define ROMIX_MAX_LOG_STRIDE 4
+#define ROMIX_MAX_STRIDE 16
 
 enum romix_state {
 	ROMIX_FILL,       /* first loop of the RFC: X becomes the next block of V */
@@ -34,7 +34,7 @@ struct romix {
 	uint8_t *blocks;
 	size_t r, p;
 	uint64_t n;
-	unsigned log_stride;
+	unsigned stride;
 
 	/* How far it is. */
 	enum romix_state state;
@@ -57,22 +57,22 @@ struct romix {
 };
 
 /*
- * romix_memory(log_n, r, log_stride):
+ * romix_memory(log_n, r, stride):
  * Return how many bytes of memory a derivation with N = 2^log_n takes when it stores every
- * (2^log_stride)th block of V; 0 if a parameter is out of bounds: N at least 2 and below 2^(16 * r),
+ * `stride`th block of V; 0 if a parameter is out of bounds: N at least 2 and below 2^(16 * r),
  * as the RFC wants, and at most 2^ROMIX_MAX_LOG_N; r and the stride as above.
  */
-size_t romix_memory(unsigned log_n, size_t r, unsigned log_stride);
+size_t romix_memory(unsigned log_n, size_t r, unsigned stride);
 
 /*
- * romix_begin(romix, blocks, r, p, log_n, log_stride, memory):
+ * romix_begin(romix, blocks, r, p, log_n, stride, memory):
  * Prepare scryptROMix of each of the `p` (at least 1) blocks of 128 * r bytes at `blocks`, in place.
  * `memory` is aligned to 64 bytes and as large as romix_memory() says for these parameters, which are
  * within its bounds.  Both stay the caller's, who leaves them alone until the derivation is finished or
  * given up, and may then use or free them at once.
  */
 void romix_begin(struct romix *romix, uint8_t *blocks, size_t r, size_t p, unsigned log_n,
-                 unsigned log_stride, void *memory);
+                 unsigned stride, void *memory);
 
 /*
  * romix_advance(kernels, lanes, count, steps):
