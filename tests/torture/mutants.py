@@ -336,7 +336,7 @@ _ROWS = (
     ),
     (
         "broker/restore_run.py",
-        'elif any(volume.outcome != "ok" for volume in qube.report.volumes):',
+        "elif not all(volume.is_whole for volume in qube.report.volumes):",
         "elif False:",
         "tests/broker",
     ),
