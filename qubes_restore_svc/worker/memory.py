@@ -10,9 +10,9 @@ So whatever was admitted can be derived in the end, and nothing waits for itself
 
 `lanes_to_fill` says how many derivations run, and `choose_stride` shares out the room for arenas among them.
 Measured, four derivations in one vector register take 1.6 times as long as one. So with much memory more
-lanes are quicker, and with little memory fewer. Each lane gets the same share, and uses it as well as it can.
-Not better, though: memory that was never touched is paid for page by page, so what a larger share saves can be
-less than it costs.
+lanes are quicker, and with little memory fewer. Each lane gets the same share, and uses it as well as it
+can. Not better, though: memory that was never touched is paid for page by page, so what a larger share saves
+can be less than it costs.
 """
 
 import contextlib
