@@ -199,7 +199,9 @@ class Call:
     @contextlib.contextmanager
     def _located(self, location: c.BackupLocation, rights: Rights) -> Iterator[Location]:
         qube = location.qube or self._caller
-        if qube != DOM0 or location.service:
+        if qube == DOM0 and location.service:  # the model lets it pass where no qube is named
+            raise UsageError("dom0 has no service that brings a backup", advice="Name a qube, or a file.")
+        if qube != DOM0:
             kind = QubeService if location.service else QubePath
             yield kind(qube, location.text)
             return

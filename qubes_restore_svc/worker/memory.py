@@ -289,9 +289,9 @@ def lanes_to_fill(engine: KdfEngine, threads: int, jobs: int, sizes: Sequence[in
         of_the_rest = _round_time(engine, sizes, room // (threads * rest), rest) if rest else 0.0
         return rounds * _round_time(engine, sizes, room // (threads * lanes), lanes) + of_the_rest
 
-    candidates = range(1, max(1, min(each, engine.lanes)) + 1)
-    best = min(map(seconds, candidates))
-    return next(lanes for lanes in candidates if seconds(lanes) <= best * _ABOUT_THE_SAME)
+    times = {lanes: seconds(lanes) for lanes in range(1, max(1, min(each, engine.lanes)) + 1)}
+    best = min(times.values())
+    return next(lanes for lanes, time in times.items() if time <= best * _ABOUT_THE_SAME)
 
 
 def _round_time(engine: KdfEngine, sizes: Sequence[int], share: int, lanes: int) -> float:

@@ -246,3 +246,11 @@ async def test_a_mistake_in_the_configuration_is_logged_in_dom0_and_not_told_the
     async with bed.call(caller="dom0") as client:
         client.say(open_message(bed.backup))
         assert "line 2, limits.qubes" in (await client.refused()).error.reason
+
+
+async def test_dom0_that_names_a_service_and_no_qube_is_refused(bed: Bed) -> None:
+    async with bed.call(caller="dom0") as client:
+        client.say(open_message(bed.backup, location={"text": "my.Backup", "service": True}))
+        error = (await client.refused()).error
+    assert (error.kind, error.reason) == ("usage", "dom0 has no service that brings a backup")
+    assert bed.parts.made == []
