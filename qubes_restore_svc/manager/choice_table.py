@@ -8,7 +8,7 @@ table asks dom0 for another plan, and shows that. A field stays from plan to pla
 from collections.abc import Mapping, Sequence
 
 from PyQt6.QtCore import QRegularExpression, pyqtSignal
-from PyQt6.QtGui import QRegularExpressionValidator
+from PyQt6.QtGui import QPalette, QRegularExpressionValidator
 from PyQt6.QtWidgets import QComboBox, QHeaderView, QLineEdit, QVBoxLayout, QWidget
 
 from qubes_restore_svc.manager import wording
@@ -135,6 +135,9 @@ class _Fields(QWidget):
             self._netvm = self._add_box(first, [nothing, *((name, name) for name in names)], chosen.netvm)
 
     def _add(self, field: QWidget) -> None:
+        # On the background of a list, a field cannot be seen in a dark theme.
+        self.setBackgroundRole(QPalette.ColorRole.Window)
+        self.setAutoFillBackground(True)
         field.setMinimumWidth(_LETTERS * self.fontMetrics().averageCharWidth())
         self._layout.insertWidget(self._layout.count() - 1, field)
         field.show()  # until then it has no size

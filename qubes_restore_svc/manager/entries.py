@@ -197,6 +197,8 @@ class BackupRestoreOptions:
         self.ignore_size_limit = False
         #: what was chosen for single qubes, by their names in the backup (not in the stock class)
         self.qubes: dict[str, c.QubeChoice] = {}
+        #: settings that come back this time, as in `Choice.allow` (not in the stock class)
+        self.allow: tuple[str, ...] = ()
 
 
 class RestoreSource(Protocol):
@@ -231,6 +233,7 @@ def choice_from(
         ignore_username_mismatch=options.ignore_username_mismatch,
         pool=options.override_pool,
         qubes=tuple(options.qubes.values()),
+        allow=options.allow,
     )
 
 

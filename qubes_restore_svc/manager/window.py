@@ -33,6 +33,7 @@ from qubesmanager import restore as stock
 from qubes_restore_svc.errors import RestoreError, WrongPassphrase, unforeseen
 from qubes_restore_svc.manager import qt_restore, wording
 from qubes_restore_svc.manager.choice_table import ChoiceTable
+from qubes_restore_svc.manager.common_choices import CommonChoices
 from qubes_restore_svc.manager.entries import VMToRestore
 from qubes_restore_svc.manager.progress_page import ProgressPage
 from qubes_restore_svc.manager.qube_table import text_colours
@@ -80,6 +81,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         for label in self.select_dir_page.findChildren(QLabel):
             if "qubes.xml" in label.text():  # formats of that time are not read here
                 label.setText(translate("Restore", "Backup file:"))
+                label.setAlignment(Qt.AlignmentFlag.AlignVCenter)  # it had two lines
         self.label_4.hide()  # it has no effect: the backup itself says it
         self.encryption_checkbox.hide()
         self.gridLayout_2.addWidget(self.verify_only, self.gridLayout_2.rowCount(), 0)  # too wide for beside
@@ -90,13 +92,16 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
 
     def _set_up_summary(self) -> None:
         self.choices = ChoiceTable()
-        self.choices.changed.connect(self._on_choice)
+        self.common_choices = CommonChoices()
+        for part in (self.choices, self.common_choices):
+            part.changed.connect(self._on_choice)
         self._stale = False  # is something chosen that the plan does not know yet?
         self._choosing = QTimer(self)
         self._choosing.setSingleShot(True)
         self._choosing.setInterval(_TYPING_MS)
         self._choosing.timeout.connect(self._plan_again)
         self.verticalLayout_2.insertWidget(1, self.choices, 1)
+        self.verticalLayout_2.insertWidget(2, self.common_choices)
         self.confirm_text_edit.hide()
         self.label_7.hide()
 
@@ -197,8 +202,11 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             return
         if self.currentPage() is self.confirm_page:
             self._stale = False
-            chosen = {} if self.backup_restore is None else self.backup_restore.options.qubes
-            self.choices.begin(self.vms_to_restore or {}, chosen)
+            if self.backup_restore is not None:
+                options = self.backup_restore.options
+                self.choices.begin(self.vms_to_restore or {}, options.qubes)
+                pools = _pools_of(self.qubes_app)
+                self.common_choices.begin(pools, options.override_pool, options.allow)
             self._show_plan()
         elif self.currentPage() is self.commit_page:
             self.dom0_restored_label.setVisible(
@@ -210,7 +218,9 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         backup = self.backup_restore
         if backup is not None and self.vms_to_restore is not None:
             offers = _with_qubes_of(self.qubes_app, backup.offers)
-            self.choices.show_plan(self.vms_to_restore, offers, verify=backup.options.verify_only)
+            verify = backup.options.verify_only
+            self.choices.show_plan(self.vms_to_restore, offers, verify=verify)
+            self.common_choices.offer(offers.settings, verify=verify)
         self.confirm_page.completeChanged.emit()
 
     def _on_choice(self) -> None:
@@ -222,18 +232,24 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
     def _plan_again(self) -> None:
         if self.currentPage() is not self.confirm_page or self.backup_restore is None:
             return
-        choices = self.choices.choices
-        self.backup_restore.options.qubes = choices
+        chosen, options = self._chosen, self.backup_restore.options
+        before = options.qubes, options.override_pool, options.allow
+        options.qubes, options.override_pool, options.allow = chosen
         try:
             self.vms_to_restore = self.backup_restore.restore_info_verify(self.vms_to_restore or {})
         except exc.BackupCancelledError:
             self.restart()
         except exc.QubesException as error:
             self._warn(translate("Restore", "The backup cannot be restored like this"), str(error))
+            options.qubes, options.override_pool, options.allow = before  # with them it can be opened again
             self.restart()
         else:
-            self._stale = self.choices.choices != choices
+            self._stale = self._chosen != chosen
             self._show_plan()
+
+    @property
+    def _chosen(self) -> tuple[dict[str, c.QubeChoice], str | None, tuple[str, ...]]:
+        return self.choices.choices, self.common_choices.pool, self.common_choices.allow
 
     def thread_finished(self) -> None:
         """Called by the stock dialog when its thread has ended; the page has been told by its own feed."""
@@ -469,6 +485,14 @@ def _with_qubes_of(app: QubesBase, offers: c.Offers) -> c.Offers:
     )
 
 
+def _pools_of(app: QubesBase) -> list[str]:
+    """Storage pools for volumes of qubes, as far as this domain may look for them."""
+    try:
+        return [str(pool) for pool in app.pools.values() if pool.driver != _KERNELS]
+    except exc.QubesException:  # a GUI domain that may not; then there is no choice
+        return []
+
+
 def _add_line(page: QWizardPage) -> QLabel:
     """A line at the bottom of a page, just above the buttons."""
     line = QLabel()
@@ -495,5 +519,7 @@ def _size(window: QWidget) -> QSize:
 
 #: Milliseconds after the last letter of a name, until dom0 is asked what comes of it.
 _TYPING_MS = 500
+#: The driver of pools that hold kernels, and take nothing else.
+_KERNELS = "linux-kernel"
 #: What a window manager may take around a window, in pixels.
 _FRAME = QSize(16, 48)

@@ -4,15 +4,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Never
 
 import pytest
 import qubesadmin
+from qubesadmin.exc import QubesDaemonAccessError
 
 from tests.manager import qt  # first: without Qt, all of this is skipped
 
 from PyQt6.QtCore import QEvent, QLocale, QPoint, QRect, QSize, Qt, QTranslator  # isort: skip
 from PyQt6.QtGui import QKeyEvent  # isort: skip
-from PyQt6.QtWidgets import QAbstractButton, QComboBox, QLineEdit, QMessageBox, QToolButton, QWidget, QWizard  # isort: skip
+from PyQt6.QtWidgets import (
+    QAbstractButton,
+    QCheckBox,
+    QComboBox,
+    QLineEdit,
+    QMessageBox,
+    QToolButton,
+    QWidget,
+    QWizard,
+)  # isort: skip
+
 from qubesmanager import backup_utils  # isort: skip
 
 from qubes_restore_svc.client.transports import QrexecTransport
@@ -21,6 +33,7 @@ from qubes_restore_svc.errors import (
     Cancelled,
     HostFailed,
     MissingDependency,
+    NotGranted,
     QubeExists,
     RestoreError,
     WrongPassphrase,
@@ -35,6 +48,7 @@ from tests.emulation.small_system import small_system
 from tests.manager.script import (
     LONG_S,
     Script,
+    ScriptedCall,
     Step,
     begin,
     finish,
@@ -353,6 +367,7 @@ def test_with_large_letters_on_a_small_screen_everything_can_be_reached(
     large_letters: None, window: IsolatedRestoreWindow, script: Script
 ) -> None:
     script.steps = [finish("work", RestoreError("its image is damaged", advice="Look for another copy."))]
+    script.offers = c.Offers(settings=("property:autostart", "property:kernelopts", "device:pci"))
     steps: tuple[Callable[[], object], ...] = (
         lambda: window.next(),
         lambda: select(window, "work"),
@@ -511,6 +526,104 @@ def test_who_goes_back_finds_again_what_was_selected_and_chosen(
 def choose(box: QComboBox, text: str) -> None:
     box.setCurrentText(text)
     box.activated.emit(box.currentIndex())
+
+
+def start_with_settings(window: IsolatedRestoreWindow, script: Script) -> tuple[QComboBox, list[QCheckBox]]:
+    """Up to the summary of a qube with settings that may be let in; the fields for that."""
+    script.offers = c.Offers(settings=("property:autostart", "device:pci"))
+    press_button(window, NEXT)
+    select(window, "work")
+    press_button(window, NEXT)
+    qt.process_events()
+    (pools,) = window.common_choices.findChildren(QComboBox)
+    return pools, window.common_choices.findChildren(QCheckBox)
+
+
+def test_pool_and_settings_of_one_restore_are_chosen_in_the_summary(
+    window: IsolatedRestoreWindow, script: Script
+) -> None:
+    pools, boxes = start_with_settings(window, script)
+    names = [pools.itemText(row) for row in range(pools.count())]
+    assert names[0] == "as dom0's configuration says"
+    assert sorted(names[1:]) == ["lvm", "varlibqubes", "vm-pool"]  # the one of kernels takes nothing else
+    assert [box.text() for box in boxes] == ["property autostart", "device pci"]
+    assert (script.chosen[-1].pool, script.chosen[-1].allow) == (None, ())
+    choose(pools, "lvm")
+    script.offers = c.Offers(settings=("device:pci",))  # the other one does not stay behind any more
+    boxes[0].click()
+    assert not enabled(window, NEXT)
+    qt.until(lambda: enabled(window, NEXT))
+    assert (script.chosen[-1].pool, script.chosen[-1].allow) == ("lvm", ("property:autostart",))
+    window.back()
+    press_button(window, NEXT)
+    qt.process_events()
+    again = [box for box in window.common_choices.findChildren(QCheckBox) if box.isVisible()]
+    assert (pools.currentText(), [box.isChecked() for box in again]) == ("lvm", [True, False])
+    again[0].click()
+    qt.until(lambda: enabled(window, NEXT))
+    press_button(window, NEXT)
+    qt.until(lambda: is_over(window))
+    assert (script.chosen[-1].pool, script.chosen[-1].allow) == ("lvm", ())
+
+
+def test_tab_leads_through_the_summary_from_above_to_below(
+    window: IsolatedRestoreWindow, script: Script
+) -> None:
+    pools, boxes = start_with_settings(window, script)
+    window.choices.setFocus()
+    reached: list[QWidget | None] = []
+    for _ in range(4):
+        press(window.focusWidget() or window, Qt.Key.Key_Tab)
+        reached.append(window.focusWidget())
+    assert reached == [pools, *boxes, window.button(QWizard.WizardButton.BackButton)]
+
+
+def test_what_there_is_nothing_to_choose_from_does_not_show(
+    window: IsolatedRestoreWindow, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools, _ = start_with_settings(window, script)
+    assert pools.isVisible()
+    window.back()
+    window.back()
+    window.verify_only.setChecked(True)
+    press_button(window, NEXT)
+    press_button(window, NEXT)
+    assert window.currentPage() is window.confirm_page
+    assert not window.common_choices.isVisible()
+    window.back()
+    window.back()
+    window.verify_only.setChecked(False)
+    monkeypatch.setattr(type(window.qubes_app), "pools", property(denied), raising=False)
+    script.offers = c.Offers()
+    window.passphrase_line_edit.setText("another")
+    press_button(window, NEXT)
+    select(window, "work")
+    press_button(window, NEXT)
+    assert not window.common_choices.isVisible()
+
+
+def denied(_: object) -> None:
+    raise QubesDaemonAccessError("Got empty response from qubesd")
+
+
+def test_a_choice_that_dom0_refuses_is_taken_back_so_that_it_can_be_opened_again(
+    window: IsolatedRestoreWindow, script: Script, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools, _ = start_with_settings(window, script)
+    error = NotGranted("sys-gui may not have qubes restored to lvm", advice="Ask.")
+    monkeypatch.setattr(ScriptedCall, "choose", lambda *_: refuse(error))
+    choose(pools, "lvm")
+    qt.until(lambda: bool(told))
+    assert window.currentPage() is window.select_dir_page
+    monkeypatch.undo()
+    monkeypatch.setattr(restore, "call_dom0", script)
+    press_button(window, NEXT)
+    assert script.opens[-1].choice.pool is None
+    assert window.select_vms_widget.selected_list.count() == 1
+
+
+def refuse(error: RestoreError) -> Never:
+    raise error
 
 
 def test_return_in_a_name_does_not_go_on_with_the_old_one(
