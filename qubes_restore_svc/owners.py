@@ -60,9 +60,10 @@ def interference(directory: Path) -> str | None:
     return None
 
 
-def read_private_text(path: Path) -> str | None:
+def read_private_text(path: Path, decides: str = "what a backup may bring back") -> str | None:
     """The text (UTF-8) of a file of at most MAX_SIZE bytes; None if there is none.
 
+    `decides`: what whoever can write it decides, a clause.
     Raises BadConfiguration if it cannot be read, or if others than root and the user may write to it. The
     directory counts too: who may write there can put another file in its place.
     """
@@ -82,7 +83,7 @@ def read_private_text(path: Path) -> str | None:
         directory = Path(os.path.realpath(path)).parent
         for where, its_status in ((path, status), (directory, os.stat(directory))):
             if (writer := writers_besides(its_status, os.geteuid())) is not None:
-                why = "who can do that decides what a backup may bring back"
+                why = f"who can do that decides {decides}"
                 mend = (
                     f"Run `chown root:root {where}` and `chmod go-w {where}`, after a look at what is in it."
                 )

@@ -34,7 +34,12 @@ def write_report(path: Path, report: Report, mode: int | None = None, asked_by: 
     was another than the one that keeps the report.
     """
     kept = KeptReport.model_validate(dict(report) | {"asked_by": asked_by})
-    content = kept.fitting(MAX_REPORT, lambda form: len(form.text().encode())).text().encode()
+    fitting = kept.fitting(MAX_REPORT, lambda form: len(form.text().encode()))
+    write_whole(path, fitting.text().encode(), mode)
+
+
+def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write `content` in one piece, with permissions as for `write_report`; raises OSError."""
     if path.exists() and not path.is_file():
         # A pipe without a reader would let an ordinary open wait, past every signal.
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

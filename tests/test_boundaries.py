@@ -48,6 +48,10 @@ OURS: dict[str, set[str]] = {
         "local", "cli", "broker", "wire", "errors", "owners", "waiting", "hardening", "system_memory",
         "report_file", "__init__",
     },
+    # It verifies with the command of this machine, in its own process.
+    "watch": {
+        "watch", "cli", "local", "wire", "errors", "owners", "hardening", "report_file", "__init__",
+    },
     # The dialog shows plans and figures as the commands do.
     "manager": {
         "manager", "client", "cli.tables", "cli.displays", "wire", "errors", "hardening", "__init__",
@@ -65,6 +69,7 @@ LIBRARIES: dict[str, set[str]] = {
     "dom0_service": {"pydantic"},
     "local": {"pydantic"},
     "cli": {"tqdm", "pydantic"},
+    "watch": {"pydantic"},
     "manager": {"PyQt6", "pydantic", "qubesadmin", "qubesmanager"},
 }
 
@@ -99,7 +104,7 @@ MAY_START_PROCESSES = {"client", *UNTRUSTED}
 #: Single modules, and the one function that each may use: the command becomes the stock command; whoever
 #: holds the lock leaves a process behind that clears up should it be killed; a program
 #: reads dom0's backup; the worker is one, in a sandbox that is another, and a
-#: third asks for its control group.
+#: third asks for its control group; a command of the person's brings the backup that is to be verified.
 MAY_USE = {
     "cli.qvm_backup_restore": {"execv"},
     "qubes.guard": {"fork"},
@@ -107,6 +112,7 @@ MAY_USE = {
     "local.sandbox": {"create_subprocess_exec"},
     "local.memory": {"create_subprocess_exec"},
     "local.worker_process": {"create_subprocess_exec"},
+    "watch.newest": {"posix_spawn"},
 }
 
 
@@ -363,7 +369,9 @@ def run_time_violations(loaded: dict[str, str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("command", ["local.command", "cli.qvm_restore", "dom0_service.program"])
+@pytest.mark.parametrize(
+    "command", ["local.command", "cli.qvm_restore", "dom0_service.program", "watch.command"]
+)
 def test_a_command_runs_without_a_parser_in_memory(command: str) -> None:
     loaded = loaded_by(f"{PACKAGE}.{command}")
     assert f"{PACKAGE}.{command}" in loaded

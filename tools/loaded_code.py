@@ -25,6 +25,7 @@ PROGRAMS = {
     "dom0: dialog": ("manager.launcher",),
     "worker": ("worker.__main__",),
     "any machine: command": ("__main__",),
+    "watch": ("watch.__main__",),
 }
 
 #: What reads the bytes of a worker on the broker's side: names of each module, or all but those behind a "-".

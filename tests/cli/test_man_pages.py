@@ -12,6 +12,7 @@ from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.errors import EXIT_MEANINGS, ExitStatus
 from qubes_restore_svc.local.command import parse_arguments
 from qubes_restore_svc.manager import launcher
+from qubes_restore_svc.watch.command import watch_parser
 from tests.support.fixtures import REPOSITORY
 
 PAGES = sorted((REPOSITORY / "man").glob("*.1"))
@@ -61,6 +62,16 @@ def test_the_page_of_qubes_restore_manager_tells_its_options(capsys: pytest.Capt
     assert described("qubes-restore-manager.1") == options
 
 
+def test_the_page_of_qubes_restore_watch_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = set[str]()
+    for words in (["--help"], ["verify", "--help"], ["show", "--help"], ["collect", "--help"]):
+        with pytest.raises(SystemExit):
+            watch_parser().parse_args(words)
+        options |= in_help(capsys.readouterr().out)
+    assert {"--expect", "--state", "--version"} <= options
+    assert described("qubes-restore-watch.1") == options
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_speaks_of_no_option_that_it_does_not_describe(page: Path) -> None:
     spoken = set(_OPTION.findall(page.read_text().replace("\\-", "-")))
@@ -105,5 +116,10 @@ def _told(rows: list[tuple[str, str]]) -> dict[int, str]:
 
 def test_there_is_a_page_for_each_command() -> None:
     commands = sorted(path.name for path in (REPOSITORY / "bin").iterdir())
-    assert commands == ["qubes-restore-manager", "qubes-restore-svc", "qvm-backup-restore"]
+    assert commands == [
+        "qubes-restore-manager",
+        "qubes-restore-svc",
+        "qubes-restore-watch",
+        "qvm-backup-restore",
+    ]
     assert [page.stem for page in PAGES] == commands

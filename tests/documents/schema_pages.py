@@ -13,6 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from qubes_restore_svc.local.documents import BackupList, QubeRecord
 from qubes_restore_svc.report_file import KeptReport
+from qubes_restore_svc.watch.documents import WatchReport
 from qubes_restore_svc.wire.documents import Document
 from qubes_restore_svc.wire.models import Model
 from tests.client.client_pages import (
@@ -30,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "documents.md"
 FILE = ROOT / "docs" / "schema" / "documents-1.json"
 
-DOCUMENTS: tuple[type[Document], ...] = (KeptReport, QubeRecord, BackupList)
+DOCUMENTS: tuple[type[Document], ...] = (KeptReport, QubeRecord, BackupList, WatchReport)
 _ANY_OF_THEM: TypeAdapter[Document] = TypeAdapter(
-    Annotated[KeptReport | QubeRecord | BackupList, Field(discriminator="type")]
+    Annotated[KeptReport | QubeRecord | BackupList | WatchReport, Field(discriminator="type")]
 )
 
 
@@ -56,7 +57,7 @@ def schema(*, closed: bool = False) -> dict[str, Any]:
     """The schema. `closed`: without room for fields of later versions, which the published one has."""
     made = _ANY_OF_THEM.json_schema(mode="serialization", schema_generator=_AlwaysThere)
     del made["discriminator"]  # OpenAPI's
-    for model in (*DOCUMENTS, *parts_of(DOCUMENTS)):
+    for model in dict.fromkeys((*DOCUMENTS, *parts_of(DOCUMENTS))):
         part = made["$defs"][model.__name__]
         for name, meaning in meanings_of_fields(model).items():
             part["properties"][name]["description"] = _LINK.sub(r"\1", meaning)
@@ -77,7 +78,7 @@ def text() -> str:
 
 def page(current: str) -> str:
     """The page with what is made of it made anew."""
-    parts = list(parts_of(DOCUMENTS))
+    parts = [part for part in parts_of(DOCUMENTS) if part not in DOCUMENTS]
     used = {name for model in (*DOCUMENTS, *parts) for name in names_in(model)}
     made = {model.model_fields["type"].default: _fields(model) for model in DOCUMENTS}
     made["parts"] = "\n".join(
@@ -88,8 +89,8 @@ def page(current: str) -> str:
 
 
 def _of_clients(content: str) -> str:
-    """The kinds of errors stand on the other page."""
-    return content.replace("](#errors)", "](clients.md#errors)")
+    """The kinds of errors stand on the other page, and the report has a heading of its own."""
+    return content.replace("](#errors)", "](clients.md#errors)").replace("](#keptreport)", "](#the-report)")
 
 
 def _about(model: type[Model]) -> str:

@@ -18,7 +18,7 @@ def test_the_schema_is_one_and_explains_every_field_but_the_type() -> None:
     schema = json.loads(pages.FILE.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     assert [ref["$ref"].rpartition("/")[2] for ref in schema["oneOf"]] == [
-        "KeptReport", "QubeRecord", "BackupList",
+        "KeptReport", "QubeRecord", "BackupList", "WatchReport",
     ]  # fmt: skip
     for name, part in schema["$defs"].items():
         assert set(part["required"]) == set(part["properties"]), name

@@ -19,10 +19,17 @@ SERVICES = (qrexec_call.SESSION, qrexec_call.VOLUME, qrexec_call.ARCHIVE)
 DOM0_SERVICES = (qrexec_call.START, qrexec_call.VERIFY, qrexec_call.LIST)
 LISTENS_AT = "/run/qubes-restore-worker/calls.sock"
 
+#: What both packages install that have a command which verifies.
+WATCH = {
+    "/usr/bin/qubes-restore-watch",
+    "/usr/share/man/man1/qubes-restore-watch.1.gz",
+}
+
 #: All that the packages install beside Python code. A key is the end of a package's name.
 OTHERS = {
     "common": {"/usr/share/qubes-restore-svc/schema/documents-1.json"},
     "tools": {
+        *WATCH,
         "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
         "/usr/share/qubes-restore-svc/completion/_qvm-backup-restore",
         "/usr/share/qubes-restore-svc/completion/qvm-backup-restore.bash",
@@ -52,6 +59,7 @@ OTHERS = {
         "/usr/lib/systemd/system/qubes-restore-worker.socket",
     },
     "": {
+        *WATCH,
         "/usr/bin/qubes-restore-svc",
         "/usr/share/bash-completion/completions/qubes-restore-svc",
         "/usr/share/fish/vendor_completions.d/qubes-restore-svc.fish",
@@ -65,6 +73,7 @@ PROGRAMS = {
     "/etc/qubes/post-install.d/20-qubes-restore-svc.sh",
     "/usr/bin/qubes-restore-manager",
     "/usr/bin/qubes-restore-svc",
+    "/usr/bin/qubes-restore-watch",
     "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
 }
 
@@ -85,7 +94,7 @@ def code(*folders: str) -> set[str]:
 #: ... and the code.
 MODULES = {
     "common": code("", "client", "wire") | {"py.typed"},
-    "tools": code("cli"),
+    "tools": code("cli", "watch"),
     "manager": code("manager"),
     "dom0": code("broker", "qubes", "dom0_service"),
     "vm": code("archive", "kdf", "worker"),

@@ -1,0 +1,1 @@
+"""`qubes-restore-watch`: verify the newest backup in a place, and say of all machines which backup is bad."""

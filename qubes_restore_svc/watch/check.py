@@ -1,0 +1,183 @@
+"""The check of one place: its newest backup is verified, and what came of it becomes a document.
+
+Strategy: the command of this machine verifies, with its own options, in this process: in dom0 and for a
+backup in another qube `qvm-backup-restore --mgmt-vm`, otherwise `qubes-restore-svc`. Its report says what
+came of it. The state and the exit status are computed from that alone.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from qubes_restore_svc.cli.process import Interruption
+from qubes_restore_svc.cli.qvm_arguments import QUBESD_SOCKET, way_to_dom0
+from qubes_restore_svc.cli.qvm_restore import Way
+from qubes_restore_svc.cli.qvm_restore import run as run_on_qubes
+from qubes_restore_svc.errors import (
+    ERROR_KINDS,
+    EmptyInput,
+    ExitStatus,
+    RestoreError,
+    UsageError,
+    how_ended,
+)
+from qubes_restore_svc.report_file import KeptReport
+from qubes_restore_svc.watch.documents import State, WatchReport
+from qubes_restore_svc.watch.newest import Found, NoBackup, newest_backup
+from qubes_restore_svc.watch.places import Place
+from qubes_restore_svc.wire.models import ErrorInfo
+from qubes_restore_svc.wire.names import MAX_TEXT, shortened
+from qubes_restore_svc.wire.report import Report
+
+#: What the backup cannot be blamed for, beside what a worker does not get to say.
+_NOT_THE_BACKUP = (
+    "budget-too-small", "faulty-machine", "resources-exhausted", "source-stalled", "wrong-passphrase",
+    "no-space", "skipped", "error",
+)  # fmt: skip
+
+_CLOCKS_DIFFER = timedelta(days=1)
+
+#: Carries out a command in this process: its words, and the exit status.
+Run = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """The command that verifies, and the words before its own."""
+
+    words: tuple[str, ...]
+    run: Run
+
+
+def verifier(place: Place, interruption: Interruption, way: Way = way_to_dom0) -> Verifier:
+    """The command of this machine that can verify a backup in this place."""
+    if place.qube is None and not QUBESD_SOCKET.exists():
+        try:
+            from qubes_restore_svc.local.command import run as run_here
+        except ModuleNotFoundError as error:
+            if error.name != "qubes_restore_svc.local":  # which a Qubes system does not have
+                raise
+        else:
+            return Verifier(("verify",), lambda words: run_here(words, interruption))
+    there = () if place.qube is None else ("-d", place.qube)
+    return Verifier(
+        ("--mgmt-vm", "--verify-only", *there), lambda words: run_on_qubes(words, interruption, way)
+    )
+
+
+def check(name: str, place: Place, state: Path, verify: Verifier) -> WatchReport:
+    """Verify the newest backup in a place. `state` is a directory for the time being."""
+    started = datetime.now(UTC)
+    found: Found | None = None
+    report: KeptReport | None = None
+    judged: tuple[State, str]
+    try:
+        with newest_backup(place) as found:
+            words = [*verify.words, "-p", _passphrase_file(place, state), *place.options, found.location]
+            report = _verified(words, state / f".{name}-{os.getpid()}.json", verify.run)
+        judged = _judged(report, place, found)
+    except NoBackup as none:
+        judged = "no backup", str(none)
+    except RestoreError as error:
+        judged = "not verified", str(error)
+    made = None if found is None else _time_of(report, found)
+    if judged[0] == "good" and (why := too_old(made, place.max_age_days, started)):
+        judged = "too old", why
+    return WatchReport(
+        place=name,
+        state=judged[0],
+        reason=shortened(judged[1], MAX_TEXT),
+        backup=None if found is None else shortened(found.shown, MAX_TEXT),
+        backup_id=None if report is None else report.backup_id,
+        backup_time=made,
+        max_age_days=place.max_age_days,
+        started=started,
+        finished=datetime.now(UTC),
+        verification=report,
+    )
+
+
+def too_old(made: datetime | None, max_age_days: int, now: datetime) -> str:
+    """Why a backup that was made then is too old, a clause; empty if it is not."""
+    if made is None:
+        return "it is not known when it was made"
+    if made > now + _CLOCKS_DIFFER:
+        return "it was made in the future, by its own date"
+    age = now - made
+    if age > timedelta(days=max_age_days):
+        return f"it is {age.days} days old, and {max_age_days} are allowed"
+    return ""
+
+
+def _passphrase_file(place: Place, state: Path) -> str:
+    """Raises UsageError."""
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    if place.passphrase_file is not None:
+        return str(Path(place.passphrase_file).expanduser())
+    if credentials is not None and (path := Path(credentials, "passphrase")).exists():
+        return str(path)
+    raise UsageError(
+        "there is no passphrase",
+        advice="Name a file in the settings (passphrase_file), or give the service a credential.",
+    )
+
+
+def _verified(words: Sequence[str], path: Path, run: Run) -> KeptReport:
+    """The report of the command. Raises RestoreError."""
+    try:
+        try:
+            status = run([*words[:-1], "--report", str(path), "--", words[-1]])
+        except RestoreError:
+            if not path.exists():
+                raise
+        except SystemExit as end:  # argparse: an option of the settings is none
+            raise UsageError("the options in the settings are refused", advice="") from end
+        else:
+            if not path.exists():
+                raise RestoreError(f"there is no report of the verification, which {how_ended(status)}")
+        return KeptReport.model_validate_json(path.read_bytes())
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _judged(report: Report, place: Place, found: Found) -> tuple[State, str]:
+    """State and reason, whatever the age."""
+    wanted = [qube for qube in report.qubes if qube.outcome != "left out"]
+    if report.status == ExitStatus.COMPLETE:
+        return "good", f"{len(wanted)} of {len(wanted)} qubes verified"
+    if found.ended > 0:
+        return "not verified", f"the command that brings the backup {how_ended(found.ended)}"
+    failed = [(f"{qube.name}: ", qube.error) for qube in wanted if qube.error is not None]
+    errors = [*failed, *([("", report.error)] if report.error is not None else [])]
+    if not errors:
+        return "not verified", "the report does not say why"
+    if errors[0][1].kind == EmptyInput.kind and place.file is None and place.directory is None:
+        return "no backup", errors[0][1].reason
+    errors.sort(key=lambda error: not _is_damage(error[1]))
+    where, first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return "bad" if _is_damage(first) else "not verified", f"{where}{first.reason}{more}"
+
+
+def _is_damage(error: ErrorInfo) -> bool:
+    """Is it the backup's own fault? What is not known here is taken for that."""
+    kind = ERROR_KINDS.get(error.kind)
+    return error.kind not in _NOT_THE_BACKUP and (kind is None or kind.for_a_worker_to_say)
+
+
+def _time_of(report: Report | None, found: Found) -> datetime | None:
+    """When the backup was made: its id begins with that, by the clock and the zone of its machine.
+
+    The ids of old backups do not. Then it is when the file was written.
+    """
+    made = None
+    with contextlib.suppress(ValueError):
+        if report is not None and report.backup_id is not None:
+            made = datetime.strptime(report.backup_id[:15], "%Y%m%dT%H%M%S").astimezone(UTC)
+    if made is None and found.modified is not None:
+        made = datetime.fromtimestamp(found.modified, UTC)
+    return made
