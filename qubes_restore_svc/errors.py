@@ -46,7 +46,7 @@ EXIT_MEANINGS = {
 
 
 def how_ended(status: int) -> str:
-    """What is to be said of a program that ended with `status`, which is negative for a signal.
+    """A text that says how a program ended. `status` is negative for a signal.
 
     Shells, qrexec and bubblewrap make 128 + n of signal n.
     """

@@ -3,7 +3,7 @@
 Strategy: three kinds of bytes are wanted in turn: a header block, the body of a pax header, the padding
 behind a content. A header block is either zero (the filling between two archives, without meaning), a
 pax header (`x`) for the file that must follow at once, or a regular file. Everything else that a tar
-archive may hold (links, devices, directories, GNU's extensions) is refused: a Qubes backup has none of it.
+archive may hold (links, devices, directories, GNU's extensions) is refused: a Qubes backup has none.
 
 A fault before the first member means that the file is no backup. A fault before the first chunk means that it
 is a bad one. A fault behind the first chunk is damage, and only what it hit is lost: the reader goes on block

@@ -73,7 +73,7 @@ class QfileReader:
         return member
 
     def take_damage(self) -> Damage | None:
-        return None  # every byte counts for the checksum: there is no going on after damage
+        return None  # every byte counts for the checksum, so nothing can be read after damage
 
     def content(self, data: Buffer) -> None:
         if len(data) > self._content_left:

@@ -6,7 +6,7 @@ on both sides costs nothing. A volume that ends counts as zeros from there on, a
 itself. So a volume that was only made larger differs in its size, and in no block.
 
 A fault of the volume here never stops the worker, because the other volumes of the qube are compared all the
-same. It is kept, and is what was found.
+same. The comparison keeps it as its result.
 """
 
 import errno

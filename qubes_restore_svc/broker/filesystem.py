@@ -172,7 +172,7 @@ def rename_new(old: str, new: str, *, dir_fd: int) -> None:
 
 
 def _set_mode(handle: int, target: int | str, mode: int) -> None:
-    """chmod `target`, which is what `handle` has open, unless its mode is right or cannot be changed."""
+    """chmod `target`, unless its mode is right or cannot be changed. `handle` has the same file open."""
     if stat.S_IMODE(os.fstat(handle).st_mode) & 0o777 == mode:
         return
     try:

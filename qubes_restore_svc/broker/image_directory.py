@@ -100,7 +100,7 @@ class ImageFile:
                     f"a size of {size} bytes, where {self._end} to {self._image_size} are possible"
                 )
             os.ftruncate(self._file, size)
-            # Through the descriptor that wrote: another one might not be told of a write that failed.
+            # Through the descriptor that wrote: the kernel may not report a failed write through another one.
             os.fsync(self._file)
             actual = os.fstat(self._file).st_size
             if actual != size:

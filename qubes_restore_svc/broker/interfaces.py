@@ -249,4 +249,4 @@ class Link(Protocol):
         """
 
     async def wait_gone(self) -> str:
-        """Return when the worker has ended, with what is known of why (printable, one line)."""
+        """Wait until the worker has ended. Returns the reason as far as it is known (printable, one line)."""

@@ -150,7 +150,7 @@ class QubeRuns:
         return [qube for qube in self if qube.template_key == template.key and not qube.finished]
 
     def next_ready(self) -> QubeRun | None:
-        """A settled qube of which all that it needs is finished."""
+        """A settled qube; every qube that it needs is finished."""
         return next((qube for qube in self if self.is_ready(qube)), None)
 
     def is_ready(self, qube: QubeRun) -> bool:

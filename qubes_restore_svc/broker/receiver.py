@@ -126,7 +126,7 @@ class VolumeCopy:
 def receive_volume(connection: socket.socket, writer: Writer, image_size: int) -> int:
     """Copy one volume of `image_size` bytes from `connection` to `writer`; blocks.
 
-    Returns the number of data bytes once the stream has said that it is complete, and has ended. Raises
+    Returns the number of data bytes after the end record and the end of the stream. Raises
     ProtocolViolation for a stream that is malformed, of another size, or goes on after its end, WorkerLost if
     it ends early, and what `writer` raises.
     """

@@ -145,10 +145,10 @@ def set_up(
     in_backup: Collection[str],
     restored_tag: str,
 ) -> dict[str, SetUp | Missing]:
-    """What becomes of each candidate (none of them dom0), by its key.
+    """How each candidate is set up, or why it cannot be, by its key. dom0 is no candidate.
 
-    `in_backup`: all names in the backup; `restored_tag`: what its qubes are tagged with once they are
-    restored. From qube to qube, keys of templates and netvms never lead back.
+    `in_backup`: all names in the backup; `restored_tag`: the tag of its qubes after they are
+    restored. The keys of templates and netvms make no circle.
     """
     search = _Search(candidates, system, substitutes, in_backup, restored_tag)
     search.strike_out()

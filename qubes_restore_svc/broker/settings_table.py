@@ -107,7 +107,7 @@ _RESTORED, _LISTED, _NAMED, _NEVER = Standing.RESTORED, Standing.LISTED, Standin
 _TEMPLATE = frozenset({"TemplateVM"})
 
 #: For what the tables do not know.
-UNKNOWN = Rule("*", _LISTED, "nothing is known of it here")
+UNKNOWN = Rule("*", _LISTED, "this program does not know it")
 
 
 def _host_decides(why: str, *names: str) -> tuple[Rule, ...]:

@@ -44,23 +44,24 @@ _DOM0_NOTE = (
 )
 
 
-#: What is said of qubes that do not fit, by what is wrong with them.
+#: The sentence about qubes that do not fit, for each problem.
 _MISFITS: dict[Problem, str] = {
     "already-exists": "There are qubes of the same names here: {names}",
     "missing-template": "There is no matching template for: {names}",
     "missing-netvm": "There is no matching netvm for: {names}",
     "username-mismatch": "The user name in the backup is not the one here! This can break some settings.",
 }
-#: What is said of those that are left out.
+#: The sentence about qubes that are left out.
 _LEFT_OUT: dict[Problem, str] = {
     "already-exists": "Those in the backup will not be restored. Those here stay as they are."
 }
 
 
 class PlanReview:
-    """Shows the plan and asks; to be awaited with it. `seen`: there is a plan; `accepted`: it may be done.
+    """Shows the plan and asks the person; await it with the plan. `seen`: there is a plan; `accepted`: it may
+    be carried out.
 
-    `choice` is what the plan was made from.
+    The plan was made from `choice`.
     """
 
     def __init__(
@@ -229,7 +230,7 @@ async def settled(choice: Choice, qubes: Sequence[PlanQube], offers: Offers) -> 
         if (choice.conflicts == "rename" and "number" in ways) or (
             choice.missing == "default" and "default" in ways
         ):
-            continue  # that was said of another one, and is for all
+            continue  # the person has chosen that for another qube, and for all
         changed = None
         while changed is None:
             _say_what_can_be_chosen(those, offers)

@@ -244,7 +244,7 @@ def _is_same(one: ErrorInfo, other: ErrorInfo | None) -> bool:
 _PLAN_HEADINGS = ("name", "type", "template", "netvm", "label")
 _PLAN_TITLE = "The following qubes are in the backup:"
 
-#: What is said of qubes that are left out.
+#: The remark on a qube that is left out, for each reason.
 _LEFT_OUT: dict[Problem, str] = {
     "excluded": "excluded",
     "home-not-asked-for": "only with --dom0-home",

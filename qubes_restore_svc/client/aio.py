@@ -30,7 +30,7 @@ _WHERE_TO_LOOK = "What came of it stands in dom0, in the newest report below /va
 
 
 async def list_backup(transport: Transport, request: c.OpenBackup) -> c.Plan:
-    """What is in the backup: a plan, of which nothing is done. Raises RestoreError."""
+    """What is in the backup, as a plan that is not carried out. Raises RestoreError."""
     async with RestoreCall(transport, request.model_copy(update={"mode": "list"})) as call:
         return call.plan
 

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def list_backup_blocking(transport: Transport, request: c.OpenBackup) -> c.Plan:
-    """What is in the backup: a plan, of which nothing is done. Raises RestoreError."""
+    """What is in the backup, as a plan that is not carried out. Raises RestoreError."""
     with BlockingRestoreCall(transport, request.model_copy(update={"mode": "list"})) as call:
         return call.plan
 

@@ -326,7 +326,8 @@ class ProgramStreams:
 async def _give_passphrase(
     ask: Callable[[], str], wanted: asyncio.StreamReader, answer: asyncio.StreamWriter
 ) -> None:
-    """A line each time that it is wanted; the end if there is none. `ask` raises RestoreError then."""
+    """Answer each request with one line, or end the answers if there is no passphrase. `ask` then raises
+    RestoreError."""
     try:
         with contextlib.suppress(OSError, RestoreError):  # whoever asks knows why there is none
             while await wanted.read(1):

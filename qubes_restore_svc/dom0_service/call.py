@@ -214,7 +214,7 @@ class Call:
 
 
 async def _passphrase_from(fd: int) -> str:
-    """Say that it is wanted, and wait for it, a line. Raises Cancelled if there is none."""
+    """Ask for the passphrase, and wait for the line with it. Raises Cancelled if none comes."""
     loop = asyncio.get_running_loop()
     untrusted_secret = b""
     with socket.socket(fileno=os.dup(fd)) as connection, contextlib.suppress(OSError):

@@ -185,9 +185,9 @@ def _what_next(report: Report, target: Path) -> Iterator[str]:
             yield from (f"  {strip_control(command.format(image))}" for command in commands)
 
 
-#: What is said of the images of a volume, and then the commands. `noload`: an image of a qube that ran is not
-#: repaired by looking into it, and could not be, read-only. `nosuid,nodev`: what lies in it gives nobody
-#: rights.
+#: For each volume: a sentence about its images, and the commands that mount them. `noload`: if the qube ran
+#: during the backup, mounting would try to repair the image, and cannot, because it is read-only.
+#: `nosuid,nodev`: files in the image give nobody rights.
 _LOOK_INTO = {
     "private": (
         "To see the files of a qube, in /mnt/home:",

@@ -103,7 +103,7 @@ class ComparedDirectory:
 
 
 class ComparedQube:
-    """A `QubeTransaction` of which nothing comes but what was found."""
+    """A `QubeTransaction` that writes nothing and gives only the results of its comparison."""
 
     def __init__(self, directory: int, qube: NewQube) -> None:
         """`directory` is that of the qube, open; it is closed when this has ended."""
@@ -123,7 +123,7 @@ class ComparedQube:
         """A directory has no templates."""
 
     def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
-        """Let the qube go. Brings remarks on what cannot be said of a volume alone."""
+        """End with this qube. Returns remarks that belong to no single volume."""
         remarks = [
             f"{file} is here, and not in the backup"
             for volume, file in VOLUME_FILES.items()

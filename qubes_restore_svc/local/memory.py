@@ -92,7 +92,7 @@ def granted_to_workers() -> int:
                 granted = int(words[words.index(b"--memory-limit") + 1])
                 resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
                 total += max(0, granted - resident)
-        except (OSError, ValueError, IndexError):  # it has ended, or is none of ours
+        except (OSError, ValueError, IndexError):  # the process has ended, or is not ours
             continue
     return total
 

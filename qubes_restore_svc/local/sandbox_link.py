@@ -3,8 +3,8 @@
 Strategy: the worker inherits one end of a socket pair. A call makes another pair and sends one half of it
 along. So there is no name and no file under which another process could reach the worker, not even an
 accomplice of a worker that was taken over. The same pair tells the worker when the broker is gone: it reads
-the end then. The worker's first message says that it is ready, before it has touched the archive; a sandbox
-that cannot be had is known by then.
+the end then. The worker's first message says that it is ready, before it has touched the archive. So a
+sandbox that cannot start is noticed before that.
 """
 
 import os
@@ -114,7 +114,7 @@ class LocalLink:
         """The same."""
 
     async def wait_gone(self) -> str:
-        """Return when the worker has ended, with what is known of why (printable, one line)."""
+        """Wait until the worker has ended. Returns the reason as far as it is known (printable, one line)."""
         return await self._running().wait_gone()
 
     async def _start(self, bubblewrap: str | None, *, disable_userns: bool) -> WorkerProcess:

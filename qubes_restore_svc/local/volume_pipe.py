@@ -67,7 +67,7 @@ class VolumePipe:
 
 
 class PipedQube:
-    """A `QubeTransaction` of which one volume is kept. What has been passed on cannot be rolled back."""
+    """A `QubeTransaction` that keeps one volume. It cannot roll back what it has passed on."""
 
     def __init__(self, volume: VolumeName, output: int) -> None:
         self._volume = volume

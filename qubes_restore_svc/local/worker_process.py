@@ -41,7 +41,7 @@ _LAST_LINE_LENGTH = 300
 
 
 class SandboxFailed(Exception):
-    """bubblewrap ended without having started the command; `words` is what it wrote to standard error."""
+    """bubblewrap ended and did not start the command. It wrote `words` to standard error."""
 
     def __init__(self, words: str) -> None:
         super().__init__(words)
@@ -103,7 +103,7 @@ class WorkerProcess:
         return ours
 
     async def wait_gone(self) -> str:
-        """Return when the process has ended, with what is known of why (printable, one line)."""
+        """Wait until the process has ended. Returns the reason, as far as known (printable, one line)."""
         if self._process is None:
             return "the worker was not started"
         status = await self._process.wait()
@@ -341,7 +341,7 @@ async def _at_most(timeout_s: float) -> AsyncIterator[None]:
 
 
 def _describe_end(status: int, last_words: str, *, through_bubblewrap: bool) -> str:
-    """What is to be said of a process that ended by itself. bubblewrap passes a signal on as 128 + n."""
+    """A text that says how a process ended by itself. bubblewrap passes a signal on as 128 + n."""
     number = -status if status < 0 else status - 128 if through_bubblewrap else 0
     if number > 0:
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

@@ -127,7 +127,7 @@ def update_entries(info: Mapping[str, VMToRestore], plan: c.Plan) -> None:
 
 
 def differences(info: Mapping[str, VMToRestore], plan: c.Plan) -> list[str]:
-    """The qubes of `info` that are to be restored, of which `plan` says another thing than was shown."""
+    """The selected qubes of `info` for which `plan` differs from what the person saw."""
     planned = {qube.name: qube for qube in plan.qubes}
     _check_known(info, planned)
     return [

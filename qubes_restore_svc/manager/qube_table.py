@@ -140,7 +140,7 @@ class QubeTable(TextTable):
         self._set(row, outcome.name, f"{mark} {outcome.word}", outcome.explanation, tone)
 
     def set_rest(self, word: str, explanation: str, *, failed: bool = True) -> None:
-        """The same for all of which nothing is known; not `failed`: nothing is wrong with them."""
+        """The same for all qubes without a result. Not `failed`: nothing is wrong with them."""
         mark, tone = ("✗", _Tone.BAD) if failed else ("–", _Tone.QUIET)
         for row in range(self.rowCount()):
             if row not in self._settled:

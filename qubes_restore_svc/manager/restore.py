@@ -8,8 +8,8 @@
     >>> backup.restore_do(info)
 
 Strategy: a thin shell around one call to dom0's broker, which `get_restore_info` opens and `restore_do` ends.
-Which qubes are wanted is read from the keys of the restore info; all else in it is what the broker has said,
-and what was said last is what is done. Every error of ours becomes one of `qubesadmin.exc`, with its reason
+The keys of the restore info say which qubes are wanted. Everything else in it is the broker's last plan, and
+that plan is carried out. Every error of ours becomes one of `qubesadmin.exc`, with its reason
 and what to do. Differences to the original: the constructor does not read the backup yet; `restore_do` raises
 if any qube was not restored; nothing is staged in `tmpdir`; dom0's home comes back as one unopened archive.
 """
@@ -57,7 +57,7 @@ class NamedQube(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HeaderData:
-    """What is known of the backup's header."""
+    """The facts from the backup's header."""
 
     backup_id: str
     version: Literal[4] = 4

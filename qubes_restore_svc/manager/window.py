@@ -266,7 +266,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
             self.done(0)
 
     def accept(self) -> None:
-        """Finish: whoever wants to unmount the disk has seen by now what came of the restore."""
+        """Finish. By now the person has seen how the restore ended, and may want to unmount the disk."""
         if self.showFileDialog.isChecked():
             try:
                 backup_utils.select_path_button_clicked(self, False, True)
@@ -274,7 +274,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
                 self._warn(translate("Restore", "The disk cannot be unmounted here"), _gone())
         super().accept()
 
-    # --- Why there is no going on ---
+    # --- Why the person cannot go on ---
 
     def has_selected_dir(self) -> bool:
         """Called by the stock dialog: can what is given be a backup?"""

@@ -48,7 +48,7 @@ _TagEntry = Annotated[str, AfterValidator(partial(check_entry, "tag"))]
 _Choosable = Annotated[str, AfterValidator(check_choosable)]
 _PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)]
 
-#: Whose rights are those of every caller that has none of its own.
+#: A caller without a section of its own has the rights of this one.
 ANY_CALLER = "default"
 _CALLER_EXPECTED = f"the name of a qube, or {ANY_CALLER}"
 
@@ -323,5 +323,5 @@ def load_config(path: Path = CONFIG_PATH) -> Config:
 
 
 def parse_config(text: str, path: Path = CONFIG_PATH) -> Config:
-    """The configuration in a text, of which errors say that it comes from `path`. Raises BadConfiguration."""
+    """The configuration in a text. Errors name `path` as its file. Raises BadConfiguration."""
     return parse(Config, text, path)

@@ -6,8 +6,8 @@ and aliases, tags, merged and repeated keys, numbers to the base of 60, several 
 model checks the values. Every mistake is one sentence with file, line, key and what is expected.
 
 A configuration is a model whose fields are sections, and a section a model whose fields are keys, or names
-with such a model each. More that people are told of a key, beside its description, stands in its
-`json_schema_extra`; `for_people` makes it.
+with such a model each. Beside its description, a key has a text for people in its `json_schema_extra`;
+`for_people` makes it.
 """
 
 import difflib
@@ -46,7 +46,7 @@ class _Mistake(Exception):
 
 
 def parse(model: type[_M], text: str, path: Path) -> _M:
-    """The configuration in a text, of which errors say that it comes from `path`. Raises BadConfiguration."""
+    """The configuration in a text. Errors name `path` as its file. Raises BadConfiguration."""
     lines: _Lines = {}
     try:
         try:
@@ -157,7 +157,7 @@ def for_people(expected: str, unit: str = "") -> JsonDict:
 
 
 def hints(field: FieldInfo) -> tuple[str, str]:
-    """What may stand there, and its unit; neither is known of a section."""
+    """The values that a key may have, and their unit; two empty texts for a section."""
     extra = field.json_schema_extra
     return (str(extra["expected"]), str(extra["unit"])) if isinstance(extra, dict) else ("", "")
 
@@ -234,7 +234,7 @@ def _unknown(model: type[BaseModel], section: type[BaseModel], key: str) -> str:
 
 
 def shown(value: object) -> str:
-    """What stands there, as people are told of it."""
+    """The value of a key, as messages show it."""
     if isinstance(value, str):
         return repr(_shortened(value))
     if isinstance(value, dict | tuple):

@@ -101,7 +101,7 @@ class Dom0Restore:
     async def listed(
         self, request: OpenBackup, observer: Observer, other_passphrase: OtherPassphrase | None = None
     ) -> Plan:
-        """What is in the backup, as a plan of which nothing is done. Raises RestoreError."""
+        """What is in the backup, as a plan that is not carried out. Raises RestoreError."""
         manifest = await read_manifest(
             self.link, self.session_options(request), observer, other_passphrase=other_passphrase
         )

@@ -38,7 +38,7 @@ from qubes_restore_svc.wire.restore_call import (
 
 DOM0 = "dom0"
 
-#: What each service does; the first is what it is for.
+#: What each service does; the first is its purpose.
 MODES: dict[str, tuple[Mode, ...]] = {
     START: ("restore", "verify", "list"),
     VERIFY: ("verify", "list"),

@@ -61,7 +61,7 @@ class GuardedLock:
     """The lock file at `path`, and its guard, which does `clear_up`. Use it with `with`.
 
     `clear_up` gets the names of the qubes that were being created; see `Guard`. `client` is the domain that
-    the lock is held for, and `activity` what it does: whoever comes meanwhile is told.
+    the lock is held for, and `activity` what it does: the next process that wants the lock is told both.
     """
 
     def __init__(

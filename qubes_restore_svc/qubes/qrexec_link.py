@@ -40,7 +40,7 @@ class QrexecLink:
 
     `location` is where the backup lies; `template` a disposable template, None for the system's own.
     `ready_timeout_s`: seconds that the worker may take to answer once its qube has started. `client` is the
-    domain that it is for, and `activity` what it is for: who wants a worker meanwhile is told.
+    domain that it is for, and `activity` what it is for: the next process that wants a worker is told both.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class QrexecLink:
         return self._source.gaps
 
     async def wait_gone(self) -> str:
-        """Return when the worker has ended, with what is known of why (printable, one line)."""
+        """Wait until the worker has ended. Returns the reason as far as it is known (printable, one line)."""
         if self._session is None:
             raise WorkerLost("the worker was not started")
         qube = self._qube

@@ -103,7 +103,7 @@ class QubesQube:
         return self._state is _State.GONE
 
     def create_volume(self, volume: VolumeName, image_size: int) -> VolumeImport:
-        """A sink for a volume; raises HostFailed if the qube keeps none of that name, or has this one."""
+        """A sink for a volume; raises HostFailed if the qube has no such volume, or has this one already."""
         with self._mutex:
             self._check_open()
             if volume in self._sinks:

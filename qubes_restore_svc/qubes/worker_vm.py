@@ -53,13 +53,13 @@ MOST_VCPUS = 8
 
 
 def automatic_vcpus(most: int | None = None) -> int:
-    """As many as dom0 has: Xen gives it one for each core of the computer, unless it is told otherwise."""
+    """As many as dom0 has: Xen gives dom0 one for each core of the computer, unless dom0_max_vcpus is set."""
     return min(len(os.sched_getaffinity(0)), MOST_VCPUS, most or MOST_VCPUS)
 
 
 def automatic_sizes(vcpus: int, total: int | None, most: int | None = None) -> list[int]:
-    """MiB to be tried, from what is of use down to the least. `total` is what the computer has; half of it is
-    for others."""
+    """MiB to try, from the most that is of use down to the least. `total` is the computer's memory; half of
+    it is for others."""
     size = MIB_A_PROCESSOR * vcpus + _MIB_BESIDE
     size = min(size, size if total is None else total // 2, most or size)
     sizes = []

@@ -190,7 +190,8 @@ class Confirm(Message):
     plan: Count
 
 
-#: What is said of a field that no message can hold; of those after it, also which part and why.
+#: The sentence about a field whose value no message can hold. For the fields of the next table, the sentence
+#: also says which part, and why.
 _UNFIT = {
     "names": "a list of qubes that holds something else than names",
     "exclude": "a list of qubes that holds something else than names",
@@ -269,7 +270,7 @@ class PlanQube(ListedQube):
         return cls.model_validate(fields | {"decision": "take", "new_name": listed.name})
 
     def report(self) -> QubeReport:
-        """What is to be said of it if nothing more comes of it."""
+        """The qube's report, if nothing more happens to it."""
         is_taken = self.decision == "take"
         is_missing = self.problem == "not-here"
         return QubeReport(
@@ -331,9 +332,9 @@ class Plan(Message):
         return tuple(qube for qube in self.qubes if qube.decision == "take")
 
     def reports(self, why: RestoreError | None = None) -> tuple[QubeReport, ...]:
-        """What is to be said of each qube if nothing more comes of it, in the order of the plan.
+        """A report of each qube, if nothing more happens to it, in the order of the plan.
 
-        `why` is what kept the plan from being carried out: nothing is wrong with the qubes that it takes.
+        `why` is the reason if the plan was not carried out: nothing is wrong with the qubes that it takes.
         """
         unlisted = (
             QubeReport(name=one.name, klass="?", outcome="refused", error=one.error.without_place())

@@ -3,13 +3,13 @@
 Strategy: a chunk carries all that its user needs. `open` checks its MAC and decrypts it, and is the
 only way to its content; `release` gives its memory back. What proves that it is authentic is in `proofs.py`.
 
-Where the archive can seek, a chunk stays in it until it is opened, so that the memory is left to the
-derivations. Elsewhere it is held while it comes in. What it takes is counted by the budget in either case.
+If the archive can seek, a chunk stays in it until it is opened, so the derivations can use the memory.
+Otherwise the store holds the chunk while it comes in. The budget counts its memory in both cases.
 
 Threads of the store open chunks ahead of their turn, in archive order: those whose keys are there and fit, as
-far as the budget has room for them beside the derivations. All that is difficult (a key that is late or does
-not fit, no room) is left to whoever asks for the chunk. So nobody waits for a thread that has not begun, and
-what goes wrong is found in the same place and order with these threads and without.
+far as the budget has room for them beside the derivations. In difficult cases (a key that is late or does
+not fit, no room) they leave the chunk to its user. So nobody waits for a thread that has not begun. A fault
+is found in the same place and order, with or without these threads.
 """
 
 import threading
@@ -45,10 +45,10 @@ class Chunk:
     def open(self, remark: Remark) -> memoryview:
         """Wait for the key, check the MAC and decrypt; once. The content is valid until `release`.
 
-        A key that does not fit is derived once more, which `remark` is told of if it was the fault of this
-        computer. Raises AuthenticationFailed, BadContainer, ArchiveUnreadable,
-        FaultyMachine, SkippedOnRequest if it is not wanted any more, ExcessiveCost if its key would cost too
-        much by now, and what engines raise.
+        A key that does not fit is derived once more. If that shows a fault of this computer, `remark` gets a
+        text about it. Raises AuthenticationFailed, BadContainer, ArchiveUnreadable, FaultyMachine,
+        SkippedOnRequest if the chunk is not wanted any more, ExcessiveCost if its key would cost too much by
+        now, and what engines raise.
         """
         try:
             if self._store.begin(self):

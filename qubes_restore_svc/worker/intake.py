@@ -41,16 +41,16 @@ from qubes_restore_svc.worker.proofs import Proofs
 from qubes_restore_svc.worker.selection import Wanted
 from qubes_restore_svc.worker.threads import as_restore_error
 
-#: Most members between the chunks of one file that are told of.
+#: The intake reports at most so many members that stand between the chunks of one file.
 _MAX_PASSED_BY = 100
 
-#: Seconds after which it is looked whether an intake that is waited for has ended.
+#: Seconds between two looks at an intake that should end.
 _PATIENCE_S = 0.1
 
 
 class Intake:
-    """What is left of the members of `store`, as `events` about files of which some are `wanted`. It asks for
-    every chunk: the rest of a file that no longer is wanted, is skipped."""
+    """Reads the members of `store` that have not been read, and makes `events` about files. It asks for every
+    chunk whether `wanted` has its file; it skips the rest of a file that is no longer wanted."""
 
     def __init__(self, store: ChunkStore, scheduler: KeyScheduler, wanted: Wanted) -> None:
         self.events: EventQueue = event_queue()

@@ -102,7 +102,7 @@ class Budget:
         of its derivation, None if there is none.
 
         `buffered`: it is held in memory from now on; otherwise it is fetched when its turn comes. Ends with
-        `release`. `before_waiting` is called if there is no room at once: whoever holds a chunk himself must
+        `release`. `before_waiting` is called if there is no room at once: a caller that holds a chunk must
         give it back there, or would wait for himself. Raises BudgetTooSmall if it can never be, Cancelled
         after `stop`.
         """

@@ -188,7 +188,7 @@ class VolumeOffers:
     def offer(self, key: str, volume: str) -> "Future[socket.socket]":
         """Put a volume on offer, in place of the one before.
 
-        The future brings the connection of the call that takes it. Whoever cancels it withdraws the offer.
+        The future brings the connection of the call that takes it. To cancel it withdraws the offer.
         """
         offer: Future[socket.socket] = Future()
         self._argument, self._offer = qrexec_call.volume_argument(key, volume), offer

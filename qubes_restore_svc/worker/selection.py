@@ -159,7 +159,7 @@ class SelectedQube:
                 self.error = self.error or error
 
     def settings(self) -> m.QubeSettings:
-        """Its settings as a message; none of them if something is wrong with the qube."""
+        """Its settings as a message; without any setting if something is wrong with the qube."""
         if self.error is not None:
             return m.QubeSettings(key=self.info.key, error=m.ErrorInfo.of(self.error))
         return m.QubeSettings(
@@ -205,7 +205,7 @@ class Selection:
         return iter(self._qubes.values())
 
     def place(self, file: str) -> WantedFile | None:
-        """The place of a file, or None if it is none of a selected qube's volumes and settings."""
+        """The place of a file, or None if the file is not a volume or a settings file of a selected qube."""
         home = self._by_path.get(file)  # dom0's home is a file of its own, not a directory
         if home is not None:
             return WantedFile(home, "home", "home") if home.info.klass == "AdminVM" else None
@@ -237,9 +237,9 @@ class Selection:
         return place.qube.error is None and not place.qube.incomplete and place.qube.misses(place.name)
 
     def see(self, file: str, *, foreign: bool = False) -> None:
-        """The archive holds this file, wanted or not. What no qube can claim is kept, to be named.
+        """The archive holds this file, wanted or not. A file that no qube can own is kept, to be named later.
 
-        `foreign`: it is none of a backup's, whatever its name."""
+        `foreign`: a backup has no such file, whatever its name."""
         if not foreign and (claimant := self._claimant(file)):
             self._seen.add(claimant)
             if not self._is_foreign(file, claimant):
@@ -260,7 +260,7 @@ class Selection:
         return m.Log(level="warning", text=text[:1000])
 
     def unseen(self) -> list[str]:
-        """Names of the listed qubes, selected or not, of which the archive holds no file at all."""
+        """Names of the listed qubes, selected or not, that have no file at all in the archive."""
         return [name for path, name in self._names.items() if path not in self._seen]
 
     def doubt(self, damage: Damage, after: str) -> None:

@@ -2,11 +2,11 @@
 
 Strategy: a list of what an honest worker makes, checked by number, and by argument where a call can do more;
 everything else fails. The worker forbids itself the rest when all its modules are loaded and before it says
-that it is ready, so before it has seen a byte from outside. It then starts no program, makes no socket but
-a pair, opens nothing for writing, and takes no memory that is executable or shared (no limit of the process
-counts shared memory). The filter also closes what the namespaces leave open: through a descriptor that was
-passed in, a process of the same user could change the mode and the times of the backup, or ask a socket of
-the outer network for the machine's addresses.
+that it is ready, so before it has seen a byte from outside. After that it starts no program, makes no socket
+but a pair, opens nothing for writing, and takes no memory that is executable or shared (no limit of the
+process counts shared memory). The filter also closes what the namespaces leave open: through a descriptor
+that was passed in, a process of the same user could change the mode and the times of the backup, or ask a
+socket of the outer network for the machine's addresses.
 
 A call that is not on the list fails as on a kernel that does not have it (ENOSYS), and kills nobody: another
 version of the C library or of Python may try one that is newer than this list, and goes another way then.
