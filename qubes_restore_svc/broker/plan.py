@@ -59,6 +59,7 @@ _REMARKS: dict[Problem, str] = {
     "missing-netvm": "no netvm",
     "username-mismatch": "another user's home",
     "home-not-asked-for": "its home comes only if you name it",
+    "home-not-compared": "its home cannot be compared here",
     "not-here": "missing here",
 }
 
@@ -103,8 +104,9 @@ def make_plan(
     _check_choices(manifest, chosen)
     if allow is not None:
         allow.check(choice.allow)
-    # Where a home is and can be compared, it need not be asked for.
-    spares_home = view is not None and not (compare and "dom0" in view.names)
+    # Where a home is and can be compared, it need not be asked for. On a system it cannot: see `_found`.
+    is_system = view is not None and view.qubes_system is not None
+    spares_home = view is not None and not (compare and (is_system or "dom0" in view.names))
     qubes = [
         _selected(PlanQube.taken(qube), names, exclude, choice, spares_home=spares_home)
         for qube in manifest.qubes
@@ -223,6 +225,8 @@ def _found(qube: PlanQube, chosen: QubeChoice | None, view: HostView) -> PlanQub
     name = qube.new_name if chosen is None or chosen.new_name is None else chosen.new_name
     if qube.decision != "take":
         return qube
+    if qube.klass == "AdminVM" and view.qubes_system is not None:
+        return _left_out(qube, "home-not-compared")
     if name not in view.names:
         return _left_out(qube, "not-here").model_copy(update={"new_name": name})
     return qube.model_copy(update={"new_name": name})

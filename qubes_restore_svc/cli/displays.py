@@ -30,12 +30,16 @@ A_MOMENT_S = 10
 _TICK_S = 0.5
 _LEAST_BAR = 8  #: columns
 _WITH_BAR = "{percentage:3.0f}% {bar} {desc}"
+#: Said when a cancel takes a while, of a run that creates qubes and of one that does not.
 _ENDING = "cancelling: what is unfinished is being removed, which takes a moment; finished qubes stay"
+_ENDING_UNCHANGED = "cancelling, which takes a moment; nothing here has been changed"
 _UNKNOWN_SIZE = "size not known in advance"
 
 
 class Display(Observer):
-    """An observer that owns a piece of the screen; this one owns none."""
+    """An observer that owns a piece of the screen; this one owns none. `creates`: the run creates qubes."""
+
+    creates = True
 
     def tick(self) -> None:
         """Time has passed, nothing else."""
@@ -52,13 +56,17 @@ class Display(Observer):
         """Leave the screen clean."""
 
 
-def make_display(*, verbose: bool, quiet: bool, total: int | None) -> Display:
+def make_display(*, verbose: bool, quiet: bool, total: int | None, creates: bool) -> Display:
     """The display for this process. `total` is the archive's size in bytes, if known and to be read."""
+    display: Display
     if quiet:
-        return QuietDisplay()
-    if can_redraw(sys.stderr):
-        return BarDisplay(total, verbose=verbose)
-    return LineDisplay(total, verbose=verbose)
+        display = QuietDisplay()
+    elif can_redraw(sys.stderr):
+        display = BarDisplay(total, verbose=verbose)
+    else:
+        display = LineDisplay(total, verbose=verbose)
+    display.creates = creates
+    return display
 
 
 async def with_clock(display: Display, work: Awaitable[_T]) -> _T:
@@ -87,7 +95,7 @@ class QuietDisplay(Display):
 
     def ending(self) -> None:
         """It is an answer to the person, and said even so."""
-        say(_ENDING)
+        say(_ENDING if self.creates else _ENDING_UNCHANGED)
 
 
 class LineDisplay(QuietDisplay):

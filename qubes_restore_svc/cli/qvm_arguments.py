@@ -34,10 +34,11 @@ from qubes_restore_svc.cli.inputs import (
 )
 from qubes_restore_svc.client import transports
 from qubes_restore_svc.client.transports import Handed, ProgramTransport, QrexecTransport, Transport
-from qubes_restore_svc.errors import HostFailed, UsageError
+from qubes_restore_svc.errors import HostFailed, NotGranted, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.names import DigestKind, is_qube_name, strip_control
 from qubes_restore_svc.wire.qrexec_call import HANDED_OVER
+from qubes_restore_svc.wire.report import RunMode
 from qubes_restore_svc.wire.restore_call import Auto, QubePath, QubeService
 
 _MAX_VCPUS = 1024
@@ -84,6 +85,7 @@ class RestoreArguments(argparse.Namespace):
     qubes: tuple[str, ...]
     exclude: tuple[str, ...]
     verify_only: bool
+    compare: bool
     skip_broken: bool
     ignore_missing: bool
     skip_conflicting: bool
@@ -125,7 +127,12 @@ class RestoreArguments(argparse.Namespace):
     @property
     def must_ask(self) -> bool:
         """Is somebody to be asked before qubes are created?"""
-        return not (self.verify_only or self.yes or self.passphrase_file is not None)
+        return not (self.mode != "restore" or self.yes or self.passphrase_file is not None)
+
+    @property
+    def mode(self) -> RunMode:
+        """What is done with the qubes of the backup."""
+        return "verify" if self.verify_only else "compare" if self.compare else "restore"
 
 
 def parse_restore_arguments(words: Sequence[str]) -> RestoreArguments:
@@ -155,6 +162,8 @@ def parse_restore_arguments(words: Sequence[str]) -> RestoreArguments:
 def _check(arguments: RestoreArguments) -> None:
     if arguments.location_is_service and arguments.storage_qube is None:
         raise UsageError("--location-is-service requires -d with another qube than dom0", advice="")
+    if arguments.compare and (arguments.dom0_home or "dom0" in arguments.qubes):
+        raise UsageError("dom0's home cannot be compared", advice="Leave it out, or verify it.")
     if arguments.dom0_home is False and "dom0" in arguments.qubes:
         raise UsageError("dom0 is named, and --skip-dom0-home leaves its home out", advice="")
     if arguments.storage_qube is None and (arguments.location, arguments.passphrase_file) == ("-", "-"):
@@ -192,7 +201,10 @@ def _named(group: "argparse._ArgumentGroup", name: str, text: str) -> None:
 
 def _add_what(group: "argparse._ArgumentGroup") -> None:
     text = "read the backup to its last byte and check it; nothing is created, and nobody is asked"
-    _flag(group, text, "--verify-only")
+    instead = group.add_mutually_exclusive_group()
+    _flag(instead, text, "--verify-only")
+    text = "compare the backup with the qubes that are here; none of them is changed. In dom0 only, as root"
+    _flag(instead, text, "--compare")
     add_exclude(group)
     home = group.add_mutually_exclusive_group()
     home.add_argument(
@@ -345,10 +357,15 @@ def check_way(way: Transport) -> None:
 
 
 def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Transport) -> c.OpenBackup:
-    """What is asked for, without the passphrase. Raises UsageError.
+    """What is asked for, without the passphrase. Raises UsageError, and NotGranted for what no qube may ask.
 
     `archive_fd`: the backup, open, if it is a file here.
     """
+    if arguments.compare and isinstance(way, QrexecTransport):
+        raise NotGranted(
+            "a backup is compared with the qubes of this system for dom0 alone",
+            advice="Run it in dom0, or verify the backup.",
+        )
     left_out = ("dom0",) if arguments.dom0_home is False else ()
     names, templates = dict(arguments.name), dict(arguments.template)
     netvms = {qube: "" if name == NONE else name for qube, name in arguments.netvm}
@@ -374,7 +391,7 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
     qube, text = _location(arguments, archive_fd, way)
     template, memory, vcpus = arguments.mgmt_template, arguments.memory, arguments.vcpus
     return c.OpenBackup.asked(
-        mode="verify" if arguments.verify_only else "restore",
+        mode=arguments.mode,
         location={"qube": qube, "text": text, "service": arguments.location_is_service},
         passphrase="",
         choice=choice,

@@ -68,7 +68,7 @@ def run(words: Sequence[str], interruption: Interruption, way: Way) -> int:
             report, review = _carried_out(arguments, transport, request, prompt, total, interruption)
         except RestoreError as error:
             interruption.hold()
-            report = Report.begun("verify" if arguments.verify_only else "restore", started)
+            report = Report.begun(arguments.mode, started)
             report.close(error)
             keep_report(PROGRAM, arguments.report, report)
             raise
@@ -138,7 +138,12 @@ def _carried_out(
     while True:
         if not is_asked_for:
             request = request.model_copy(update={"passphrase": SecretStr(prompt())})
-        display = make_display(verbose=arguments.loudness > 0, quiet=arguments.loudness < 0, total=total)
+        display = make_display(
+            verbose=arguments.loudness > 0,
+            quiet=arguments.loudness < 0,
+            total=total,
+            creates=arguments.mode == "restore",
+        )
         review = PlanReview(PROGRAM, arguments, display, request.choice)
         with closing(display), ExitStack() as before_the_passphrase:
             if is_asked_for:

@@ -51,6 +51,11 @@ _MISFITS: dict[Problem, str] = {
     "missing-netvm": "There is no matching netvm for: {names}",
     "username-mismatch": "The user name in the backup is not the one here! This can break some settings.",
 }
+_COMPARED = (
+    "These qubes will be compared with those here. Their volumes are cloned for that, one qube at a time, and"
+    " the clones are removed. No qube that is here is changed."
+)
+
 #: The sentence about qubes that are left out.
 _LEFT_OUT: dict[Problem, str] = {
     "already-exists": "Those in the backup will not be restored. Those here stay as they are."
@@ -92,7 +97,7 @@ class PlanReview:
                     raise _refusal(open_ones[0])
                 self._choice = choice
                 return choice
-            if plan.excess is not None and not self._arguments.verify_only:
+            if plan.excess is not None and self._arguments.mode == "restore":
                 raise plan.excess.to_error()
             if talks:
                 self._say_what_follows(plan)
@@ -141,6 +146,9 @@ class PlanReview:
             return
         if self._arguments.verify_only:
             say_wrapped("These qubes will be verified. Nothing is created or changed.")
+            return
+        if self._arguments.compare:
+            say_wrapped(_COMPARED)
             return
         for line in settings_left_behind(plan, everything=self._arguments.loudness > 0):
             say_wrapped(line)

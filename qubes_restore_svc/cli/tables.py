@@ -248,6 +248,8 @@ _PLAN_TITLE = "The following qubes are in the backup:"
 _LEFT_OUT: dict[Problem, str] = {
     "excluded": "excluded",
     "home-not-asked-for": "only with --dom0-home",
+    "home-not-compared": "that cannot be compared",
+    "not-here": "missing here",
     "already-exists": "there already",
     "missing-template": "without a template here",
     "missing-netvm": "without their netvm here",

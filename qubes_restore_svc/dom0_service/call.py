@@ -145,7 +145,7 @@ class Call:
     ) -> Final:
         async def confirm(plan: c.Plan) -> c.Choice | None:
             rights.check_plan(request.mode, plan)
-            excess = None if request.mode == "verify" else restore.excess(plan)
+            excess = restore.excess(plan) if request.mode == "restore" else None
             told = None if excess is None else ErrorInfo.of(excess)  # another choice may be within them
             shown = plan.model_copy(update={"archive_size": archive_size, "excess": told})
             answer = await conversation.ask(rights.narrowed(shown).fitting())

@@ -142,7 +142,12 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
         host = DirectoryHost(arguments.target)
     elif arguments.compared is not None:
         host = ComparedDirectory(arguments.compared)
-    display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=archive_size(archive_fd))
+    display = make_display(
+        verbose=arguments.verbose,
+        quiet=arguments.quiet,
+        total=archive_size(archive_fd),
+        creates=arguments.command == "extract",
+    )
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
         report = interruption.run(
@@ -216,7 +221,7 @@ def _check_standard_output() -> None:
 def _list(arguments: Arguments, archive_fd: int, interruption: Interruption) -> int:
     passphrases = _passphrases(arguments)
     options = _prepare(arguments, passphrases)
-    display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=None)
+    display = make_display(verbose=arguments.verbose, quiet=arguments.quiet, total=None, creates=False)
     link = LocalLink(archive_fd, sandbox=arguments.sandbox, memory_limit=arguments.memory, log=display.log)
     try:
         manifest = interruption.run(

@@ -25,6 +25,7 @@ from qubes_restore_svc.broker.job import OtherPassphrase as OtherPassphrase
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import RestoreError, UsageError
 from qubes_restore_svc.qubes.backup_source import Location
+from qubes_restore_svc.qubes.comparison import ComparedSystem
 from qubes_restore_svc.qubes.config import CONFIG_PATH, Config
 from qubes_restore_svc.qubes.dom0_home import dom0_home, dom0_user
 from qubes_restore_svc.qubes.grants import DOM0, check_limits, check_options, largest_worker
@@ -47,6 +48,7 @@ class Places:
     worker_lock: Path = WORKER_LOCK
     stock_lock: Path = STOCK_LOCK
     home: Path | None = None
+    volume_reader: int = 0  #: the user who can read the volumes of qubes
 
 
 #: Where it all is on a Qubes system.
@@ -58,6 +60,7 @@ ACTIVITIES: dict[Mode, Activity] = {
     "restore": "restoring",
     "verify": "verifying",
     "list": "listing a backup",
+    "compare": "comparing",
 }
 
 
@@ -141,6 +144,7 @@ class Dom0Restore:
             allow=self.config.restore.policy(),
             confirm=confirm,
             other_passphrase=other_passphrase,
+            compare=mode == "compare",
         )
         if self.config.report.directory is not None:
             asked_by = None if self.client == "dom0" else self.client
@@ -181,6 +185,10 @@ def dom0_restore(
 ) -> Dom0Restore:
     """What `client` requests, from `location`, on the system whose dom0 this is. Raises RestoreError."""
     check_options(config.limits, ignore_size_limit=request.ignore_size_limit)
+    if request.mode == "compare" and os.geteuid() != places.volume_reader:
+        raise UsageError(
+            "only root can read the volumes of qubes in dom0", advice="Run the command again, with sudo."
+        )
     system = QubesSystem.connect()
     link = QrexecLink(
         system,
@@ -194,19 +202,20 @@ def dom0_restore(
         client=client,
         activity=ACTIVITIES[request.mode],
     )
-    host = QubesHost(
+    host = (ComparedSystem if request.mode == "compare" else QubesHost)(
         system,
         pool=config.restore.pool,
         home=places.home or dom0_home(dom0_user()),
         lock_path=places.restore_lock,
         stock_lock_path=places.stock_lock,
         client=client,
+        activity=ACTIVITIES[request.mode],
     )
     return Dom0Restore(link, host, config, client, note)
 
 
 _MODE = 0o640
-_REPORT_NAME = re.compile(r"(?:restore|verify)-([0-9]{8}T[0-9]{6}Z-[0-9]+)\.json")
+_REPORT_NAME = re.compile(r"(?:restore|verify|compare)-([0-9]{8}T[0-9]{6}Z-[0-9]+)\.json")
 
 
 def file_report(

@@ -40,7 +40,7 @@ DOM0 = "dom0"
 
 #: What each service does; the first is its purpose.
 MODES: dict[str, tuple[Mode, ...]] = {
-    START: ("restore", "verify", "list"),
+    START: ("restore", "verify", "list", "compare"),
     VERIFY: ("verify", "list"),
     LIST: ("list",),
 }
@@ -85,6 +85,11 @@ class Rights:
             )
         if self.unlimited:
             return
+        if request.mode == "compare":
+            raise NotGranted(
+                f"backups are compared with the qubes that are here for dom0 alone, not for {self.caller}",
+                advice="Run it in dom0, or verify the backup.",
+            )
         if request.mode == "restore" and self._grant.verify_only:
             self._refuse(f"{self.caller} may verify backups, but restore none", "verify_only", "false")
         self._check_location(request.location)

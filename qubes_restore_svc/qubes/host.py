@@ -15,7 +15,7 @@ from qubes_restore_svc.broker.interfaces import HostView, NewQube, QubesView, Qu
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.qubes.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
 from qubes_restore_svc.qubes.guard import connect_patiently
-from qubes_restore_svc.qubes.locks import RESTORE, RESTORE_LOCK, STOCK_LOCK, GuardedLock, stock_lock
+from qubes_restore_svc.qubes.locks import RESTORE, RESTORE_LOCK, STOCK_LOCK, Activity, GuardedLock, stock_lock
 from qubes_restore_svc.qubes.qube import QubesQube
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import Leftovers, clear_unfinished_qubes, clear_untagged
@@ -46,6 +46,7 @@ class QubesHost:
         lock_path: Path = RESTORE_LOCK,
         stock_lock_path: Path = STOCK_LOCK,
         client: str = "dom0",
+        activity: Activity = "restoring",
         policy: Sequence[Path] = POLICY,
     ) -> None:
         self._system = system
@@ -54,10 +55,11 @@ class QubesHost:
         self._lock_path = lock_path
         self._stock_lock_path = stock_lock_path
         self._client = client
+        self._activity: Activity = activity
         self._policy = policy
         self._mutex = threading.RLock()
         self._is_locked = False
-        self._qubes: list[QubesQube | Dom0Home] = []
+        self._qubes: list[QubeTransaction] = []
 
     @contextmanager
     def lock(self) -> Iterator[tuple[str, ...]]:
@@ -68,7 +70,9 @@ class QubesHost:
         raises a RestoreError, that is told in its advice instead.
         """
         with (
-            GuardedLock(RESTORE, self._lock_path, self._clear_up_after_kill, self._client) as lock,
+            GuardedLock(
+                RESTORE, self._lock_path, self._clear_up_after_kill, self._client, self._activity
+            ) as lock,
             stock_lock(self._stock_lock_path),
         ):
             yield from self._locked(lock)
@@ -110,21 +114,22 @@ class QubesHost:
         with self._mutex:
             if not self._is_locked:
                 raise HostFailed("the system is not locked for this restore", qube=qube.name)
-            transaction: QubesQube | Dom0Home
-            if qube.source.klass == "AdminVM":
-                transaction = Dom0Home(self._home, qube)
-            elif qube.definition is None:
-                raise HostFailed("nothing says how it is to be set up", qube=qube.name)
-            else:
-                transaction = QubesQube(
-                    self._system,
-                    qube,
-                    qube.definition,
-                    pool=qube.pool or self._pool,
-                    something_freed=self._remove_condemned,
-                )
+            transaction = self._begun(qube)
             self._qubes.append(transaction)
             return transaction
+
+    def _begun(self, qube: NewQube) -> QubeTransaction:
+        if qube.source.klass == "AdminVM":
+            return Dom0Home(self._home, qube)
+        if qube.definition is None:
+            raise HostFailed("nothing says how it is to be set up", qube=qube.name)
+        return QubesQube(
+            self._system,
+            qube,
+            qube.definition,
+            pool=qube.pool or self._pool,
+            something_freed=self._remove_condemned,
+        )
 
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """Give a finished qube its disposable template. Raises HostFailed."""

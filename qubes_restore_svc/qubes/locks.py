@@ -35,7 +35,7 @@ WORKER_LOCK = Path("/run/qubes/restore-svc-worker.lock")
 STOCK_LOCK = Path("/run/qubes/backup-paranoid-restore.lock")
 
 #: What a holder does, as it is told: "… has been … since".
-Activity = Literal["restoring", "verifying", "listing a backup"]
+Activity = Literal["restoring", "verifying", "listing a backup", "comparing"]
 
 _MODE = 0o660
 

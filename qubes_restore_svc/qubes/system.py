@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
+from qubes_restore_svc.broker.filesystem import reporting
 from qubes_restore_svc.broker.interfaces import RESTORED_TAG, HostQube
 from qubes_restore_svc.errors import HostFailed, NoSpace, QubeExists, RestoreError
 from qubes_restore_svc.wire.messages import DeviceInfo
@@ -231,6 +233,50 @@ class QubesSystem:
             volumes = self._qube(name).volumes
             return frozenset(str(volume) for volume in volumes if volumes[volume].save_on_stop)
 
+    def saved_volume_pools(self, name: str) -> dict[str, str]:
+        """The storage pools of its volumes that keep their content when it stops."""
+        with asking("listing its volumes", qube=name):
+            volumes = self._qube(name).volumes
+            return {
+                str(volume): str(volumes[volume].pool) for volume in volumes if volumes[volume].save_on_stop
+            }
+
+    def volume_file(self, name: str, volume: str) -> Path:
+        """The device, or the file, of a volume of a halted qube. Raises HostFailed where nobody has tried
+        whether it can be read."""
+        with asking("asking where it lies", qube=name, volume=volume):
+            # The library has no name for the path.
+            answer = self._app.qubesd_call(name, "admin.vm.volume.Info", volume).decode("ascii")
+            info = dict(line.split("=", 1) for line in answer.splitlines())
+            driver = str(self._app.pools[info["pool"]].driver)
+        if driver == "lvm_thin":
+            return Path(info["path"])
+        if driver == "file-reflink":  # the path is that of what a running qube writes to
+            return Path(info["path"].removesuffix("-dirty.img") + ".img")
+        raise HostFailed(
+            f"it lies in the storage pool {info['pool']}, and volumes of the driver {driver} cannot be"
+            " compared",
+            qube=name,
+            volume=volume,
+            advice="Those of lvm_thin and file-reflink can.",
+        )
+
+    def volume_changed(self, name: str, volume: str) -> float | None:
+        """When the volume got the content that `clone_volume` clones, in seconds since 1970, if it is known.
+
+        Raises HostFailed, also where `volume_file` does.
+        """
+        file = self.volume_file(name, volume)
+        if (
+            file.suffix == ".img"
+        ):  # the file is replaced when the qube stops, and keeps the time of the last write
+            with reporting(f"looking at {file}", qube=name, volume=volume):
+                return file.stat().st_mtime
+        with asking("asking for its revisions", qube=name, volume=volume):
+            # LVM's are called by the time at which something newer took their place.
+            revisions = [str(one) for one in self._qube(name).volumes[volume].revisions]
+        return max((float(one.removesuffix("-back")) for one in revisions), default=None)
+
     # --- Creating and removing -------------------------------------------------------------------
 
     def create(
@@ -241,10 +287,13 @@ class QubesSystem:
         *,
         template: str | None = None,
         pool: str | None = None,
+        pools: Mapping[str, str] = MappingProxyType({}),
         tags: Sequence[str] = (),
         properties: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Create a qube, with `tags` before `properties`. Raises QubeExists, NoSpace or HostFailed.
+
+        `pool` is for all its volumes, `pools` for single ones; only one of them can be given.
 
         Then nothing of it is left, or what the error says.
         """
@@ -253,7 +302,7 @@ class QubesSystem:
         for watcher in self._watchers:
             watcher.creating(name)
         try:
-            self._add(klass, name, label, template, pool)
+            self._add(klass, name, label, template, pool, pools)
             for tag in tags:
                 self.add_tag(name, tag)
             for key, value in properties.items():
@@ -434,6 +483,14 @@ class QubesSystem:
             room = f"{free >> 20} MiB are free in its storage pool, and it may need {size >> 20}"
             raise NoSpace(f"{error.reason} ({room})", qube=name, volume=volume) from error
 
+    def clone_volume(self, name: str, volume: str, source: str) -> None:
+        """Make the volume what that of the qube `source` was when that one was last shut down.
+
+        Raises NoSpace or HostFailed.
+        """
+        with asking("cloning the volume", qube=source, volume=volume):
+            self._qube(name).volumes[volume].clone(self._qube(source).volumes[volume])
+
     def run_service(self, name: str, service: str, *, stdin: int, stdout: int) -> ServiceProcess:
         """Call a service of a running qube, with these descriptors, which stay the caller's.
 
@@ -474,10 +531,20 @@ class QubesSystem:
                 continue
             yield answer
 
-    def _add(self, klass: str, name: str, label: str, template: str | None, pool: str | None) -> None:
+    def _add(
+        self,
+        klass: str,
+        name: str,
+        label: str,
+        template: str | None,
+        pool: str | None,
+        pools: Mapping[str, str],
+    ) -> None:
         try:
             with asking("creating the qube", qube=name), self._cache:
-                self._app.add_new_vm(klass, name=name, label=label, template=template, pool=pool)
+                self._app.add_new_vm(
+                    klass, name=name, label=label, template=template, pool=pool, pools=dict(pools) or None
+                )
         except HostFailed as error:
             if "already exists" in error.reason.lower():
                 raise _taken(name) from error

@@ -66,8 +66,8 @@ _Model = TypeVar("_Model", bound=Model)
 _Received = TypeVar("_Received", bound=Message)
 
 #: What a call is for. Each of the three services does what its name says, and less.
-Mode = Literal["list", "verify", "restore"]
-SERVICES: dict[Mode, str] = {"list": LIST, "verify": VERIFY, "restore": START}
+Mode = Literal["list", "verify", "restore", "compare"]
+SERVICES: dict[Mode, str] = {"list": LIST, "verify": VERIFY, "restore": START, "compare": START}
 
 _Names = Annotated[tuple[FreeText, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
 
@@ -157,7 +157,9 @@ class OpenBackup(Message):
 
     type: Literal["open"] = "open"
     protocol: ProtocolVersion = 1
-    mode: Mode  #: `restore.Start` takes all three, `restore.Verify` not `restore`, `restore.List` only `list`
+    #: `restore.Start` takes all of them, `restore.Verify` `verify` and `list`, `restore.List` only `list`.
+    #: Nobody but dom0 itself may compare.
+    mode: Mode
     location: BackupLocation
     passphrase: Passphrase
     choice: Choice = Choice()
@@ -234,6 +236,7 @@ Problem = Literal[
     "missing-netvm",
     "username-mismatch",
     "home-not-asked-for",
+    "home-not-compared",
     "not-here",
 ]
 #: What would settle a problem: another name (`QubeChoice.new_name`), a number after its name (`conflicts`
@@ -317,7 +320,7 @@ class Plan(Message):
 
     type: Literal["plan"] = "plan"
     number: Count  #: rises from plan to plan of a call
-    mode: Mode | Literal["compare"]
+    mode: Mode
     backup_id: BackupId
     archive_size: Size | None = None  #: bytes, if it is known in advance
     qubes: Annotated[tuple[PlanQube, ...], Field(fail_fast=True, max_length=MAX_QUBES)]

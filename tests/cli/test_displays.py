@@ -71,7 +71,7 @@ def test_more_words_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_quiet_means_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
-    display = make_display(verbose=False, quiet=True, total=None)
+    display = make_display(verbose=False, quiet=True, total=None, creates=True)
     assert isinstance(display, QuietDisplay) and not isinstance(display, LineDisplay)
     display.progress(progress(1))
     display.volume_started("work", "private", MIB)

@@ -44,7 +44,7 @@ def test_the_page_tells_every_message_field_and_kind_of_error() -> None:
         assert f"### `{kind}`\n" in TEXT
     for row in (
         "| `memory` | a whole number, 1 to 16777216 or `auto` or `null` | `null` | MiB; `auto`: ",
-        "| `mode` | `list` or `verify` or `restore` | required |",
+        "| `mode` | `list` or `verify` or `restore` or `compare` | required |",
         "| `not-granted` | The caller has not been given the right to do this",
         "| running | client | `cancel` | ending |",
     ):

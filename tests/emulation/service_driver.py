@@ -4,6 +4,7 @@ What the emulated qrexec starts in dom0 instead of /etc/qubes-rpc/SERVICE, and w
 in dom0 starts. All of it is real but the places of configuration, locks and dom0's home, which are in FOLDER.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def places(folder: Path) -> Places:
         worker_lock=folder / "worker.lock",
         stock_lock=folder / "stock.lock",
         home=folder / "home",
+        volume_reader=os.getuid(),
     )
 
 

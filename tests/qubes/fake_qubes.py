@@ -131,6 +131,7 @@ class FakeQubes(QubesSystem):
         *,
         template: str | None = None,
         pool: str | None = None,
+        pools: Mapping[str, str] = MappingProxyType({}),
         tags: Sequence[str] = (),
         properties: Mapping[str, str] = MappingProxyType({}),
     ) -> None:

@@ -108,6 +108,7 @@ def test_without_a_configuration_there_are_defaults(places: Places, made: Made) 
         "lock_path": places.restore_lock,
         "stock_lock_path": places.stock_lock,
         "client": "dom0",
+        "activity": "restoring",
     }
     assert found.config.report.directory == Path("/var/log/qubes-restore-svc")
     assert found.excess(plan(taken(source("a")), taken(source("b")))) is None

@@ -17,7 +17,7 @@ from qubes_restore_svc.wire.restore_call import Choice
 from tests.broker.planning import manifest, qube
 
 FILE = Path("/etc/x/config.yaml")
-ALL_MODES: tuple[c.Mode, ...] = ("restore", "verify", "list")
+ALL_MODES: tuple[c.Mode, ...] = ("restore", "verify", "list")  #: that others than dom0 may ask for
 
 
 def request(mode: str = "restore", /, **fields: object) -> c.OpenBackup:
@@ -111,12 +111,21 @@ def test_the_size_of_the_worker_follows_the_machine_only_where_it_was_configured
 @pytest.mark.parametrize(("service", "mode"), list(itertools.product((START, VERIFY, LIST), ALL_MODES)))
 def test_what_each_service_does(service: str, mode: c.Mode) -> None:
     allowed = {START: ALL_MODES, VERIFY: ("verify", "list"), LIST: ("list",)}[service]
-    assert MODES[service] == allowed
+    assert MODES[service] == (*allowed, *(("compare",) if service == START else ()))
     for found in (rights(), rights(caller="dom0")):
         if mode in allowed:
             found.check_request(service, request(mode))
         else:
             assert "dom0's policy" in refusal(found, request(mode), service).advice
+
+
+def test_only_dom0_compares_with_the_qubes_that_are_here() -> None:
+    rights(caller="dom0").check_request(START, request("compare"))
+    everything = rights("storage: ['*'], services: ['*'], dom0_directories: [/], choosable: ['*']")
+    assert "for dom0 alone, not for sys-gui" in refusal(everything, request("compare")).reason
+    for found in (everything, rights(caller="dom0")):
+        for service in (VERIFY, LIST):
+            assert "does not compare backups" in refusal(found, request("compare"), service).reason
 
 
 def test_verify_only_does_not_restore() -> None:

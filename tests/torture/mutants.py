@@ -193,7 +193,7 @@ _ROWS = (
     ),
     (
         "cli/qvm_review.py",
-        "if plan.excess is not None and not self._arguments.verify_only:",
+        "if plan.excess is not None and self._arguments.mode == \"restore\":",
         "if False:",
         "tests/cli/test_qvm_review.py",
     ),

@@ -1,5 +1,8 @@
 """The methods of the Admin API that are about firewall rules, devices, labels, pools and volumes."""
 
+import secrets
+import string
+
 from tests.emulation.daemon import devices, firewall
 from tests.emulation.daemon.calls import Answer, Call, lines, method
 from tests.emulation.daemon.errors import bad_value, denied, protocol
@@ -92,13 +95,37 @@ def _volume_info(call: Call) -> Answer:
             f"usage={call.parts.volumes.usage(volume)}",
             f"rw={volume.rw}",
             f"source={volume.source}",
-            f"path={call.parts.volumes.path(volume)}",
+            f"path={call.parts.volumes.told_path(volume)}",
             f"save_on_stop={volume.save_on_stop}",
             f"snap_on_start={volume.snap_on_start}",
             "revisions_to_keep=1",
             "ephemeral=False",
         ]
     )
+
+
+@method("admin.vm.volume.ListSnapshots", arg=True)
+def _volume_snapshots(call: Call) -> Answer:
+    return lines(call.volume.revisions)
+
+
+@method("admin.vm.volume.CloneFrom", arg=True)
+def _volume_clone_from(call: Call) -> Answer:
+    token = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(32))
+    call.system.pending_clones[token] = call.volume
+    return token
+
+
+@method("admin.vm.volume.CloneTo", arg=True, payload=True)
+def _volume_clone_to(call: Call) -> Answer:
+    volume = call.volume
+    if not call.payload.isascii():
+        raise protocol("Token contains non-ASCII characters")
+    source = call.system.pending_clones.pop(call.payload.decode("ascii").strip(), None)
+    if source is None:
+        raise protocol("Token to clone volume of qube was not found")
+    call.parts.volumes.clone(volume, source)
+    return None
 
 
 @method("admin.vm.volume.Resize", arg=True, payload=True)

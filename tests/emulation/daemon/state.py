@@ -33,6 +33,7 @@ class Volume:
     snap_on_start: bool
     source: str = ""
     importing: bool = False
+    revisions: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -109,6 +110,7 @@ class System:
     pools: dict[str, Pool] = field(default_factory=dict)
     memory: int = 16384
     free_memory: int | None = None
+    pending_clones: dict[str, Volume] = field(default_factory=dict)
 
     @property
     def holder(self) -> Domain:

@@ -6,6 +6,8 @@ told to the program that writes by a third file, `….room`, in bytes of data.
 """
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 from tests.emulation.daemon import properties
@@ -78,7 +80,15 @@ class Volumes:
 
     def path(self, volume: Volume) -> Path:
         """The file of a volume that is kept."""
-        return self._directory / volume.pool / volume.vid
+        directory = self._directory / volume.pool
+        if self._system.pools[volume.pool].driver == "file-reflink":
+            return directory / f"{volume.vid}.img"
+        return directory / volume.vid
+
+    def told_path(self, volume: Volume) -> Path:
+        """What is told: of the files of the driver file-reflink, the one that a running qube writes to."""
+        path = self.path(volume)
+        return path.with_name(f"{path.stem}-dirty.img") if path.suffix == ".img" else path
 
     def usage(self, volume: Volume) -> int:
         """Bytes that it takes."""
@@ -102,6 +112,19 @@ class Volumes:
 
     def clear(self, domain: Domain, volume: Volume) -> None:
         self.begin_import(domain, volume, None)
+        self.end_import(volume, "ok")
+
+    def clone(self, volume: Volume, source: Volume) -> None:
+        """Make it what the source is, or was when its qube was stopped."""
+        if not any(source in domain.volumes.values() for domain in self._system.domains.values()):
+            raise StumbleError(f"{source.vid} is gone")
+        if source.snap_on_start:
+            raise storage(f"Can not import snapshot volume {source.vid} in to pool {volume.vid} ")
+        if not volume.save_on_stop:
+            return
+        self._make(self._import_path(volume), source.size)
+        subprocess.run(["cp", "--sparse=always", self.path(source), self._import_path(volume)], check=True)
+        volume.importing = True
         self.end_import(volume, "ok")
 
     def begin_import(self, domain: Domain, volume: Volume, size: int | None) -> str:
@@ -132,6 +155,8 @@ class Volumes:
         if status == "ok":
             volume.size = self._import_path(volume).stat().st_size
             self._import_path(volume).rename(self.path(volume))
+            if self._system.pools[volume.pool].driver == "lvm_thin":
+                volume.revisions.append(f"{int(time.time())}-back")
             return
         self._import_path(volume).unlink()
         raise AdminError("QubesException", f"Data import failed: {status.partition(chr(10))[2]}")

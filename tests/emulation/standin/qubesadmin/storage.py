@@ -75,6 +75,15 @@ class Volume:
         """
         self._call("ImportWithSize", f"{size}\n".encode(), stream)
 
+    @property
+    def revisions(self) -> list[str]:
+        """What there was before, by id."""
+        return self._call("ListSnapshots").decode("ascii").splitlines()
+
+    def clone(self, source: "Volume") -> None:
+        """Make it what the volume `source` is, or was when its qube was last shut down."""
+        self._call("CloneTo", source._call("CloneFrom"))
+
     def clear_data(self) -> None:
         """Make it empty, of the same size."""
         self._call("Clear")
