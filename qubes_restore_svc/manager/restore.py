@@ -103,6 +103,8 @@ class BackupRestore:
         #: what can be chosen by the last plan, and the qubes of the backup that cannot be listed
         self.offers = c.Offers()
         self.unlisted: tuple[RefusedQube, ...] = ()
+        #: why the qubes that were verified last are beyond the administrator's limits; empty: they are not
+        self.excess = ""
         self._events = Events()
         self._call = KeptCall(call_dom0 if open_call is None else open_call, self._events)
         # The worker's qube lives as long as the call: also a dialog that is just dropped ends it.
@@ -162,6 +164,7 @@ class BackupRestore:
             if names:  # to dom0, no names would mean all
                 plan = self._call.plan(self._request(choice_from(self.options, names)))
                 self.offers = plan.offers
+                self.excess = "" if plan.excess is None else wording.error_text(plan.excess.to_error())
                 entries.update_entries(restore_info, plan)
             return restore_info
 

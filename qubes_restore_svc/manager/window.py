@@ -310,7 +310,7 @@ class IsolatedRestoreWindow(stock.RestoreVMsWindow):
         if reserved := self.choices.reserved_names:
             return translate("Restore", "No qube can have the name “{name}”.").format(name=reserved[0])
         if not bad:
-            return ""
+            return "" if self.backup_restore is None else self.backup_restore.excess
         names = ", ".join(entry.vm.name for entry in bad)
         return translate(
             "Restore", "This does not fit yet: {names}. Choose in the table, or go back and leave it out."

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from qubes_restore_svc.client.sync import BlockingRestoreCall
-from qubes_restore_svc.errors import Cancelled, RestoreError
+from qubes_restore_svc.errors import Cancelled, RestoreError, UsageError
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.messages import RefusedQube, VolumeInfo
 from qubes_restore_svc.wire.models import ErrorInfo
@@ -76,6 +76,7 @@ class Script:
     archive_size: int | None = None
     unlisted: tuple[RefusedQube, ...] = ()
     offers: c.Offers = field(default_factory=c.Offers)
+    limit: int | None = None  #: qubes that the administrator allows
     hold_opening: bool = False  #: until it is cancelled
     may_close: threading.Event | None = None  #: if given, a call is left only when it is set
     opens: list[c.OpenBackup] = field(default_factory=list)
@@ -95,14 +96,19 @@ class Script:
 
     def plan(self, number: int, mode: c.Mode, choice: c.Choice) -> c.Plan:
         """What the broker would decide, for names that are in the backup."""
+        qubes = tuple(self._decided(planned, mode, choice) for planned in self.qubes)
+        taken = sum(one.decision == "take" for one in qubes)
+        is_too_much = self.limit is not None and taken > self.limit
+        error = UsageError(f"{taken} qubes are to be restored", advice="Restore fewer.")
         return c.Plan(
             number=number,
             mode=mode,
             backup_id="20261123T140559-1234",
             archive_size=self.archive_size,
-            qubes=tuple(self._decided(planned, mode, choice) for planned in self.qubes),
+            qubes=qubes,
             unlisted=self.unlisted,
             offers=self.offers,
+            excess=ErrorInfo.of(error) if is_too_much else None,
         )
 
     def _decided(self, planned: c.PlanQube, mode: c.Mode, choice: c.Choice) -> c.PlanQube:

@@ -622,6 +622,21 @@ def test_a_choice_that_dom0_refuses_is_taken_back_so_that_it_can_be_opened_again
     assert window.select_vms_widget.selected_list.count() == 1
 
 
+def test_what_is_beyond_the_administrators_limits_does_not_begin(
+    window: IsolatedRestoreWindow, script: Script
+) -> None:
+    script.limit = 1
+    start(window, "work", "vault")
+    assert window.currentPage() is window.confirm_page
+    assert why_not(window) == "2 qubes are to be restored. Restore fewer."
+    window.back()
+    selected = window.select_vms_widget.selected_list
+    selected.setCurrentItem(selected.item(0))
+    window.select_vms_widget.remove_selected_button.click()
+    press_button(window, NEXT)
+    assert (why_not(window), enabled(window, NEXT)) == ("", True)
+
+
 def refuse(error: RestoreError) -> Never:
     raise error
 
