@@ -596,7 +596,7 @@ def test_a_template_that_cannot_be_is_left_out(klass: str, template: str) -> Non
     assert warnings == ("work: its template is not one that it can have; left out",)
 
 
-def test_single_properties_features_and_tags_that_are_no_values_are_left_out_with_a_warning() -> None:
+def test_properties_features_and_tags_without_a_value_are_left_out_with_a_warning() -> None:
     qube, warnings = listed(
         domain(
             properties={"memory": "400", "Bad": "1", "kernelopts": "a\nb", "": "x"},

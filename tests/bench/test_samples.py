@@ -63,7 +63,7 @@ def test_the_shared_tool_lies_beside_the_clone_and_needs_its_programs(
     assert shared_tool(tmp_path) is None
 
 
-def test_without_the_shared_tool_the_own_writer_is_taken_unless_the_other_was_asked_for(
+def test_without_the_shared_tool_the_own_writer_is_used_unless_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "shared_tool", lambda: None)

@@ -226,7 +226,7 @@ def test_the_passphrase_is_not_in_the_options_representation() -> None:
     assert PASSPHRASE not in repr(OPTIONS)
 
 
-def test_a_worker_is_told_no_name_of_a_qube_but_that_of_the_one_that_holds_the_backup() -> None:
+def test_a_worker_is_told_only_the_name_of_the_qube_that_holds_the_backup() -> None:
     """All that it can ever be told: a new field here is a new line in the threat model."""
     said = {
         f"{kind.__name__}.{field}"

@@ -94,7 +94,7 @@ def test_a_stream_that_is_not_the_volume_ends_the_session(target: Path, what: st
 
 
 @pytest.mark.parametrize("what", ["a larger image", "a byte after the end", "records that overlap"])
-def test_a_stream_that_breaks_the_protocol_counts_at_once_even_if_the_worker_says_no_more(
+def test_a_stream_that_breaks_the_protocol_counts_even_if_the_worker_falls_silent(
     target: Path, what: str
 ) -> None:
     data, reason = STREAMS[what]

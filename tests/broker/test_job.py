@@ -302,9 +302,7 @@ def test_a_source_that_failed_behind_the_last_file_is_a_warning(target: Path) ->
 @pytest.mark.parametrize(
     "kind", ["authentication-failed", "archive-damaged", "bad-container", "missing-volume"]
 )
-def test_what_the_source_could_not_read_is_told_as_the_reason_of_damage_and_at_the_end(
-    target: Path, kind: str
-) -> None:
+def test_an_unreadable_place_of_the_source_is_told_as_the_reason_of_damage(target: Path, kind: str) -> None:
     gaps = "the file could not be read at byte 8192"
     error: Json = {"kind": kind, "reason": "it is damaged"}
     script = honest(QUBES)

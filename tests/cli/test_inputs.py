@@ -143,7 +143,7 @@ def test_the_passphrase_is_the_first_line_of_a_file(content: bytes, tmp_path: Pa
     assert read_passphrase_file(str(path)) == FILES[content]
 
 
-def test_white_space_at_the_end_of_a_file_is_left_off_if_it_does_not_open_the_backup(
+def test_white_space_at_the_end_is_left_off_if_the_passphrase_fails_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "passphrase"

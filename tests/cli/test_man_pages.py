@@ -1,4 +1,7 @@
-"""The man pages: they format without a complaint, and tell exactly the options that the commands have."""
+"""The man pages and the README tell exactly the options, filters and exit statuses that the commands have.
+
+The man pages also format without a complaint.
+"""
 
 import itertools
 import re
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.archive.filters import FILTERS
+from qubes_restore_svc.cli import inputs
 from qubes_restore_svc.cli.qvm_arguments import parse_restore_arguments
 from qubes_restore_svc.errors import EXIT_MEANINGS, ExitStatus
 from qubes_restore_svc.local.command import parse_arguments
@@ -19,6 +24,13 @@ PAGES = sorted((REPOSITORY / "man").glob("*.1"))
 
 #: An option in a text: not inside a word, and not the hyphens alone.
 _OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
+
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def options_in(text: str) -> set[str]:
+    return set(_OPTION.findall(text))
 
 
 def described(page: str) -> set[str]:
@@ -46,12 +58,28 @@ def test_the_page_of_qvm_backup_restore_tells_its_options(capsys: pytest.Capture
     assert described("qvm-backup-restore.1") == options
 
 
-def test_the_page_of_qubes_restore_svc_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+def options_of_qubes_restore_svc(capsys: pytest.CaptureFixture[str]) -> set[str]:
     options = helped(capsys, "--help")
     for command in ("list", "verify", "extract", "compare"):
         options |= helped(capsys, command, "--help")
     assert {"--to", "--no-sandbox", "--json", "--version"} <= options
-    assert described("qubes-restore-svc.1") == options
+    return options
+
+
+def test_the_page_of_qubes_restore_svc_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert described("qubes-restore-svc.1") == options_of_qubes_restore_svc(capsys)
+
+
+def test_the_readme_tells_every_option_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    said = options_of_qubes_restore_svc(capsys)
+    table = options_in(" ".join(re.findall(r"^\| (`-.*?) \|", README, re.MULTILINE)))
+    assert {"-p", "--memory", "--json"} <= table <= said
+    others = {"--nosignature", "-tools", "-dom0", "-vm", "-manager"}  # rpm's, and ends of names of packages
+    of_both = said | helped(capsys, "--mgmt-vm", "--help")
+    assert options_in(" ".join(re.findall(r"`(-.*?)`", README))) <= of_both | others
+    shorts = {"--passphrase-file": "-p", "--exclude": "-x", "--verbose": "-v", "--quiet": "-q"}
+    long = {option for option in said if option.startswith("--")} - {"--help"}
+    assert {shorts.get(option, option) for option in long} <= options_in(README)
 
 
 def test_the_page_of_qubes_restore_manager_tells_its_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,8 +126,7 @@ def test_a_page_tells_every_exit_status_in_the_words_of_the_table(page: str) -> 
 
 
 def test_readme_and_clients_are_told_every_exit_status_in_the_words_of_the_table() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    assert _told(re.findall(r"^\| (\d+) \| (.*) \|$", readme, re.MULTILINE)) == EXIT_MEANINGS
+    assert _told(re.findall(r"^\| (\d+) \| (.*) \|$", README, re.MULTILINE)) == EXIT_MEANINGS
     clients = " ".join((REPOSITORY / "docs" / "clients.md").read_text().split())
     assert ", ".join(f"{status} {text}" for status, text in EXIT_MEANINGS.items()) in clients
 
@@ -112,6 +139,17 @@ def _told(rows: list[tuple[str, str]]) -> dict[int, str]:
         meant = EXIT_MEANINGS[ExitStatus(status)]
         told[status] = meant if said.startswith(meant) else said
     return told
+
+
+def test_commands_pages_and_readme_have_the_filters_of_the_worker() -> None:
+    assert inputs.FILTERS == FILTERS
+    for page in ("qubes-restore-svc.1", "qvm-backup-restore.1"):
+        row = (REPOSITORY / "man" / page).read_text().partition("compression-filter")[2].partition("\n.TP")[0]
+        named = re.search(r"^\.BR (.* or .*)$", row, re.MULTILINE)
+        assert named, page
+        assert tuple(re.findall(r"\b(?!or\b)\w+", named[1])) == FILTERS
+    told = re.findall(r"^\| `-Z FILTER`.*: (.*) \|$", README, re.MULTILINE)
+    assert [tuple(filters.split(", ")) for filters in told] == [FILTERS]
 
 
 def test_there_is_a_page_for_each_command() -> None:

@@ -230,7 +230,7 @@ def test_what_fits_into_no_message_is_told_without_its_value(line: str, reason: 
 
 
 @pytest.mark.parametrize(("line", "digest"), [("b", None), ("--sha256 b", "sha256")])
-def test_the_configuration_says_which_digest_is_told_unless_plain_sha_256_is_asked_for(
+def test_the_configuration_decides_which_digest_is_told_unless_sha256_is_asked_for(
     line: str, digest: str | None
 ) -> None:
     assert restore_request(arguments(f"-d nas {line}"), None, FakeTransport(planned)).digest == digest

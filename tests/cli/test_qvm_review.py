@@ -307,7 +307,7 @@ def test_qubes_that_miss_the_same_template_are_asked_about_once(
     )
 
 
-def test_a_plan_past_the_limits_is_refused_before_anybody_is_asked_and_may_be_verified(
+def test_a_plan_beyond_the_limits_is_refused_unasked_and_may_be_verified(
     reviewing: Reviewing,
 ) -> None:
     past = FITTING.model_copy(update={"excess": ErrorInfo.of(UsageError("too many"))})

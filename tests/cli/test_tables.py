@@ -167,7 +167,7 @@ def test_a_volume_that_came_whole_with_a_qube_that_failed_was_rolled_back() -> N
     assert rows == [["work", "root", "8.0", "MiB", "rolled"], ["work", "private", "-", "failed"]]
 
 
-def test_a_verified_volume_of_a_qube_that_failed_is_still_verified_and_the_failure_shows() -> None:
+def test_a_verified_volume_of_a_failed_qube_stays_verified_and_the_failure_shows() -> None:
     bad = qube("work", "failed", volume(), error=BadCompression("firewall.xml is malformed"))
     found = report(bad, mode="verify")
     rows = [line.split()[:5] for line in report_table(found).splitlines()[1:]]

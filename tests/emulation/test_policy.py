@@ -97,7 +97,7 @@ def action(policy: Policy, phase: str, source: str, target: str, service: str, a
 # --- The worker ----------------------------------------------------------------------------------
 
 
-def test_the_worker_may_fetch_the_backup_from_the_tagged_qube_while_the_restore_lasts(policy: Policy) -> None:
+def test_during_a_restore_the_worker_may_fetch_the_backup_from_the_tagged_qube(policy: Policy) -> None:
     fetch = [action(policy, phase, WORKER, STORAGE, "qubes.RestoreById", "aB3x") for phase in PHASES]
     assert fetch == ["deny", "allow", "deny"]
 
@@ -148,7 +148,7 @@ def test_the_stock_tag_beside_ours_gives_the_worker_nothing(
     assert policy.judge(WORKER, target, service, argument, qubes).action == "deny"
 
 
-def test_only_what_every_qube_asks_for_when_it_starts_is_denied_without_a_notification(
+def test_only_the_calls_of_every_start_of_a_qube_are_denied_without_a_notification(
     policy: Policy,
 ) -> None:
     muted = {

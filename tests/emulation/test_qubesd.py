@@ -152,7 +152,7 @@ def test_a_qube_under_restore_cannot_start(app: qubesadmin.Qubes) -> None:
     assert not app.domains["work"].is_running()
 
 
-def test_a_running_qube_is_neither_removed_nor_imported_to_nor_given_another_template(
+def test_a_running_qube_takes_no_removal_no_import_and_no_other_template(
     app: qubesadmin.Qubes,
 ) -> None:
     work = app.domains["work"]

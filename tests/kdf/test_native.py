@@ -197,7 +197,7 @@ def test_a_set_that_the_machine_cannot_run_is_refused() -> None:
         KdfParameters(10, 8, 1 << 27),
     ],
 )
-def test_parameters_that_scrypt_does_not_have_are_refused_before_anything_is_allocated(
+def test_impossible_scrypt_parameters_are_refused_before_anything_is_allocated(
     engine: NativeEngine, parameters: KdfParameters
 ) -> None:
     with pytest.raises((ValueError, ExcessiveCost)):

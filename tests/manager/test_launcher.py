@@ -95,7 +95,7 @@ def test_it_starts_the_installed_dialog_and_passes_the_level_on(monkeypatch: pyt
     assert shown == [("IsolatedRestoreWindow", ["--log", "DEBUG"])]
 
 
-def test_a_mistake_in_the_dialog_that_is_started_is_not_told_as_one_of_qubes_manager(tmp_path: Path) -> None:
+def test_a_mistake_of_our_dialog_is_not_blamed_on_qubes_manager(tmp_path: Path) -> None:
     code = f"""
 import sys
 import qubesadmin

@@ -9,7 +9,7 @@ import pytest
 
 from qubes_restore_svc.broker.plan import make_plan
 from qubes_restore_svc.errors import NotGranted
-from qubes_restore_svc.qubes.config import parse_config
+from qubes_restore_svc.qubes.config import GrantConfig, parse_config
 from qubes_restore_svc.qubes.grants import MODES, Rights
 from qubes_restore_svc.wire import restore_call as c
 from qubes_restore_svc.wire.qrexec_call import LIST, START, VERIFY
@@ -58,6 +58,11 @@ CASES: list[tuple[dict[str, object], str, str]] = [
     ({"worker": {"memory": 5000}}, "max_memory: 5000", "max_memory: 4999"),
     ({"worker": {"vcpus": 3}}, "max_vcpus: 3", "max_vcpus: 2"),
 ]
+
+
+def test_there_is_a_case_for_every_field_of_a_grant() -> None:
+    covered = {allowing.partition(":")[0] for _, allowing, _ in CASES}
+    assert covered | {"verify_only"} == GrantConfig.model_fields.keys()  # that one takes away
 
 
 @pytest.mark.parametrize(("fields", "allowing", "other"), CASES, ids=repr)

@@ -190,7 +190,7 @@ def chosen(kind: Kind, name: str, value: str) -> AllowedSettings:
     return SettingsPolicy(features=["*"], tags=["*"]).let_through(qube)
 
 
-def test_settings_come_back_that_qubesd_takes_and_those_that_it_refuses_harm_no_qube(
+def test_settings_that_qubesd_takes_come_back_and_those_it_refuses_harm_no_qube(
     host: QubesHost, qubesd: Qubesd
 ) -> None:
     qubesadmin.Qubes().add_new_vm("AppVM", "asked", "red")

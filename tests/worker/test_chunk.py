@@ -113,7 +113,7 @@ def test_a_chunk_whose_key_does_not_fit_is_left_to_who_asks_for_it() -> None:
 
 
 @pytest.mark.parametrize("place", [HEAD_SIZE, -1])
-def test_what_is_wrong_with_a_chunk_that_was_opened_ahead_is_told_when_it_is_asked_for(place: int) -> None:
+def test_a_fault_of_a_chunk_that_was_opened_ahead_is_raised_when_it_is_asked_for(place: int) -> None:
     with taken([SIZE] * 3, changed=(1, place)) as run:
         run.open_ahead([0, 1, 2])
         assert run.chunks[1]._content is None

@@ -140,7 +140,7 @@ def test_what_is_taken_back_while_it_waits_for_its_memory_is_never_derived() -> 
 @pytest.mark.parametrize(
     "error", [BudgetTooSmall("no memory"), MemoryError(), ValueError("a bug"), SystemExit()]
 )
-def test_whatever_the_engine_raises_reaches_the_one_who_waits_and_the_thread_goes_on(
+def test_an_error_of_the_engine_reaches_the_one_who_waits_and_the_thread_goes_on(
     error: BaseException,
 ) -> None:
     bench = Bench(jobs=1)
@@ -378,7 +378,7 @@ def test_while_more_is_to_come_what_is_urgent_has_a_thread_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("lanes", "more"), [(4, False), (1, True)])
-def test_two_that_are_urgent_take_a_thread_each_where_nothing_else_is_to_come_or_a_thread_has_one_lane(
+def test_two_urgent_keys_take_a_thread_each_if_lanes_are_single_or_no_more_come(
     lanes: int, more: bool
 ) -> None:
     bench = LanesBench(2, lanes=lanes)
@@ -489,7 +489,7 @@ def test_the_last_ones_run_in_one_thread_when_a_processor_is_wanted() -> None:
     bench.scheduler.close()
 
 
-def test_they_stay_where_they_are_when_no_processor_is_wanted_or_one_thread_is_too_slow_for_all() -> None:
+def test_they_stay_if_nobody_needs_a_processor_or_one_thread_is_too_slow_for_all() -> None:
     bench = LanesBench(threads=2)
     bench.lanes.lanes_for_one = 3
     results = [bench.submit() for _ in range(4)]

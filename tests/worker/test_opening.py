@@ -204,7 +204,7 @@ def test_a_budget_that_fits_qubes_xml_but_not_beside_the_header_is_enough(
         run.scheduler.close()
 
 
-def test_a_budget_too_small_for_the_first_derivation_says_so_before_anything_is_derived() -> None:
+def test_a_budget_too_small_for_the_first_key_says_so_before_any_derivation() -> None:
     archive = BackupWriter([sample_qube("work", 4096, 1)], log_n=12).to_bytes()
     with file_with(archive) as descriptor:
         run = Pass(descriptor, memory=4 * MIB)

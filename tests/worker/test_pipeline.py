@@ -332,7 +332,7 @@ def ahead_of_the_closing(before: bytes, file: bytes) -> Pass:
 
 @pytest.mark.parametrize("way", [after_the_closing, ahead_of_the_closing])
 @pytest.mark.parametrize(("file", "matters"), [("notes", False), ("firewall", True)])
-def test_a_file_that_comes_when_its_qube_is_closed_is_told_and_a_firewall_takes_the_qube_back(
+def test_a_file_after_the_close_of_its_qube_is_told_and_a_firewall_fails_the_qube(
     way: Callable[[bytes, bytes], Pass], file: str, matters: bool
 ) -> None:
     run = way(*late(file))
@@ -696,7 +696,7 @@ def test_settings_that_no_message_can_hold_fail_their_qube_and_not_the_session()
         m.encode_message(message)
 
 
-def test_a_decompressor_that_stops_early_leaves_no_memory_behind_that_others_wait_for() -> None:
+def test_a_decompressor_that_stops_early_gives_all_its_memory_back() -> None:
     """The generator that was stopped holds a chunk; with a tight budget the intake waits for just that."""
     file = victim_file(WRITER)
     noise = random.Random(1).randbytes(1 << 18)

@@ -118,7 +118,7 @@ def test_a_seek_that_fails_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> N
 # --- A connection that comes late -------------------------------------------------------------------
 
 
-def test_a_late_source_connects_when_it_is_first_read_and_counts_from_where_it_is_told() -> None:
+def test_a_late_source_connects_at_the_first_read_and_counts_from_where_it_is_told() -> None:
     ours, theirs = socket.socketpair()
     connected: list[int] = []
 
