@@ -53,7 +53,7 @@ _qubes_restore_svc() {
     case $command in
         list) options="-h --help -p --passphrase-file --memory --jobs -Z --compression-filter --ignore-size-limit --ignore-cost-limit --stall-timeout --no-sandbox -v --verbose -q --quiet --json" ;;
         verify) options="-h --help -p --passphrase-file --memory --jobs -Z --compression-filter --ignore-size-limit --ignore-cost-limit --stall-timeout --no-sandbox -v --verbose -q --quiet -x --exclude --skip-dom0-home --report --sha256" ;;
-        extract) options="-h --help -p --passphrase-file --memory --jobs -Z --compression-filter --ignore-size-limit --ignore-cost-limit --stall-timeout --no-sandbox -v --verbose -q --quiet --to --volume -x --exclude --skip-dom0-home --report --sha256" ;;
+        extract) options="-h --help -p --passphrase-file --memory --jobs -Z --compression-filter --ignore-size-limit --ignore-cost-limit --stall-timeout --no-sandbox -v --verbose -q --quiet --to --volume --skip-existing -x --exclude --skip-dom0-home --report --sha256" ;;
         compare) options="-h --help -p --passphrase-file --memory --jobs -Z --compression-filter --ignore-size-limit --ignore-cost-limit --stall-timeout --no-sandbox -v --verbose -q --quiet --with -x --exclude --skip-dom0-home --report --sha256" ;;
         *) options="-h --help --version" ;;
     esac

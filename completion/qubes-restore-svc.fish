@@ -68,6 +68,7 @@ complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -s v -l v
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -s q -l quiet -d 'say nothing but errors and warnings'
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -l to -x -a '(__fish_complete_directories)' -d 'where'
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -l volume -x -a 'root private home' -d 'with --to -'
+complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -l skip-existing -d 'go on where an earlier run stopped'
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -s x -l exclude -x -d 'leave out this qube, or those that fit, with * and ?'
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -l skip-dom0-home -d 'leave out dom0\'s home'
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from extract' -l report -r -F -d 'write what happened as JSON'

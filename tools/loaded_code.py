@@ -43,7 +43,7 @@ READERS = {
         "-_QUBE_NAME", "-is_qube_name", "-DigestKind", "-_LOG_MARKS", "-last_words",
     ),
     "wire.messages": (
-        "-Storage", "-Open", "-Start", "-SkipQube", "-Cancel", "-BrokerMessage", "-worker_end",
+        "-Storage", "-Open", "-QubeHere", "-Start", "-SkipQube", "-Cancel", "-BrokerMessage", "-worker_end",
     ),
     "wire.volume": ("-MAX_IMAGE_SIZE", "-encode_header", "-encode_record", "-encode_end"),
     "broker.client": (

@@ -20,7 +20,7 @@ from typing import Literal, Protocol, Self
 from qubes_restore_svc.errors import ArchiveUnreadable, RestoreError
 from qubes_restore_svc.wire.messages import DeviceInfo, ManifestQube, QubeSettings, Storage
 from qubes_restore_svc.wire.names import VolumeName
-from qubes_restore_svc.wire.report import Difference
+from qubes_restore_svc.wire.report import Difference, VolumeReport
 
 #: On a restored qube, with the backup's id after it.
 RESTORED_TAG = "restored-from-backup-"
@@ -111,6 +111,20 @@ class NewQube:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoredQube:
+    """A qube that is here whole, as an earlier restore of the same backup left it: its proof says so.
+
+    `volumes` are all that came, each with its size, and with the digest that was told then. `has_firewall`:
+    rules came with it; without, it has the default.
+    """
+
+    name: str
+    name_in_backup: str
+    volumes: tuple[VolumeReport, ...]
+    has_firewall: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What a sink that writes nothing has found: how the volume here is. `error`: why it cannot be told."""
 
@@ -152,12 +166,18 @@ class QubeTransaction(Protocol):
     def change_template(self, template: str) -> None:
         """The template of the definition could not be restored: use this one, which is there."""
 
-    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         """Apply settings and definition, and make the qube a finished one.
 
         `definition` is that of `begin`, with its references as they have turned out. Every qube that it
-        names is finished by now. Brings remarks for the person on what could not be applied and does no
-        harm by its absence (clauses, fit for a terminal).
+        names is finished by now. `volumes` are those of the qube, with their digests, for the proof that it
+        is finished (see `Host.restored_from`); the proof is written last. Brings remarks for the person on
+        what could not be applied and does no harm by its absence (clauses, fit for a terminal).
         """
 
     def rollback(self) -> None:
@@ -193,10 +213,14 @@ class Host(Protocol):
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """Give a finished qube the disposable template that has been restored after it."""
 
-    def disconnect(self, qube: str, backup_id: str) -> bool:
-        """Take the network of a finished qube away, if it is halted and still as this backup brought it.
+    def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
+        """The qubes here that restores of this backup have finished, as far as that is proven."""
 
-        Says whether that was done.
+    def take_back(self, qube: str, backup_id: str) -> bool:
+        """A finished qube is not complete: it is none that `restored_from` names, from now on.
+
+        Its network is taken away, if it is halted and still as this backup brought it. Says whether that was
+        done.
         """
 
 

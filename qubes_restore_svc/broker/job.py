@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from qubes_restore_svc.broker.allowlist import AllowList
 from qubes_restore_svc.broker.client import STALL_S, SessionClient, SessionOptions
-from qubes_restore_svc.broker.interfaces import Host, HostView, Link
+from qubes_restore_svc.broker.interfaces import Host, HostView, Link, RestoredQube
 from qubes_restore_svc.broker.plan import Planned, make_plan
 from qubes_restore_svc.broker.restore_run import RestoreRun
 from qubes_restore_svc.errors import (
@@ -117,7 +117,7 @@ class _RestoreJob:
                 manifest = await _opened(client, self.options, self.say, self.other_passphrase)
                 self.report.backup_id = manifest.backup_id
                 planned = await self.agree(manifest, choice, allow, confirm)
-                if planned.plan.taken:
+                if planned.plan.taken or planned.here:
                     await self.carry_out(planned, client)
                 elif all(qube.outcome == "left out" for qube in self.report.qubes):
                     raise UsageError("no qube is selected", advice="")
@@ -129,7 +129,12 @@ class _RestoreJob:
         for number in itertools.count(1):
             view = None if self.host is None else await ask(self.host.view)
             compare = self.report.mode == "compare"
-            planned = make_plan(manifest, choice, view, allow=allow, number=number, compare=compare)
+            restored: Sequence[RestoredQube] = ()
+            if self.host is not None and choice.resume:
+                restored = await ask(self.host.restored_from, manifest.backup_id)
+            planned = make_plan(
+                manifest, choice, view, allow=allow, number=number, compare=compare, restored=restored
+            )
             plan = planned.plan
             if self.host is not None and not compare:
                 self.warn_of_space(plan, await ask(self.host.free_space, choice.pool))

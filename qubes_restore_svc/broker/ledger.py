@@ -19,16 +19,26 @@ _MAX_PHRASE = 500
 
 
 class Ledger:
-    """The open claims of one session over the selected qubes, whose digests are of the kind `digest`."""
+    """The open claims of one session over the selected qubes, whose digests are of the kind `digest`.
 
-    def __init__(self, qubes: Iterable[m.ListedQube], digest: DigestKind, *, ignore_size_limit: bool) -> None:
+    `here`: keys of qubes that are here already. They may be taken back, and that is all.
+    """
+
+    def __init__(
+        self,
+        qubes: Iterable[m.ListedQube],
+        digest: DigestKind,
+        *,
+        ignore_size_limit: bool,
+        here: Iterable[str] = (),
+    ) -> None:
         self._digest = digest
         self._unpromised: set[tuple[str, VolumeName]] = set()
         self._limits: dict[tuple[str, VolumeName], int] = {}
         self._unannounced: set[tuple[str, VolumeName]] = set()
         self._unanswered: set[tuple[str, VolumeName]] = set()
         self._unsettled: set[str] = set()
-        self._settled: set[str] = set()
+        self._settled = set(here)
         self._announced: dict[tuple[str, VolumeName], int] = {}
         self._current: str | None = None
         for qube in qubes:

@@ -7,11 +7,11 @@ here, and later only what is in the plan.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings, AllowList, with_wildcards
-from qubes_restore_svc.broker.interfaces import HostView, QubesView, restored_tag
+from qubes_restore_svc.broker.interfaces import HostView, QubesView, RestoredQube, restored_tag
 from qubes_restore_svc.broker.ledger import believed_error
 from qubes_restore_svc.broker.references import (
     MAX_NUMBERED,
@@ -54,6 +54,7 @@ _MAX_PATTERNS = 100
 _REMARKS: dict[Problem, str] = {
     "excluded": "excluded",
     "not-selected": "not selected",
+    "already-restored": "already restored",
     "already-exists": "exists already",
     "missing-template": "no template",
     "missing-netvm": "no netvm",
@@ -69,12 +70,14 @@ class Planned:
     """A plan, and beside it what never leaves the broker.
 
     `sources`: the qubes that are taken as the worker listed them; `set_ups`: how they are set up, on a host
-    that has a system. Both by key. From qube to qube, keys of templates and netvms never lead back.
+    that has a system; `here`: those that an earlier restore has finished. All by key. From qube to qube, keys
+    of templates and netvms never lead back.
     """
 
     plan: Plan
     sources: Mapping[str, ManifestQube]
     set_ups: Mapping[str, SetUp]
+    here: Mapping[str, RestoredQube] = field(default_factory=dict)
     pool: str | None = None  #: the storage pool that the person chose
 
 
@@ -86,12 +89,14 @@ def make_plan(
     allow: AllowList | None = None,
     number: int = 1,
     compare: bool = False,
+    restored: Iterable[RestoredQube] = (),
 ) -> Planned:
     """Decide for every qube. `view` is the host as it is now; None to only verify.
 
     `allow` says which settings may come back (None: none of them), `number` is that of the plan. dom0's home
     is verified like everything else, but restored only on request. With `compare`, the qubes of `view` are
-    compared with those of the backup: what is not there is missing, and nothing is set up. Raises UsageError
+    compared with those of the backup: what is not there is missing, and nothing is set up. `restored` are the
+    qubes here that stay, because restores of this backup have finished them. Raises UsageError
     for names that the backup does not hold, and for what no plan can be made from.
     """
     in_backup = {qube.name for qube in manifest.qubes} | {qube.name for qube in manifest.refused}
@@ -113,10 +118,17 @@ def make_plan(
     ]
     sources = {qube.key: qube for qube in manifest.qubes}
     found: Mapping[str, SetUp | Missing] = {}
+    here: dict[str, RestoredQube] = {}
     can_choose = Offers()
     if view is not None and compare:
         qubes = [_found(qube, chosen.get(qube.name), view) for qube in qubes]
     elif view is not None:
+        are_here = _by_their_names_in_the_backup(restored)
+        for qube in qubes:
+            before = _already_restored(qube, are_here.get(qube.name, ()), chosen.get(qube.name))
+            if before is not None:
+                here[qube.key] = before
+        qubes = [_as_it_is_here(qube, here[qube.key]) if qube.key in here else qube for qube in qubes]
         in_use = NamesInUse(view, in_backup, [one.new_name for one in choice.qubes if one.new_name])
         qubes = [
             _named(qube, in_use, choice, chosen.get(qube.name, QubeChoice(name=qube.name)), view.qubes_system)
@@ -157,7 +169,7 @@ def make_plan(
         offers=can_choose,
     )
     set_ups = {key: one for key, one in found.items() if isinstance(one, SetUp)}
-    return Planned(plan, {qube.key: sources[qube.key] for qube in plan.taken}, set_ups, choice.pool)
+    return Planned(plan, {qube.key: sources[qube.key] for qube in plan.taken}, set_ups, here, choice.pool)
 
 
 # --- What the person wants -----------------------------------------------------------------------
@@ -230,6 +242,37 @@ def _found(qube: PlanQube, chosen: QubeChoice | None, view: HostView) -> PlanQub
     if name not in view.names:
         return _left_out(qube, "not-here").model_copy(update={"new_name": name})
     return qube.model_copy(update={"new_name": name})
+
+
+# --- What is here already --------------------------------------------------------------------------
+
+
+def _by_their_names_in_the_backup(restored: Iterable[RestoredQube]) -> Mapping[str, list[RestoredQube]]:
+    found: dict[str, list[RestoredQube]] = {}
+    for one in sorted(restored, key=lambda one: one.name):
+        found.setdefault(one.name_in_backup, []).append(one)
+    return found
+
+
+def _already_restored(
+    qube: PlanQube, here: Iterable[RestoredQube], chosen: QubeChoice | None
+) -> RestoredQube | None:
+    """The one that this qube has become in an earlier restore, if it is as whole as the backup promises, and
+    has the name that the person chose, if one was."""
+    name = None if chosen is None else chosen.new_name
+    promised = {volume.name for volume in qube.volumes}
+    for one in here:
+        if (
+            qube.decision == "take"
+            and name in (None, one.name)
+            and promised <= {volume.name for volume in one.volumes}
+        ):
+            return one
+    return None
+
+
+def _as_it_is_here(qube: PlanQube, here: RestoredQube) -> PlanQube:
+    return _left_out(qube, "already-restored").model_copy(update={"new_name": here.name})
 
 
 # --- Names ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from qubes_restore_svc.wire import messages as m
 from qubes_restore_svc.wire import qrexec_call
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import DigestKind, VolumeName
-from qubes_restore_svc.wire.report import Observer, Report, VolumeReport, warn
+from qubes_restore_svc.wire.report import Observer, QubeReport, Report, VolumeReport, warn
 
 _Finding = Literal["missing", "differs", "newer"]
 _Outcome = Literal["restored", "verified", "same", "incomplete", "failed"] | _Finding
@@ -86,7 +86,15 @@ class RestoreRun:
         self._host = host
         self._observer = observer
         self._digest: DigestKind = digest
-        self._ledger = Ledger(planned.sources.values(), digest, ignore_size_limit=ignore_size_limit)
+        self._here = planned.here
+        self._reports_here = {
+            qube.key: its_report
+            for qube, its_report in zip(planned.plan.qubes, report.qubes, strict=False)
+            if qube.key in planned.here
+        }
+        self._ledger = Ledger(
+            planned.sources.values(), digest, ignore_size_limit=ignore_size_limit, here=planned.here
+        )
         self._qubes = QubeRuns(planned, report)
         self._begun: list[QubeRun] = []
         self._copy: VolumeCopy | None = None
@@ -96,7 +104,16 @@ class RestoreRun:
     async def run(self) -> None:
         """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
         mode: Literal["restore", "verify"] = "verify" if self._host is None else "restore"
-        request = m.Start(mode=mode, keys=self._qubes.keys, digest=self._digest)
+        here = tuple(
+            m.QubeHere(
+                key=key, volumes=tuple(volume.name for volume in one.volumes), firewall=one.has_firewall
+            )
+            for key, one in self._here.items()
+        )
+        for key, report in self._reports_here.items():
+            report.volumes = self._here[key].volumes
+            self._observer.qube_finished(report)
+        request = m.Start(mode=mode, keys=self._qubes.keys, here=here, digest=self._digest)
         try:
             async with contextlib.aclosing(self._client.start(request)) as messages:
                 async for message in messages:
@@ -127,9 +144,10 @@ class RestoreRun:
             await self._settle(self._qubes[message.key], message)
         elif isinstance(message, m.QubeIncomplete):
             self._ledger.take_back(message)
-            await self._take_back(self._qubes[message.key], believed_error(message.error))
+            await self._take_back(message.key, believed_error(message.error))
         elif isinstance(message, m.Finished):
             self._ledger.finish()
+            self._report.derivations = message.derivations
             await self._doubt_the_end()
         if self._host is not None:
             while ready := self._qubes.next_ready():
@@ -280,29 +298,35 @@ class RestoreRun:
         if self._qubes.waiting_settings > MAX_WAITING_SETTINGS and not self._qubes.is_ready(qube):
             await self._fail(qube, BadMetadata(_TOO_MUCH_WAITS, advice="Restore fewer qubes at a time."))
 
-    async def _take_back(self, qube: QubeRun, error: RestoreError) -> None:
+    async def _take_back(self, key: str, error: RestoreError) -> None:
         """Something that the qube must not lack came too late. What waits is rolled back; what was committed
         stays, because it is somebody's by now, and is called incomplete. It loses its network if it does not
         run: the firewall may be what it lacks."""
-        if not qube.finished:
+        qube = self._qubes.get(key)
+        if qube is not None and not qube.finished:
             await self._fail(qube, error)
-        elif qube.report.succeeded or qube.report.is_different:
-            if self._creates:
-                now = ", without a netvm now" if await self._disconnect(qube) else ""
-                error.advice = (
-                    f"It had been created by then and is still there{now}. Look at what it lacks, a firewall"
-                    " above all, before you start it; or remove it."
-                )
-            qube.report.error = ErrorInfo.of(error.at(qube=qube.name)).without_place()
-            self._conclude(qube, "incomplete" if self._creates else "failed")
+            return
+        report = self._reports_here[key] if qube is None else qube.report
+        if not (report.succeeded or report.is_different):
+            return
+        if self._creates:
+            now = ", without a netvm now" if await self._taken_back(report) else ""
+            error.advice = (
+                f"It had been created by then and is still there{now}. Look at what it lacks, a firewall"
+                " above all, before you start it; or remove it."
+            )
+        report.error = ErrorInfo.of(error.at(qube=report.name)).without_place()
+        report.outcome = "incomplete" if self._creates else "failed"
+        self._observer.qube_finished(report)
 
-    async def _disconnect(self, qube: QubeRun) -> bool:
-        if self._host is None or qube.definition is None or qube.definition.netvm == "":
-            return False
+    async def _taken_back(self, report: QubeReport) -> bool:
+        """Let it count as restored no more; does it have no network now?"""
+        assert self._host is not None
         try:
-            return await in_thread(self._host.disconnect, qube.name, self._backup_id)
+            return await in_thread(self._host.take_back, report.name, self._backup_id)
         except RestoreError as error:
-            self._warn(qube, f"its netvm could not be taken away: {error.reason}")
+            warn(report, text := f"its netvm could not be taken away: {error.reason}")
+            self._observer.log("warning", f"{report.name}: {text}")
             return False
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:
@@ -312,7 +336,7 @@ class RestoreRun:
             self._warn(qube, warning)
 
         def commit() -> Sequence[str]:
-            remarks = transaction.commit(settings, qube.definition)
+            remarks = transaction.commit(settings, qube.definition, qube.report.volumes)
             qube.transaction = None  # a cancel from here on finds it restored, not half done
             return remarks
 

@@ -44,6 +44,8 @@ def show_report(
         verb = _DONE[report.mode]
         warned = sum(qube.succeeded and bool(qube.warnings) for qube in wanted)
         warnings = f", {warned} with warnings" if warned else ""
+        if before := sum(qube.outcome == "already restored" for qube in wanted):
+            warnings += f", {before} of them by an earlier run"
         for outcome, text in _DIFFERENT.items():
             if count := sum(qube.outcome == outcome for qube in wanted):
                 warnings += f", {count} {text[count > 1]}"

@@ -203,7 +203,7 @@ def _rows(report: Report, qube: QubeReport) -> list[tuple[str, str, str, str, st
     return rows if qube.outcome != "refused" else rows[-1:]
 
 
-_GOOD = ("verified", "restored", "same")
+_GOOD = ("verified", "restored", "already restored", "same")
 
 
 def _volume_result(report: Report, qube: QubeReport, volume: VolumeReport) -> str:
@@ -216,6 +216,8 @@ def _volume_result(report: Report, qube: QubeReport, volume: VolumeReport) -> st
         return volume.outcome
     if report.mode == "verify":
         return "verified"
+    if qube.outcome == "already restored":
+        return qube.outcome
     return "restored" if qube.succeeded or qube.outcome == "incomplete" else "rolled back"
 
 

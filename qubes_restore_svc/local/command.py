@@ -93,6 +93,7 @@ class Arguments(argparse.Namespace):
     exclude: tuple[str, ...] = ()
     target: Path | None = None
     compared: Path | None = None
+    skip_existing: bool = False
     volume: VolumeName | None = None  #: the one that standard output gets; `target` is that then
     json: bool = False
 
@@ -126,7 +127,9 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
             check_target(arguments.target)
         elif arguments.compared is not None:
             check_compared(arguments.compared)
-        choice = Choice.asked(names=tuple(arguments.qubes), exclude=tuple(arguments.exclude))
+        choice = Choice.asked(
+            names=tuple(arguments.qubes), exclude=tuple(arguments.exclude), resume=arguments.skip_existing
+        )
         passphrases = _passphrases(arguments)
         options = _prepare(arguments, passphrases)
     except RestoreError as error:
@@ -268,7 +271,8 @@ def _prepare(arguments: Arguments, passphrases: Passphrases) -> SessionOptions:
         ignore_cost_limit=arguments.ignore_cost_limit,
         digest=arguments.digest,
         stall_timeout_s=arguments.stall_timeout,
-        ahead=arguments.command != "list" and not arguments.qubes,
+        # Of what is there already, no key is to be derived.
+        ahead=arguments.command != "list" and not arguments.qubes and not arguments.skip_existing,
     )
 
 
@@ -313,6 +317,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
         parsers[arguments.command].error("--to - and --volume need each other")
     if arguments.volume is not None and (len(arguments.qubes) != 1 or set("*?") & set(arguments.qubes[0])):
         parsers[arguments.command].error("--to - takes one volume of one QUBE, by its name")
+    if arguments.volume is not None and arguments.skip_existing:
+        parsers[arguments.command].error("--skip-existing takes a directory")
     return arguments
 
 
@@ -366,6 +372,11 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
         choices=get_args(VolumeName),
         help="with --to -: the volume. Its bytes flow before all of it is checked: only status 0 says that it"
         " is complete",
+    )
+    extract.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="go on where an earlier run stopped: leave what it finished from this backup as it is there",
     )
     _add_selection(extract, "restore")
 

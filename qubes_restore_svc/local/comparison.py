@@ -17,12 +17,13 @@ from pathlib import Path
 from qubes_restore_svc.broker.comparison import ComparedVolume, NotHere, looking
 from qubes_restore_svc.broker.filesystem import open_directory
 from qubes_restore_svc.broker.image_directory import VOLUME_FILES
-from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, VolumeSink
+from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, RestoredQube, VolumeSink
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.directory import RECORD
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import QUBE_NAME, VolumeName, strip_control
+from qubes_restore_svc.wire.report import VolumeReport
 
 _FILES = (RECORD, *VOLUME_FILES.values())
 
@@ -78,7 +79,11 @@ class ComparedDirectory:
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """Nothing is set."""
 
-    def disconnect(self, qube: str, backup_id: str) -> bool:
+    def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
+        """Nothing is restored."""
+        return ()
+
+    def take_back(self, qube: str, backup_id: str) -> bool:
         """Nothing is set."""
         return False
 
@@ -122,7 +127,12 @@ class ComparedQube:
     def change_template(self, template: str) -> None:
         """A directory has no templates."""
 
-    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         """End with this qube. Returns remarks that belong to no single volume."""
         remarks = [
             f"{file} is here, and not in the backup"

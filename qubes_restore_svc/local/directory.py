@@ -5,21 +5,27 @@ the descriptor that holds the lock. Who has the lock knows that no other restore
 remove what a killed one left.
 
 A qube is a directory of its name, with its images and the record. The record holds every setting of the
-backup as data, for people and programs to read; nothing in it is acted upon here. `broker/image_directory.py`
-makes such a directory appear as a whole, or not at all.
+backup as data, for people and programs to read; no setting in it is acted upon here.
+`broker/image_directory.py` makes such a directory appear as a whole, or not at all. So a record that is found
+under a qube's own name proves that the qube was finished, and from which backup: everything was on the disk
+before the name was.
 """
 
 import fcntl
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from qubes_restore_svc.broker.filesystem import (
     make_directory,
     make_file,
+    open_directory,
     reporting,
     sync_directory,
     write_fully,
@@ -30,16 +36,22 @@ from qubes_restore_svc.broker.image_directory import (
     clear_partials,
     partial_name,
 )
-from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube
-from qubes_restore_svc.errors import HostFailed, QubeExists, RestoreInProgress
+from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, RestoredQube
+from qubes_restore_svc.errors import HostFailed, ProtocolViolation, QubeExists, RestoreInProgress
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.local.documents import QubeRecord, RecordedVolume
 from qubes_restore_svc.owners import interference
+from qubes_restore_svc.wire.connection import parse_object
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import QUBE_NAME, VolumeName, strip_control
-from qubes_restore_svc.wire.report import remarks
+from qubes_restore_svc.wire.report import VolumeReport, remarks
 
 RECORD = "qube.json"
+
+#: What a record is called while it is written that takes the place of another.
+_NEW_RECORD = f".{RECORD}.new"
+#: Bytes of a record at the most: settings and the rest fit into 2 MiB each, and are indented here.
+_MAX_RECORD = 32 << 20
 
 _FILES = frozenset({RECORD, *VOLUME_FILES.values()})
 _LOCK_ATTEMPTS = 16
@@ -96,9 +108,47 @@ class DirectoryHost:
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """A directory keeps what the backup says; there is nothing to be set."""
 
-    def disconnect(self, qube: str, backup_id: str) -> bool:
-        """What lies in a directory has no network."""
+    def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
+        """The qubes whose records name this backup, and whose images are all there, of their full size.
+
+        What the images hold is not read.
+        """
+        with self._mutex, reporting(f"reading {self._shown}"):
+            names = sorted(name for name in self.existing_names() if re.fullmatch(QUBE_NAME, name))
+            found = (self._restored(name, backup_id) for name in names)
+            return tuple(qube for qube in found if qube is not None)
+
+    def take_back(self, qube: str, backup_id: str) -> bool:
+        """Say in its record that it is not complete. What lies in a directory has no network."""
+        with self._mutex, reporting(f"writing {RECORD}", qube=qube):
+            inside = open_directory(qube, dir_fd=self._locked_directory())
+            try:
+                record = read_record(inside)
+                if record is not None and record.backup_id == backup_id:
+                    replace_record(inside, record.model_copy(update={"complete": False}))
+            finally:
+                close_read(inside)
         return False
+
+    def _restored(self, name: str, backup_id: str) -> RestoredQube | None:
+        try:
+            inside = open_directory(name, dir_fd=self._locked_directory())
+        except OSError:  # a file, or a directory of somebody else
+            return None
+        try:
+            record = read_record(inside)
+            if record is None or (record.backup_id, record.name) != (backup_id, name):
+                return None
+            return record.restored() if _is_whole(record, inside) else None
+        except OSError:
+            return None
+        finally:
+            close_read(inside)
+
+    def _locked_directory(self) -> int:
+        if self._directory is None:
+            raise HostFailed("the directory is not locked for this restore")
+        return self._directory
 
     def free_space(self, pool: str | None = None) -> int | None:
         """Bytes that an ordinary user can still write, as far as the file system tells."""
@@ -267,7 +317,12 @@ class DirectoryQube(ImageDirectory):
         """A directory has no templates, so this is never called."""
         raise self._failure("a directory has no templates")
 
-    def commit(self, settings: QubeSettings, definition: Definition | None = None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None = None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         """Write the record and give the qube its name, all of it on disk when this returns; no remarks.
 
         Raises QubeExists if the name has been taken since `begin`, NoSpace, or HostFailed (also when a
@@ -279,19 +334,12 @@ class DirectoryQube(ImageDirectory):
             if settings.key != self._qube.source.key:
                 raise self._failure("the settings are those of another qube")
             with reporting(f"writing {RECORD}", qube=name):
-                self._write_record(record(self._qube, settings, self._sizes()).text().encode())
+                content = record(self._qube, settings, self._sizes(), volumes)
+                write_record(self._inside, RECORD, content)
             with reporting("giving the complete qube its name", qube=name):
                 if self._publish([name]) is None:
                     raise QubeExists("something of that name has appeared in the directory", qube=name)
         return ()
-
-    def _write_record(self, content: bytes) -> None:
-        file = make_file(RECORD, dir_fd=self._inside)
-        try:
-            write_fully(file, memoryview(content), 0)
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 def check_name(qube_name: str) -> None:
@@ -310,12 +358,35 @@ def clear_unfinished(directory: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return clear_partials(directory, QUBE_NAME, _FILES)
 
 
-def record(qube: NewQube, settings: QubeSettings, sizes: Mapping[VolumeName, int]) -> QubeRecord:
-    """What `qube.json` says; `sizes` are those of the volumes that were written, in bytes."""
+def record(
+    qube: NewQube,
+    settings: QubeSettings,
+    sizes: Mapping[VolumeName, int],
+    volumes: Sequence[VolumeReport] = (),
+) -> QubeRecord:
+    """What `qube.json` says; `sizes` are those of the volumes that were written, in bytes.
+
+    `volumes` has their digests.
+    """
     source = qube.source
     warnings = list(qube.warnings)
     if settings.error is not None:
         warnings.append(str(settings.error.to_error()))
+    digests = {volume.name: (volume.fsverity, volume.sha256) for volume in volumes}
+    recorded = []
+    for name, size in sizes.items():
+        fsverity, sha256 = digests.get(name, (None, None))
+        recorded.append(
+            RecordedVolume.model_validate(
+                {
+                    "name": name,
+                    "size": size,
+                    "file": VOLUME_FILES[name],
+                    "fsverity": fsverity,
+                    "sha256": sha256,
+                }
+            )
+        )
     fields = dict(source) | {
         "backup_id": qube.backup_id,
         "name": qube.name,
@@ -324,10 +395,58 @@ def record(qube: NewQube, settings: QubeSettings, sizes: Mapping[VolumeName, int
         "firewall": settings.firewall,
         "notes": settings.notes,
         "appmenus": settings.appmenus,
-        "volumes": tuple(
-            RecordedVolume.model_validate({"name": name, "size": size, "file": VOLUME_FILES[name]})
-            for name, size in sizes.items()
-        ),
+        "volumes": tuple(recorded),
         "warnings": remarks(warnings),
     }
     return QubeRecord.model_validate(fields)
+
+
+def write_record(inside: int, file_name: str, content: QubeRecord) -> None:
+    """Write it to a new file in the open directory `inside`, and to the disk. Raises OSError."""
+    file = make_file(file_name, dir_fd=inside)
+    try:
+        write_fully(file, memoryview(content.text().encode()), 0)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def replace_record(inside: int, content: QubeRecord) -> None:
+    """Put this one in the place of the record in `inside`, in one step. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(_NEW_RECORD, dir_fd=inside)
+    write_record(inside, _NEW_RECORD, content)
+    os.rename(_NEW_RECORD, RECORD, src_dir_fd=inside, dst_dir_fd=inside)
+    sync_directory(inside)
+
+
+def read_record(inside: int) -> QubeRecord | None:
+    """The record in the open directory `inside`; None if there is none that this program can read.
+
+    Raises OSError if the system does not give it.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(RECORD, flags, dir_fd=inside)
+    except FileNotFoundError:
+        return None
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        untrusted_content = file.read(_MAX_RECORD + 1)
+    try:
+        return QubeRecord.model_validate(parse_object(untrusted_content))
+    except (ProtocolViolation, ValidationError):
+        return None
+
+
+def _is_whole(record: QubeRecord, inside: int) -> bool:
+    """Is each image that the record tells of there, of its size? Raises OSError."""
+    for volume in record.volumes:
+        try:
+            status = os.stat(volume.file, dir_fd=inside, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(status.st_mode) or status.st_size != volume.size:
+            return False
+    return True

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from qubes_restore_svc.broker.filesystem import reporting, write_fully
-from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, VolumeSink
+from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, RestoredQube, VolumeSink
 from qubes_restore_svc.errors import HostFailed, UsageError
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import VolumeReport
 
 _ZEROS = memoryview(bytes(1 << 20))
 #: How long a write that waits for the reader takes to see that it was given up, milliseconds.
@@ -61,7 +62,11 @@ class VolumePipe:
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         """A volume has no settings."""
 
-    def disconnect(self, qube: str, backup_id: str) -> bool:
+    def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
+        """Nothing is here."""
+        return ()
+
+    def take_back(self, qube: str, backup_id: str) -> bool:
         """A volume has no network."""
         return False
 
@@ -80,7 +85,12 @@ class PipedQube:
     def change_template(self, template: str) -> None:
         """A volume has no template."""
 
-    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         """Raises HostFailed if not all of the volume has been passed on."""
         if not self._sink.is_complete:
             raise HostFailed("the volume is not complete", volume=self._volume)

@@ -24,6 +24,7 @@ from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import UNFINISHED, WORKER_NAME
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import VolumeReport
 
 #: What the qube with the clones is called: this, and eight digits.
 CLONE_PREFIX = "restore-compare-"
@@ -83,7 +84,12 @@ class ComparedQube:
     def change_template(self, template: str) -> None:
         """Nothing is set up."""
 
-    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         """Remove the clones. Brings remarks on what cannot be said of a volume alone."""
         remarks = [_RUNS] if self._runs else []
         remarks += [

@@ -26,6 +26,7 @@ from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.hardening import close_read
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName, strip_control
+from qubes_restore_svc.wire.report import VolumeReport
 
 #: The archive's name in the directory.
 ARCHIVE_NAME = "dom0-home.tar"
@@ -85,7 +86,12 @@ class Dom0Home(ImageDirectory):
         """dom0 has no template, so this is never called."""
         raise self._failure("dom0 has no template")
 
-    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         """Give the directory its name, all of it on the disk; brings a remark on where it is.
 
         It gets a name with a number if somebody has taken this one. Raises HostFailed or NoSpace; the home

@@ -11,7 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qubes_restore_svc.broker.interfaces import HostView, NewQube, QubesView, QubeTransaction, restored_tag
+from qubes_restore_svc.broker.interfaces import (
+    HostView,
+    NewQube,
+    QubesView,
+    QubeTransaction,
+    RestoredQube,
+    restored_tag,
+)
 from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.qubes.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
 from qubes_restore_svc.qubes.guard import connect_patiently
@@ -135,7 +142,11 @@ class QubesHost:
         """Give a finished qube its disposable template. Raises HostFailed."""
         self._system.set_default_dispvm(qube, default_dispvm)
 
-    def disconnect(self, qube: str, backup_id: str) -> bool:
+    def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
+        """None are proven yet."""
+        return ()
+
+    def take_back(self, qube: str, backup_id: str) -> bool:
         """Take the netvm of a finished qube away; one that runs, or is another by now, is left alone.
 
         Raises HostFailed.

@@ -24,6 +24,7 @@ from qubes_restore_svc.qubes.tags import UNFINISHED, set_finished
 from qubes_restore_svc.qubes.volume import ROOM_STEP, VolumeImport
 from qubes_restore_svc.wire.messages import FirewallRule, QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import VolumeReport
 
 #: Seconds that an import which was cut short may take to end before its qube is removed nevertheless.
 IMPORT_END_TIMEOUT_S = 60.0
@@ -134,7 +135,12 @@ class QubesQube:
             self._system.set_property(self._qube.name, "template", template)
         self._something_freed()
 
-    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         """Apply the settings, then let the qube be started; brings remarks on what could not be set.
 
         Raises HostFailed if a volume is not finished or the qube cannot be released.

@@ -31,6 +31,7 @@ from qubes_restore_svc.wire.names import (
     MAX_QUBES,
     AppmenuName,
     BackupId,
+    Count,
     DeviceClass,
     DeviceIdentity,
     DevicePort,
@@ -166,14 +167,33 @@ class Open(Message):
     retry: bool = False  #: after a wrong passphrase another may be tried; `ahead` waits until one was right
 
 
+class QubeHere(Model):
+    """A qube that is here already, with the volumes that came of it, and whether its firewall came."""
+
+    key: QubeKey
+    volumes: Annotated[tuple[VolumeName, ...], Field(fail_fast=True, max_length=3)]
+    firewall: bool
+
+
 class Start(Message):
-    """Stream the volumes of these qubes (`restore`), or only check them (`verify`)."""
+    """Stream the volumes of these qubes (`restore`), or only check them (`verify`).
+
+    Of those that are `here` nothing is wanted, but to know of a volume or a firewall that they lack.
+    """
 
     type: Literal["start"] = "start"
     mode: Literal["restore", "verify"]
-    keys: Annotated[tuple[QubeKey, ...], Field(fail_fast=True, min_length=1, max_length=MAX_QUBES)]
+    keys: Annotated[tuple[QubeKey, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
+    here: Annotated[tuple[QubeHere, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
     digest: DigestKind = "fsverity"  #: which one of each volume is wanted
-    max_size: ClassVar[int] = 512 << 10
+    max_size: ClassVar[int] = 1 << 20
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        keys = [*self.keys, *(qube.key for qube in self.here)]
+        if not keys or len(set(keys)) < len(keys):
+            raise ValueError("no qube, or one that stands twice")
+        return self
 
 
 class SkipQube(Message):
@@ -298,6 +318,7 @@ class Finished(Message):
 
     type: Literal["finished"] = "finished"
     archive_bytes: Size
+    derivations: Count = 0  #: keys that were derived, header and qubes.xml included
 
 
 BrokerMessage = Open | Start | SkipQube | Cancel
@@ -333,8 +354,7 @@ TRANSITIONS: dict[tuple[State, type[Message]], State] = {
     (State.STREAMING, Finished): State.CLOSED,
 }
 for _state in (State.OPENING, State.LISTED, State.STREAMING, State.VOLUME):
-    TRANSITIONS[_state, Log] = _state
-    TRANSITIONS[_state, Progress] = _state
+    TRANSITIONS |= {(_state, _kind): _state for _kind in (Log, Progress)}
     TRANSITIONS[_state, Failed] = State.IDLE if _state is State.OPENING else State.CLOSED
     TRANSITIONS[_state, Cancel] = State.CLOSED
 TRANSITIONS |= {(_state, SkipQube): _state for _state in (State.STREAMING, State.VOLUME)}

@@ -108,8 +108,8 @@ class QubeReport(Model):
     #: ?: the qube could not even be listed
     klass: Annotated[VmClass | Literal["?"], Field(validation_alias="class", serialization_alias="class")]
     outcome: Literal[
-        "restored", "verified", "same", "differs", "newer", "missing", "incomplete", "failed", "refused",
-        "left out",
+        "restored", "already restored", "verified", "same", "differs", "newer", "missing", "incomplete",
+        "failed", "refused", "left out",
     ]  # fmt: skip
     remark: FreeText = ""
     error: ErrorInfo | None = None
@@ -121,7 +121,7 @@ class QubeReport(Model):
     @property
     def succeeded(self) -> bool:
         """Is it there, or verified, to its last byte?"""
-        return self.outcome in ("restored", "verified", "same")
+        return self.outcome in ("restored", "already restored", "verified", "same")
 
     @property
     def is_different(self) -> bool:
@@ -180,6 +180,7 @@ class Report(Message):
     error: ErrorInfo | None = None  #: what ended the whole early
     warnings: Remarks = ()
     qubes: Annotated[tuple[QubeReport, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    derivations: Count | None = None  #: keys that the worker derived, if it came to the end of the backup
     max_size: ClassVar[int] = MAX_FRAME
     model_config = _FILLED
 

@@ -125,6 +125,7 @@ class Choice(Model):
     template: QubeName | None = None  #: for all qubes that miss their template, and that it fits
     netvm: NetvmName | None = None  #: for all qubes that miss their netvm; "": no netvm
     pool: PoolName | None = None  #: storage pool of the restored qubes; None: as the configuration says
+    resume: bool = False  #: qubes that an earlier restore of this backup has finished stay as they are
     allow: _Settings = ()  #: settings that come back this time; the configuration says which can be allowed
 
     @model_validator(mode="after")
@@ -231,6 +232,7 @@ Decision = Literal["take", "leave-out", "refuse"]
 Problem = Literal[
     "excluded",
     "not-selected",
+    "already-restored",
     "already-exists",
     "missing-template",
     "missing-netvm",
@@ -249,6 +251,12 @@ _OUTCOMES: dict[Decision, Literal["left out", "refused", "failed"]] = {
     "take": "failed",
     "leave-out": "left out",
     "refuse": "refused",
+}
+
+#: What is known to become of it before anything is done.
+_ENDS: dict[Problem | None, Literal["missing", "already restored"]] = {
+    "not-here": "missing",
+    "already-restored": "already restored",
 }
 
 
@@ -280,7 +288,7 @@ class PlanQube(ListedQube):
             name=self.new_name,
             name_in_backup=None if self.new_name == self.name else self.name,
             klass=self.klass,
-            outcome="missing" if is_missing else _OUTCOMES[self.decision],
+            outcome=_ENDS.get(self.problem, _OUTCOMES[self.decision]),
             remark=shortened("; ".join(self.notes), MAX_TEXT) if is_taken else self.remark,
             error=None if self.error is None else self.error.without_place(),
             settings_left_out=self.settings_left_out,

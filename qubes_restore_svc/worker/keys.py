@@ -94,6 +94,7 @@ class KeyScheduler:
         self._threads = threads
         self._waiting: deque[_Job] = deque()
         self._running = 0
+        self.derivations = 0  #: keys that were derived
         self._closed = False
         self._more_to_come = False
         self._processors_wanted = False
@@ -317,6 +318,7 @@ class KeyScheduler:
             return
         with self._budget.changed:
             self._running -= len(finished)
+            self.derivations += len(finished)
             self._budget.changed.notify_all()
         for ticket, key in finished:
             jobs.pop(ticket).result.set_result(key)

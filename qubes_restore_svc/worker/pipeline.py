@@ -68,6 +68,7 @@ class Pipeline:
         emit: Emit,
         announce: Announce,
         doubt: Callable[[RestoreError], RestoreError] = lambda error: error,
+        derivations: Callable[[], int] = lambda: 0,
     ) -> None:
         self._backup = backup
         self._files = PlaintextFiles(events)
@@ -78,9 +79,10 @@ class Pipeline:
         self._emit = emit
         self._announce = announce
         self._doubt = doubt
+        self._derivations = derivations
         self._image_bytes = 0
         self._meter = Meter()
-        self._hold = {qube.info.key: qube.hold() for qube in selection}
+        self._hold = {qube.info.key: qube.hold() for qube in selection if qube.stage is not Stage.CLOSED}
         self._expected = int(sum(sum(holds.values()) for holds in self._hold.values()))
         self._volume_on_its_way: tuple[str, str] | None = None
         self._data_bytes = 0  # of that volume
@@ -116,7 +118,7 @@ class Pipeline:
             self._close(qube, file.error)
         if (unclaimed := self._selection.unclaimed()) is not None:
             self._emit(unclaimed)
-        self._emit(m.Finished(archive_bytes=file.position))
+        self._emit(m.Finished(archive_bytes=file.position, derivations=self._derivations()))
 
     @property
     def idle(self) -> bool:
@@ -148,7 +150,7 @@ class Pipeline:
         data = 0.0
         for qube in self._selection:
             left = tuple(qube.volumes_left) if qube.stage is Stage.WANTED else ()
-            for volume, holds in self._hold[qube.info.key].items():
+            for volume, holds in self._hold.get(qube.info.key, {}).items():
                 if volume not in left:
                     data += holds
                 elif self._volume_on_its_way == (qube.info.key, volume):

@@ -98,6 +98,14 @@ class SelectedQube:
     _moving: threading.Lock = field(default_factory=threading.Lock)
     _waker: Callable[[], object] | None = None
 
+    @classmethod
+    def here(cls, backup: BackupQube, here: m.QubeHere) -> "SelectedQube":
+        """One that is here already: what came of it is not read again, and what it lacks counts as late."""
+        lacking = {file for file, volume in IMAGES.items() if volume not in here.volumes}
+        lacking |= set() if here.firewall else {"firewall.xml"}
+        spent_files = {"home", DIRECTORY, *IMAGES, *SETTINGS} - lacking
+        return cls(backup, [], Stage.CLOSED, spent_files=spent_files)
+
     @property
     def info(self) -> m.ManifestQube:
         """What the manifest says of it."""
@@ -179,10 +187,18 @@ class WantedFile:
 class Selection:
     """The selected qubes of `content`, by the paths of their files; what is said to the person waits here.
 
-    `whole`: all files of the archive are seen, and not just those of the selected qubes.
+    `whole`: all files of the archive are seen, and not just those of the selected qubes. Those that are
+    `here` are closed from the beginning.
     """
 
-    def __init__(self, content: BackupContent, keys: Iterable[str], *, whole: bool = True) -> None:
+    def __init__(
+        self,
+        content: BackupContent,
+        keys: Iterable[str],
+        here: Iterable[m.QubeHere] = (),
+        *,
+        whole: bool = True,
+    ) -> None:
         self.whole = whole
         wanted_keys = frozenset(keys)
         qubes = content.qubes
@@ -192,6 +208,12 @@ class Selection:
             if qube.info.key in wanted_keys
         }
         self.is_all = whole and len(self._qubes) == len(qubes)  #: is there nothing else in the archive?
+        are_here = {one.key: one for one in here}
+        self._qubes |= {
+            qube.info.key: SelectedQube.here(qube, are_here[qube.info.key])
+            for qube in qubes
+            if qube.info.key in are_here
+        }
         self._by_path = {qube.backup.path: qube for qube in self._qubes.values()}
         self._names = {qube.path: qube.info.name for qube in qubes if whole or qube.info.key in wanted_keys}
         self._refused_paths = frozenset(content.refused_paths)

@@ -102,9 +102,12 @@ class Work:
     def start(self, request: m.Start) -> None:
         """Read these qubes; once, when the manifest was sent. Raises ProtocolViolation if it lacks one."""
         assert self._content is not None
-        if set(request.keys) - {qube.info.key for qube in self._content.qubes}:
+        asked = {*request.keys, *(qube.key for qube in request.here)}
+        if asked - {qube.info.key for qube in self._content.qubes}:
             raise ProtocolViolation("'start' names qubes that the backup does not hold")
-        self._selection = Selection(self._content, request.keys, whole=self._whole)
+        # A storage service sends the directories that it is asked for: of what is here, nothing comes.
+        here = request.here if self._whole else ()
+        self._selection = Selection(self._content, request.keys, here, whole=self._whole)
         self._started.set_result((request, self._selection))
 
     def skip(self, key: str) -> None:
@@ -182,6 +185,10 @@ class Work:
         self._list(backup, whole=reading.whole)
         start, selection = self._wait_for_start()
         if not reading.whole:
+            if not start.keys:
+                position = reading.source.position
+                self._emit(m.Finished(archive_bytes=position, derivations=scheduler.derivations))
+                return
             paths = paths_of(qube.backup for qube in selection)
             reading = archive.second_pass(paths, position=reading.source.position, remark=self._warn)
             store, intake = begin(reading)
@@ -201,6 +208,7 @@ class Work:
             emit=self._emit,
             announce=self._announce,
             doubt=reading.doubt,
+            derivations=lambda: scheduler.derivations,
         )
         intake.start(backup.proofs)
         pipeline.run()

@@ -234,7 +234,8 @@ def test_a_worker_is_told_only_the_name_of_the_qube_that_holds_the_backup() -> N
         for field in kind.model_fields
         if field not in ("type", "protocol")
     }
-    of_the_archive = {"Start.keys", "SkipQube.key"}  # as the worker itself has named them
+    # Keys as the worker itself has named them, and what it has brought of their qubes.
+    of_the_archive = {"Start.keys", "Start.here", "SkipQube.key"}
     of_the_person = {
         f"Open.{field}"
         for field in (

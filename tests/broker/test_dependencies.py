@@ -12,6 +12,7 @@ from qubes_restore_svc.broker.allowlist import AllowedSettings
 from qubes_restore_svc.broker.interfaces import Definition, HostQube, HostView, NewQube, QubesView
 from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.report import VolumeReport
 from qubes_restore_svc.wire.restore_call import Choice
 from tests.broker.fake_worker import BACKUP_ID, BackupQube, Die, FakeLink, Image, Say, honest
 from tests.broker.jobs import Outcome, check_restored, run
@@ -54,8 +55,13 @@ class SystemHost(TroubledHost):
 
 
 class _RememberingQube(TroubledQube):
-    def commit(self, settings: m.QubeSettings, definition: Definition | None) -> Sequence[str]:
-        remarks = super().commit(settings, definition)
+    def commit(
+        self,
+        settings: m.QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
+        remarks = super().commit(settings, definition, volumes)
         assert isinstance(self.host, SystemHost) and definition is not None
         self.host.definitions[self.name] = definition
         return remarks
@@ -279,18 +285,20 @@ def test_when_the_worker_dies_a_waiting_qube_is_rolled_back_before_its_template(
     ("trouble", "advice", "warnings"),
     [
         ({}, "still there, without a netvm now. Look", []),
-        ({f"disconnect app {BACKUP_ID}": fails}, "still there. Look", ["away: no such luck"]),
+        ({f"take_back app {BACKUP_ID}": fails}, "still there. Look", ["away: no such luck"]),
     ],
 )
 def test_a_committed_qube_whose_firewall_comes_late_loses_its_network(
     restore: Callable[..., Run], trouble: Trouble, advice: str, warnings: list[str]
 ) -> None:
     done = restore(TEMPLATE, APP, trouble=trouble, taken_back=APP.key)
-    assert done.calls("disconnect") == [f"disconnect app {BACKUP_ID}"]
+    assert done.calls("take_back") == [f"take_back app {BACKUP_ID}"]
     report = done.outcome.qube("app")
     assert report.outcome == "incomplete" and report.error is not None and advice in report.error.advice
     assert [warning.partition("taken ")[2] for warning in report.warnings] == warnings
 
 
-def test_a_qube_that_has_no_network_keeps_having_none(restore: Callable[..., Run]) -> None:
-    assert restore(NETVM, taken_back=NETVM.key).calls("disconnect") == []
+def test_the_host_learns_of_every_qube_that_is_taken_back(restore: Callable[..., Run]) -> None:
+    """Also of one without a network: it does not count as restored any more."""
+    calls = restore(NETVM, taken_back=NETVM.key).calls("take_back")
+    assert calls == [f"take_back {NETVM.name} {BACKUP_ID}"]

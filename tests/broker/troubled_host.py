@@ -5,10 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, QubeTransaction, VolumeSink
+from qubes_restore_svc.broker.interfaces import (
+    Definition,
+    HostView,
+    NewQube,
+    QubeTransaction,
+    RestoredQube,
+    VolumeSink,
+)
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.report import VolumeReport
 
 Trouble = Mapping[str, Callable[[], None]]
 
@@ -42,8 +50,12 @@ class TroubledHost:
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
         self.call(f"default_dispvm {qube} {default_dispvm}")
 
-    def disconnect(self, qube: str, backup_id: str) -> bool:
-        self.call(f"disconnect {qube} {backup_id}")
+    def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
+        self.call(f"restored_from {backup_id}")
+        return self._directory.restored_from(backup_id)
+
+    def take_back(self, qube: str, backup_id: str) -> bool:
+        self.call(f"take_back {qube} {backup_id}")
         return True
 
     def free_space(self, pool: str | None = None) -> int | None:
@@ -76,9 +88,14 @@ class TroubledQube:
     def change_template(self, template: str) -> None:
         self.host.call(f"template {self.name} {template}")
 
-    def commit(self, settings: QubeSettings, definition: Definition | None) -> Sequence[str]:
+    def commit(
+        self,
+        settings: QubeSettings,
+        definition: Definition | None,
+        volumes: Sequence[VolumeReport] = (),
+    ) -> Sequence[str]:
         self.host.call(f"commit {self.name}")
-        remarks = self.qube.commit(settings, definition)
+        remarks = self.qube.commit(settings, definition, volumes)
         self.host.begun.discard(self.name)
         return remarks
 

@@ -11,6 +11,7 @@ from qubes_restore_svc.broker.image_directory import partial_name
 from qubes_restore_svc.errors import BadMetadata, HostFailed
 from qubes_restore_svc.local.directory import check_name, clear_unfinished, record
 from qubes_restore_svc.wire.messages import ErrorInfo, FirewallRule, QubeSettings
+from qubes_restore_svc.wire.report import VolumeReport
 from tests.local.sample_qubes import new_qube, settings
 
 
@@ -110,7 +111,8 @@ def rule(**fields: str) -> dict[str, str | None]:
 
 def test_the_record_holds_everything_that_the_backup_says() -> None:
     qube = new_qube("work-2", warnings=("no such template",))
-    content = record(qube, settings(), {"private": 1 << 40}).text()
+    volumes = [VolumeReport(name="private", outcome="ok", size=1 << 40, fsverity="f" * 64)]
+    content = record(qube, settings(), {"private": 1 << 40}, volumes).text()
     assert json.loads(content) == {
         "type": "qube",
         "schema_version": 1,
@@ -132,7 +134,16 @@ def test_the_record_holds_everything_that_the_backup_says() -> None:
         "firewall": [rule(action="accept", dsthost="example.org"), rule(action="drop")],
         "notes": "naïve\nnotes",
         "appmenus": ["firefox.desktop"],
-        "volumes": [{"name": "private", "size": 1 << 40, "file": "private.img"}],
+        "volumes": [
+            {
+                "name": "private",
+                "size": 1 << 40,
+                "file": "private.img",
+                "fsverity": "f" * 64,
+                "sha256": None,
+            }
+        ],
+        "complete": True,
         "warnings": ["no such template"],
     }
 

@@ -107,6 +107,29 @@ def test_a_qube_that_does_not_fit_is_rolled_back_and_the_others_are_kept(disk: D
     assert disk.used() < 64 << 10, "what was rolled back still takes room"
 
 
+def test_when_there_is_room_again_only_what_did_not_fit_is_done(disk: Disk, tmp_path: Path) -> None:
+    backup = tmp_path / "sample.qbackup"
+    writer = BackupWriter(
+        [sample_qube(name, 1 << 20, 0.6, seed=seed) for seed, name in enumerate(("first", "second"))],
+        chunk_size=1 << 18,
+        log_n=10,
+    )
+    writer.write(backup)
+    ballast = disk.seen / "ballast"
+    ballast.write_bytes(bytes(1900 << 10))
+    outcome = extract(disk, backup, tmp_path)
+    assert outcome.status == 3, outcome.errors
+    assert "first: restored\n" in outcome.errors and "second: failed: " in outcome.errors
+    ballast.unlink()
+    outcome = extract(disk, backup, tmp_path, "--skip-existing")
+    assert outcome.status == 0, outcome.errors
+    assert "first: already restored\n" in outcome.errors and "second: restored\n" in outcome.errors
+    chunks = sum(member.name.startswith("vm11/") for member in writer.members())
+    assert outcome.report is not None and outcome.report["derivations"] == 2 + chunks
+    for volume, facts in _expected(writer).items():
+        assert sha256(disk.seen / "restored" / f"{volume}.img") == facts
+
+
 def test_nothing_fits(disk: Disk, tmp_path: Path) -> None:
     backup = tmp_path / "sample.qbackup"
     BackupWriter([sample_qube("large", 8 << 20, 0.6, seed=2)], chunk_size=1 << 18, log_n=10).write(backup)

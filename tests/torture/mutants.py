@@ -386,7 +386,7 @@ _ROWS = (
     ),
     (
         "local/directory.py",
-        "            os.fsync(file)\n",
+        "        os.fsync(file)\n",
         "",
         "tests/local/test_directory_qube.py tests/local/test_directory_qube_volumes.py",
     ),

@@ -46,7 +46,10 @@ FULL: dict[str, Json] = {
         "compression_filter": "gzip", "ignore_size_limit": True, "ignore_cost_limit": True,
         "storage": STORAGE, "ahead": True, "retry": True,
     },
-    "start": {"type": "start", "mode": "verify", "keys": ["vm10", "vm11"], "digest": "sha256"},
+    "start": {
+        "type": "start", "mode": "verify", "keys": ["vm10", "vm11"], "digest": "sha256",
+        "here": [{"key": "vm12", "volumes": ["private"], "firewall": True}],
+    },
     "skip_qube": {"type": "skip_qube", "key": "vm10"},
     "cancel": {"type": "cancel"},
     "manifest": {
@@ -69,7 +72,7 @@ FULL: dict[str, Json] = {
     },
     "log": {"type": "log", "level": "warning", "text": "t", "key": "vm10"},
     "failed": {"type": "failed", "error": ERROR},
-    "finished": {"type": "finished", "archive_bytes": 5},
+    "finished": {"type": "finished", "archive_bytes": 5, "derivations": 3},
 }  # fmt: skip
 
 #: … and the keys that may be left out, with their places.
@@ -78,7 +81,7 @@ OPTIONAL: dict[str, set[str]] = {
         "protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "ignore_cost_limit",
         "storage", "ahead", "retry",
     },
-    "start": {"digest"},
+    "start": {"digest", "here"},
     "skip_qube": set(),
     "cancel": set(),
     "manifest": {
@@ -102,7 +105,7 @@ OPTIONAL: dict[str, set[str]] = {
     "progress": {"image_bytes", "done", "received", "waiting_for_source"},
     "log": {"key"},
     "failed": {"error.qube", "error.volume", "error.chunk", "error.advice"},
-    "finished": set(),
+    "finished": {"derivations"},
 }  # fmt: skip
 
 #: The keys that may be null.
@@ -302,11 +305,14 @@ LONGEST: list[tuple[str, Path, object, object]] = [
     ("open", ("jobs",), 1024, 1025),
     ("open", ("jobs",), 1, 0),
     ("open", ("compression_filter",), "g" * 32, "g" * 33),
-    ("start", ("keys",), [f"vm{i}" for i in range(MAX_QUBES)], [f"vm{i}" for i in range(MAX_QUBES + 1)]),
+    ("start", ("keys",), [f"q{i}" for i in range(MAX_QUBES)], [f"q{i}" for i in range(MAX_QUBES + 1)]),
     ("open", ("storage", "qube"), "n" * 31, "n" * 32),
     ("open", ("storage", "location_id"), "i" * 64, "i" * 65),
     ("open", ("storage", "location_id"), "i", ""),
-    ("start", ("keys",), ["vm1"], []),
+    ("start", ("keys",), [], ["vm12"]),
+    ("start", ("here",), [], [{"key": "vm10", "volumes": [], "firewall": True}]),
+    ("start", ("here", 0, "volumes"), ["root", "private"], ["volatile"]),
+    ("start", ("here", 0, "volumes"), [], ["root", "private", "home", "root"]),
     ("start", ("keys", 0), "k" * 64, "k" * 65),
     ("skip_qube", ("key",), "k" * 64, "k" * 65),
     ("manifest", ("backup_id",), "b" * 128, "b" * 129),
@@ -370,6 +376,7 @@ LONGEST: list[tuple[str, Path, object, object]] = [
     ("log", ("key",), "k" * 64, "k" * 65),
     ("finished", ("archive_bytes",), 2**63 - 1, 2**63),
     ("finished", ("archive_bytes",), 0, -1),
+    ("finished", ("derivations",), 2**31 - 1, -1),
 ]  # fmt: skip
 
 
@@ -593,9 +600,14 @@ def test_no_list_of_a_message_is_longer_than_the_check_of_its_shape_allows() -> 
     assert is_taken({**FULL["start"], "keys": longest})
 
 
+def test_a_start_asks_for_something() -> None:
+    assert is_taken({**FULL["start"], "keys": []})
+    assert not is_taken({**FULL["start"], "keys": [], "here": []})
+
+
 # --- Sizes ---------------------------------------------------------------------------------------
 
-SIZES = {"manifest": 4 << 20, "qube_settings": 2 << 20, "start": 512 << 10}
+SIZES = {"manifest": 4 << 20, "qube_settings": 2 << 20, "start": 1 << 20}
 
 
 @EACH
@@ -621,6 +633,14 @@ def test_what_must_always_fit_fits() -> None:
     for message in (
         m.Open(passphrase=SecretStr("\x01" * 4096)),
         m.Start(mode="restore", keys=tuple(f"{i:064}" for i in range(MAX_QUBES))),
+        m.Start(
+            mode="restore",
+            keys=(),
+            here=tuple(
+                m.QubeHere(key=f"{i:064}", volumes=("root", "private"), firewall=False)
+                for i in range(MAX_QUBES)
+            ),
+        ),
         m.Log(level="warning", text=text, key="k" * 64),
         m.Failed(error=error),
         m.VolumeDone(key="k" * 64, volume="private", outcome="failed", error=error),

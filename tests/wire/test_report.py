@@ -127,7 +127,7 @@ def test_a_file_says_more_of_a_report_than_a_message(tmp_path: Path) -> None:
     assert text == json.dumps(kept, indent=2) + "\n"
     assert list(kept) == [
         "type", "schema_version", "tool_version", "mode", "backup_id", "started", "finished", "status",
-        "error", "warnings", "qubes", "asked_by",
+        "error", "warnings", "qubes", "derivations", "asked_by",
     ]  # fmt: skip
     assert (kept["type"], kept["schema_version"], kept["asked_by"]) == ("report", 1, "sys-gui")
     assert (kept["started"], kept["finished"]) == ("2026-11-23T12:00:00Z", "2026-11-23T12:00:00Z")

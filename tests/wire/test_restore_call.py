@@ -27,6 +27,7 @@ CHOICE: Json = {
     "ignore_username_mismatch": True,
     "qubes": [{"name": "work", "new_name": "work-2", "template": "debian-13", "netvm": "sys-firewall"}],
     "template": "debian-13", "netvm": "", "pool": "vm-pool", "allow": ["property:autostart"],
+    "resume": True,
 }  # fmt: skip
 OFFERS: Json = {
     "templates": ["debian-13"], "disposable_templates": ["dvm"], "netvms": ["sys-net"],
@@ -80,7 +81,7 @@ FULL: dict[str, Json] = {
     "report": {
         "type": "report", "mode": "restore", "tool_version": "1.0", "backup_id": "b",
         "started": "2026-11-23T14:00:00Z", "finished": "2026-11-23T15:00:00Z", "status": 3, "error": ERROR,
-        "warnings": ["w"], "qubes": [RESULT],
+        "warnings": ["w"], "qubes": [RESULT], "derivations": 3,
     },
     "refused": {"type": "refused", "error": ERROR},
 }  # fmt: skip

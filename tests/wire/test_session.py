@@ -161,7 +161,7 @@ def test_the_next_volume_can_be_announced_when_one_is_done() -> None:
     [
         ("idle", 64 << 10, 64 << 10),
         ("opening", 4 << 20, 64 << 10),
-        ("listed", 64 << 10, 512 << 10),
+        ("listed", 64 << 10, 1 << 20),
         ("streaming", 2 << 20, 64 << 10),
         ("volume", 64 << 10, 64 << 10),
         ("closed", 64 << 10, 64 << 10),

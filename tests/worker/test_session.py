@@ -56,9 +56,48 @@ async def test_a_session_from_open_to_finished() -> None:
         messages = await peer.rest()
         done = [message for message in messages if isinstance(message, m.VolumeDone)]
         assert len(done) == 4 and all(one.outcome == "ok" for one in done)
-        assert messages[-1] == m.Finished(archive_bytes=len(ARCHIVE))
+        chunks = [member.name for member in WRITER.members() if member.name.endswith((".enc", ".hmac"))]
+        derivations = sum("/empty." not in name for name in chunks)
+        assert messages[-1] == m.Finished(archive_bytes=len(ARCHIVE), derivations=derivations)
         peer.writer.close()
         await caller.ended()
+
+
+HERE = m.QubeHere(key="vm10", volumes=("private",), firewall=True)
+
+
+async def said_with_here(here: m.QubeHere, archive: bytes, *keys: str) -> list[m.Message]:
+    """What the worker says, of `keys` alone, when `here` is there already."""
+    async with session_over(archive) as (_, peer):
+        peer.open()
+        await peer.expect(m.Manifest)
+        peer.say(m.Start(mode="restore", keys=keys, here=(here,)))
+        return [message for message in await peer.rest() if not isinstance(message, m.Progress)]
+
+
+def with_the_firewall_last() -> bytes:
+    members = list(WRITER.members())
+    return join_members(sorted(members, key=lambda member: "vm10/firewall" in member.name))
+
+
+@pytest.mark.parametrize("archive", [ARCHIVE, with_the_firewall_last()], ids=["in order", "firewall last"])
+async def test_of_what_is_here_already_no_key_is_derived(archive: bytes) -> None:
+    said = await said_with_here(HERE, archive)
+    assert said == [m.Finished(archive_bytes=len(archive), derivations=2)]
+
+
+@pytest.mark.parametrize(
+    ("file", "here"),
+    [
+        ("firewall.xml", HERE.model_copy(update={"firewall": False})),
+        ("private.img", HERE.model_copy(update={"volumes": ()})),
+    ],
+)
+async def test_what_a_qube_lacks_that_is_here_already_is_told(file: str, here: m.QubeHere) -> None:
+    incomplete, finished = await said_with_here(here, ARCHIVE)
+    assert isinstance(incomplete, m.QubeIncomplete) and incomplete.key == "vm10"
+    assert incomplete.error.reason.startswith(f"its {file} ")
+    assert isinstance(finished, m.Finished)
 
 
 async def test_warnings_about_the_metadata_come_before_the_manifest() -> None:

@@ -29,6 +29,20 @@ async def test_each_pass_asks_for_its_part_and_gives_the_right_answer(
     assert [call["answer"] for call in storage.calls] == ["right", "right"]
 
 
+async def test_if_everything_is_here_already_there_is_no_second_pass(
+    fetched: tuple[Way, FakeStorage],
+) -> None:
+    way, storage = fetched
+    here = m.QubeHere(key="vm10", volumes=(), firewall=False)
+    async with way.session() as (_, peer):
+        peer.open(storage=LOCATION)
+        await peer.expect(m.Manifest)
+        peer.say(m.Start(mode="verify", keys=(), here=(here,)))
+        (finished,) = [message for message in await peer.rest() if not isinstance(message, m.Progress)]
+    assert isinstance(finished, m.Finished) and finished.derivations == 2
+    assert [call["paths"] for call in storage.calls] == [BEGINNING]
+
+
 async def test_a_service_that_dom0_calls_is_asked_and_answered_in_the_same_way(make_way: MakeWay) -> None:
     way = make_way("conversed", ARCHIVE)
     await run(way, ["vm10"])
