@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from qubes_restore_svc.cli import qvm_arguments
 from qubes_restore_svc.cli.process import Interruption
-from qubes_restore_svc.cli.qvm_arguments import QUBESD_SOCKET, way_to_dom0
+from qubes_restore_svc.cli.qvm_arguments import way_to_dom0
 from qubes_restore_svc.cli.qvm_restore import Way
 from qubes_restore_svc.cli.qvm_restore import run as run_on_qubes
 from qubes_restore_svc.errors import (
@@ -34,8 +35,8 @@ from qubes_restore_svc.wire.report import Report
 
 #: What the backup cannot be blamed for, beside what a worker does not get to say.
 _NOT_THE_BACKUP = (
-    "budget-too-small", "faulty-machine", "resources-exhausted", "source-stalled", "wrong-passphrase",
-    "no-space", "skipped", "error",
+    "archive-unreadable", "budget-too-small", "faulty-machine", "resources-exhausted", "source-stalled",
+    "wrong-passphrase", "no-space", "skipped", "error",
 )  # fmt: skip
 
 _CLOCKS_DIFFER = timedelta(days=1)
@@ -54,7 +55,7 @@ class Verifier:
 
 def verifier(place: Place, interruption: Interruption, way: Way = way_to_dom0) -> Verifier:
     """The command of this machine that can verify a backup in this place."""
-    if place.qube is None and not QUBESD_SOCKET.exists():
+    if place.qube is None and not qvm_arguments.QUBESD_SOCKET.exists():
         try:
             from qubes_restore_svc.local.command import run as run_here
         except ModuleNotFoundError as error:
@@ -155,11 +156,13 @@ def _judged(report: Report, place: Place, found: Found) -> tuple[State, str]:
     errors = [*failed, *([("", report.error)] if report.error is not None else [])]
     if not errors:
         return "not verified", "the report does not say why"
-    if errors[0][1].kind == EmptyInput.kind and place.file is None and place.directory is None:
+    if errors[0][1].kind == EmptyInput.kind and place.command is not None:
         return "no backup", errors[0][1].reason
     errors.sort(key=lambda error: not _is_damage(error[1]))
     where, first = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if place.qube is not None and place.directory is not None and report.backup_id is None:
+        more = f"; or no file there is called {place.pattern}"  # the agent tells no difference
     return "bad" if _is_damage(first) else "not verified", f"{where}{first.reason}{more}"
 
 

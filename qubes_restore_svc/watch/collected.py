@@ -8,7 +8,7 @@ backup is, and its report, is computed again, because reports lie around.
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -116,10 +116,13 @@ def in_directory(directory: Path, expected: Iterable[str]) -> Untrusted:
     return machines
 
 
-def of_places(state: Path, places: Iterable[str]) -> Mapping[str, bytes | None]:
-    """Those of this machine. `places` must be there. Raises UsageError."""
-    kept = dict(_of_machine(state)) if state.is_dir() else {}
-    return {**dict.fromkeys(places), **kept}
+def of_places(state: Path, wanted: Sequence[str], known: Iterable[str]) -> Mapping[str, bytes | None]:
+    """Those of this machine, of all places or of those `wanted`. Those `known` must be there.
+
+    Raises UsageError.
+    """
+    kept = {**dict.fromkeys(known), **(dict(_of_machine(state)) if state.is_dir() else {})}
+    return {name: kept.get(name) for name in wanted} if wanted else kept
 
 
 def _of_machine(directory: Path) -> Iterator[tuple[str, bytes]]:

@@ -48,6 +48,7 @@ class Arguments(argparse.Namespace):
 
     command: Literal["verify", "show", "collect"]
     place: str
+    places: list[str]
     reports: str
     configuration: Path | None = None
     state: Path | None = None
@@ -69,7 +70,9 @@ def run(argv: Sequence[str] | None, interruption: Interruption, way: Way) -> int
         return _verify(arguments.place, configuration, state, interruption, way)
     if arguments.command == "show":
         machine = strip_control(socket.gethostname()) or "localhost"
-        untrusted: collected.Untrusted = {machine: collected.of_places(state, names_of_places(configuration))}
+        untrusted: collected.Untrusted = {
+            machine: collected.of_places(state, arguments.places, names_of_places(configuration))
+        }
     elif arguments.reports == "-":
         untrusted = collected.from_stream(arguments.expect)
     else:
@@ -136,6 +139,7 @@ def watch_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="verify the newest backup in a place", allow_abbrev=False)
     verify.add_argument("place", metavar="PLACE", help="the name of its settings, PLACE.toml")
     show = commands.add_parser("show", help="show what the last checks here found", allow_abbrev=False)
+    show.add_argument("places", metavar="PLACE", nargs="*", help="only of these places (default: all)")
     collect = commands.add_parser(
         "collect", help="show what the last checks of many machines found", allow_abbrev=False
     )

@@ -23,6 +23,13 @@ LISTENS_AT = "/run/qubes-restore-worker/calls.sock"
 WATCH = {
     "/usr/bin/qubes-restore-watch",
     "/usr/share/man/man1/qubes-restore-watch.1.gz",
+    "/usr/lib/systemd/system/qubes-restore-watch@.service",
+    "/usr/lib/systemd/system/qubes-restore-watch@.timer",
+    "/usr/lib/systemd/user/qubes-restore-watch@.service",
+    "/usr/lib/systemd/user/qubes-restore-watch@.service.d/notify.conf",
+    "/usr/lib/systemd/user/qubes-restore-watch@.timer",
+    "/usr/lib/systemd/user/qubes-restore-watch-notify@.service",
+    "/usr/libexec/qubes-restore-svc/watch-notify",
 }
 
 #: All that the packages install beside Python code. A key is the end of a package's name.
@@ -75,6 +82,7 @@ PROGRAMS = {
     "/usr/bin/qubes-restore-svc",
     "/usr/bin/qubes-restore-watch",
     "/usr/libexec/qubes-restore-svc/qvm-backup-restore",
+    "/usr/libexec/qubes-restore-svc/watch-notify",
 }
 
 #: The libraries of the parsers, as the distributions call them.
@@ -167,7 +175,8 @@ def test_an_rpm_owns_the_directories_that_nobody_else_has(rpms: Packages) -> Non
     shared = {"/", "/etc", "/etc/qubes", "/etc/qubes-rpc", "/etc/qubes/policy.d",
               "/etc/qubes/policy.d/include", "/etc/qubes/post-install.d", "/etc/qubes/rpc-config", "/usr",
               "/usr/bin", "/usr/lib", "/usr/lib/systemd", "/usr/lib/systemd/system",
-              "/usr/lib/systemd/system-preset", "/usr/lib/tmpfiles.d", "/usr/libexec", "/usr/share",
+              "/usr/lib/systemd/system-preset", "/usr/lib/systemd/user", "/usr/lib/tmpfiles.d",
+              "/usr/libexec", "/usr/share",
               "/usr/share/applications", "/usr/share/doc", "/usr/share/licenses", "/usr/share/man",
               "/usr/share/man/man1", "/var", "/var/log",
               # Fedora's package filesystem has the places for completion.
