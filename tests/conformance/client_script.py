@@ -50,6 +50,7 @@ source=
 save_on_stop=True
 snap_on_start=False
 """
+VOLUMES = b"0\0root\nprivate\n"
 REFUSAL = b"2\0QubesValueError\0\0no %s\0"
 #: What a property is said to be.
 VALUES = (
@@ -109,6 +110,10 @@ class Server(threading.Thread):
                 connection.sendall(self.answers.pop(0) if self.answers else b"0\0")
 
 
+def _clone(app: Any) -> None:
+    app.domains["work"].volumes["private"].clone(app.domains["t"].volumes["root"])
+
+
 def scenarios(admin: Any, directory: Path) -> dict[str, tuple[Callable[[Any], Any], list[bytes]]]:
     """Name: what is done with a `Qubes`, and the answers that it meets."""
     found: dict[str, tuple[Callable[[Any], Any], list[bytes]]] = {
@@ -145,6 +150,10 @@ def scenarios(admin: Any, directory: Path) -> dict[str, tuple[Callable[[Any], An
         "firewall": (lambda app: [rule.rule for rule in app.domains["work"].firewall.rules],
                      [LIST, b"0\0action=accept dst4=1.2.3.0/24 comment=a b=c\naction=drop\n"]),
         "volumes": (lambda app: sorted(app.domains["work"].volumes), [LIST, b"0\0root\nprivate\n"]),
+        "clone": (_clone, [LIST, VOLUMES, VOLUMES, b"0\0token"]),
+        "no clone": (_clone, [LIST, VOLUMES, VOLUMES, REFUSAL]),
+        "revisions": (lambda app: app.domains["work"].volumes["private"].revisions,
+                      [LIST, VOLUMES, b"0\x001-back\n2-back\n"]),
         "start": (lambda app: app.domains["work"].start(), [LIST]),
         "kill": (lambda app: app.domains["work"].kill(), [LIST]),
         "shutdown": (lambda app: app.domains["work"].shutdown(force=True, wait=True), [LIST]),

@@ -21,6 +21,9 @@ from unittest import mock
 
 KERNELS = ("6.12.59-1.fc41", "pvgrub2-pvh")
 
+#: In a payload, the last answer to a request of this method.
+TOKEN, CLONE_FROM = b"@TOKEN@", b"admin.vm.volume.CloneFrom"
+
 
 class _Transport:
     """What the protocol writes to."""
@@ -100,8 +103,9 @@ async def serve(checkout: Path, directory: Path) -> None:
     await app.setup_pools()
     app.default_kernel = KERNELS[0]
     app.save = mock.Mock()
+    token = b""
     for line in sys.stdin:
-        request = json.loads(line).encode("latin-1")
+        request = json.loads(line).encode("latin-1").replace(TOKEN, token)
         handler = internal.QubesInternalAPI if request.startswith(b"internal.") else admin.QubesAdminAPI
         protocol = api.QubesDaemonProtocol(handler, app=app, debug=False)
         transport = _Transport()
@@ -110,6 +114,8 @@ async def serve(checkout: Path, directory: Path) -> None:
         before = asyncio.all_tasks()
         protocol.eof_received()
         await asyncio.gather(*(asyncio.all_tasks() - before))
+        if CLONE_FROM in request:
+            token = transport.written.removeprefix(b"0\0")
         print(json.dumps(transport.written.decode("latin-1")), flush=True)
 
 

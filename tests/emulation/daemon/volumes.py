@@ -118,9 +118,7 @@ class Volumes:
         """Make it what the source is, or was when its qube was stopped."""
         if not any(source in domain.volumes.values() for domain in self._system.domains.values()):
             raise StumbleError(f"{source.vid} is gone")
-        if source.snap_on_start:
-            raise storage(f"Can not import snapshot volume {source.vid} in to pool {volume.vid} ")
-        if not volume.save_on_stop:
+        if not (volume.save_on_stop and source.save_on_stop):
             return
         self._make(self._import_path(volume), source.size)
         subprocess.run(["cp", "--sparse=always", self.path(source), self._import_path(volume)], check=True)
