@@ -20,6 +20,7 @@ from typing import Literal
 from qubes_restore_svc import __version__
 from qubes_restore_svc.cli.inputs import (
     EXIT_STATUS,
+    FILTERS,
     MAX_MIB,
     add_compression_filter,
     add_digest,
@@ -273,6 +274,9 @@ def _add_backup(group: "argparse._ArgumentGroup") -> None:
     _flag(group, text, "--location-is-service")
     add_passphrase_file(group)
     add_compression_filter(group)
+    # As the stock command abbreviates it; without these, they could also stand for --compare.
+    hidden = ("--c", "--co", "--com", "--comp")
+    group.add_argument(*hidden, dest="compression_filter", choices=FILTERS, help=argparse.SUPPRESS)
 
 
 def _add_worker(group: "argparse._ArgumentGroup") -> None:

@@ -64,14 +64,18 @@ class ComparedQube:
         self._pools = system.saved_volume_pools(qube.name)
         self._runs = system.is_running(qube.name)
         self._clone = f"{CLONE_PREFIX}{secrets.randbelow(10**8):08}"
-        system.create(
-            self._clone,
-            "StandaloneVM",
-            "gray",
-            pools=self._pools,
-            tags=UNFINISHED,
-            properties={"netvm": ""},
-        )
+        try:
+            system.create(
+                self._clone,
+                "StandaloneVM",
+                "gray",
+                pools=self._pools,
+                tags=UNFINISHED,
+                properties={"netvm": ""},
+            )
+        except HostFailed as error:
+            error.reason = f"making the qube {self._clone} for its clones: {error.reason}"
+            raise
 
     def create_volume(self, volume: VolumeName, image_size: int) -> VolumeSink:
         """A clone of the volume that is here; never raises, see `VolumeSink.finish`."""

@@ -101,14 +101,18 @@ class Decided:
 
 
 def plan_of(
-    *qubes: ManifestQube, view: HostView | None = None, allow: AllowList | None = None, **choice: Any
+    *qubes: ManifestQube,
+    view: HostView | None = None,
+    allow: AllowList | None = None,
+    compare: bool = False,
+    **choice: Any,
 ) -> Mapping[str, Decided]:
     """The plan for `view`, or the usual system, by the qubes' names in the backup."""
     allow = AllowAll() if allow is None else allow
     wanted = Choice.asked(
         **{key: tuple(one) if isinstance(one, list) else one for key, one in choice.items()}
     )
-    return by_name(make_plan(manifest(*qubes), wanted, view or system(), allow=allow))
+    return by_name(make_plan(manifest(*qubes), wanted, view or system(), allow=allow, compare=compare))
 
 
 def decided(planned: Planned) -> list[Decided]:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.broker import comparison
 from qubes_restore_svc.broker.comparison import BLOCK, ComparedVolume
 from qubes_restore_svc.broker.interfaces import Comparison
 from qubes_restore_svc.wire.report import MAX_PLACES
@@ -161,6 +163,93 @@ def test_holes_of_both_sides_are_not_read(image: Path, bytes_read: list[int]) ->
     os.truncate(image, 1 << 42)
     assert compared(image, size=1 << 42).outcome == "same"
     assert sum(bytes_read) < SIZE
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is like a block device, which does not tell where its holes are (seen on Linux 6.18)."""
+    seek = os.lseek
+
+    def lseek(file: int, offset: int, whence: int) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return seek(file, offset, whence)
+
+    monkeypatch.setattr(os, "lseek", lseek)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_block_device_is_compared_as_a_file_is(image: Path) -> None:
+    assert compared(image) == Comparison("same")
+    edit(image, (5 * BLOCK, b"x"), (SIZE - 1, b"x"))
+    assert places(compared(image)) == [(5 * BLOCK, BLOCK), (SIZE - BLOCK, BLOCK)]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("size", [SIZE + BLOCK, 1 << 42])
+def test_nothing_is_read_behind_the_end_of_a_block_device(
+    image: Path, bytes_read: list[int], size: int
+) -> None:
+    found = compared(image, size=size)
+    assert found.difference is not None
+    assert (found.difference.size, found.difference.different_bytes) == (SIZE, 0)
+    assert sum(bytes_read) == SIZE
+
+
+def test_a_fault_of_another_kind_is_no_hole(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: int, offset: int, whence: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "lseek", fail)
+    found = compared(image)
+    assert found.outcome == "failed" and found.error is not None
+    assert "Input/output error" in found.error.reason
+
+
+def test_every_block_is_compared_whatever_was_found_before(
+    image: Path, bytes_read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[bytes] = []
+
+    def counted(here: bytes, there: bytes) -> bool:
+        blocks.append(there)
+        return here == there
+
+    monkeypatch.setattr(comparison, "compare_digest", counted)
+    costs = []
+    for _ in ("the same", "different everywhere"):
+        blocks.clear()
+        bytes_read.clear()
+        compared(image)
+        costs.append((len(blocks), list(bytes_read)))
+        edit(image, *((number * BLOCK, b"x") for number in (0, 1, 2, 8)))
+    assert costs[0] == costs[1]
+    assert len(blocks) == 5, "the rest of the ninth block is one of its own"
+
+
+def test_closing_waits_for_the_end_of_a_step(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink, begun_reading, go_on = begun(image), threading.Event(), threading.Event()
+    read = os.pread
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        begun_reading.set()
+        assert go_on.wait(20)
+        return read(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    writing = threading.Thread(target=sink.write, args=(0, memoryview(EXTENTS[0][1])))
+    closing = threading.Thread(target=sink.close)
+    writing.start()
+    assert begun_reading.wait(20)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    os.fstat(sink._file)
+    go_on.set()
+    for thread in (writing, closing):
+        thread.join(20)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(sink._file)
 
 
 def test_a_place_that_cannot_be_read_is_the_finding_and_nothing_more_is_read(

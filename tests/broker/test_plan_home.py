@@ -1,5 +1,6 @@
 """dom0's home: only on request, never renamed, and of the user that is here."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,15 @@ def test_asking_for_it_selects_nothing_else() -> None:
     dom0 = qube("dom0", "AdminVM")
     plan = plan_of(dom0, qube("a"), qube("b"), names=["a"], dom0_home=True)
     assert [name for name, planned in plan.items() if planned.decision == "take"] == ["dom0", "a"]
+
+
+def test_it_is_compared_with_what_was_extracted_and_never_with_a_system() -> None:
+    extracted = HostView(frozenset({"dom0", "work"}))
+    assert home(view=extracted, compare=True).decision == "take"
+    here = replace(system(), names=frozenset({"work"}))
+    for names in ([], ["dom0", "work"]):
+        planned = home(view=here, compare=True, names=names)
+        assert (planned.decision, planned.problem) == ("leave-out", "home-not-compared")
 
 
 @pytest.mark.parametrize("conflicts", ["refuse", "skip", "rename"])

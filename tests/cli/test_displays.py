@@ -82,6 +82,16 @@ def test_quiet_means_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "warning: look out\n"
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_only_where_qubes_are_created_a_cancel_speaks_of_removing_them(
+    quiet: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for creates in (True, False):
+        make_display(verbose=False, quiet=quiet, total=None, creates=creates).ending()
+        said = capsys.readouterr().err
+        assert said.startswith("cancelling") and ("removed" in said) == ("stay" in said) == creates
+
+
 class Broken(io.StringIO):
     """A terminal that was closed, or a pipe whose reader has gone."""
 

@@ -94,6 +94,14 @@ def test_nobody_is_asked(line: str) -> None:
     assert not parsed(line).must_ask
 
 
+def test_a_comparison_is_neither_a_restore_nor_a_verification() -> None:
+    found = {line: parsed(f"{line} b") for line in ("", "--verify-only", "--compare", "--compare -x dom0")}
+    assert [one.mode for one in found.values()] == ["restore", "verify", "compare", "compare"]
+    assert [one.must_ask for one in found.values()] == [True, False, False, False]
+    with pytest.raises(SystemExit):
+        parsed("--verify-only --compare b")
+
+
 def test_what_restores_more_goes_first_as_in_the_stock_command() -> None:
     assert parsed("--skip-conflicting b").conflicts == "skip"
     assert parsed("--skip-conflicting --rename-conflicting b").conflicts == "rename"
@@ -214,6 +222,8 @@ def test_what_has_not_the_form_ends_with_2(line: str, capsys: pytest.CaptureFixt
         ("--location-is-service b", "--location-is-service requires -d"),
         ("--location-is-service -d dom0 b", "--location-is-service requires -d"),
         ("--skip-dom0-home b work dom0", "dom0 is named"),
+        ("--compare b dom0", "dom0's home cannot be compared"),
+        ("--compare --dom0-home b", "dom0's home cannot be compared"),
         ("-p - -", "cannot both come from standard input"),
         ("-d dom0 -p - -", "cannot both come from standard input"),
     ],

@@ -229,6 +229,12 @@ def test_what_fits_into_no_message_is_told_without_its_value(line: str, reason: 
     assert reason in caught.value.reason and "a~b" not in caught.value.reason
 
 
+def test_only_in_dom0_a_comparison_can_be_asked_for() -> None:
+    assert restore_request(arguments("--compare b"), 5, ProgramTransport()).mode == "compare"
+    with pytest.raises(NotGranted, match="for dom0 alone"):
+        restore_request(arguments("--compare -d nas b"), None, QrexecTransport())
+
+
 @pytest.mark.parametrize(("line", "digest"), [("b", None), ("--sha256 b", "sha256")])
 def test_the_configuration_decides_which_digest_is_told_unless_sha256_is_asked_for(
     line: str, digest: str | None

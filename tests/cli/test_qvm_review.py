@@ -315,6 +315,7 @@ def test_a_plan_beyond_the_limits_is_refused_unasked_and_may_be_verified(
         with pytest.raises(UsageError, match="too many"):
             reviewing(past, options)
     reviewing(past, "--verify-only")
+    reviewing(past, "--compare")
     assert reviewing.questions == []
 
 

@@ -144,6 +144,17 @@ async def test_a_plan_beyond_the_limits_is_told_early_and_can_be_mended(bed: Bed
     assert bed.restored == ["vault"]
 
 
+@pytest.mark.parametrize("mode", ["verify", "compare"])
+async def test_what_restores_nothing_is_not_limited(bed: Bed, mode: str) -> None:
+    bed.configure("limits: {qubes: 1}")
+    async with bed.call(caller="dom0") as client:
+        client.say(open_message(bed.backup, mode))
+        plan = await client.plan()
+        assert (plan.mode, plan.excess) == (mode, None)
+        client.say({"type": "cancel"})
+        assert (await client.refused()).error.kind == "cancelled"
+
+
 async def test_a_plan_beyond_the_limits_is_not_carried_out(bed: Bed) -> None:
     bed.configure("limits: {qubes: 1}")
     async with bed.call() as client:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qubes_restore_svc.qubes.comparison import CLONE_PREFIX, backup_time
+from qubes_restore_svc.qubes.locks import read_holder
 from tests.emulation.dom0 import Dom0, wait_until
 from tests.support.backup_writer import PASSPHRASE, BackupWriter, ImagePlan, QubePlan
 
@@ -116,12 +117,30 @@ def test_a_volume_in_a_pool_of_another_kind_is_not_compared_and_the_others_are(
     assert "alone/root: it lies in the storage pool tank, and volumes of the driver zfs cannot" in done.stderr
 
 
-def test_a_comparison_that_is_killed_leaves_nothing(dom0: Dom0, backup: Path) -> None:
+@pytest.mark.parametrize("killed", ["command", "service"])
+def test_a_comparison_that_is_killed_leaves_nothing(dom0: Dom0, backup: Path, killed: str) -> None:
     before = dom0.qubes.snapshot()
-    # The worker never comes further than the first volume.
-    place = dom0.location(backup, "path")
-    process = dom0.start(["--mgmt-vm", "--force-root", *place, "--compare"], PASSPHRASE)
+    process = dom0.start(["--mgmt-vm", "--memory", "1500", str(backup), "--compare"], PASSPHRASE)
     wait_until(lambda: bool(clones(dom0)), "a clone")
-    os.killpg(process.pid, signal.SIGKILL)
+    holder = read_holder(dom0.folder / "restore.lock")
+    assert holder is not None and holder.activity == "comparing"
+    if killed == "command":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(holder.pid, signal.SIGKILL)
     process.communicate()
-    dom0.check_as_before(before, ["*/backup"])
+    dom0.check_as_before(before)
+    dom0.restore([str(backup), "--compare", "-x", "gone"], PASSPHRASE, SAME)
+
+
+def test_a_comparison_that_is_cancelled_leaves_nothing_and_says_nothing_of_removing(
+    dom0: Dom0, backup: Path
+) -> None:
+    before = dom0.qubes.snapshot()
+    process = dom0.start(["--mgmt-vm", "--memory", "1500", str(backup), "--compare"], PASSPHRASE)
+    wait_until(lambda: bool(clones(dom0)), "a clone")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert "remov" not in stderr
+    dom0.check_as_before(before)

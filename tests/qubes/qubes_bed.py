@@ -16,6 +16,7 @@ import pytest
 import qubesadmin
 
 from qubes_restore_svc.broker.interfaces import Definition, NewQube
+from qubes_restore_svc.qubes.comparison import ComparedSystem
 from qubes_restore_svc.qubes.host import POLICY, QubesHost
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.worker_vm import worker_properties
@@ -76,6 +77,17 @@ def new_host(
         stock_lock_path=directory / "stock.lock",
         client=client,
         policy=policy,
+    )
+
+
+def compared_system(directory: Path, system: QubesSystem | None = None) -> ComparedSystem:
+    """A host that compares, with the locks of `new_host`."""
+    new_host(directory, system)
+    return ComparedSystem(
+        system or QubesSystem.connect(),
+        home=directory / "home",
+        lock_path=directory / "restore.lock",
+        stock_lock_path=directory / "stock.lock",
     )
 
 

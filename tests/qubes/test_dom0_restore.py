@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import pytest
 from qubes_restore_svc.errors import BadConfiguration, HostFailed, RestoreError, UsageError, WorkerMissing
 from qubes_restore_svc.qubes import dom0_restore as dom0
 from qubes_restore_svc.qubes.backup_source import Dom0File, Location
+from qubes_restore_svc.qubes.comparison import ComparedSystem
 from qubes_restore_svc.qubes.config import load_config
-from qubes_restore_svc.qubes.dom0_restore import Dom0Restore, Places, dom0_restore
+from qubes_restore_svc.qubes.dom0_restore import PLACES, Dom0Restore, Places, dom0_restore
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.qrexec_link import QrexecLink
 from qubes_restore_svc.wire.restore_call import OpenBackup, QubePath
@@ -190,15 +192,28 @@ def test_a_qube_gets_no_larger_worker_by_asking_for_none(places: Places, made: M
         ("restore", ("work",), "restoring", False),
         ("verify", (), "verifying", True),
         ("list", (), "listing a backup", False),
+        ("compare", (), "comparing", True),
     ],
 )
 def test_what_it_is_for_is_told_and_only_where_all_is_wanted_keys_are_derived_ahead(
     mode: str, names: tuple[str, ...], activity: str, ahead: bool, places: Places, made: Made
 ) -> None:
+    places = replace(places, volume_reader=os.getuid())
     asked = request(mode=mode, choice={"names": names}, compression_filter="zstd", ignore_cost_limit=True)
     options = parts(places, asked).session_options(asked)
     assert made.link["activity"] == activity
     assert (options.ahead, options.compression_filter, options.ignore_cost_limit) == (ahead, "zstd", True)
+
+
+def test_only_who_can_read_the_volumes_compares_them(places: Places, made: Made) -> None:
+    for client in ("dom0", "sys-gui"):
+        with pytest.raises(UsageError, match="only root can read the volumes") as refused:
+            parts(replace(places, volume_reader=os.getuid() + 1), request(mode="compare"), client=client)
+        assert "with sudo" in refused.value.advice
+    found = parts(replace(places, volume_reader=os.getuid()), request(mode="compare"))
+    assert isinstance(found.host, ComparedSystem)
+    assert not isinstance(parts(places, request(mode="restore")).host, ComparedSystem)
+    assert PLACES.volume_reader == 0
 
 
 @pytest.mark.parametrize(

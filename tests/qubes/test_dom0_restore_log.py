@@ -5,7 +5,6 @@ import re
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
@@ -13,13 +12,13 @@ from qubes_restore_svc.qubes.dom0_restore import LogFile, LoggedObserver, file_r
 from qubes_restore_svc.report_file import MAX_REPORT, write_report
 from qubes_restore_svc.wire.models import ErrorInfo
 from qubes_restore_svc.wire.names import MAX_QUBES
-from qubes_restore_svc.wire.report import CUT, QubeReport, Report, RestoreProgress
+from qubes_restore_svc.wire.report import CUT, QubeReport, Report, RestoreProgress, RunMode
 from tests.support.reports import kept_report
 from tests.support.restoring import Recorder
 from tests.wire.test_report import the_longest_report
 
 
-def report(minute: int, mode: Literal["restore", "verify"] = "restore") -> Report:
+def report(minute: int, mode: RunMode = "restore") -> Report:
     made = Report.begun(mode, datetime(2026, 11, 20, 20, minute, tzinfo=UTC))
     made.close(None, datetime(2026, 11, 20, 21, tzinfo=UTC))
     return made
@@ -29,12 +28,22 @@ def test_the_newest_reports_are_kept_and_nothing_else_is_touched(tmp_path: Path)
     strangers = ["notes.txt", "restore-20200101T000000Z-1.json.bak", "x-restore-20200101T000000Z-1.json"]
     for stranger in strangers:
         (tmp_path / stranger).touch()
-    for minute, mode in [(3, "restore"), (1, "verify"), (4, "verify"), (2, "restore")]:
-        file_report(tmp_path, 2, report(minute, "verify" if mode == "verify" else "restore"), print)
+    filed: list[tuple[int, RunMode]] = [
+        (3, "restore"),
+        (1, "compare"),
+        (4, "verify"),
+        (2, "restore"),
+        (5, "compare"),
+    ]
+    for minute, mode in filed:
+        file_report(tmp_path, 3, report(minute, mode), print)
     file_report(tmp_path, 3, report(3), print)
-    kept = [f"restore-20261120T200300Z-{os.getpid()}.json", f"verify-20261120T200400Z-{os.getpid()}.json"]
+    kept = [
+        f"{mode}-20261120T200{minute}00Z-{os.getpid()}.json"
+        for mode, minute in (("compare", 5), ("restore", 3), ("verify", 4))
+    ]
     assert sorted(os.listdir(tmp_path)) == sorted([*strangers, *kept])
-    assert kept_report(tmp_path / kept[0]) == report(3)
+    assert kept_report(tmp_path / kept[1]) == report(3)
     assert stat.S_IMODE((tmp_path / kept[0]).stat().st_mode) & 0o007 == 0
 
 
