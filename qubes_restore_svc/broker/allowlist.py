@@ -24,7 +24,7 @@ DEFAULT = "@default"
 Bus = Literal["block", "mic", "pci", "usb", "webcam"]
 BUSES: tuple[Bus, ...] = get_args(Bus)
 
-#: Most settings of one qube that are told one by one.
+#: The report names at most so many settings of one qube; of more, only the number.
 MAX_LEFT_OUT = 100
 
 
@@ -117,7 +117,7 @@ class SettingsPolicy:
         return any(self._may(self._once[kind], rule, name, "\0", klass) for klass in classes)
 
     def let_through(self, qube: ManifestQube, also: Collection[str] = ()) -> AllowedSettings:
-        """The settings of `qube` that may come back. dom0's never do, and they are not told as left out."""
+        """The settings of `qube` that may come back. dom0's never do, and the report does not name them."""
         if qube.klass == "AdminVM":
             return AllowedSettings()
         told = _Told(frozenset(also))
@@ -145,7 +145,7 @@ class SettingsPolicy:
         klass: str,
         told: "_Told",
     ) -> Iterator[tuple[str, str]]:
-        """Those that may come back; puts the others into `told`, but for what is not worth it."""
+        """Those that may come back. Puts the others into `told`, except those that nobody needs to know."""
         count: Counter[str] = Counter()
         for name, untrusted_value in untrusted_settings:
             rule = rule_for(allowed.kind, name)
@@ -203,10 +203,10 @@ class SettingsPolicy:
 
 
 def check_entry(kind: Kind, entry: str) -> str:
-    """An entry of a list: a name, a pattern in which `*` is any characters and `?` one, or `@default`.
+    """Check an entry of a list: a name, a pattern in which `*` is any characters and `?` one, or `@default`.
 
-    Raises ValueError, with a clause for the person, for one that is no such thing, that could match nothing,
-    or that asks for what no list can allow.
+    Raises ValueError, with a clause for the person, if it is nothing of these, can match nothing, or asks for
+    something that no list can allow.
     """
     if entry == DEFAULT:
         return entry
@@ -214,7 +214,7 @@ def check_entry(kind: Kind, entry: str) -> str:
 
 
 def check_choosable(entry: str) -> str:
-    """The same of what a person may choose: `property:autostart`, `feature:my-*`, `device:pci`."""
+    """The same for what a person may choose: `property:autostart`, `feature:my-*`, `device:pci`."""
     before, _, name = entry.partition(":")
     if before == "device" and name in BUSES:
         return entry
@@ -283,7 +283,7 @@ class _List:
 
 
 def _asked_for(kind: Kind, settings: Mapping[str, str]) -> Iterator[str]:
-    """Notes on what comes back only because the configuration asks for just that: it may give rights."""
+    """Notes on settings that come back only because the configuration names them: they may give rights."""
     for name, value in settings.items():
         rule = rule_for(kind, name)
         usual = rule.standing in (Standing.RESTORED, Standing.LISTED) or value in rule.free_values
@@ -292,7 +292,7 @@ def _asked_for(kind: Kind, settings: Mapping[str, str]) -> Iterator[str]:
 
 
 def _translated(qube: ManifestQube) -> tuple[dict[str, str], list[str]]:
-    """The qube's properties, with those that were called otherwise in R4.0; and notes on that."""
+    """The qube's properties, under the names of today (some had others in R4.0); and notes on that."""
     properties, notes = dict(qube.properties), list[str]()
     for old, new, values in _OLD_PROPERTIES:
         value = properties.pop(old, None)

@@ -49,8 +49,8 @@ STALL_S = 60.0
 #: Most lines that a worker may log in one session.
 MAX_LOG_LINES = 10_000
 
-#: Progress messages within PACE_S seconds, beyond which the worker is not listened to until these are over.
-#: An honest one sends two a second.
+#: If the worker sends more progress messages than this within PACE_S seconds, the broker reads nothing more
+#: from it until these are over. An honest one sends two a second.
 MAX_PROGRESS = 100
 PACE_S = 1.0
 
@@ -70,13 +70,13 @@ _DAMAGE = (
     WrongPassphrase,
 )
 
-#: The errors that show if a program fails that writes the backup into a pipe, and the advice for them.
+#: The errors that appear if the program that writes the backup into a pipe fails, and the advice for them.
 _ENDS_OF_A_PIPE = (EmptyInput, ArchiveTruncated, MissingVolume)
 _PIPE_ADVICE = "The program that writes into the pipe may have failed: look at what it said."
 
-#: Seconds without data from the source after which it is named.
+#: After so many seconds without data, a message names the source.
 NAMED_AFTER_S = 60
-#: Bytes that count as data: what brings less within that time brings nothing to speak of.
+#: Bytes that count as data: less than that within the time counts as nothing.
 LEAST_PROGRESS = 64 << 10
 #: Seconds that may lie between two signs of life of a worker that is listened to.
 _LONGEST_TICK_S = 1.0
@@ -105,7 +105,7 @@ class SessionOptions:
 
 
 class SourceClock:
-    """How long the source has kept the worker waiting without bringing anything to speak of.
+    """How long the worker has waited for the source, which brought next to nothing.
 
     Time counts only while the worker does nothing but wait for the source. So the source is blamed neither
     for a derivation that takes minutes nor for a slow disk. It is set back by `LEAST_PROGRESS` bytes, not by
@@ -194,7 +194,8 @@ class SessionClient:
             self._writer.write(self._connection.send(m.Cancel()))
 
     def fail(self, error: Exception) -> None:
-        """End the session with `error`: who waits for a message now, or later, gets that instead."""
+        """End the session with `error`: everybody who waits for a message, now or later, gets the error
+        instead."""
         self._failure = error
         self._reader.set_exception(error)
 
@@ -287,7 +288,7 @@ class SessionClient:
         return untrusted_data
 
     async def _pace(self) -> None:
-        """Wait, and thereby let the worker wait, when it sends more progress than anybody can use."""
+        """Wait if the worker sends more progress than anybody can use; then the worker has to wait, too."""
         now = asyncio.get_running_loop().time()
         if len(self._progress) == MAX_PROGRESS and (wait_s := self._progress[0] + PACE_S - now) > 0:
             await asyncio.sleep(wait_s)
@@ -296,7 +297,7 @@ class SessionClient:
 
 
 def _open_message(options: SessionOptions, storage: m.Storage | None) -> m.Open:
-    """The request; raises UsageError for an option that cannot even be sent."""
+    """The request; raises UsageError for an option that no message can hold."""
     fields = {**asdict(options), "storage": storage}
     del fields["stall_timeout_s"], fields["digest"]
     try:

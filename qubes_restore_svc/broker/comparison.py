@@ -1,9 +1,9 @@
-"""A volume of the backup against the volume that is here: the sink that writes nothing.
+"""Compares a volume of the backup with the volume that is here: a sink that writes nothing.
 
-Strategy: what comes is compared with what is here at the same place, in blocks of 4 KiB; a difference ends
-nothing. Where the backup has a hole, only what is here as data is read: a hole
-on both sides costs nothing. A volume that ends counts as zeros from there on, and its size is compared by
-itself. So a volume that was only made larger differs in its size, and in no block.
+Strategy: it compares the bytes that come with those that are here at the same place, in blocks of 4 KiB; a
+difference ends nothing. Where the backup has a hole, it reads only the data that is here: a hole on both
+sides costs nothing. Behind its end a volume counts as zeros, and the sizes are compared separately. So a
+volume that was only made larger differs in its size, and in no block.
 
 A fault of the volume here never stops the worker, because the other volumes of the qube are compared all the
 same. The comparison keeps it as its result.
@@ -46,7 +46,8 @@ def looking(doing: str, *, qube: str | None = None, volume: str | None = None) -
 class ComparedVolume:
     """A `VolumeSink` that compares what it gets with an open file or block device.
 
-    `shown` is what it is called; `newer`: a difference only says that it was written to after the backup.
+    Messages call it `shown`. `newer`: somebody has written to it after the backup, so a difference is no
+    surprise.
     """
 
     def __init__(self, file: int, shown: str, qube: str, volume: VolumeName, *, newer: bool = False) -> None:
@@ -112,7 +113,7 @@ class ComparedVolume:
         return Comparison(outcome, difference)
 
     def _carry_out(self, step: Callable[[], None]) -> None:
-        """What a step fails with is kept; after that, none is carried out."""
+        """Keep the error of a step that fails; no step runs after that."""
         with self._mutex:
             if self._error is None and not self._closed:
                 try:
@@ -154,8 +155,8 @@ class ComparedVolume:
         position = 0
         while position < len(data):
             stop = position + BLOCK - (offset + position) % BLOCK
-            # It takes as long whether the block is the same or not, and wherever it differs: who has sent it
-            # could measure that, and must not learn what is here.
+            # It takes the same time whether the block is the same or not, and wherever it differs. The sender
+            # could measure the time, and must not learn what is here.
             if not compare_digest(here[position:stop], data[position:stop]):
                 self._differences.add((offset + position) // BLOCK)
             position = stop
@@ -235,6 +236,6 @@ class _Places:
 
 
 def _written(file: int) -> tuple[int, int]:
-    """Another pair means that somebody has written to it; of a block device, nothing tells."""
+    """If the pair changes, somebody has written to it; for a block device, nothing shows that."""
     status = os.fstat(file)
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (0, 0)

@@ -1,9 +1,10 @@
 """How fast a restore is, and how long it still takes: from what the worker says is done, and from the clock.
 
-Strategy: what is done comes from the worker, so it is bounded by its type, and may be wrong in no worse way
-than to show wrong figures. It counts as what it was at its highest. The rate is that of the last while, which
-is longer the longer the restore has run, so that one slow stretch is neither forgotten nor extrapolated. A
-new guess moves the one that is shown by a part of the difference, and time that passes moves it by itself.
+Strategy: the worker says how much is done. The type bounds that number. If it is wrong, it can only cause
+wrong figures. The highest number so far counts. The rate is measured over the last part of the restore; the
+longer the restore has run, the longer is that part. So one slow stretch is neither forgotten nor
+extrapolated. A new guess moves the shown guess by a part of the difference, and the time that passes reduces
+it.
 """
 
 from collections import deque
@@ -19,12 +20,12 @@ _LEAST_S, _LEAST_DONE = 3.0, 5_000
 _SHORTEST_S, _LONGEST_S = 15.0, 600.0
 #: The part of the time left in which a new guess takes the place of the old one, and seconds at the least.
 _SETTLING, _LEAST_SETTLING_S = 0.2, 1.0
-#: What is said at the most before it is over.
+#: The most that is shown before the end.
 _NEARLY = 99
 
 
 class Estimate:
-    """Is told what the worker says, in order; each time it says what there is to show."""
+    """Gets the worker's progress, in order; each time it returns what to show."""
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int, int]] = deque()  # time, bytes of the archive, what is done
@@ -32,7 +33,7 @@ class Estimate:
         self._left: float | None = None
 
     def of(self, progress: Progress, now: float) -> RestoreProgress:
-        """What can be said at the time `now`, in seconds of any clock."""
+        """What to show at the time `now`, in seconds of any clock."""
         last, archive_bytes, done = self._samples[-1] if self._samples else (now, 0, 0)
         archive_bytes, done = max(archive_bytes, progress.archive_bytes), max(done, progress.done or 0)
         self._began = now if self._began is None else self._began

@@ -1,4 +1,4 @@
-"""What the directory host asks of a file system, in steps between which no other process can come.
+"""What the directory host does in a file system, in steps that no other process can disturb.
 
 Strategy: every name is taken relative to an open directory and no symbolic link is followed below it, so that
 what other programs do to a path while a restore runs cannot lead a write elsewhere. What is created is new
@@ -98,7 +98,7 @@ def make_directory(name: str | Path, *, dir_fd: int | None = None) -> int:
     """A descriptor of a new directory, mode 0700. FileExistsError if anything has the name."""
     os.mkdir(name, DIRECTORY_MODE, dir_fd=dir_fd)
     try:
-        # A umask can keep even the owner out; O_PATH opens what cannot be opened otherwise.
+        # A umask can keep even the owner out; O_PATH opens the directory all the same.
         handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
             _set_mode(handle, f"/proc/self/fd/{handle}", DIRECTORY_MODE)
@@ -139,7 +139,7 @@ def write_fully(file: int, data: memoryview, offset: int) -> None:
 
 
 def sync_directory(directory: int) -> None:
-    """Wait until the directory's entries are on disk, on file systems that know how to do that."""
+    """Wait until the directory's entries are on disk, on file systems that can do that."""
     try:
         os.fsync(directory)
     except OSError as error:

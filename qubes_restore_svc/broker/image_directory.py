@@ -35,13 +35,14 @@ from qubes_restore_svc.wire.names import MAX_NUMBER, VolumeName
 #: The name of each volume's file, in a restored qube's directory.
 VOLUME_FILES: dict[VolumeName, str] = {"root": "root.img", "private": "private.img", "home": "home.tar"}
 
-#: Bytes after which the system is told to begin writing out. A restore is paced by its key derivations, so
-#: the disk has time to spare on the way; left to the end, the data waits in memory and so does the person.
+#: Bytes after which the system is told to begin writing out. The key derivations take most of the time of a
+#: restore, so the disk has time to write on the way. Otherwise the data would wait in memory, and in the end
+#: the person would wait for the disk.
 WRITEBACK_STEP = 32 << 20
 
 
 class BuildState(enum.Enum):
-    """How far a qube or a volume has come; only `OPEN` is ever left."""
+    """The state of a qube or a volume. `OPEN` is the only state that can change."""
 
     OPEN = "open"
     COMPLETE = "complete"
@@ -231,7 +232,7 @@ class ImageDirectory:
         return sizes
 
     def _publish(self, names: Iterable[str]) -> str | None:
-        """Give the complete directory the first of `names` that is free, for good; None if none is.
+        """Give the complete directory the first of `names` that is free; None if no name is free.
 
         Raises OSError or HostFailed. After either, and after None, it can only be rolled back.
         """
@@ -312,7 +313,7 @@ def _remove(partial: str, inside: int, files: Collection[str], *, dir_fd: int) -
 
 
 def _leads_to(name: str, descriptor: int, *, dir_fd: int) -> bool:
-    """Is it what is open as `descriptor` that has this name, and not a link to it?"""
+    """Does the name stand for the very directory that is open as `descriptor`, and not for a link to it?"""
     try:
         return os.path.samestat(os.stat(name, dir_fd=dir_fd, follow_symlinks=False), os.fstat(descriptor))
     except FileNotFoundError:

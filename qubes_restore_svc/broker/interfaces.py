@@ -36,7 +36,8 @@ def restored_tag(backup_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HostQube:
-    """A qube that is there already, as far as a plan must know it; `restored_tags` say from which backups."""
+    """A qube that is there already, with the facts that a plan needs. `restored_tags` say from which backups
+    it is."""
 
     name: str
     klass: str
@@ -47,7 +48,7 @@ class HostQube:
 
 @dataclass(frozen=True, slots=True)
 class QubesView:
-    """A Qubes system as a plan sees it. Defaults are names of qubes that are there, or None.
+    """A Qubes system, with the facts that a plan needs. Defaults are names of qubes that are there, or None.
 
     `default_dispvm` is the disposable template; `dom0_user` is the account whose home dom0's home is.
     `policy_names` are the names in this system's policy, and for each a file that it stands in.
@@ -126,7 +127,7 @@ class RestoredQube:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a sink that writes nothing has found: how the volume here is. `error`: why it cannot be told."""
+    """The result of a sink that writes nothing: how the volume here is. `error`: why that is not known."""
 
     outcome: Literal["same", "differs", "newer", "missing", "failed"]
     difference: Difference | None = None
@@ -142,8 +143,8 @@ class VolumeSink(Protocol):
     def finish(self, size: int) -> Comparison | None:
         """The volume is complete and `size` bytes long; what was not written is zero.
 
-        Brings what was found, if it was compared. A fault of the volume here is one of the findings: nothing
-        of a comparison raises it, because the other volumes of the qube are compared all the same.
+        Returns the result if it was compared. A fault of the volume here is such a result, too. A comparison
+        does not raise it, because the other volumes of the qube are compared all the same.
         """
 
     def abandon(self) -> None:
@@ -174,10 +175,10 @@ class QubeTransaction(Protocol):
     ) -> Sequence[str]:
         """Apply settings and definition, and make the qube a finished one.
 
-        `definition` is that of `begin`, with its references as they have turned out. Every qube that it
-        names is finished by now. `volumes` are those of the qube, with their digests, for the proof that it
-        is finished (see `Host.restored_from`); the proof is written last. Brings remarks for the person on
-        what could not be applied and does no harm by its absence (clauses, fit for a terminal).
+        `definition` is that of `begin`, with its references as they have turned out. Every qube that it names
+        is finished by now. `volumes` are those of the qube, with their digests, for the proof that it is
+        finished (see `Host.restored_from`); the proof is written last. Returns remarks for the person on
+        settings that could not be applied, and whose absence does no harm (clauses, fit for a terminal).
         """
 
     def rollback(self) -> None:
@@ -229,7 +230,7 @@ PIPE = "the pipe that brings the backup"
 
 
 class Link(Protocol):
-    """A worker of one's own."""
+    """A worker for this restore alone."""
 
     async def __aenter__(self) -> Self:
         """Start the worker; raises SandboxUnavailable or WorkerLost."""
@@ -251,7 +252,8 @@ class Link(Protocol):
 
     @property
     def storage(self) -> Storage | None:
-        """Where the worker has to fetch the archive itself; None if it has it, or gets it."""
+        """The place from which the worker has to fetch the archive itself; None if the worker has it, or gets
+        it."""
 
     async def provide_archive(self) -> None:
         """Let the worker have the archive, if that needs a call: once before `open`, once before `start`.
@@ -269,7 +271,7 @@ class Link(Protocol):
     def archive_gaps(self) -> str | None:
         """A clause, if the side that brings the archive could not read all of it, and brought zeros instead.
 
-        What the worker reads itself, it tells itself.
+        What the worker reads itself, it reports itself.
         """
 
     async def wait_gone(self) -> str:

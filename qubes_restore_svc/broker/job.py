@@ -1,6 +1,6 @@
 """A whole job: open the backup, plan, run, and always come back with a report.
 
-Strategy: resources are entered in the order in which they are left again: the host's lock, the worker, the
+Strategy: it takes resources in this order, and gives them back in reverse: the host's lock, the worker, the
 session. Whatever ends the job, a wrong passphrase or a cancel, becomes the report's error, not an exception.
 """
 
@@ -36,7 +36,7 @@ AskAboutPlan = Callable[[Plan], Awaitable[Choice | None]]
 
 _MOST_NAMES = 20  #: in a warning
 
-#: Brings another passphrase after one that was wrong; None if there is no other.
+#: Returns another passphrase after a wrong one; None if there is no other.
 OtherPassphrase = Callable[[], Awaitable[str | None]]
 
 
@@ -98,7 +98,7 @@ async def run_job(
 
 @dataclass(frozen=True, slots=True)
 class _RestoreJob:
-    """Fills `report`, which tells of the last plan, whatever comes of it."""
+    """Fills `report`, which is about the last plan, however the job ends."""
 
     report: Report
     link: Link
@@ -125,7 +125,7 @@ class _RestoreJob:
     async def agree(
         self, manifest: m.Manifest, choice: Choice, allow: AllowList | None, confirm: AskAboutPlan | None
     ) -> Planned:
-        """Plan until nothing else is wanted."""
+        """Make plans until the person confirms one."""
         for number in itertools.count(1):
             view = None if self.host is None else await ask(self.host.view)
             compare = self.report.mode == "compare"
@@ -215,7 +215,7 @@ async def _locked(host: Host) -> AsyncIterator[Sequence[str]]:
         await in_thread(held[0].__exit__, None, None, None)
 
 
-#: What a person must know of a backup that Qubes R2 to R3.2 wrote, before anything is restored from it.
+#: A warning that the person needs before anything is restored from a backup of Qubes R2 to R3.2.
 OLD_FORMAT = (
     "the backup has format 3, which Qubes R2 to R3.2 wrote. Each piece of it is authenticated, but not its"
     " place: somebody who could change the file, and had another backup with the same passphrase, can have"

@@ -117,7 +117,7 @@ class Ledger:
 
 
 def believed_error(untrusted_error: m.ErrorInfo) -> RestoreError:
-    """The error that the worker tells of; a plain one if its kind is not for a worker to say."""
+    """The worker's error; a plain one if a worker may not send this kind."""
     error = untrusted_error.to_error()
     kind = type(error) if error.for_a_worker_to_say else RestoreError
     return kind(
@@ -130,6 +130,6 @@ def believed_error(untrusted_error: m.ErrorInfo) -> RestoreError:
 
 
 def one_phrase(untrusted_text: str) -> str:
-    """A text of the worker's as it may stand within a line of ours: short, and without the wide gaps that
-    would push its end to where the next line of a terminal begins."""
+    """A text of the worker that may stand within a line of ours: short, and without the wide gaps that would
+    push its end to where the next line of a terminal begins."""
     return shortened(" ".join(untrusted_text.split()), _MAX_PHRASE)

@@ -2,7 +2,7 @@
 
 Strategy: a pure function from the manifest, the person's choice and the host as it is to one decision a qube,
 in three passes: what the person wants, names (see `NamesInUse`), and, on a Qubes system, what a qube needs of
-others (see `references`). A qube that one pass leaves out is not looked at by the next. Nothing is created
+others (see `references`). The next pass does not look at a qube that one pass leaves out. Nothing is created
 here, and later only what is in the plan.
 """
 
@@ -67,7 +67,7 @@ _REMARKS: dict[Problem, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and beside it what never leaves the broker.
+    """A plan, and the parts of it that never leave the broker.
 
     `sources`: the qubes that are taken as the worker listed them; `set_ups`: how they are set up, on a host
     that has a system; `here`: those that an earlier restore has finished. All by key. From qube to qube, keys
@@ -96,8 +96,8 @@ def make_plan(
     `allow` says which settings may come back (None: none of them), `number` is that of the plan. dom0's home
     is verified like everything else, but restored only on request. With `compare`, the qubes of `view` are
     compared with those of the backup: what is not there is missing, and nothing is set up. `restored` are the
-    qubes here that stay, because restores of this backup have finished them. Raises UsageError
-    for names that the backup does not hold, and for what no plan can be made from.
+    qubes here that stay, because restores of this backup have finished them. Raises UsageError for names that
+    the backup does not hold, and for a choice that allows no plan.
     """
     in_backup = {qube.name for qube in manifest.qubes} | {qube.name for qube in manifest.refused}
     names = _matching(choice.names, in_backup)
@@ -109,7 +109,8 @@ def make_plan(
     _check_choices(manifest, chosen)
     if allow is not None:
         allow.check(choice.allow)
-    # Where a home is and can be compared, it need not be asked for. On a system it cannot: see `_found`.
+    # If a home is here and can be compared, nobody need ask for it. On a Qubes system it cannot: see
+    # `_found`.
     is_system = view is not None and view.qubes_system is not None
     spares_home = view is not None and not (compare and (is_system or "dom0" in view.names))
     qubes = [
@@ -176,7 +177,7 @@ def make_plan(
 
 
 def _matching(entries: Iterable[str], in_backup: set[str]) -> frozenset[str]:
-    """The qubes that are meant by names and patterns. Raises UsageError for one that means none."""
+    """The qubes that fit names and patterns. Raises UsageError for a name or pattern that fits none."""
     found, unknown, patterns = set[str](), list[str](), 0
     for entry in dict.fromkeys(entries):
         if entry in in_backup:
@@ -233,7 +234,7 @@ def _selected(
 
 
 def _found(qube: PlanQube, chosen: QubeChoice | None, view: HostView) -> PlanQube:
-    """With which qube it is compared: the one of its name, or of the name that the person chose."""
+    """The qube to compare it with: the one of its name, or of the name that the person chose."""
     name = qube.new_name if chosen is None or chosen.new_name is None else chosen.new_name
     if qube.decision != "take":
         return qube
@@ -300,16 +301,14 @@ class NamesInUse:
         self._unavailable = {one.casefold() for one in (*view.names, *in_backup, *chosen)} | _DOM0_NAMES
 
     def has(self, qube: ListedQube) -> bool:
-        """Is there a qube of this name on the host, or could a person take it for dom0 there?"""
+        """Is there a qube of this name on the host, or could a person confuse the name with dom0?"""
         looks_like_dom0 = qube.klass != "AdminVM" and qube.name.casefold() in _DOM0_NAMES
         return (self._is_system and looks_like_dom0) or qube.name in self._on_host
 
     def take(self, name: str, of: str) -> str | None:
-        """Take a name that the person chose for the qube `of` of the backup; why it cannot be had, if it
-        cannot.
-
-        The name of another qube of the backup is none, and neither is a numbered one of it: what refers to
-        that would find this one, now or in a later restore.
+        """Take a name that the person chose for the qube `of` of the backup; returns the reason if that is
+        not possible. The name of another qube of the backup is not possible, nor a numbered form of it: a
+        reference to that qube would find this one, now or in a later restore.
         """
         base, _, number = name.rpartition("-")
         if name.casefold() in _DOM0_NAMES:
@@ -326,7 +325,7 @@ class NamesInUse:
         return None
 
     def give(self, name: str) -> str | None:
-        """A free name for a qube that cannot be called `name`; None if all that it could have are taken.
+        """A free name for a qube that cannot be called `name`; None if all possible names are taken.
 
         It is a valid name, and neither on the host, nor in the backup, nor given out before.
         """
@@ -425,7 +424,7 @@ def _with(qube: PlanQube, notes: Iterable[str], **fields: object) -> PlanQube:
 
 
 def _left_out(qube: PlanQube, problem: Problem) -> PlanQube:
-    as_it_was = PlanQube.taken(qube)  # a name that it would have had, and a note on that, are void
+    as_it_was = PlanQube.taken(qube)  # its new name, and the note on that, count no more
     fields = {"decision": "leave-out", "problem": problem, "remark": _REMARKS[problem]}
     return as_it_was.model_copy(update=fields)
 
@@ -447,7 +446,7 @@ _REMEDIES: dict[tuple[Problem, Settlement], str] = {
 
 
 def _advice(problem: Problem, settled_by: Sequence[Settlement], default: str) -> str:
-    """A sentence with all that settles it; the options are those of `qvm-backup-restore`."""
+    """A sentence with everything that solves it; the options are those of `qvm-backup-restore`."""
     remedies = [_REMEDIES[problem, one].format(default=default) for one in settled_by]
     text = ", or ".join(remedies)
     return f"{text[0].upper()}{text[1:]}."

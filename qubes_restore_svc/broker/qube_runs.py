@@ -92,7 +92,7 @@ class QubeRun:
         self.stage, self.settings = QubeStage.FINISHED, b""
 
     def blame(self, error: RestoreError) -> None:
-        """Give this as the reason of its failure, unless there was one before: that led to this one."""
+        """Take this as the reason of its failure, unless there was one before, which led to this one."""
         if self.report.error is None:
             self.report.error = ErrorInfo.of(error).without_place()
 
@@ -106,7 +106,7 @@ class QubeRun:
 
 
 class QubeRuns:
-    """All qubes that a plan takes; what becomes of them is put into their reports, in `report`."""
+    """All qubes that a plan takes. Their results go into their reports, in `report`."""
 
     def __init__(self, planned: Planned, report: Report) -> None:
         self._by_key: dict[str, QubeRun] = {}
@@ -159,7 +159,7 @@ class QubeRuns:
         return qube.stage is QubeStage.SETTLED and all(other is None or other.finished for other in needed)
 
     def resolve_references(self, qube: QubeRun) -> Iterator[str]:
-        """Adapt the definition of a qube that is ready to what has become of the others; yields warnings."""
+        """Adapt the definition of a ready qube to the results of the others; yields warnings."""
         if qube.definition is None:
             return
         netvm = self.get(qube.netvm_key)

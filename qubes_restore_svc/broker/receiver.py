@@ -29,8 +29,8 @@ class Writer(Protocol):
 class VolumeCopy:
     """A volume on its way; owns its connection and its sink until `finish` or `end` is through.
 
-    `end_session` is called at once with what must not wait for the worker's next word: a stream that breaks
-    the protocol, or a mistake of ours.
+    `end_session` is called at once with an error that must not wait for the worker's next message: a stream
+    that breaks the protocol, or a mistake of ours.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class VolumeCopy:
         self._connection = connection
         self._sink = sink
         self._end_session = end_session
-        self._given_up = False  #: it was ended while it was on its way; what the sink says then is no failure
+        self._given_up = False  #: it was ended on its way; an error of the sink after that is no failure
         self._task = asyncio.create_task(self._copied())
 
     @property
     def failure(self) -> RestoreError | None:
-        """What has gone wrong, except that the stream ended early: why, the session will say."""
+        """The error so far, except that the stream ended early: the session will say why."""
         if self._given_up or not self._task.done() or self._task.exception() is not None:
             return None
         result = self._task.result()
@@ -101,7 +101,7 @@ class VolumeCopy:
             self._sink.abandon()
 
     def _give_up(self) -> None:
-        """Let whatever waits for the worker or for the host end soon. Harmless when it is complete."""
+        """Make every wait for the worker or for the host end soon. Harmless after the volume is complete."""
         self._given_up = self._given_up or not self._task.done()
         _hang_up(self._connection)
         self._sink.abandon()
@@ -163,6 +163,6 @@ def _receive(connection: socket.socket, target: memoryview) -> int:
 
 
 def _hang_up(connection: socket.socket) -> None:
-    """End whatever the connection's users wait for."""
+    """End every wait on the connection."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""How qubes are set up on a Qubes system: what they refer to, and the settings that may come back.
+"""How qubes are set up on a Qubes system: their references, and the settings that may come back.
 
 Strategy: begin with all qubes, and strike out each that lacks something that it needs. Then look again at
 those that refer to it, until no more are struck out. The result does not depend on the order of the qubes,
@@ -42,7 +42,7 @@ MAX_NUMBERED = 99  #: the last number that is tried for a qube whose name is tak
 #: What a qube gets whose label does not exist here, as with the stock command: the least trusted one.
 _LABEL_FOR_UNKNOWN = "red"
 
-#: Most devices of one qube that are told one by one.
+#: The report names at most so many devices of one qube.
 _MAX_TOLD = 20
 
 #: Properties that are decided here or by qubesd. A backup never decides them, even if an allow-list lets them
@@ -75,7 +75,7 @@ class Candidate:
     netvm: str | None = None
 
     def as_restored(self) -> HostQube:
-        """What it will be on the host."""
+        """What the qube will be on the host."""
         klass, properties = self.source.klass, self.allowed.properties
         return HostQube(
             self.name,
@@ -88,7 +88,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a reference leads to: a qube's name here, and its key if this restore brings it.
+    """The target of a reference: a qube's name here, and its key if this restore brings it.
 
     No name: the system's default (of a template: has none); "": none at all.
     """
@@ -127,7 +127,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Substitutes:
-    """What qubes get that miss their template or netvm: what the person chose, or else `default`s.
+    """For qubes that lack their template or netvm, the substitute: what the person chose, or else `default`s.
 
     The names are of qubes of the host, which may not exist, or may not fit; `netvm` "": none at all.
     """
@@ -176,7 +176,7 @@ class _Search:
         self._without_netvm: frozenset[str] = frozenset()  # it would lead in a circle
 
     def strike_out(self) -> None:
-        """Leave standing only those that have all that they cannot do without."""
+        """Keep only the candidates that have everything they need."""
         referring: dict[str | None, list[Candidate]] = {}
         for qube in self._standing.values():
             for name in {qube.source.template, _wanted_netvm(qube)}:
@@ -199,7 +199,7 @@ class _Search:
         self._without_netvm = netvms_to_give_up(templates, netvms)
 
     def result(self, qube: Candidate) -> SetUp | Missing:
-        """What has become of a candidate."""
+        """The result for a candidate."""
         template, netvm = self._template(qube), self._netvm(qube)
         if isinstance(template, Missing):
             return template
@@ -377,7 +377,7 @@ class _Search:
         return name in self.qubes_system.qubes and role.fits(self.qubes_system.qubes[name])
 
     def _unfit(self, name: str, role: "_Role") -> str:
-        """Why a choice of the person is none."""
+        """Why a choice of the person is not possible."""
         is_here = name in self.qubes_system.qubes
         return f"'{name}', which you chose, is {f'not {role.noun}' if is_here else 'not here'}"
 
@@ -433,7 +433,7 @@ def _wanted_netvm(qube: Candidate) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Role:
-    """What a qube must be to serve as something."""
+    """What a qube must be to serve in a role."""
 
     noun: str
     fits: Callable[[HostQube], bool]

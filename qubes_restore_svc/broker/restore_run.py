@@ -102,7 +102,8 @@ class RestoreRun:
         self._creates = host is not None and report.mode == "restore"
 
     async def run(self) -> None:
-        """Do it all. Raises what ended the session early; by then everything unfinished is rolled back."""
+        """Do it all. If the session ended early, raises the reason; everything unfinished is rolled back by
+        then."""
         mode: Literal["restore", "verify"] = "verify" if self._host is None else "restore"
         here = tuple(
             m.QubeHere(
@@ -161,7 +162,8 @@ class RestoreRun:
         self._observer.log(message.level, name + message.text)
 
     async def _doubt_the_end(self) -> None:
-        """All is there that was promised; but a source that has failed may have held more, a firewall say."""
+        """Everything that was promised is there. But if the source has failed, there may have been more, such
+        as a firewall."""
         fault = await self._link.archive_fault()
         if (gaps := self._link.archive_gaps) is not None:
             self._warn_of_source(gaps)
@@ -404,8 +406,7 @@ class RestoreRun:
             self._warn(waiting, without_dispvm(dispvm))
 
     def _success(self, qube: QubeRun) -> _Outcome:
-        """How a qube is called of which all has come: by the worst that was found of its volumes, if it was
-        compared."""
+        """The outcome of a complete qube; after a comparison, the worst of the results of its volumes."""
         if self._creates:
             return "restored"
         found = {volume.outcome for volume in qube.report.volumes}
@@ -446,7 +447,7 @@ def _take_comparison(qube: QubeRun, volume: VolumeReport, comparison: Comparison
 
 
 def _reason(done: m.VolumeDone) -> RestoreError:
-    """Why a volume that is answered for is not there, as the worker tells it."""
+    """The worker's reason why a volume is not there."""
     if done.error is not None:
         return believed_error(done.error)
     return SkippedOnRequest("left out, because the qube cannot be restored completely", advice="")

@@ -20,7 +20,7 @@ Kind = Literal["property", "feature", "tag"]
 
 
 class Standing(enum.Enum):
-    """When a setting comes back. On the last four, no list in the configuration decides."""
+    """When a setting comes back. The configuration's lists cannot change the last four."""
 
     RESTORED = "by default"
     LISTED = "if listed"  # by its name, or a pattern
