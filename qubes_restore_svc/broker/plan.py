@@ -196,7 +196,7 @@ def _matching(entries: Iterable[str], in_backup: set[str]) -> frozenset[str]:
     if unknown:
         is_pattern = any("*" in entry or "?" in entry for entry in unknown)
         what = "qube that fits" if is_pattern else "qube named"
-        similar = get_close_matches(unknown[0][:_MAX_LISTED], sorted(in_backup), 3, 0.7)
+        similar = get_close_matches(unknown[0][:_MAX_LISTED], sorted(in_backup), 3, 0.6)
         meant = f"Did you mean {' or '.join(similar)}? " if similar else ""
         raise UsageError(
             f"the backup holds no {what} {', '.join(repr(name) for name in unknown)}",
