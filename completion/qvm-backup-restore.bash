@@ -43,7 +43,7 @@ _qvm_backup_restore() {
         ;;
     esac
     case $command in
-        *) options="--verify-only --compare -x --exclude --dom0-home --skip-dom0-home --pool --allow --skip-conflicting --rename-conflicting --name --template --netvm --skip-broken --ignore-missing --ignore-username-mismatch --ignore-size-limit --ignore-cost-limit --stall-timeout -d --dest-vm --location-is-service -p --passphrase-file -Z --compression-filter --mgmt-vm --mgmt-template --memory --vcpus --yes --report --sha256 -v --verbose -q --quiet --paranoid-mode --plan-b --auto-close --force-root --version -h --help" ;;
+        *) options="--verify-only --compare --resume -x --exclude --dom0-home --skip-dom0-home --pool --allow --skip-conflicting --rename-conflicting --name --template --netvm --skip-broken --ignore-missing --ignore-username-mismatch --ignore-size-limit --ignore-cost-limit --stall-timeout -d --dest-vm --location-is-service -p --passphrase-file -Z --compression-filter --mgmt-vm --mgmt-template --memory --vcpus --yes --report --sha256 -v --verbose -q --quiet --paranoid-mode --plan-b --auto-close --force-root --version -h --help" ;;
     esac
     if [[ $cur == -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$options" -- "$cur")

@@ -24,6 +24,7 @@ complete -c qvm-backup-restore -f
 complete -c qvm-backup-restore -n 'test (__qvm_backup_restore_places) = 0; and not __fish_contains_opt -s d dest-vm' -F
 complete -c qvm-backup-restore -l verify-only -d 'read the backup to its last byte and check it'
 complete -c qvm-backup-restore -l compare -d 'compare the backup with the qubes that are here'
+complete -c qvm-backup-restore -l resume -d 'go on where an earlier restore of this backup stopped'
 complete -c qvm-backup-restore -s x -l exclude -x -d 'leave out this qube, or those that fit, with * and ?'
 complete -c qvm-backup-restore -l dom0-home -d 'restore dom0\'s home too, as one unopened archive in a new directory'
 complete -c qvm-backup-restore -l skip-dom0-home -d 'do not restore dom0\'s home'

@@ -217,11 +217,11 @@ class Host(Protocol):
     def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
         """The qubes here that restores of this backup have finished, as far as that is proven."""
 
-    def take_back(self, qube: str, backup_id: str) -> bool:
+    def take_back(self, qube: str, backup_id: str, *, from_before: bool) -> bool:
         """A finished qube is not complete: it is none that `restored_from` names, from now on.
 
-        Its network is taken away, if it is halted and still as this backup brought it. Says whether that was
-        done.
+        Its network is taken away, if it is halted and still as this backup brought it; not if an earlier
+        restore has brought it (`from_before`): somebody uses it as it is. Says whether that was done.
         """
 
 

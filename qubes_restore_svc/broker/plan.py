@@ -153,6 +153,7 @@ def make_plan(
                 substitutes=Substitutes(choice.template, choice.netvm, choice.missing == "default"),
                 in_backup=in_backup,
                 restored_tag=restored_tag(manifest.backup_id),
+                here={one.name_in_backup: one.name for one in here.values()},
             )
             qubes = [_set_up(qube, found.get(qube.key), choice, view.qubes_system) for qube in qubes]
             could = dict.fromkeys(name for one in candidates for name in one.allowed.could)

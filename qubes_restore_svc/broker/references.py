@@ -29,6 +29,7 @@ is replaced, and a device without its backend here stays behind.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from qubes_restore_svc.broker.allowlist import AllowedSettings
@@ -144,13 +145,15 @@ def set_up(
     substitutes: Substitutes,
     in_backup: Collection[str],
     restored_tag: str,
+    here: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, SetUp | Missing]:
     """How each candidate is set up, or why it cannot be, by its key. dom0 is no candidate.
 
     `in_backup`: all names in the backup; `restored_tag`: the tag of its qubes after they are
-    restored. The keys of templates and netvms make no circle.
+    restored. `here`: the qubes of the backup that stay, because an earlier restore has finished them, with
+    their names here. The keys of templates and netvms make no circle.
     """
-    search = _Search(candidates, system, substitutes, in_backup, restored_tag)
+    search = _Search(candidates, system, substitutes, in_backup, restored_tag, here)
     search.strike_out()
     search.break_circles()
     return {qube.source.key: search.result(qube) for qube in candidates}
@@ -158,13 +161,14 @@ def set_up(
 
 @dataclass
 class _Search:
-    """The state of it. Qubes of the backup go by their names there. The first five are those of `set_up`."""
+    """The state of it. Qubes of the backup go by their names there. The first six are those of `set_up`."""
 
     candidates: Sequence[Candidate]
     qubes_system: QubesView
     substitutes: Substitutes
     in_backup: Collection[str]
     restored_tag: str
+    here: Mapping[str, str]
 
     def __post_init__(self) -> None:
         self._came_before = {
@@ -360,7 +364,9 @@ class _Search:
         if name not in self._before:
             numbered = (f"{name}-{number}" for number in range(1, MAX_NUMBERED + 1))
             names = [name, *(other for other in numbered if other not in self.in_backup)]
-            self._before[name] = [there for there in names if there in self._came_before]
+            found = [there for there in names if there in self._came_before]
+            here = [self.here[name]] if name in self.here else []
+            self._before[name] = [*here, *(one for one in found if one not in here)]
         return self._before[name]
 
     def _origin(self, wanted: str | None, target: Target) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, get_args
 
 from qubes_restore_svc.broker.client import STALL_S, SessionClient
@@ -312,7 +313,7 @@ class RestoreRun:
         if not (report.succeeded or report.is_different):
             return
         if self._creates:
-            now = ", without a netvm now" if await self._taken_back(report) else ""
+            now = ", without a netvm now" if await self._taken_back(report, from_before=qube is None) else ""
             error.advice = (
                 f"It had been created by then and is still there{now}. Look at what it lacks, a firewall"
                 " above all, before you start it; or remove it."
@@ -321,11 +322,13 @@ class RestoreRun:
         report.outcome = "incomplete" if self._creates else "failed"
         self._observer.qube_finished(report)
 
-    async def _taken_back(self, report: QubeReport) -> bool:
+    async def _taken_back(self, report: QubeReport, *, from_before: bool) -> bool:
         """Let it count as restored no more; does it have no network now?"""
         assert self._host is not None
         try:
-            return await in_thread(self._host.take_back, report.name, self._backup_id)
+            return await in_thread(
+                partial(self._host.take_back, report.name, self._backup_id, from_before=from_before)
+            )
         except RestoreError as error:
             warn(report, text := f"its netvm could not be taken away: {error.reason}")
             self._observer.log("warning", f"{report.name}: {text}")

@@ -246,6 +246,8 @@ FEATURES: tuple[Rule, ...] = (
          together=True),
     Rule("whonix-default-*", _LISTED, "it names qubes that others get as netvm and disposable template"),
     Rule("guivm-windows-prefix", _LISTED, "it changes the titles of windows"),
+    Rule("restore-svc-*", _NEVER, "a restore that goes on knows by it what is finished, and sets its own",
+         silent=True),
     *_host_decides(_KEPT_BY_SYSTEM, "updates-available", "last-update", "last-updates-check",
                    "preload-dispvm", "preload-dispvm-completed", "preload-dispvm-in-progress",
                    "deferred-netvm-original", "backup-content", "backup-path", "backup-size"),

@@ -91,6 +91,7 @@ class RestoreArguments(argparse.Namespace):
     ignore_missing: bool
     skip_conflicting: bool
     rename_conflicting: bool
+    resume: bool
     dom0_home: bool | None
     ignore_username_mismatch: bool
     ignore_size_limit: bool
@@ -206,6 +207,10 @@ def _add_what(group: "argparse._ArgumentGroup") -> None:
     _flag(instead, text, "--verify-only")
     text = "compare the backup with the qubes that are here; none of them is changed. In dom0 only, as root"
     _flag(instead, text, "--compare")
+    text = (
+        "go on where an earlier restore of this backup stopped: qubes that it has finished stay as they are"
+    )
+    _flag(instead, text, "--resume")
     add_exclude(group)
     home = group.add_mutually_exclusive_group()
     home.add_argument(
@@ -377,6 +382,7 @@ def restore_request(arguments: RestoreArguments, archive_fd: int | None, way: Tr
         names=tuple(arguments.qubes),
         exclude=(*arguments.exclude, *left_out),
         conflicts=arguments.conflicts,
+        resume=arguments.resume,
         missing=arguments.missing,
         dom0_home=arguments.dom0_home is True,
         ignore_username_mismatch=arguments.ignore_username_mismatch,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from qubes_restore_svc.cli.displays import Display
 from qubes_restore_svc.cli.qvm_arguments import NONE, RestoreArguments
-from qubes_restore_svc.cli.tables import listed, plan_table, settings_left_behind, takes_dom0_home
+from qubes_restore_svc.cli.tables import listed, names_with, plan_table, settings_left_behind, takes_dom0_home
 from qubes_restore_svc.cli.terminal import QuietStream, print_result, say, say_wrapped, width_of
 from qubes_restore_svc.errors import Cancelled, RestoreError
 from qubes_restore_svc.wire.names import is_qube_name
@@ -129,7 +129,7 @@ class PlanReview:
                 advice.setdefault("" if qube.error is None else qube.error.advice, []).append(qube.name)
             for text, names in advice.items():
                 say_wrapped(text if len(advice) == 1 else f"{listed(names)}: {text}")
-        if found and not open_ones and not plan.taken:
+        if found and not open_ones and not plan.taken and not names_with("already-restored", plan):
             raise RestoreError("nothing is left that could be restored", advice="")
         return open_ones
 

@@ -252,6 +252,7 @@ _LEFT_OUT: dict[Problem, str] = {
     "home-not-asked-for": "only with --dom0-home",
     "home-not-compared": "that cannot be compared",
     "not-here": "missing here",
+    "already-restored": "already restored",
     "already-exists": "there already",
     "missing-template": "without a template here",
     "missing-netvm": "without their netvm here",
@@ -277,7 +278,10 @@ def plan_table(plan: Plan, width: int | None) -> str:
     if rest := names_with("not-selected", plan):
         lines.append(f"{len(rest)} not selected")
     for problem, what in _LEFT_OUT.items():
-        names = [one.name for one in plan.qubes if (one.problem, one.decision) == (problem, "leave-out")]
+        left_out = [one for one in plan.qubes if (one.problem, one.decision) == (problem, "leave-out")]
+        names = [
+            one.name if one.new_name == one.name else f"{one.name} as {one.new_name}" for one in left_out
+        ]
         if names:
             lines.append(wrapped(f"{len(names)} {what}: {listed(names)}", width))
     lines += [wrapped(f"not listed: {qube.name}: {qube.error.reason}", width) for qube in plan.unlisted]

@@ -83,7 +83,7 @@ class ComparedDirectory:
         """Nothing is restored."""
         return ()
 
-    def take_back(self, qube: str, backup_id: str) -> bool:
+    def take_back(self, qube: str, backup_id: str, *, from_before: bool) -> bool:
         """Nothing is set."""
         return False
 

@@ -118,7 +118,7 @@ class DirectoryHost:
             found = (self._restored(name, backup_id) for name in names)
             return tuple(qube for qube in found if qube is not None)
 
-    def take_back(self, qube: str, backup_id: str) -> bool:
+    def take_back(self, qube: str, backup_id: str, *, from_before: bool) -> bool:
         """Say in its record that it is not complete. What lies in a directory has no network."""
         with self._mutex, reporting(f"writing {RECORD}", qube=qube):
             inside = open_directory(qube, dir_fd=self._locked_directory())

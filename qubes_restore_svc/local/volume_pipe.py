@@ -66,7 +66,7 @@ class VolumePipe:
         """Nothing is here."""
         return ()
 
-    def take_back(self, qube: str, backup_id: str) -> bool:
+    def take_back(self, qube: str, backup_id: str, *, from_before: bool) -> bool:
         """A volume has no network."""
         return False
 

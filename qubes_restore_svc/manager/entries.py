@@ -155,6 +155,7 @@ _PROBLEMS = {
     "excluded": VMToRestore.EXCLUDED,
     "not-selected": VMToRestore.EXCLUDED,
     "home-not-asked-for": VMToRestore.EXCLUDED,
+    "already-restored": VMToRestore.EXCLUDED,
     "already-exists": VMToRestore.ALREADY_EXISTS,
     "missing-template": VMToRestore.MISSING_TEMPLATE,
     "missing-netvm": VMToRestore.MISSING_NETVM,

@@ -197,13 +197,15 @@ def outcome(result: QubeReport, mode: str = "restore") -> Outcome:
 
 
 #: Outcomes of a qube that is there, under its new name.
-_THERE = ("restored", "verified", "incomplete")
+_THERE = ("restored", "already restored", "verified", "incomplete")
 
 
 def outcome_word(word: str, mode: str) -> str:
     """The outcome of a report in the person's words."""
     if word == "restored":
         return translate("Restore", "restored")
+    if word == "already restored":
+        return translate("Restore", "already restored")
     if word == "verified":
         return translate("Restore", "verified")
     if word == "incomplete":

@@ -171,7 +171,8 @@ class Dom0Restore:
             ignore_cost_limit=request.ignore_cost_limit,
             digest=request.digest or self.config.report.digest,
             stall_timeout_s=stall_timeout,
-            ahead=request.mode != "list" and not request.choice.names,
+            # Of what is here already, no key is to be derived.
+            ahead=request.mode != "list" and not request.choice.names and not request.choice.resume,
         )
 
 

@@ -23,9 +23,10 @@ from qubes_restore_svc.errors import HostFailed, RestoreError
 from qubes_restore_svc.qubes.dom0_home import Dom0Home, clear_unfinished_homes, dom0_user
 from qubes_restore_svc.qubes.guard import connect_patiently
 from qubes_restore_svc.qubes.locks import RESTORE, RESTORE_LOCK, STOCK_LOCK, Activity, GuardedLock, stock_lock
+from qubes_restore_svc.qubes.proof import FEATURE, Proof
 from qubes_restore_svc.qubes.qube import QubesQube
 from qubes_restore_svc.qubes.system import QubesSystem
-from qubes_restore_svc.qubes.tags import Leftovers, clear_unfinished_qubes, clear_untagged
+from qubes_restore_svc.qubes.tags import UNFINISHED, Leftovers, clear_unfinished_qubes, clear_untagged
 from qubes_restore_svc.wire.names import QUBE_NAME, strip_control
 
 #: Directories of the policy: what holds until the next start of the system, what lasts, what R4.0 left.
@@ -135,6 +136,7 @@ class QubesHost:
             qube,
             qube.definition,
             pool=qube.pool or self._pool,
+            client=self._client,
             something_freed=self._remove_condemned,
         )
 
@@ -143,15 +145,29 @@ class QubesHost:
         self._system.set_default_dispvm(qube, default_dispvm)
 
     def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
-        """None are proven yet."""
-        return ()
+        """Those that carry a proof, and the tags of a finished qube. Raises HostFailed.
 
-    def take_back(self, qube: str, backup_id: str) -> bool:
-        """Take the netvm of a finished qube away; one that runs, or is another by now, is left alone.
-
-        Raises HostFailed.
+        A caller outside dom0 gets to know only of those that were restored for it.
         """
-        return self._system.disconnect(qube, restored_tag(backup_id))
+        return [proof.restored for proof in self._proofs(backup_id)]
+
+    def take_back(self, qube: str, backup_id: str, *, from_before: bool) -> bool:
+        """Remove the proof of a finished qube, and take its netvm away if it came in this restore.
+
+        Of one that runs, or is another by now, the netvm is left alone. Raises HostFailed.
+        """
+        if qube in (proof.name for proof in self._proofs(backup_id)):
+            self._system.remove_feature(qube, FEATURE)
+        return not from_before and self._system.disconnect(qube, restored_tag(backup_id))
+
+    def _proofs(self, backup_id: str) -> Iterator[Proof]:
+        values = self._system.features_of_tagged(restored_tag(backup_id), UNFINISHED, FEATURE)
+        for name, value in values.items():
+            proof = Proof.read(value)
+            if proof is None or (proof.name, proof.backup_id) != (name, backup_id):
+                continue
+            if self._client in ("dom0", proof.client):
+                yield proof
 
     # --- Ending ----------------------------------------------------------------------------------
 

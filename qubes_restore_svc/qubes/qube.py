@@ -19,6 +19,7 @@ from contextlib import suppress
 from qubes_restore_svc.broker.filesystem import Room
 from qubes_restore_svc.broker.interfaces import Definition, NewQube
 from qubes_restore_svc.errors import HostFailed
+from qubes_restore_svc.qubes.proof import FEATURE, Proof
 from qubes_restore_svc.qubes.system import QubeInUse, QubesSystem
 from qubes_restore_svc.qubes.tags import UNFINISHED, set_finished
 from qubes_restore_svc.qubes.volume import ROOM_STEP, VolumeImport
@@ -59,8 +60,8 @@ class _State(enum.Enum):
 class QubesQube:
     """A `QubeTransaction` on a Qubes system.
 
-    `something_freed` is called when other qubes may have become removable: this one is gone, or has another
-    template.
+    `client` is the domain that it is restored for. `something_freed` is called when other qubes may have
+    become removable: this one is gone, or has another template.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class QubesQube:
         definition: Definition,
         *,
         pool: str | None,
+        client: str = "dom0",
         something_freed: Callable[[], None],
     ) -> None:
         """Create the qube. Raises QubeExists, NoSpace or HostFailed; then nothing is left."""
         self._system = system
         self._qube = qube
+        self._client = client
         self._something_freed = something_freed
         self._mutex = threading.RLock()
         self._sinks: dict[VolumeName, VolumeImport] = {}
@@ -154,6 +157,12 @@ class QubesQube:
                     raise self._failure("the volume is not complete", volume)
             name = self._qube.name
             remarks = list(apply_settings(self._system, name, settings, definition))
+            has_firewall = settings.firewall is not None
+            proof = Proof.of(self._qube, self._client, volumes, firewall=has_firewall)
+            try:
+                self._system.set_feature(name, FEATURE, proof.text)
+            except HostFailed as error:  # only a restore that is to go on would miss it
+                remarks.append(error.reason)
             remarks += set_finished(self._system, name, self._qube.backup_id)
             self._state = _State.COMPLETE
             return tuple(remarks)

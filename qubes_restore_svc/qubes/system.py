@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -222,6 +222,22 @@ class QubesSystem:
         return dict(
             self._of_each("listing the tags", lambda name, qube: (name, frozenset(map(str, qube.tags))))
         )
+
+    def features_of_tagged(self, tag: str, without: Collection[str], feature: str) -> dict[str, str]:
+        """The value of `feature` of each qube that carries `tag`, none of the tags `without`, and has it."""
+
+        def ask(name: str, qube: Any) -> tuple[str, str | None]:
+            tags = frozenset(map(str, qube.tags))
+            is_asked = tag in tags and tags.isdisjoint(without)
+            return name, qube.features.get(feature) if is_asked else None
+
+        found = self._of_each(f"asking for the feature {feature}", ask)
+        return {name: str(value) for name, value in found if value is not None}
+
+    def remove_feature(self, name: str, key: str) -> None:
+        """Remove a feature, which the qube has."""
+        with asking(f"removing feature {key}", qube=name):
+            del self._qube(name).features[key]
 
     def tagged(self, tag: str) -> list[str]:
         """The names of the qubes that carry `tag`."""

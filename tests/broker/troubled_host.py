@@ -54,7 +54,7 @@ class TroubledHost:
         self.call(f"restored_from {backup_id}")
         return self._directory.restored_from(backup_id)
 
-    def take_back(self, qube: str, backup_id: str) -> bool:
+    def take_back(self, qube: str, backup_id: str, *, from_before: bool) -> bool:
         self.call(f"take_back {qube} {backup_id}")
         return True
 

@@ -118,7 +118,7 @@ def test_a_qube_that_is_taken_back_counts_no_more_and_keeps_all_else(tmp_path: P
     (tmp_path / "work/.qube.json.new").write_text("half of it")
     host = DirectoryHost(tmp_path)
     with host.lock():
-        assert not host.take_back("work", BACKUP_ID)
+        assert not host.take_back("work", BACKUP_ID, from_before=True)
     assert restored(tmp_path) == []
     assert json.loads((tmp_path / "work/qube.json").read_text()) == before | {"complete": False}
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["private.img", "qube.json"]
@@ -128,5 +128,5 @@ def test_a_qube_of_another_backup_is_not_taken_back(tmp_path: Path) -> None:
     finish(tmp_path)
     host = DirectoryHost(tmp_path)
     with host.lock():
-        host.take_back("work", "another")
+        host.take_back("work", "another", from_before=True)
     assert restored(tmp_path) == ["work"]

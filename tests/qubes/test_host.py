@@ -152,10 +152,10 @@ def test_a_finished_qube_loses_its_netvm_while_it_is_halted_and_of_this_backup(
     work.tags.add("restored-from-backup-1" if tagged else "restored-from-backup-2")
     if runs:
         work.start()
-    assert host.take_back("work", "1") == is_done
+    assert host.take_back("work", "1", from_before=False) == is_done
     assert qubesd.system.domains["work"].properties["netvm"] == (None if is_done else NETVM)
     with pytest.raises(HostFailed, match="there is no such qube"):
-        host.take_back("gone", "1")
+        host.take_back("gone", "1", from_before=False)
 
 
 def test_a_finished_qube_gets_its_disposable_template_later(host: QubesHost, qubesd: Qubesd) -> None:
