@@ -176,6 +176,8 @@ def stock_lock(path: Path = STOCK_LOCK) -> Iterator[None]:
     with reporting(f"locking {path}"):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, _MODE)
     try:
+        with suppress(PermissionError):  # somebody else has created it
+            os.fchmod(file, _MODE)  # whatever the umask: it stays, and the next one may not be root
         with reporting(f"locking {path}"):
             try:
                 # The stock command takes a lock of this kind, and the two kinds of locks do not see each

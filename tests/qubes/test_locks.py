@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -365,3 +366,13 @@ def test_a_stock_restore_that_runs_is_told(path: Path) -> None:
     process.communicate()
     with stock_lock(path):
         pass
+
+
+def test_the_stock_lock_that_root_has_created_can_be_taken_by_the_group(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with stock_lock(tmp_path / "lock"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o660
