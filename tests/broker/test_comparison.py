@@ -211,11 +211,11 @@ def test_every_block_is_compared_whatever_was_found_before(
 ) -> None:
     blocks: list[bytes] = []
 
-    def counted(here: bytes, there: bytes) -> bool:
-        blocks.append(there)
-        return here == there
+    def taken(data: memoryview) -> bytes:
+        blocks.append(bytes(data))
+        return blocks[-1]
 
-    monkeypatch.setattr(comparison, "compare_digest", counted)
+    monkeypatch.setattr(comparison, "bytes", taken, raising=False)
     costs = []
     for _ in ("the same", "different everywhere"):
         blocks.clear()
@@ -225,6 +225,13 @@ def test_every_block_is_compared_whatever_was_found_before(
         edit(image, *((number * BLOCK, b"x") for number in (0, 1, 2, 8)))
     assert costs[0] == costs[1]
     assert len(blocks) == 5, "the rest of the ninth block is one of its own"
+
+
+def test_it_is_closed_when_it_has_ended(image: Path) -> None:
+    sink = begun(image)
+    sink.finish(SIZE)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(sink._file)
 
 
 def test_closing_waits_for_the_end_of_a_step(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
