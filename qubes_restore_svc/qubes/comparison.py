@@ -1,12 +1,12 @@
 """The host that compares: the qubes of a Qubes system against those of the backup.
 
-Strategy: what is read is never a volume of the qube itself. An open volume cannot be removed, nor replaced
-when its qube stops; and nobody would want that a comparison is in the way of his qube. So the volumes are
-cloned, in the storage pools in which they lie, into a qube that is made for this. It carries the tags of an
-unfinished qube: it cannot be started, and what a killed comparison leaves is cleared up as what a killed
-restore leaves. dom0 reads the clone and compares. Nothing of it goes to the worker.
+Strategy: dom0 never opens a volume of the qube itself, because LVM removes no volume that is open: the person
+could not remove his qube, nor revert its volume. qubesd clones the volumes, in the storage pools in which
+they lie, into a qube that is made for this. That qube carries the tags of an unfinished one. So nobody can
+start it, and what a killed comparison leaves is cleared up like what a killed restore leaves. dom0 reads the
+clone and compares. It tells the worker nothing.
 
-qubesd clones a volume as it was when its qube was last shut down, whether or not the qube runs.
+A clone is what the volume was when its qube was last shut down, also if the qube runs.
 """
 
 import os
