@@ -156,6 +156,7 @@ def make_plan(
                 here={one.name_in_backup: one.name for one in here.values()},
             )
             qubes = [_set_up(qube, found.get(qube.key), choice, view.qubes_system) for qube in qubes]
+            qubes = list(_with_later_dispvms(qubes, here, sources))
             could = dict.fromkeys(name for one in candidates for name in one.allowed.could)
             can_choose = offers(view.qubes_system).model_copy(update={"settings": tuple(could)[:MAX_OFFERED]})
     plan = Plan(
@@ -273,6 +274,21 @@ def _already_restored(
     return None
 
 
+def _with_later_dispvms(
+    qubes: Sequence[PlanQube], here: Mapping[str, RestoredQube], sources: Mapping[str, ManifestQube]
+) -> Iterator[PlanQube]:
+    """A qube that is here has no default_dispvm, if the restore that has finished it never came to that one.
+    It may be in use by now, so it is not given one without being asked for."""
+    taken = {qube.name: qube.new_name for qube in qubes if qube.decision == "take"}
+    for qube in qubes:
+        dispvm = (
+            taken.get(sources[qube.key].properties.get("default_dispvm", "")) if qube.key in here else None
+        )
+        then = f"qvm-prefs {qube.new_name} default_dispvm {dispvm}"
+        note = f"its default disposable template comes only now (afterwards: {then})"
+        yield qube if dispvm is None else _with(qube, [note])
+
+
 def _as_it_is_here(qube: PlanQube, here: RestoredQube) -> PlanQube:
     return _left_out(qube, "already-restored").model_copy(update={"new_name": here.name})
 
@@ -366,6 +382,8 @@ def _named(
     if choice.conflicts == "skip":
         return _left_out(qube, "already-exists")
     reason, advice = "a qube of this name is there already", None if system is None else ""
+    if choice.resume:
+        reason += ", and nothing proves that an earlier restore of this backup has finished it"
     if system is not None and qube.name not in system.qubes and qube.name in system.policy_names:
         reason, advice = _has_rules(qube.name, system), "Restore it in dom0. Or:"
     settled_by: tuple[Settlement, ...] = ("leave-out",)

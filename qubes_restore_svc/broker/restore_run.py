@@ -93,6 +93,7 @@ class RestoreRun:
             for qube, its_report in zip(planned.plan.qubes, report.qubes, strict=False)
             if qube.key in planned.here
         }
+        self._notes_here = {qube.key: qube.notes for qube in planned.plan.qubes if qube.key in planned.here}
         self._ledger = Ledger(
             planned.sources.values(), digest, ignore_size_limit=ignore_size_limit, here=planned.here
         )
@@ -114,6 +115,8 @@ class RestoreRun:
         )
         for key, report in self._reports_here.items():
             report.volumes = self._here[key].volumes
+            for note in self._notes_here[key]:
+                self._warn(report, note)
             self._observer.qube_finished(report)
         request = m.Start(mode=mode, keys=self._qubes.keys, here=here, digest=self._digest)
         try:
@@ -330,15 +333,14 @@ class RestoreRun:
                 partial(self._host.take_back, report.name, self._backup_id, from_before=from_before)
             )
         except RestoreError as error:
-            warn(report, text := f"its netvm could not be taken away: {error.reason}")
-            self._observer.log("warning", f"{report.name}: {text}")
+            self._warn(report, f"its netvm could not be taken away: {error.reason}")
             return False
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:
         transaction, settings = qube.transaction, qube.take_settings()
         assert transaction is not None
         for warning in self._qubes.resolve_references(qube):
-            self._warn(qube, warning)
+            self._warn(qube.report, warning)
 
         def commit() -> Sequence[str]:
             remarks = transaction.commit(settings, qube.definition, qube.report.volumes)
@@ -355,13 +357,15 @@ class RestoreRun:
                 self._conclude(qube, self._success(qube))
             raise
         for remark in remarks:
-            self._warn(qube, remark)
+            self._warn(qube.report, remark)
         self._conclude(qube, self._success(qube))
         for waiting in self._qubes.waiting_for_dispvm(qube):
             try:
                 await in_thread(host.set_default_dispvm, waiting.name, qube.name)
             except RestoreError as error:
-                self._warn(waiting, f"its default disposable template could not be set: {error.reason}")
+                self._warn(
+                    waiting.report, f"its default disposable template could not be set: {error.reason}"
+                )
 
     async def _fail(self, qube: QubeRun, error: RestoreError) -> None:
         """Give the qube up: it is rolled back before anything else, and the worker is told."""
@@ -388,7 +392,7 @@ class RestoreRun:
                 await self._fail(qube, error)
                 continue
             qube.definition = replace(qube.definition, template=fallback)
-            self._warn(qube, f"its template is {fallback} now: {template.name} could not be restored")
+            self._warn(qube.report, f"its template is {fallback} now: {template.name} could not be restored")
 
     async def _roll_back(self, qube: QubeRun) -> None:
         """Roll the qube's transaction back; what cannot be removed is told, and is no reason to stop."""
@@ -397,16 +401,16 @@ class RestoreRun:
         try:
             await in_thread(qube.transaction.rollback)
         except RestoreError as error:
-            self._warn(qube, f"what had been written could not be removed: {error.reason}")
+            self._warn(qube.report, f"what had been written could not be removed: {error.reason}")
         qube.transaction = None
 
-    def _warn(self, qube: QubeRun, text: str) -> None:
-        warn(qube.report, text)
-        self._observer.log("warning", f"{qube.name}: {text}")
+    def _warn(self, report: QubeReport, text: str) -> None:
+        warn(report, text)
+        self._observer.log("warning", f"{report.name}: {text}")
 
     def _tell_without_dispvm(self, dispvm: QubeRun) -> None:
         for waiting in self._qubes.waiting_for_dispvm(dispvm):
-            self._warn(waiting, without_dispvm(dispvm))
+            self._warn(waiting.report, without_dispvm(dispvm))
 
     def _success(self, qube: QubeRun) -> _Outcome:
         """The outcome of a complete qube; after a comparison, the worst of the results of its volumes."""

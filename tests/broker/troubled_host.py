@@ -56,6 +56,7 @@ class TroubledHost:
 
     def take_back(self, qube: str, backup_id: str, *, from_before: bool) -> bool:
         self.call(f"take_back {qube} {backup_id}")
+        self._directory.take_back(qube, backup_id, from_before=from_before)
         return True
 
     def free_space(self, pool: str | None = None) -> int | None:
