@@ -258,40 +258,45 @@ class QubesSystem:
             }
 
     def volume_file(self, name: str, volume: str) -> Path:
-        """The device, or the file, of a volume of a halted qube. Raises HostFailed where nobody has tried
-        whether it can be read."""
+        """The device or file of a volume, as it is when its qube is halted.
+
+        Raises HostFailed, also for a driver with which nobody has tried to read it.
+        """
+        return self._volume_place(name, volume)[1]
+
+    def volume_changed(self, name: str, volume: str) -> float | None:
+        """When the volume got the content that `clone_volume` clones, in seconds since 1970; None: not known.
+
+        Raises HostFailed, also where `volume_file` does.
+        """
+        driver, file = self._volume_place(name, volume)
+        if (
+            driver == "file-reflink"
+        ):  # each stop of the qube puts another file here, with the time of its last write
+            with reporting(f"looking at {file}", qube=name, volume=volume):
+                return file.stat().st_mtime
+        with asking("asking for its revisions", qube=name, volume=volume):
+            # LVM calls a revision by the time when the next content took its place.
+            revisions = [str(one) for one in self._qube(name).volumes[volume].revisions]
+            return max((float(one.removesuffix("-back")) for one in revisions), default=None)
+
+    def _volume_place(self, name: str, volume: str) -> tuple[str, Path]:
         with asking("asking where it lies", qube=name, volume=volume):
             # The library has no name for the path.
             answer = self._app.qubesd_call(name, "admin.vm.volume.Info", volume).decode("ascii")
             info = dict(line.split("=", 1) for line in answer.splitlines())
-            driver = str(self._app.pools[info["pool"]].driver)
+            pool, path = info["pool"], info["path"]
+            driver = str(self._app.pools[pool].driver)
         if driver == "lvm_thin":
-            return Path(info["path"])
-        if driver == "file-reflink":  # the path is that of what a running qube writes to
-            return Path(info["path"].removesuffix("-dirty.img") + ".img")
+            return driver, Path(path)
+        if driver == "file-reflink":  # qubesd tells the file that a running qube writes to
+            return driver, Path(path.removesuffix("-dirty.img") + ".img")
         raise HostFailed(
-            f"it lies in the storage pool {info['pool']}, and volumes of the driver {driver} cannot be"
-            " compared",
+            f"it lies in the storage pool {pool}, and volumes of the driver {driver} cannot be compared",
             qube=name,
             volume=volume,
             advice="Those of lvm_thin and file-reflink can.",
         )
-
-    def volume_changed(self, name: str, volume: str) -> float | None:
-        """When the volume got the content that `clone_volume` clones, in seconds since 1970, if it is known.
-
-        Raises HostFailed, also where `volume_file` does.
-        """
-        file = self.volume_file(name, volume)
-        if (
-            file.suffix == ".img"
-        ):  # the file is replaced when the qube stops, and keeps the time of the last write
-            with reporting(f"looking at {file}", qube=name, volume=volume):
-                return file.stat().st_mtime
-        with asking("asking for its revisions", qube=name, volume=volume):
-            # LVM's are called by the time at which something newer took their place.
-            revisions = [str(one) for one in self._qube(name).volumes[volume].revisions]
-        return max((float(one.removesuffix("-back")) for one in revisions), default=None)
 
     # --- Creating and removing -------------------------------------------------------------------
 
