@@ -23,9 +23,11 @@ from qubes_restore_svc.errors import (
     UsageError,
     WrongPassphrase,
     exhausted,
+    size_text,
 )
 from qubes_restore_svc.waiting import ask, in_thread, when_cleared
 from qubes_restore_svc.wire import messages as m
+from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.report import Observer, Report, warn
 from qubes_restore_svc.wire.restore_call import Choice, Plan
 
@@ -70,6 +72,7 @@ async def run_job(
     other_passphrase: OtherPassphrase | None = None,
     stall_s: float = STALL_S,
     compare: bool = False,
+    only: VolumeName | None = None,
 ) -> Report:
     """Restore to `host`, or verify if it is None. A cancelled task comes back with a report as well.
 
@@ -77,12 +80,12 @@ async def run_job(
     `confirm` is awaited with the plan, and with every other one that it asks for; the worker waits meanwhile.
     Without `confirm` nobody is asked. `other_passphrase` is awaited when a passphrase was wrong. `allow` says
     which settings may come back; None: none of them. `stall_s`: seconds of silence after which the worker, or
-    a volume's stream, counts as stalled.
+    a volume's stream, counts as stalled. `only`: see `RestoreRun`.
     """
     report = Report.begun("verify" if host is None else "compare" if compare else "restore")
     error: RestoreError | None = None
     try:
-        job = _RestoreJob(report, link, host, options, observer, stall_s, other_passphrase)
+        job = _RestoreJob(report, link, host, options, observer, stall_s, other_passphrase, only)
         await job.run(choice, allow, confirm)
     except RestoreError as caught:
         error = caught
@@ -107,6 +110,7 @@ class _RestoreJob:
     observer: Observer
     stall_s: float
     other_passphrase: OtherPassphrase | None
+    only: VolumeName | None
 
     async def run(self, choice: Choice, allow: AllowList | None, confirm: AskAboutPlan | None) -> None:
         async with contextlib.AsyncExitStack() as locks:
@@ -115,6 +119,8 @@ class _RestoreJob:
                     self.say("warning", remark)
             async with self.link, SessionClient(self.link, self.stall_s) as client:
                 manifest = await _opened(client, self.options, self.say, self.other_passphrase)
+                if self.only is not None:
+                    manifest = _with_one_volume(manifest, self.only)
                 self.report.backup_id = manifest.backup_id
                 planned = await self.agree(manifest, choice, allow, confirm)
                 if planned.plan.taken or planned.here:
@@ -164,6 +170,7 @@ class _RestoreJob:
             digest=self.options.digest,
             ignore_size_limit=self.options.ignore_size_limit,
             tail_timeout_s=self.stall_s,
+            only=self.only,
         )
         try:
             await run.run()
@@ -175,7 +182,7 @@ class _RestoreJob:
         """Say so early when the qubes took more room than there is; their holes may still make them fit."""
         needed = sum(qube.backup_size for qube in plan.taken)
         if free is not None and needed > free:
-            took, left = f"{needed >> 20} MiB", f"{free >> 20} MiB"
+            took, left = size_text(needed), size_text(free)
             self.say("warning", f"the qubes took {took} when they were backed up, and only {left} are free")
 
     def warn_of_unsaved(self, plan: Plan, view: HostView, choice: Choice) -> None:
@@ -221,6 +228,15 @@ OLD_FORMAT = (
     " place: somebody who could change the file, and had another backup with the same passphrase, can have"
     " exchanged pieces of the two, or left out settings. Restore it only if nobody else had the file in hand"
 )
+
+
+def _with_one_volume(manifest: m.Manifest, name: VolumeName) -> m.Manifest:
+    """The manifest as if each qube had no other volume."""
+    qubes = tuple(
+        qube.model_copy(update={"volumes": tuple(volume for volume in qube.volumes if volume.name == name)})
+        for qube in manifest.qubes
+    )
+    return manifest.model_copy(update={"qubes": qubes})
 
 
 async def _opened(

@@ -63,6 +63,8 @@ class RestoreRun:
     `report` has a report of each qube of the plan, and takes the warnings that belong to none of them.
     `tail_timeout_s`: seconds that the rest of a volume may take to arrive once the worker has called it
     complete.
+    `only`: nothing but this volume of each qube is wanted, and `planned` has no others. That something else
+    of it is damaged or lost is a warning.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class RestoreRun:
         digest: DigestKind = "fsverity",
         ignore_size_limit: bool = False,
         tail_timeout_s: float = STALL_S,
+        only: VolumeName | None = None,
     ) -> None:
+        self._only = only
         self._tail_timeout_s = tail_timeout_s
         self._report = report
         self._link = link
@@ -118,7 +122,7 @@ class RestoreRun:
             for note in self._notes_here[key]:
                 self._warn(report, note)
             self._observer.qube_finished(report)
-        request = m.Start(mode=mode, keys=self._qubes.keys, here=here, digest=self._digest)
+        request = m.Start(mode=mode, keys=self._qubes.keys, here=here, only=self._only, digest=self._digest)
         try:
             async with contextlib.aclosing(self._client.start(request)) as messages:
                 async for message in messages:
@@ -284,8 +288,11 @@ class RestoreRun:
     async def _settle(self, qube: QubeRun, settings: m.QubeSettings) -> None:
         if qube.finished:
             return
-        if settings.error is not None:
-            await self._fail(qube, await self._client.explained(believed_error(settings.error)))
+        error = None if settings.error is None else believed_error(settings.error)
+        if error is not None and self._only is not None:
+            self._warn(qube, f"what else there is of it is not whole: {error.reason}")
+        if error is not None and self._only is None:
+            await self._fail(qube, await self._client.explained(error))
         elif not all(volume.is_whole for volume in qube.report.volumes):
             await self._fail(qube, RestoreError("not all of its volumes are complete"))
         elif self._host is None:

@@ -164,6 +164,7 @@ def _run(arguments: Arguments, archive_fd: int, interruption: Interruption) -> i
                     display,
                     other_passphrase=_other(passphrases, display, interruption),
                     compare=arguments.command == "compare",
+                    only=arguments.volume,
                 ),
             ),
             display.ending,

@@ -2,7 +2,7 @@
 
 Strategy: the worker checks each chunk before it sends a byte of it, but whether the volume is complete is
 known at its end only. So the exit status tells whether what has come out is whole. The qube's other volumes
-are checked with it and dropped.
+are not read. That something of them is damaged or lost is a warning, where it shows at all.
 
 Into a regular file that has nothing behind the place where it is written to, holes are left as holes.
 Everything else (a pipe, a socket, a device, a file that is appended to) gets their zeros. Such a reader can
@@ -55,7 +55,7 @@ class VolumePipe:
             raise UsageError(
                 f"this qube has no volume {self._volume} in the backup",
                 qube=qube.name,
-                advice=f"It has: {', '.join(there) or 'none'}.",
+                advice="An app qube has none but `private`.",
             )
         return PipedQube(self._volume, self._output)
 

@@ -178,13 +178,15 @@ class QubeHere(Model):
 class Start(Message):
     """Stream the volumes of these qubes (`restore`), or only check them (`verify`).
 
-    Of those that are `here` nothing is wanted, but to know of a volume or a firewall that they lack.
+    Of those that are `here` nothing is wanted, but to know of a volume or a firewall that they lack. With
+    `only`, nothing of the others is wanted but this volume.
     """
 
     type: Literal["start"] = "start"
     mode: Literal["restore", "verify"]
     keys: Annotated[tuple[QubeKey, ...], Field(fail_fast=True, max_length=MAX_QUBES)]
     here: Annotated[tuple[QubeHere, ...], Field(fail_fast=True, max_length=MAX_QUBES)] = ()
+    only: VolumeName | None = None
     digest: DigestKind = "fsverity"  #: which one of each volume is wanted
     max_size: ClassVar[int] = 1 << 20
 

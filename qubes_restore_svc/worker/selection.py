@@ -106,6 +106,15 @@ class SelectedQube:
         spent_files = {"home", DIRECTORY, *IMAGES, *SETTINGS} - lacking
         return cls(backup, [], Stage.CLOSED, spent_files=spent_files)
 
+    @classmethod
+    def wanted(cls, backup: BackupQube, only: VolumeName | None) -> "SelectedQube":
+        """One that is to come, or nothing of it but this volume."""
+        promised = [volume.name for volume in backup.info.volumes]
+        if only is None:
+            return cls(backup, promised)
+        others = {file for file, volume in IMAGES.items() if volume != only}
+        return cls(backup, [name for name in promised if name == only], spent_files={*others, *SETTINGS})
+
     @property
     def info(self) -> m.ManifestQube:
         """What the manifest says of it."""
@@ -188,7 +197,7 @@ class Selection:
     """The selected qubes of `content`, by the paths of their files; what is said to the person waits here.
 
     `whole`: all files of the archive are seen, and not just those of the selected qubes. Those that are
-    `here` are closed from the beginning.
+    `here` are closed from the beginning. `only`: nothing but this volume of the others is wanted.
     """
 
     def __init__(
@@ -197,15 +206,14 @@ class Selection:
         keys: Iterable[str],
         here: Iterable[m.QubeHere] = (),
         *,
+        only: VolumeName | None = None,
         whole: bool = True,
     ) -> None:
         self.whole = whole
         wanted_keys = frozenset(keys)
         qubes = content.qubes
         self._qubes = {
-            qube.info.key: SelectedQube(qube, [volume.name for volume in qube.info.volumes])
-            for qube in qubes
-            if qube.info.key in wanted_keys
+            qube.info.key: SelectedQube.wanted(qube, only) for qube in qubes if qube.info.key in wanted_keys
         }
         self.is_all = whole and len(self._qubes) == len(qubes)  #: is there nothing else in the archive?
         are_here = {one.key: one for one in here}

@@ -107,7 +107,7 @@ class Work:
             raise ProtocolViolation("'start' names qubes that the backup does not hold")
         # A storage service sends the directories that it is asked for: of what is here, nothing comes.
         here = request.here if self._whole else ()
-        self._selection = Selection(self._content, request.keys, here, whole=self._whole)
+        self._selection = Selection(self._content, request.keys, here, only=request.only, whole=self._whole)
         self._started.set_result((request, self._selection))
 
     def skip(self, key: str) -> None:

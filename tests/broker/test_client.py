@@ -236,7 +236,7 @@ def test_a_worker_is_told_only_the_name_of_the_qube_that_holds_the_backup() -> N
     }
     # Keys as the worker itself has named them, and what it has brought of their qubes.
     of_the_archive = {"Start.keys", "Start.here", "SkipQube.key"}
-    of_the_person = {
+    of_the_person = {"Start.only"} | {
         f"Open.{field}"
         for field in (
             *("passphrase", "memory", "jobs", "compression_filter", "ahead", "retry"),

@@ -492,7 +492,7 @@ def test_too_little_room_is_told_before_it_is_needed(target: Path) -> None:
     free = DirectoryHost(target).free_space()
     assert free is not None
     assert len(outcome.report.warnings) == 1
-    assert outcome.report.warnings[0].startswith("the qubes took 1099511627776 MiB")
+    assert outcome.report.warnings[0].startswith("the qubes took 1048576.0 TiB")
 
 
 def test_the_report_has_the_times_and_the_backup(target: Path) -> None:

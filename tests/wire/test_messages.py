@@ -48,6 +48,7 @@ FULL: dict[str, Json] = {
     },
     "start": {
         "type": "start", "mode": "verify", "keys": ["vm10", "vm11"], "digest": "sha256",
+        "only": "private",
         "here": [{"key": "vm12", "volumes": ["private"], "firewall": True}],
     },
     "skip_qube": {"type": "skip_qube", "key": "vm10"},
@@ -81,7 +82,7 @@ OPTIONAL: dict[str, set[str]] = {
         "protocol", "memory", "jobs", "compression_filter", "ignore_size_limit", "ignore_cost_limit",
         "storage", "ahead", "retry",
     },
-    "start": {"digest", "here"},
+    "start": {"digest", "here", "only"},
     "skip_qube": set(),
     "cancel": set(),
     "manifest": {
@@ -111,6 +112,7 @@ OPTIONAL: dict[str, set[str]] = {
 #: The keys that may be null.
 NULLABLE = {
     "open": {"memory", "jobs", "compression_filter", "storage"},
+    "start": {"only"},
     "manifest": {
         "qubes.0.template", "qubes.0.netvm", "qubes.0.home_user", "qubes.0.volumes.0.size",
         "qubes.0.devices.0.identity",
@@ -314,6 +316,7 @@ LONGEST: list[tuple[str, Path, object, object]] = [
     ("start", ("here", 0, "volumes"), ["root", "private"], ["volatile"]),
     ("start", ("here", 0, "volumes"), [], ["root", "private", "home", "root"]),
     ("start", ("keys", 0), "k" * 64, "k" * 65),
+    ("start", ("only",), "root", "volatile"),
     ("skip_qube", ("key",), "k" * 64, "k" * 65),
     ("manifest", ("backup_id",), "b" * 128, "b" * 129),
     ("manifest", ("compression_filter",), "g" * 32, "g" * 33),
