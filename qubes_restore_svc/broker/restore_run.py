@@ -290,7 +290,7 @@ class RestoreRun:
             return
         error = None if settings.error is None else believed_error(settings.error)
         if error is not None and self._only is not None:
-            self._warn(qube, f"what else there is of it is not whole: {error.reason}")
+            self._warn(qube.report, f"what else there is of it is not whole: {error.reason}")
         if error is not None and self._only is None:
             await self._fail(qube, await self._client.explained(error))
         elif not all(volume.is_whole for volume in qube.report.volumes):
