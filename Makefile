@@ -15,19 +15,20 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' qubes_restore_svc/_
 RPM := build/rpm
 DEB := build/deb
 # What the packages are made of: the work tree as it is, without what was built in it.
-PACKAGED := LICENSE README.md bin completion debian desktop docs/administration.md docs/configuration.md docs/schema etc man \
+PACKAGED := LICENSE README.md bin completion debian desktop docs/administration.md docs/configuration.md docs/schema etc fleet man \
     post-install.d pyproject.toml qubes-rpc qubes_restore_svc rpc-policy setup.py systemd tmpfiles tools
 TAR_SOURCE := tar --create --exclude=__pycache__ --exclude='*.so' --owner=0 --group=0 \
     --transform='s,^,qubes-restore-svc-$(VERSION)/,' $(PACKAGED)
 # Other systems know these packages under other names, and only inspect what is built.
 RPM_DEPENDENCIES := $(if $(wildcard /etc/fedora-release),,--nodeps)
 
-.PHONY: help demo test lint types check bench torture fuzz mutants conformance format rpm deb clean system-demo system-test
+.PHONY: help demo test lint types check bench torture fuzz mutants conformance engines format rpm deb clean system-demo system-test
 
 help:
 	@echo "make demo    write a sample backup, restore it in the sandbox, compare, look into it"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make conformance QUBES=DIR   compare the emulation with the sources of Qubes R4.3 in DIR"
+	@echo "make engines run the role of Ansible and the states of Salt with the real engines"
 	@echo "make bench   measure a restore beside the stock programs; BENCH_ARGS=--help for options"
 	@echo "make torture restore damaged archives, and restore on a system that fails; ARGS=--help for options"
 	@echo "make fuzz    feed every parser with what nobody would write; ARGS=--help for options"
@@ -75,6 +76,13 @@ bench: system-test $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,conformance]'
 	QUBES='$(if $(QUBES),$(abspath $(QUBES)))' $(BIN)/pytest -rPs tests/conformance
+
+# Salt alone takes minutes to install, so the tests of both engines are skipped where this was not run. From 3008 on,
+# Salt pins the newest release of each library, which an index that lags behind does not have.
+engines: system-test $(STAMP)
+	$(PYTHON) -m venv build/engines
+	build/engines/bin/pip install --quiet --disable-pip-version-check 'ansible-core>=2.14' 'salt<3008'
+	$(BIN)/pytest -rs tests/fleet
 
 # All of it takes two hours. The quick part of it is in `make test`.
 torture: system-test $(STAMP)

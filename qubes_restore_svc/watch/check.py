@@ -19,6 +19,7 @@ from qubes_restore_svc.cli.qvm_restore import Way
 from qubes_restore_svc.cli.qvm_restore import run as run_on_qubes
 from qubes_restore_svc.errors import (
     ERROR_KINDS,
+    ArchiveTruncated,
     EmptyInput,
     ExitStatus,
     RestoreError,
@@ -38,6 +39,9 @@ _NOT_THE_BACKUP = (
     "archive-unreadable", "budget-too-small", "faulty-machine", "resources-exhausted", "source-stalled",
     "wrong-passphrase", "no-space", "skipped", "error",
 )  # fmt: skip
+
+#: What a backup looks like if the command that brings it breaks off.
+_CUT_OFF = (ArchiveTruncated.kind, EmptyInput.kind)
 
 _CLOCKS_DIFFER = timedelta(days=1)
 
@@ -150,14 +154,15 @@ def _judged(report: Report, place: Place, found: Found) -> tuple[State, str]:
     wanted = [qube for qube in report.qubes if qube.outcome != "left out"]
     if report.status == ExitStatus.COMPLETE:
         return "good", f"{len(wanted)} of {len(wanted)} qubes verified"
-    if found.ended > 0:
-        return "not verified", f"the command that brings the backup {how_ended(found.ended)}"
     failed = [(f"{qube.name}: ", qube.error) for qube in wanted if qube.error is not None]
     errors = [*failed, *([("", report.error)] if report.error is not None else [])]
     if not errors:
         return "not verified", "the report does not say why"
-    if errors[0][1].kind == EmptyInput.kind and place.command is not None:
-        return "no backup", errors[0][1].reason
+    if any(error.kind in _CUT_OFF for _, error in errors):
+        if found.ended > 0:
+            return "not verified", f"the command that brings the backup {how_ended(found.ended)}"
+        if errors[0][1].kind == EmptyInput.kind and place.command is not None:
+            return "no backup", errors[0][1].reason
     errors.sort(key=lambda error: not _is_damage(error[1]))
     where, first = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

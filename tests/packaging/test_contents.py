@@ -30,6 +30,11 @@ WATCH = {
     "/usr/lib/systemd/user/qubes-restore-watch@.timer",
     "/usr/lib/systemd/user/qubes-restore-watch-notify@.service",
     "/usr/libexec/qubes-restore-svc/watch-notify",
+    *(
+        f"/usr/share/qubes-restore-svc/{path.relative_to(REPOSITORY)}"
+        for path in (REPOSITORY / "fleet").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    ),
 }
 
 #: All that the packages install beside Python code. A key is the end of a package's name.
@@ -163,7 +168,7 @@ def test_byte_code_comes_with_an_rpm_so_that_none_is_left_behind(rpms: Packages)
         sources = {
             f"{name.rpartition('/')[0]}/__pycache__/{name.rpartition('/')[2].removesuffix('.py')}"
             for name in package.files
-            if name.endswith(".py")
+            if name.startswith(package.site) and name.endswith(".py")
         }
         assert {
             name.partition(".cpython-")[0] for name in package.entries if name.endswith(".pyc")

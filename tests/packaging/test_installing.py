@@ -35,6 +35,7 @@ def system(tmp_path: Path) -> ScratchSystem:
     system = ScratchSystem(tmp_path / "system", recorded=("systemctl", "qvm-features-request", "python3"))
     for folder in ("etc/qubes/policy.d/include", "etc/qubes/rpc-config", "etc/qubes/post-install.d",
                    "etc/qubes-rpc", "usr/lib/systemd/system", "usr/lib/systemd/system-preset",
+                   "usr/lib/systemd/user",
                    "usr/lib/tmpfiles.d", "usr/libexec", "usr/share/applications", "usr/share/doc",
                    "usr/share/licenses", "usr/share/man/man1",
                    "usr/lib/python3.11/site-packages", "usr/lib/python3/dist-packages",

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from tests.support.fixtures import REPOSITORY
-from tests.system.support import passphrase_file, small_backup
+from tests.system.support import offsets, passphrase_file, small_backup
 
 
 @dataclass
@@ -66,7 +66,24 @@ def watch(*words: str | Path, input: str = "") -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
-def flip_a_bit(backup: Path, at: int) -> None:
+def four_machines(folder: Path) -> dict[str, Machine]:
+    """A flipped bit in the backup of one, an old backup, none, and one where all is good."""
+    machines = {name: Machine(name, folder / name) for name in ("desk", "laptop", "office", "server")}
+    first, end = offsets(small_backup())["vm10/private.img.001.enc"]
+    _flip_a_bit(machines["desk"].back_up(), (first + end) // 2)
+    machines["laptop"].back_up(days_ago=30)
+    machines["server"].back_up()
+    machines["server"].back_up(days_ago=9, name="qubes-2025")
+    return machines
+
+
+def states_in(table: str) -> dict[str, str]:
+    """The state of each machine, in a table of `collect`."""
+    rows = [[cell.strip() for cell in line.split("  ") if cell] for line in table.splitlines()]
+    return {row[0]: row[2] for row in rows[1:]}
+
+
+def _flip_a_bit(backup: Path, at: int) -> None:
     """Change one bit, and nothing else: not the time either."""
     before = backup.stat()
     data = bytearray(backup.read_bytes())

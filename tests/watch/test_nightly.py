@@ -6,39 +6,27 @@ from pathlib import Path
 import pytest
 
 from tests.support.documents import checked
-from tests.system.support import offsets, small_backup
 
-from .support import Machine, flip_a_bit, watch
+from .support import four_machines, states_in, watch
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
 def test_three_machines_with_a_flipped_bit_an_old_backup_and_none(tmp_path: Path) -> None:
-    desk, laptop, office, server = (
-        Machine(name, tmp_path / name) for name in ("desk", "laptop", "office", "server")
-    )
-    first, end = offsets(small_backup())["vm10/private.img.001.enc"]
-    flip_a_bit(desk.back_up(), (first + end) // 2)
-    laptop.back_up(days_ago=30)
-    server.back_up()
-    server.back_up(days_ago=9, name="qubes-2025")
-
+    machines = four_machines(tmp_path)
     statuses = {}
-    for machine in (desk, laptop, office, server):  # every night, on each
+    for machine in machines.values():  # every night, on each
         ended = machine.watch("verify", "nas")
         assert "Traceback" not in ended.stderr
         statuses[machine.name] = ended.returncode
     assert statuses == {"desk": 1, "laptop": 1, "office": 1, "server": 0}
 
     collected = tmp_path / "collected"  # in the morning, on one of them
-    for machine in (desk, laptop, office, server):
+    for machine in machines.values():
         shutil.copytree(machine.reports, collected / machine.name)
     ended = watch("collect", collected, "--expect", "office", "--expect", "attic")
     assert ended.returncode == 1
-    rows = [line.split("  ") for line in ended.stdout.splitlines()]
-    states = {row[0]: [cell.strip() for cell in row if cell][2] for row in rows}
-    assert states == {
-        "MACHINE": "STATE",
+    assert states_in(ended.stdout) == {
         "attic": "no report",
         "desk": "bad",
         "laptop": "too old",
@@ -48,11 +36,11 @@ def test_three_machines_with_a_flipped_bit_an_old_backup_and_none(tmp_path: Path
     said = ended.stderr
     assert "desk, nas: bad: work: " in said
     assert "laptop, nas: too old: it is 30 days old, and 8 are allowed" in said
-    assert f"office, nas: no backup: no file in {office.backups} is called qubes-*" in said
+    assert f"office, nas: no backup: no file in {machines['office'].backups} is called qubes-*" in said
     assert "attic, -: no report: no report has come" in said
     assert said.endswith("1 of 5 good.\n")
 
-    report = checked((server.reports / "nas.json").read_text(), "watch")
-    assert report["backup"] == str(server.backups / "qubes-2026")
+    report = checked((machines["server"].reports / "nas.json").read_text(), "watch")
+    assert report["backup"] == str(machines["server"].backups / "qubes-2026")
     assert report["verification"]["status"] == 0
     assert watch("collect", collected.parent / "server").returncode == 1  # there is no machine in it

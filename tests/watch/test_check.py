@@ -1,0 +1,147 @@
+"""State and reason of a check, from what the command that verifies says in its report."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qubes_restore_svc.errors import Cancelled, UsageError
+from qubes_restore_svc.report_file import KeptReport, write_report
+from qubes_restore_svc.watch.check import Verifier, check, too_old
+from qubes_restore_svc.watch.documents import WatchReport
+from qubes_restore_svc.watch.places import Place
+from qubes_restore_svc.wire.models import ErrorInfo
+
+from .reports import NOW, verification, whole
+
+DAY = timedelta(days=1)
+
+
+def error(kind: str) -> ErrorInfo:
+    return ErrorInfo(kind=kind, reason=f"it is {kind}")
+
+
+def now_in_an_id(days_ago: float = 0) -> str:
+    return f"{datetime.now() - timedelta(days=days_ago):%Y%m%dT%H%M%S}-1234"
+
+
+def checked(folder: Path, report: KeptReport | Exception | None, **settings: Any) -> WatchReport:
+    """What a check finds if the command leaves this report, or raises, or leaves none."""
+    (folder / "passphrase").write_text("secret")
+    given: list[Sequence[str]] = []
+
+    def run(words: Sequence[str]) -> int:
+        given.append(words)
+        if isinstance(report, Exception):
+            raise report
+        if report is not None:
+            write_report(Path(words[words.index("--report") + 1]), report)
+        return 1
+
+    usual = {"command": "true", "passphrase_file": str(folder / "passphrase"), "options": ["-x", "a"]}
+    place = Place.model_validate({**usual, **settings})
+    found = check("nas", place, folder, Verifier(("verify",), run))
+    if given:
+        assert [*given[0][:5], given[0][6]] == [
+            "verify",
+            "-p",
+            str(folder / "passphrase"),
+            "-x",
+            "a",
+            given[0][6],
+        ]
+        assert given[0][-2] == "--"
+    assert [path.name for path in folder.iterdir()] == ["passphrase"]  # nothing of it stays
+    return found
+
+
+@pytest.mark.parametrize(
+    ("errors", "state", "reason"),
+    [
+        ([None, "authentication-failed"], "bad", "qube-1: it is authentication-failed"),
+        (["skipped", "bad-image"], "bad", "qube-1: it is bad-image (and 1 more)"),
+        (["resources-exhausted"], "not verified", "qube-0: it is resources-exhausted"),
+        (["worker-lost"], "not verified", "qube-0: it is worker-lost"),
+        (["archive-truncated"], "bad", "qube-0: it is archive-truncated"),
+        (["empty-input"], "no backup", "it is empty-input"),
+        (["a-later-kind"], "bad", "qube-0: it is a-later-kind"),
+        ([None], "not verified", "the report does not say why"),
+    ],
+)
+def test_only_what_is_wrong_with_the_backup_makes_it_bad(
+    errors: list[str | None], state: str, reason: str, tmp_path: Path
+) -> None:
+    report = verification(*(None if kind is None else error(kind) for kind in errors))
+    found = checked(tmp_path, report)
+    assert (found.state, found.reason) == (state, reason)
+    assert found.verification is not None
+
+
+@pytest.mark.parametrize("kind", ["wrong-passphrase", "cancelled", "sandbox-unavailable", "budget-too-small"])
+def test_what_ends_the_whole_run_is_not_the_backups_fault(kind: str, tmp_path: Path) -> None:
+    found = checked(tmp_path, verification(status=1, ended_by=error(kind)))
+    assert (found.state, found.reason) == ("not verified", f"it is {kind}")
+
+
+def test_a_command_that_broke_off_is_to_blame_for_what_is_missing(tmp_path: Path) -> None:
+    report = verification(error("archive-truncated"))
+    found = checked(tmp_path, report, command="exit 3")
+    why = "the command that brings the backup ended with exit code 3"
+    assert (found.state, found.reason) == ("not verified", why)
+    report = verification(error("authentication-failed"))
+    assert checked(tmp_path, report, command="exit 3").state == "bad"
+
+
+def test_age_counts_from_the_id_in_the_clock_of_this_machine(tmp_path: Path) -> None:
+    for days, state in ((7.9, "good"), (8.1, "too old"), (-2, "too old")):
+        assert checked(tmp_path, whole(now_in_an_id(days))).state == state
+    assert checked(tmp_path, whole(now_in_an_id(20)), max_age_days=21).state == "good"
+
+
+def test_without_a_date_in_the_id_the_file_says_how_old_the_backup_is(tmp_path: Path) -> None:
+    report = whole("0123456789abcdef")
+    found = checked(tmp_path, report)
+    assert (found.state, found.reason) == ("too old", "it is not known when it was made")
+    found = checked(tmp_path, report, command=None, file=__file__)
+    made = datetime.fromtimestamp(int(Path(__file__).stat().st_mtime), UTC)
+    assert found.backup_time is not None and found.backup_time.replace(microsecond=0) == made
+
+
+def test_a_bad_backup_is_bad_however_old_it_is(tmp_path: Path) -> None:
+    report = verification(error("bad-image"), backup_id=now_in_an_id(100))
+    assert checked(tmp_path, report).state == "bad"
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        (UsageError("it cannot be opened", advice=""), "it cannot be opened"),
+        (Cancelled("it was cancelled", advice=""), "it was cancelled"),
+        (None, "there is no report of the verification, which ended with exit code 1"),
+    ],
+)
+def test_a_verification_without_a_report_is_none(
+    ending: Exception | None, reason: str, tmp_path: Path
+) -> None:
+    found = checked(tmp_path, ending)
+    assert (found.state, found.reason, found.verification) == ("not verified", reason, None)
+
+
+def test_the_passphrase_is_the_services_credential_if_no_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    report = whole(now_in_an_id())
+    found = checked(tmp_path, report, passphrase_file=None)
+    assert (found.state, found.reason.partition(".")[0]) == ("not verified", "there is no passphrase")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert checked(tmp_path, report, passphrase_file=None).state == "good"
+
+
+def test_what_is_too_old_is_told_in_days() -> None:
+    assert too_old(NOW - 8 * DAY, 8, NOW) == ""
+    assert too_old(NOW - 8.5 * DAY, 8, NOW) == "it is 8 days old, and 8 are allowed"
+    assert too_old(NOW + DAY, 8, NOW) == ""
+    assert too_old(NOW + 2 * DAY, 8, NOW) == "it was made in the future, by its own date"

@@ -1,0 +1,122 @@
+"""What is made of the reports of other machines, whatever has come from there."""
+
+import io
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.watch.collected import (
+    Row,
+    from_stream,
+    in_directory,
+    of_places,
+    rows,
+    text_of,
+)
+
+from .reports import NOW, watch_report
+
+
+def report(state: str = "good", made: datetime | None = NOW, checked: datetime = NOW) -> bytes:
+    text = watch_report("good", made, checked).text()
+    return (text if state == "good" else text.replace('"good"', f'"{state}"')).encode()
+
+
+def row(untrusted_report: bytes | None, now: datetime = NOW) -> Row:
+    (found,) = rows({"desk": {"nas": untrusted_report}}, now, 2)
+    return found
+
+
+def test_a_good_report_stays_good_as_long_as_backup_and_report_are_new() -> None:
+    assert row(report()).is_good
+    assert row(report(made=NOW - timedelta(days=7)), NOW + timedelta(hours=23)).is_good
+    late = row(report(made=NOW - timedelta(days=7)), NOW + timedelta(hours=25))
+    assert (late.state, late.reason) == ("too old", "it is 8 days old, and 8 are allowed")
+    stale = row(report(), NOW + timedelta(days=3))
+    assert (stale.state, stale.reason) == ("old report", "the last check was 3 days ago, and found: good")
+
+
+def test_a_report_or_a_backup_from_the_future_is_not_good() -> None:
+    assert row(report(checked=NOW + timedelta(days=3))).state == "old report"
+    assert row(report(made=NOW + timedelta(days=2))).state == "too old"
+
+
+def test_of_a_machine_without_a_report_that_is_said() -> None:
+    found = rows({"desk": {}, "office": {"nas": None}}, NOW, 2)
+    assert [(one.machine, one.place, one.state) for one in found] == [
+        ("desk", "-", "no report"), ("office", "nas", "no report"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "untrusted_report",
+    [
+        b"",
+        b"{}",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        report("splendid"),
+        report().replace(b'"max_age_days": 8', b'"max_age_days": 1e9'),
+        report().replace(b'"backup_time": "2026', b'"backup_time": "9999999'),
+        report().replace(b'"reason": "', b'"reason": ["'),
+        report().replace(b"the reason", b"x" * 2000),
+    ],
+)
+def test_what_is_no_report_is_told_and_ends_nothing(untrusted_report: bytes) -> None:
+    assert row(untrusted_report).state == "bad report"
+
+
+def test_a_report_of_a_later_version_may_say_more() -> None:
+    assert row(report().replace(b'"place"', b'"colour": "red",\n  "place"')).is_good
+
+
+def test_no_text_of_another_machine_steers_the_terminal() -> None:
+    found = row(report("bad").replace(b"the reason", rb"\u001b[2Jreason").replace(b"/media", rb"\u202e"))
+    assert found.reason == "\ufffd[2Jreason"
+    assert "\u202e" not in text_of([found]) and "\ufffd/qubes-1" in text_of([found])
+
+
+def test_reports_lie_in_directories_of_machines(tmp_path: Path) -> None:
+    for name in ("desk/nas.json", "desk/usb.json", "desk/nas.prom", "desk/.x.json", "office/x", "-x/a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "file").touch()
+    found = in_directory(tmp_path, ["attic", "desk"])
+    assert found == {
+        "attic": {},
+        "desk": {"nas": b"desk/nas.json", "usb": b"desk/usb.json"},
+        "office": {},
+    }
+    with pytest.raises(UsageError, match="none cannot be read: No such file"):
+        in_directory(tmp_path / "none", [])
+
+
+def test_of_this_machine_every_place_must_have_one(tmp_path: Path) -> None:
+    (tmp_path / "nas.json").write_text("nas")
+    (tmp_path / "old.json").write_text("old")
+    assert of_places(tmp_path, [], ["nas", "usb"]) == {"nas": b"nas", "old": b"old", "usb": None}
+    assert of_places(tmp_path, ["usb"], ["nas", "usb"]) == {"usb": None}
+    assert of_places(tmp_path / "none", [], ["nas"]) == {"nas": None}
+
+
+def streamed(monkeypatch: pytest.MonkeyPatch, text: bytes) -> object:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text)))
+    return from_stream(["attic"])
+
+
+def test_what_salt_prints_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"desk": {"nas": {"a": 1}, "../x": {}}, "gone": False, "broken": "Minion did not return."}
+    assert streamed(monkeypatch, json.dumps(answers).encode()) == {
+        "attic": {}, "desk": {"nas": b'{"a": 1}'}, "gone": {}, "broken": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"[" * 100_000, b'{"a b": {}}', b"\xff"])
+def test_what_salt_does_not_print_is_refused(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+    with pytest.raises(UsageError):
+        streamed(monkeypatch, text)
