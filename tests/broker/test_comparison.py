@@ -106,6 +106,15 @@ def test_every_difference_is_found_with_its_place(
     assert found.difference.more_places == 0
 
 
+def test_in_a_long_hole_no_byte_is_passed_over(tmp_path: Path) -> None:
+    path, length = tmp_path / "image", 1 << 20
+    path.write_bytes(bytes(3 * length))
+    for offset in (0, length - 1, length, 2 * length, 3 * length - 1):
+        edit(path, (offset, b"x"))
+        assert places(compared(path, [], size=3 * length)) == [(offset // BLOCK * BLOCK, BLOCK)]
+        edit(path, (offset, b"\0"))
+
+
 def test_extents_that_meet_within_a_block_count_it_once(image: Path) -> None:
     edit(image, (10, b"x"), (2000, b"x"), (5000, b"x"))
     found = compared(image, [(0, b"a" * 1000), (1000, b"a" * 6000), (7000, b"a" * 1192), *EXTENTS[1:]])
@@ -288,6 +297,16 @@ def test_one_that_is_given_up_is_closed_and_never_the_same(image: Path) -> None:
     os.close(again)
 
 
+def test_one_that_is_given_up_touches_no_file_that_has_got_its_number(image: Path) -> None:
+    sink = begun(image)
+    sink.abandon()
+    again = os.open(image, os.O_RDONLY)
+    assert again == sink._file
+    assert sink.finish(SIZE).outcome == "failed"
+    assert os.lseek(again, 0, os.SEEK_CUR) == 0
+    os.close(again)
+
+
 def test_a_long_hole_over_data_ends_when_it_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +322,21 @@ def test_a_long_hole_over_data_ends_when_it_is_given_up(
     monkeypatch.setattr(os, "pread", give_up)
     found = sink.finish(4 << 20)
     assert found.outcome == "failed"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(sink._file)
+
+
+def test_one_that_is_given_up_while_it_compares_is_closed_at_the_end_of_the_step(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, read = begun(image), os.pread
+
+    def give_up(file: int, size: int, offset: int) -> bytes:
+        sink.abandon()
+        return read(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", give_up)
+    sink.write(0, memoryview(EXTENTS[0][1]))
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(sink._file)
 
