@@ -205,6 +205,21 @@ def test_nothing_is_read_behind_the_end_of_a_block_device(
     assert sum(bytes_read) == SIZE
 
 
+@pytest.mark.usefixtures("device")
+def test_data_far_behind_the_end_of_a_block_device_costs_no_more_than_its_size(
+    image: Path, bytes_read: list[int]
+) -> None:
+    far = 1 << 42
+    assert places(compared(image, [*EXTENTS, (far, b"x")], size=far + BLOCK)) == [(far, BLOCK)]
+    assert sum(bytes_read) <= SIZE + 2 * BLOCK
+
+
+def test_reads_that_bring_less_than_was_asked_for_go_on(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: read(file, min(size, 1000), offset))
+    assert compared(image) == Comparison("same")
+
+
 def test_a_fault_of_another_kind_is_no_hole(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seek = os.lseek
 

@@ -80,7 +80,9 @@ def new_host(
     )
 
 
-def compared_system(directory: Path, system: QubesSystem | None = None) -> ComparedSystem:
+def compared_system(
+    directory: Path, system: QubesSystem | None = None, policy: Sequence[Path] = POLICY
+) -> ComparedSystem:
     """A host that compares, with the locks of `new_host`."""
     new_host(directory, system)
     return ComparedSystem(
@@ -88,6 +90,7 @@ def compared_system(directory: Path, system: QubesSystem | None = None) -> Compa
         home=directory / "home",
         lock_path=directory / "restore.lock",
         stock_lock_path=directory / "stock.lock",
+        policy=policy,
     )
 
 

@@ -24,6 +24,7 @@ from tests.qubes.qubes_bed import (
     compared_system,
     image,
     new_disposable,
+    new_host,
     new_qube,
     settings,
     state_of,
@@ -85,6 +86,16 @@ def test_all_but_dom0_and_the_worker_can_be_compared(host: ComparedSystem, syste
     assert view.names == {*system.tags()} - {"dom0", "disp-restore-0001"}
     assert {TEMPLATE, "disp1234"} <= view.names
     assert view.remarks == () and host.free_space() is None
+
+
+def test_a_policy_that_cannot_be_read_is_no_matter_of_a_comparison(
+    system: QubesSystem, tmp_path: Path
+) -> None:
+    (tmp_path / "policy.d").mkdir()
+    (tmp_path / "policy.d" / "50-x.policy").write_bytes(b"\xff")
+    policy = [tmp_path / "policy.d"]
+    assert compared_system(tmp_path, system, policy).view().remarks == ()
+    assert new_host(tmp_path, system, policy=policy).view().remarks != ()
 
 
 def test_a_volume_is_compared_and_nothing_is_left(
