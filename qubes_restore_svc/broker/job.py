@@ -123,6 +123,8 @@ class _RestoreJob:
                     manifest = _with_one_volume(manifest, self.only)
                 self.report.backup_id = manifest.backup_id
                 planned = await self.agree(manifest, choice, allow, confirm)
+                if self.only is not None:
+                    _check_volume(planned.plan, self.only)
                 if planned.plan.taken or planned.here:
                     await self.carry_out(planned, client)
                 elif all(qube.outcome == "left out" for qube in self.report.qubes):
@@ -231,12 +233,24 @@ OLD_FORMAT = (
 
 
 def _with_one_volume(manifest: m.Manifest, name: VolumeName) -> m.Manifest:
-    """The manifest as if each qube had no other volume."""
-    qubes = tuple(
-        qube.model_copy(update={"volumes": tuple(volume for volume in qube.volumes if volume.name == name)})
-        for qube in manifest.qubes
-    )
-    return manifest.model_copy(update={"qubes": qubes})
+    """The manifest as if no qube that has this volume had another one."""
+    qubes = []
+    for qube in manifest.qubes:
+        volumes = tuple(volume for volume in qube.volumes if volume.name == name)
+        qubes.append(qube.model_copy(update={"volumes": volumes}) if volumes else qube)
+    return manifest.model_copy(update={"qubes": tuple(qubes)})
+
+
+def _check_volume(plan: Plan, name: VolumeName) -> None:
+    """Raises UsageError unless all that is to come has this volume."""
+    for qube in plan.taken:
+        there = [volume.name for volume in qube.volumes]
+        if name not in there:
+            raise UsageError(
+                f"this qube has no volume {name} in the backup",
+                qube=qube.name,
+                advice=f"It has: {', '.join(there) or 'none'}.",
+            )
 
 
 async def _opened(

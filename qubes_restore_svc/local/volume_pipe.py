@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 from qubes_restore_svc.broker.filesystem import reporting, write_fully
 from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, RestoredQube, VolumeSink
-from qubes_restore_svc.errors import HostFailed, UsageError
+from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.wire.messages import QubeSettings
 from qubes_restore_svc.wire.names import VolumeName
 from qubes_restore_svc.wire.report import VolumeReport
@@ -49,14 +49,7 @@ class VolumePipe:
         return None
 
     def begin(self, qube: NewQube) -> "PipedQube":
-        """Raises UsageError if the qube has no such volume."""
-        there = [volume.name for volume in qube.source.volumes]
-        if self._volume not in there:
-            raise UsageError(
-                f"this qube has no volume {self._volume} in the backup",
-                qube=qube.name,
-                advice="An app qube has none but `private`.",
-            )
+        """The qube that the volume is of."""
         return PipedQube(self._volume, self._output)
 
     def set_default_dispvm(self, qube: str, default_dispvm: str) -> None:
