@@ -138,7 +138,9 @@ class _RestoreJob:
             view = None if self.host is None else await ask(self.host.view)
             compare = self.report.mode == "compare"
             restored: Sequence[RestoredQube] = ()
-            if self.host is not None and choice.resume:
+            # Whoever forgets to go on is told that it is possible.
+            names_are_taken = view is not None and any(qube.name in view.names for qube in manifest.qubes)
+            if self.host is not None and not compare and (choice.resume or names_are_taken):
                 restored = await ask(self.host.restored_from, manifest.backup_id)
             planned = make_plan(
                 manifest, choice, view, allow=allow, number=number, compare=compare, restored=restored

@@ -96,8 +96,8 @@ def make_plan(
     `allow` says which settings may come back (None: none of them), `number` is that of the plan. dom0's home
     is verified like everything else, but restored only on request. With `compare`, the qubes of `view` are
     compared with those of the backup: what is not there is missing, and nothing is set up. `restored` are the
-    qubes here that stay, because restores of this backup have finished them. Raises UsageError for names that
-    the backup does not hold, and for a choice that allows no plan.
+    qubes here that restores of this backup have finished; they stay, if that is chosen. Raises UsageError for
+    names that the backup does not hold, and for a choice that allows no plan.
     """
     in_backup = {qube.name for qube in manifest.qubes} | {qube.name for qube in manifest.refused}
     names = _matching(choice.names, in_backup)
@@ -119,7 +119,8 @@ def make_plan(
     ]
     sources = {qube.key: qube for qube in manifest.qubes}
     found: Mapping[str, SetUp | Missing] = {}
-    here: dict[str, RestoredQube] = {}
+    here: Mapping[str, RestoredQube] = {}
+    finished: dict[str, RestoredQube] = {}
     can_choose = Offers()
     if view is not None and compare:
         qubes = [_found(qube, chosen.get(qube.name), view) for qube in qubes]
@@ -128,11 +129,19 @@ def make_plan(
         for qube in qubes:
             before = _already_restored(qube, are_here.get(qube.name, ()), chosen.get(qube.name))
             if before is not None:
-                here[qube.key] = before
+                finished[qube.key] = before
+        here = finished if choice.resume else {}
         qubes = [_as_it_is_here(qube, here[qube.key]) if qube.key in here else qube for qube in qubes]
         in_use = NamesInUse(view, in_backup, [one.new_name for one in choice.qubes if one.new_name])
         qubes = [
-            _named(qube, in_use, choice, chosen.get(qube.name, QubeChoice(name=qube.name)), view.qubes_system)
+            _named(
+                qube,
+                in_use,
+                choice,
+                chosen.get(qube.name, QubeChoice(name=qube.name)),
+                view.qubes_system,
+                is_finished=qube.key in finished and finished[qube.key].name == qube.name,
+            )
             for qube in qubes
         ]
         if view.qubes_system is not None:
@@ -362,7 +371,13 @@ def _candidates(name: str) -> Iterator[str]:
 
 
 def _named(
-    qube: PlanQube, in_use: NamesInUse, choice: Choice, chosen: QubeChoice, system: QubesView | None
+    qube: PlanQube,
+    in_use: NamesInUse,
+    choice: Choice,
+    chosen: QubeChoice,
+    system: QubesView | None,
+    *,
+    is_finished: bool,
 ) -> PlanQube:
     if qube.decision != "take":
         return qube
@@ -382,7 +397,11 @@ def _named(
     if choice.conflicts == "skip":
         return _left_out(qube, "already-exists")
     reason, advice = "a qube of this name is there already", None if system is None else ""
-    if choice.resume:
+    if is_finished:
+        reason += ": an earlier restore of this backup has finished it"
+        reason += " (--skip-existing leaves it as it is)" if system is None else ""
+        advice = None if system is None else "Leave it as it is, and restore the others (--resume). Or:"
+    elif choice.resume:
         reason += ", and nothing proves that an earlier restore of this backup has finished it"
     if system is not None and qube.name not in system.qubes and qube.name in system.policy_names:
         reason, advice = _has_rules(qube.name, system), "Restore it in dom0. Or:"

@@ -92,6 +92,17 @@ def test_a_name_that_is_taken_by_something_else_is_refused_and_why() -> None:
     assert found.error is not None and found.error.reason.endswith("of this backup has finished it")
 
 
+@pytest.mark.parametrize(("name", "is_told"), [("work", True), ("job", False)])
+def test_who_does_not_go_on_is_told_that_it_is_possible(name: str, is_told: bool) -> None:
+    view = system(there("work"), there("job"))
+    restored = [here(name, "work")]
+    found = make_plan(manifest(qube("work")), Choice(), view, allow=AllowAll(), restored=restored)
+    assert not found.here
+    error = by_name(found)["work"].error
+    assert error is not None and ("--resume" in error.advice) is is_told
+    assert "--rename-conflicting" in error.advice
+
+
 def test_what_is_excluded_is_excluded_although_it_is_finished() -> None:
     planned = resumed([qube("work"), qube("mail")], [there("work")], [here("work")], exclude=("work",))
     assert by_name(planned)["work"].problem == "excluded" and not planned.here

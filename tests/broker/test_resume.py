@@ -52,6 +52,8 @@ def test_without_being_asked_nothing_is_taken_for_restored(target: Path) -> None
     outcome = run(honest(QUBES, taken=["vault"]), target)
     assert outcome.outcomes == {"work": "refused", "vault": "restored"}
     assert outcome.status == ExitStatus.PARTLY
+    error = outcome.qube("work").error
+    assert error is not None and error.reason.endswith("(--skip-existing leaves it as it is)")
 
 
 def test_when_all_is_here_the_archive_is_still_read_and_the_run_succeeds(target: Path) -> None:
