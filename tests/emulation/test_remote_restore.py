@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qubes_restore_svc.qubes.proof import FEATURE
 from tests.emulation.remote_bench import (
     GUI,
     IMAGE,
@@ -81,6 +82,11 @@ def test_a_restore_for_a_gui_domain_makes_what_one_in_dom0_makes(
     for volume in RESTORED:
         assert bench.dom0.sha256(volume) == (IMAGE.size, IMAGE.sha256())
     Path(path).unlink()
+    for name in {volume.split("/")[0] for volume in RESTORED}:
+        # What proves that a qube is finished says for whom it was restored, and nothing else of it differs.
+        features = bench.qubes.app().domains[name].features
+        assert f'"client":"{GUI}"' in features[FEATURE]
+        features[FEATURE] = features[FEATURE].replace(GUI, "dom0")
     bench.check_as_before(by_dom0)
     called = {
         (call.source.rstrip("-0123456789"), call.target, call.service, call.decision)
@@ -146,3 +152,25 @@ def test_another_choice_is_another_plan_and_only_that_is_carried_out(
     assert bench.new_qubes(before) == {"second"}
     bench.remove("second")
     bench.check_as_before(before)
+
+
+def test_a_caller_goes_on_with_what_was_restored_for_it_and_with_nothing_else(
+    bench: RemoteBench, backup: Path
+) -> None:
+    bench.grant(START)
+    path = bench.put(backup)
+    bench.dom0.restore(["-d", GUI, path, "mine"], PASSPHRASE)
+
+    def restored(names: list[str]) -> Json:
+        choice: Json = {**CHOICE, "names": names, "resume": True}
+        client = bench.client(open_message(backup, location={"text": path}, choice=choice))
+        client.until("plan")
+        client.say("confirm")
+        report = client.rest()[-1]["report"]
+        return {qube["name"]: qube["outcome"] for qube in report["qubes"] if qube["name"] != "dom0"}
+
+    assert restored(["personal"])["personal-1"] == "restored"
+    outcomes = restored(["personal", "mine"])
+    assert outcomes["personal-1"] == "already restored"
+    # The one of dom0 is in the way as any qube is, and so this one gets a number.
+    assert outcomes["mine-1"] == "restored"
