@@ -10,6 +10,16 @@ from qubes_restore_svc.wire.report import QubeReport, VolumeReport
 NOW = datetime(2026, 11, 29, 3, 4, 5, tzinfo=UTC)
 
 
+def error(kind: str) -> ErrorInfo:
+    """An error of this kind."""
+    return ErrorInfo(kind=kind, reason=f"it is {kind}")
+
+
+def now_in_an_id(days_ago: float = 0) -> str:
+    """The id of a backup that was made so long ago."""
+    return f"{datetime.now() - timedelta(days=days_ago):%Y%m%dT%H%M%S}-1234"
+
+
 def verification(
     *errors: ErrorInfo | None,
     status: int = 3,

@@ -1,5 +1,6 @@
 """State and reason of a check, from what the command that verifies says in its report."""
 
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,24 +8,17 @@ from typing import Any
 
 import pytest
 
+from qubes_restore_svc.cli import qvm_arguments
+from qubes_restore_svc.cli.process import Interruption
 from qubes_restore_svc.errors import Cancelled, UsageError
 from qubes_restore_svc.report_file import KeptReport, write_report
-from qubes_restore_svc.watch.check import Verifier, check, too_old
+from qubes_restore_svc.watch.check import Verifier, check, too_old, verifier
 from qubes_restore_svc.watch.documents import WatchReport
 from qubes_restore_svc.watch.places import Place
-from qubes_restore_svc.wire.models import ErrorInfo
 
-from .reports import NOW, verification, whole
+from .reports import NOW, error, now_in_an_id, verification, whole
 
 DAY = timedelta(days=1)
-
-
-def error(kind: str) -> ErrorInfo:
-    return ErrorInfo(kind=kind, reason=f"it is {kind}")
-
-
-def now_in_an_id(days_ago: float = 0) -> str:
-    return f"{datetime.now() - timedelta(days=days_ago):%Y%m%dT%H%M%S}-1234"
 
 
 def checked(folder: Path, report: KeptReport | Exception | None, **settings: Any) -> WatchReport:
@@ -92,6 +86,39 @@ def test_a_command_that_broke_off_is_to_blame_for_what_is_missing(tmp_path: Path
     assert (found.state, found.reason) == ("not verified", why)
     report = verification(error("authentication-failed"))
     assert checked(tmp_path, report, command="exit 3").state == "bad"
+
+
+def test_a_qubes_agent_does_not_tell_that_a_directory_has_no_backup(tmp_path: Path) -> None:
+    report = verification(status=1, ended_by=error("archive-unreadable"))
+    found = checked(tmp_path, report, command=None, directory="/media", qube="sys-usb")
+    assert (found.state, found.backup) == ("not verified", "sys-usb: /media/qubes-*")
+    assert found.reason == "it is archive-unreadable; or no file there is called qubes-*"
+
+
+def test_dom0_and_other_qubes_are_for_the_command_with_a_disposable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(**settings: str) -> tuple[str, ...]:
+        return verifier(Place.model_validate(settings), Interruption()).words
+
+    monkeypatch.setattr(qvm_arguments, "QUBESD_SOCKET", tmp_path / "none")
+    assert words(file="a") == ("verify",)
+    assert words(file="a", qube="sys-usb") == ("--mgmt-vm", "--verify-only", "-d", "sys-usb")
+    monkeypatch.setattr(qvm_arguments, "QUBESD_SOCKET", tmp_path)
+    assert words(file="a") == ("--mgmt-vm", "--verify-only")
+    monkeypatch.setattr(qvm_arguments, "QUBESD_SOCKET", tmp_path / "none")
+    for name in [name for name in sys.modules if name.startswith("qubes_restore_svc.local")]:
+        monkeypatch.delitem(sys.modules, name)  # as in a GUI domain, whose package does not have it
+    monkeypatch.setattr("sys.meta_path", [_NotThere(), *sys.meta_path])
+    assert words(file="a") == ("--mgmt-vm", "--verify-only")
+
+
+class _NotThere:
+    """Finds that `local` is not installed."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "qubes_restore_svc.local":
+            raise ModuleNotFoundError(name=name)
 
 
 def test_age_counts_from_the_id_in_the_clock_of_this_machine(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.watch import newest
 from qubes_restore_svc.watch.newest import NoBackup, newest_backup
 from qubes_restore_svc.watch.places import Place
+from tests.system.support import wait_for
 
 
 def place(**settings: Any) -> Place:
@@ -88,6 +89,15 @@ def test_a_command_that_goes_on_is_ended(command: str, monkeypatch: pytest.Monke
         if "zero" in command:
             output.read(1)
     assert backup.ended < 0 or backup.ended == 128 + signal.SIGPIPE
+
+
+def test_what_a_command_has_started_is_ended_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newest, "_GRACE_S", 0.2)
+    with newest_backup(place(command=f"sleep 1000 & echo $! > '{tmp_path}/id'; wait")):
+        wait_for(lambda: (tmp_path / "id").exists() and (tmp_path / "id").read_text() != "")
+    started = Path("/proc", (tmp_path / "id").read_text().strip())
+    # Whoever inherits it may not have taken notice of its end.
+    wait_for(lambda: not started.exists() or "State:\tZ" in (started / "status").read_text())
 
 
 def test_a_command_is_ended_when_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
