@@ -66,7 +66,7 @@ def test_0_and_a_full_report_when_everything_is_restored(
     facts = outcome.report
     assert set(facts) == {
         "type", "schema_version", "tool_version", "mode", "asked_by", "backup_id", "started", "finished",
-        "status", "error", "warnings", "qubes",
+        "status", "error", "warnings", "qubes", "derivations",
     }  # fmt: skip
     assert facts["asked_by"] is None
     assert (facts["type"], facts["schema_version"], facts["tool_version"]) == ("report", 1, "0.1.0")
