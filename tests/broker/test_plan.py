@@ -89,10 +89,11 @@ def test_a_pattern_takes_qubes_that_cannot_be_listed_too() -> None:
     assert [qube.name for qube in plan.unlisted] == ["work-lost"]
 
 
-def test_a_name_with_a_slip_in_it_is_answered_with_those_like_it() -> None:
+@pytest.mark.parametrize(("slip", "meant"), [("pesonal-email", "personal-email"), ("tow", "two")])
+def test_a_name_with_a_slip_in_it_is_answered_with_those_like_it(slip: str, meant: str) -> None:
     with pytest.raises(UsageError) as caught:
-        plan_for(backup("personal-email", "vault", "work"), names=["pesonal-email"])
-    assert caught.value.advice.startswith("Did you mean personal-email? It holds: ")
+        plan_for(backup("personal-email", "vault", "two"), names=[slip])
+    assert caught.value.advice.startswith(f"Did you mean {meant}? It holds: ")
 
 
 def test_patterns_are_few() -> None:
