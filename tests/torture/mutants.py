@@ -453,6 +453,23 @@ _ROWS = (
         "tests/local/test_directory_record.py",
     ),
     ("broker/restore_run.py", "qube.blame(reason)", "pass", "tests/broker/test_restore_run.py"),
+    # What an earlier restore has finished.
+    ("worker/selection.py", "spent_files=spent_files)", "spent_files=set())", "tests/worker/test_session.py"),
+    ("broker/ledger.py", "set(here)", "set()", "tests/broker/test_resume.py"),
+    ("broker/plan.py", "and name in (None, one.name)", "", "tests/broker/test_plan_resume.py"),
+    (
+        "local/directory.py",
+        " or status.st_size != volume.size",
+        "",
+        "tests/local/test_directory_resumed.py",
+    ),
+    (
+        "qubes/host.py",
+        'if self._client in ("dom0", proof.client):',
+        "if True:",
+        "tests/qubes/test_proof.py",
+    ),
+    ("qubes/host.py", "return not from_before and", "return", "tests/qubes/test_proof.py"),
     (
         "local/memory.py",
         "resource.RLIMIT_FSIZE: 0,",
