@@ -27,7 +27,7 @@ from qubes_restore_svc.errors import (
 )
 from qubes_restore_svc.waiting import ask, in_thread, when_cleared
 from qubes_restore_svc.wire import messages as m
-from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.names import KEPT_VOLUMES, VolumeName
 from qubes_restore_svc.wire.report import Observer, Report, warn
 from qubes_restore_svc.wire.restore_call import Choice, Plan
 
@@ -235,19 +235,20 @@ OLD_FORMAT = (
 
 
 def _with_one_volume(manifest: m.Manifest, name: VolumeName) -> m.Manifest:
-    """The manifest as if no qube that has this volume had another one."""
+    """The manifest as if no qube that can have this volume had another one."""
     qubes = []
     for qube in manifest.qubes:
         volumes = tuple(volume for volume in qube.volumes if volume.name == name)
-        qubes.append(qube.model_copy(update={"volumes": volumes}) if volumes else qube)
+        can_have = bool(volumes) or name in KEPT_VOLUMES[qube.klass]
+        qubes.append(qube.model_copy(update={"volumes": volumes}) if can_have else qube)
     return manifest.model_copy(update={"qubes": tuple(qubes)})
 
 
 def _check_volume(plan: Plan, name: VolumeName) -> None:
-    """Raises UsageError unless all that is to come has this volume."""
+    """Raises UsageError unless all that is to come can have this volume, listed or not."""
     for qube in plan.taken:
         there = [volume.name for volume in qube.volumes]
-        if name not in there:
+        if name not in there and name not in KEPT_VOLUMES[qube.klass]:
             raise UsageError(
                 f"this qube has no volume {name} in the backup",
                 qube=qube.name,

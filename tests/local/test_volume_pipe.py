@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tests.cli.terminal import on_terminal
 from tests.local.sample_qubes import new_qube, settings
 from tests.support.backup_writer import BackupWriter, QubePlan, join_members
 from tests.support.damage import edited, flip_bit, sample_backup, victim_chunks
-from tests.support.fixtures import REPOSITORY
+from tests.support.fixtures import REPOSITORY, expectation, shared_fixture
 from tests.support.reports import kept_report
 from tests.system.support import command, environment, passphrase_file
 
@@ -185,6 +187,26 @@ def test_another_volume_of_the_qube_is_neither_read_nor_missed(
     (lone,) = (qube for qube in report.qubes if qube.name == "lone")
     assert [(volume.name, volume.outcome) for volume in lone.volumes] == [(wanted, "ok")]
     assert report.derivations == 12  # those of the header, of qubes.xml, and of this volume
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@pytest.mark.parametrize(("qube", "status"), [("win", 0), ("work", 2)])
+def test_a_volume_that_the_backups_list_leaves_out_is_found(tmp_path: Path, qube: str, status: int) -> None:
+    backup = shared_fixture("hvm-root.qbackup")
+    done = extracted(tmp_path, backup.read_bytes(), f'"$@" --volume root {qube}')
+    assert done.returncode == status
+    if status == 0:
+        facts = expectation(backup).volumes[f"{qube}/root"]
+        assert sha256(done.stdout).hexdigest() == facts.sha256
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_a_volume_that_is_nowhere_is_no_success(tmp_path: Path) -> None:
+    whole = TWO_VOLUMES.qubes[0]
+    lacking = replace(TWO_VOLUMES, qubes=[replace(whole, volumes={"private": VICTIM}), *BACKUP.qubes])
+    done = extracted(tmp_path, join_members(lacking.members()), '"$@" --volume root lone')
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert "the volume is not complete" in done.stderr.decode()
 
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
