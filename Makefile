@@ -55,7 +55,9 @@ demo: system-demo $(COMMAND)
 	@echo; echo "== Look into one: the commands above mount them; this needs no root"
 	PATH=$$PATH:/usr/sbin:/sbin debugfs -R 'cat /home/user/Documents/notes.txt' $(DEMO)/restored/work/private.img
 
+# The tests start many processes. Each would compile its modules anew if nobody had kept them compiled.
 test: system-test $(STAMP) lint types
+	@$(BIN)/python -m compileall -q -j 0 -x '/test_\w+\.py' qubes_restore_svc tests
 	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)

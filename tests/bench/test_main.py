@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from . import processes, sides
+from . import processes, shapes, sides
 from .__main__ import SCENARIOS, main, parse
 from .model import MEASURED_CORES
 
@@ -42,8 +42,10 @@ def test_what_cannot_be_meant_is_refused(arguments: list[str]) -> None:
 
 
 def test_a_quick_run_measures_everything_and_keeps_what_others_have_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, count in {"_DATA_MIB": 8, "_CHUNKS": 200, "_QUBES": 5}.items():
+        monkeypatch.setattr(shapes, name, count)
     (tmp_path / "results.json").write_text('{"earlier": 1}')
     main(["--quick", "--directory", str(tmp_path), "--size", "4", "--sizes", "1,2", "--modes", "extract"])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -57,8 +59,8 @@ def test_a_quick_run_measures_everything_and_keeps_what_others_have_measured(
     assert 0 < results["listing"]["bytes_from_disk"] <= 4 << 20
     small, large = results["sparse"]["rows"]
     assert (small["sample"], large["sample"]) == ("1 GiB", "100 GiB")
-    assert 50 << 20 <= large["runs"][0]["waited_written"] < 51 << 20  # the data, and nothing for the holes
-    assert [row["sample"] for row in results["shapes"]["rows"]] == ["large chunks", "2000 chunks", "50 qubes"]
+    assert 8 << 20 <= large["runs"][0]["waited_written"] < 9 << 20  # the data, and nothing for the holes
+    assert [row["sample"] for row in results["shapes"]["rows"]] == ["large chunks", "200 chunks", "5 qubes"]
     there = [row["cores"] for row in results["cores"]["rows"] if row["measured_s"] is not None]
     assert there == [count for count in MEASURED_CORES if count <= processes.cores()]
     assert capsys.readouterr().out.count("\n| ---") == 13  # tables, on standard output

@@ -71,7 +71,11 @@ def terminal() -> Iterator[Terminal]:
 
 @pytest.mark.parametrize(
     ("answer", "means"),
-    [(b"y\n", True), (b"Yes \n", True), (b"n\n", False), (b"\n", False), (b"ye\n", False), (b"y\x04", False)],
+    [
+        *((answer, True) for answer in (b"y\n", b"Y\n", b" yes \n", b"YES\n")),
+        *((answer, False) for answer in (b"n\n", b"\n", b"no\n", b"ye\n", b"yessir\n", b"q\n")),
+        *((answer, False) for answer in (b"\x04", b"y\x04")),
+    ],
 )
 def test_only_a_yes_is_a_yes(answer: bytes, means: bool, terminal: Terminal) -> None:
     assert terminal.run(ASKING, answer)[0] == f"True {means}"

@@ -40,13 +40,15 @@ def test_the_table_the_question_and_the_result_on_a_terminal(dom0: Domain) -> No
     assert dom0.report["status"] == 0
 
 
-@pytest.mark.parametrize("answer", ["y\n", "Y\n", " yes \n", "YES\n"])
-def test_yes(answer: str, dom0: Domain) -> None:
-    assert dom0.seen("vault", answers=answer).status == 0
+# Every other answer is in test_question.py.
+
+
+def test_yes(dom0: Domain) -> None:
+    assert dom0.seen("vault", answers=" Yes \n").status == 0
     assert dom0.qubes == ["vault"]
 
 
-@pytest.mark.parametrize("answer", ["n\n", "\n", "no\n", "yessir\n", "q\n", "\x04", "y\x04"])
+@pytest.mark.parametrize("answer", ["\n", "y\x04"])
 def test_everything_else_is_no_and_creates_nothing(answer: str, dom0: Domain) -> None:
     seen = dom0.seen(answers=answer)
     assert seen.status == 130
@@ -63,13 +65,13 @@ def test_ctrl_c_at_the_question_needs_no_further_key(dom0: Domain) -> None:
     assert dom0.qubes == []
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
-def test_it_fits_the_terminal(width: int, dom0: Domain) -> None:
+def test_it_fits_the_terminal(dom0: Domain) -> None:
     dom0.seen("vault", answers="y\n")
-    seen = dom0.seen(types=TYPED, width=width)
-    assert seen.status == 1
-    assert max(map(len, seen.screen)) <= width
-    assert "\x1b" not in seen.raw
+    for width in (60, 80, 200):
+        seen = dom0.seen(types=TYPED, width=width)
+        assert seen.status == 1
+        assert max(map(len, seen.screen)) <= width
+        assert "\x1b" not in seen.raw
 
 
 def test_a_bar_is_not_drawn_over_the_question(dom0: Domain) -> None:

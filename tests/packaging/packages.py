@@ -108,10 +108,17 @@ def cannot_build(kind: str) -> str:
 
 
 def make(target: str, output: Path, tree: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """`make rpm` or `make deb`, with its packages in `output`."""
+    """`make rpm` or `make deb`, with its packages in `output`.
+
+    The extension is compiled without optimisation, which takes a third of the time.
+    """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
     }
+    compiler = output.with_name(f"{output.name}-cc")
+    compiler.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
+    compiler.chmod(0o755)
+    environment["CC"] = str(compiler)
     return subprocess.run(
         ["make", target, f"{target.upper()}={output}"],
         cwd=tree,
