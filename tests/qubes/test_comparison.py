@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -139,6 +140,34 @@ def test_what_is_open_is_a_clone_and_is_closed_before_it_is_removed(
         assert opened() == [str(qubesd.volume_path(clone, "private"))]
         qube.rollback()
         assert seen == [[]]
+
+
+def test_a_clone_that_is_being_read_is_removed_at_the_end_of_the_step(
+    host: ComparedSystem, qubesd: Qubesd, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reading, go_on = os.pread, threading.Event(), threading.Event()
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        reading.set()
+        assert go_on.wait(20)
+        return read(file, size, offset)
+
+    with host.lock():
+        qube = begun(host)
+        sink = qube.create_volume("private", IMAGE_SIZE)
+        monkeypatch.setattr(os, "pread", pread)
+        writing = threading.Thread(target=sink.write, args=(0, memoryview(b"begin")))
+        removing = threading.Thread(target=qube.rollback)
+        writing.start()
+        assert reading.wait(20)
+        qubesd.calls.clear()
+        removing.start()
+        removing.join(0.2)
+        assert not qubesd.calls_of("admin.vm.Remove*")
+        go_on.set()
+        for thread in (writing, removing):
+            thread.join(20)
+        assert not clones(qubesd)
 
 
 def test_the_clones_lie_in_the_pools_of_the_volumes_in_a_qube_that_cannot_be_used(
