@@ -144,9 +144,10 @@ class BackupRestore:
             home = self.options.dom0_home and self._may_have_home
             plan = self._call.plan(self._request(choice_from(self.options, dom0_home=home)))
             self.header_data = HeaderData(plan.backup_id)
-            self.offers, self.unlisted = plan.offers, plan.unlisted
             for qube in plan.unlisted:
-                LOG.error("%s", wording.unlisted_text(qube))
+                if qube not in self.unlisted:  # the dialog asks again and again
+                    LOG.error("%s", wording.unlisted_text(qube))
+            self.offers, self.unlisted = plan.offers, plan.unlisted
             info = entries.restore_info(plan)
             if not home:
                 info.pop("dom0", None)
