@@ -17,7 +17,7 @@ from tests.support.backup_writer import PASSPHRASE, BackupWriter, ImagePlan, Qub
 
 DEBIAN = "debian-12-xfce"
 ALL = ("first", "second", "third")
-#: Two chunks for each qube, one for what stands at the beginning, and the header.
+#: Keys of the header and of qubes.xml, and of the one chunk of each qube.
 BEGINNING, EACH = 2, 1
 
 
@@ -173,3 +173,53 @@ def test_no_backup_brings_a_proof(dom0: Dom0, tmp_path: Path) -> None:
     backup = write(tmp_path / "backup", plan("first", template=DEBIAN, features={FEATURE: lie}))
     dom0.restore(dom0.location(backup, "dom0"), PASSPHRASE)
     assert dom0.qubes.app().domains["first"].features[FEATURE] != lie
+
+
+@pytest.mark.parametrize(
+    ("tags", "outcome"),
+    [
+        (("backup-restore-in-progress", "restore-svc-unfinished"), "restored"),
+        (("restore-svc-unfinished",), "already restored"),
+    ],
+)
+def test_after_a_power_cut_the_last_tags_decide(
+    dom0: Dom0, backup: Path, tags: tuple[str, ...], outcome: str
+) -> None:
+    """The power fails when the proof is set, and both tags, or one of them, are still there."""
+    words = dom0.location(backup, "dom0")
+    dom0.restore([*words, "first", "second"], PASSPHRASE)
+    for tag in tags:
+        dom0.qubes.app().domains["second"].tags.add(tag)
+    dom0.restore([*words, "--resume"], PASSPHRASE)
+    assert dom0.outcomes() == {"first": "already restored", "second": outcome, "third": "restored"}
+    assert_all_there(dom0)
+
+
+def test_when_the_pool_has_room_again_only_what_did_not_fit_is_done(dom0: Dom0, backup: Path) -> None:
+    words = dom0.location(backup, "dom0")
+    dom0.qubes.qubesd.fail("internal.vm.volume.ImportBegin*", message="No space left", dest="second")
+    dom0.restore(words, PASSPHRASE, 3)
+    assert dom0.outcomes() == {"first": "restored", "second": "failed", "third": "restored"}
+    dom0.qubes.qubesd.mend()
+    dom0.restore([*words, "--resume"], PASSPHRASE)
+    assert dom0.outcomes() == {
+        "first": "already restored",
+        "second": "restored",
+        "third": "already restored",
+    }
+    assert derivations(dom0) == BEGINNING + EACH
+    assert_all_there(dom0)
+
+
+def test_after_a_cancel_only_what_is_missing_is_done(dom0: Dom0, backup: Path) -> None:
+    words = dom0.location(backup, "dom0")
+    process = dom0.start(["--mgmt-vm", "--memory", "1500", *words], PASSPHRASE)
+    wait_until(lambda: bool(dom0.qubes.qubesd.calls_of("internal.vm.volume.ImportBegin*", "second")), "it")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    there = [name for name in ALL if name in dom0.qubes.qubesd.names()]
+    assert there and there == list(ALL[: len(there)])
+    dom0.restore([*words, "--resume"], PASSPHRASE)
+    assert derivations(dom0) == BEGINNING + EACH * (len(ALL) - len(there))
+    assert_all_there(dom0)
