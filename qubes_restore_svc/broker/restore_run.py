@@ -164,9 +164,10 @@ class RestoreRun:
 
     def _log(self, message: m.Log) -> None:
         qube = self._qubes.get(message.key)
+        report = self._reports_here.get(message.key or "") if qube is None else qube.report
         if message.level == "warning":
-            warn(self._report if qube is None else qube.report, message.text)
-        name = f"{qube.name}: " if qube is not None else ""
+            warn(report or self._report, message.text)
+        name = f"{report.name}: " if report is not None else ""
         self._observer.log(message.level, name + message.text)
 
     async def _doubt_the_end(self) -> None:
@@ -340,7 +341,7 @@ class RestoreRun:
                 partial(self._host.take_back, report.name, self._backup_id, from_before=from_before)
             )
         except RestoreError as error:
-            self._warn(report, f"its netvm could not be taken away: {error.reason}")
+            self._warn(report, f"its proof, or its netvm, could not be taken away: {error.reason}")
             return False
 
     async def _commit(self, qube: QubeRun, host: Host) -> None:

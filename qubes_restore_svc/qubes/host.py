@@ -156,9 +156,12 @@ class QubesHost:
 
         Of one that runs, or is another by now, the netvm is left alone. Raises HostFailed.
         """
-        if qube in (proof.name for proof in self._proofs(backup_id)):
-            self._system.remove_feature(qube, FEATURE)
-        return not from_before and self._system.disconnect(qube, restored_tag(backup_id))
+        try:
+            is_disconnected = not from_before and self._system.disconnect(qube, restored_tag(backup_id))
+        finally:  # one of the two does not depend on the other
+            if qube in (proof.name for proof in self._proofs(backup_id)):
+                self._system.remove_feature(qube, FEATURE)
+        return is_disconnected
 
     def _proofs(self, backup_id: str) -> Iterator[Proof]:
         values = self._system.features_of_tagged(restored_tag(backup_id), UNFINISHED, FEATURE)

@@ -94,6 +94,15 @@ def test_a_worker_cannot_bring_what_is_here_already(said: Json, target: Path) ->
     assert (target / "work/private.img").read_bytes() == before
 
 
+def test_what_the_worker_warns_of_a_qube_that_is_here_stands_at_that_qube(target: Path) -> None:
+    script = honest(QUBES, taken=["vault"])
+    line = Say({"type": "log", "level": "warning", "text": "firewall.xml was ignored", "key": "vm1"})
+    outcome = resumed(script.before(script.find("finished"), line), target)
+    (warning,) = outcome.qube("work").warnings
+    assert "firewall.xml was ignored" in warning
+    assert any(text.startswith("warning: work: ") for text in outcome.observer.lines)
+
+
 def test_a_qube_is_taken_back_once(target: Path) -> None:
     script = honest(QUBES, taken=["vault"])
     late = Say({"type": "qube_incomplete", "key": "vm1", "error": LATE})

@@ -7,6 +7,7 @@ import pytest
 import qubesadmin
 
 from qubes_restore_svc.broker.interfaces import RestoredQube
+from qubes_restore_svc.errors import HostFailed
 from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.proof import FEATURE, Proof, ProvenVolume
 from qubes_restore_svc.qubes.system import QubesSystem
@@ -144,6 +145,14 @@ def test_what_is_taken_back_loses_its_proof_and_only_what_is_new_its_netvm(
     assert FEATURE not in qubesadmin.Qubes().domains["work"].features
     netvm = qubesd.system.domains["work"].properties["netvm"]
     assert netvm == (NETVM if from_before else None)
+
+
+def test_a_proof_goes_although_the_netvm_cannot_be_taken_away(host: QubesHost, qubesd: Qubesd) -> None:
+    backup_id = finish(host)
+    qubesd.fail("admin.vm.property.Set+netvm", message="no such luck")
+    with pytest.raises(HostFailed, match="no such luck"):
+        host.take_back("work", backup_id, from_before=False)
+    assert host.restored_from(backup_id) == []
 
 
 def test_a_proof_that_cannot_be_set_is_told_and_the_qube_is_there(host: QubesHost, qubesd: Qubesd) -> None:

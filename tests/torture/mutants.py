@@ -469,7 +469,7 @@ _ROWS = (
         "if True:",
         "tests/qubes/test_proof.py",
     ),
-    ("qubes/host.py", "return not from_before and", "return", "tests/qubes/test_proof.py"),
+    ("qubes/host.py", "= not from_before and", "=", "tests/qubes/test_proof.py"),
     (
         "local/memory.py",
         "resource.RLIMIT_FSIZE: 0,",
