@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from qubes_restore_svc.errors import ExitStatus, RestoreInProgress
+from qubes_restore_svc.errors import ExitStatus, HostFailed, RestoreInProgress
 from qubes_restore_svc.local.comparison import ComparedDirectory
 from qubes_restore_svc.local.directory import DirectoryHost
 from qubes_restore_svc.wire.report import VolumeReport
 from tests.broker.fake_worker import DOM0, EMPTY, VAULT, WORK, Say, honest
 from tests.broker.jobs import Outcome, listing, run
+from tests.local.sample_qubes import new_qube, settings
 from tests.support.backup_writer import join_members
 from tests.support.damage import sample_backup
+from tests.support.descriptors import open_descriptors
 from tests.support.fixtures import REPOSITORY
 from tests.support.reports import kept_report
 from tests.system.support import command, environment, passphrase_file
@@ -158,6 +160,8 @@ def test_what_is_here_and_not_in_the_backup_is_said_and_is_no_difference(extract
     (extracted / "other" / "private.img").touch()
     (extracted / "vault" / "home.tar").touch()
     (extracted / "notes").mkdir()
+    (extracted / "no qube").mkdir()
+    (extracted / "no qube" / "private.img").touch()
     outcome = compared(extracted)
     assert outcome.status == SAME
     assert outcome.report.warnings == ("not in the backup: other",)
@@ -230,6 +234,36 @@ def test_no_restore_writes_to_it_meanwhile_and_others_may_compare(extracted: Pat
         DirectoryHost(extracted).lock().__enter__()
     with DirectoryHost(extracted).lock(), pytest.raises(RestoreInProgress, match="a restore writes to"):
         ComparedDirectory(extracted).lock().__enter__()
+
+
+def test_what_was_begun_and_never_ended_is_closed_with_the_directory(extracted: Path) -> None:
+    before = open_descriptors()
+    host = ComparedDirectory(extracted)
+    with host.lock():
+        sink = host.begin(new_qube()).create_volume("private", 1 << 20)
+        assert sink.finish(1 << 20) is not None
+        host.begin(new_qube()).create_volume("private", 1 << 20)
+        assert len(open_descriptors() - before) > 2
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_image_that_somebody_writes_to_meanwhile_is_told(extracted: Path, written: bool) -> None:
+    host = ComparedDirectory(extracted)
+    with host.lock():
+        qube = host.begin(new_qube())
+        sink = qube.create_volume("private", 1 << 20)
+        if written:
+            os.utime(extracted / "work" / "private.img", ns=(1, 1))
+        sink.finish(1 << 20)
+        remarks = ["private.img was written to while it was compared"] if written else []
+        assert list(qube.commit(settings(), None)) == remarks
+
+
+def test_what_is_no_directory_is_not_compared_with(extracted: Path) -> None:
+    host = ComparedDirectory(extracted / "work" / "private.img")
+    with pytest.raises(HostFailed, match=r"opening .*private\.img failed: Not a directory"), host.lock():
+        pass
 
 
 # --- The command ---------------------------------------------------------------------------------
