@@ -155,7 +155,7 @@ def _judged(report: Report, place: Place, found: Found) -> tuple[State, str]:
     if report.status == ExitStatus.COMPLETE:
         return "good", f"{len(wanted)} of {len(wanted)} qubes verified"
     failed = [(f"{qube.name}: ", qube.error) for qube in wanted if qube.error is not None]
-    errors = [*failed, *([("", report.error)] if report.error is not None else [])]
+    errors = [*([("", report.error)] if report.error is not None else []), *failed]
     if not errors:
         return "not verified", "the report does not say why"
     if any(error.kind in _CUT_OFF for _, error in errors):
@@ -165,7 +165,8 @@ def _judged(report: Report, place: Place, found: Found) -> tuple[State, str]:
             return "no backup", errors[0][1].reason
     errors.sort(key=lambda error: not _is_damage(error[1]))
     where, first = errors[0]
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    others = len({error.reason for _, error in errors}) - 1
+    more = f" (and {others} more)" if others else ""
     if place.qube is not None and place.directory is not None and report.backup_id is None:
         more = f"; or no file there is called {place.pattern}"  # the agent tells no difference
     return "bad" if _is_damage(first) else "not verified", f"{where}{first.reason}{more}"

@@ -79,6 +79,14 @@ def test_what_ends_the_whole_run_is_not_the_backups_fault(kind: str, tmp_path: P
     assert (found.state, found.reason) == ("not verified", f"it is {kind}")
 
 
+def test_a_reason_that_several_qubes_have_is_told_once(tmp_path: Path) -> None:
+    cancelled = error("cancelled")
+    found = checked(tmp_path, verification(None, cancelled, cancelled, ended_by=cancelled))
+    assert found.reason == "it is cancelled"
+    damaged = verification(error("bad-image"), cancelled, ended_by=cancelled)
+    assert checked(tmp_path, damaged).reason == "qube-0: it is bad-image (and 1 more)"
+
+
 def test_a_command_that_broke_off_is_to_blame_for_what_is_missing(tmp_path: Path) -> None:
     report = verification(error("archive-truncated"))
     found = checked(tmp_path, report, command="exit 3")
