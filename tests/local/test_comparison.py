@@ -247,10 +247,42 @@ def test_what_was_begun_and_never_ended_is_closed_with_the_directory(extracted: 
     assert open_descriptors() == before
 
 
+@pytest.mark.parametrize(
+    ("put", "reason"),
+    [
+        (lambda path: path.symlink_to("../vault/private.img"), "opening private.img failed: Too many levels"),
+        (os.mkfifo, "private.img is a device, a pipe or a socket, and no file"),
+    ],
+    ids=["link", "pipe"],
+)
+def test_what_takes_the_place_of_an_image_at_the_last_moment_is_not_read(
+    extracted: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[[Path], None], reason: str
+) -> None:
+    stat, path = os.stat, extracted / "work" / "private.img"
+
+    def exchange(name: Any, **options: Any) -> os.stat_result:
+        found = stat(name, **options)
+        if name == "private.img":
+            path.unlink()
+            put(path)
+        return found
+
+    host = ComparedDirectory(extracted)
+    with host.lock():
+        qube = host.begin(new_qube())
+        before = open_descriptors()
+        monkeypatch.setattr(os, "stat", exchange)
+        found = qube.create_volume("private", 1 << 20).finish(1 << 20)
+        monkeypatch.undo()
+        assert open_descriptors() == before
+    assert found is not None and found.error is not None and found.error.reason.startswith(reason)
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_an_image_that_somebody_writes_to_meanwhile_is_told(extracted: Path, written: bool) -> None:
     host = ComparedDirectory(extracted)
     with host.lock():
+        before = open_descriptors()
         qube = host.begin(new_qube())
         sink = qube.create_volume("private", 1 << 20)
         if written:
@@ -258,6 +290,7 @@ def test_an_image_that_somebody_writes_to_meanwhile_is_told(extracted: Path, wri
         sink.finish(1 << 20)
         remarks = ["private.img was written to while it was compared"] if written else []
         assert list(qube.commit(settings(), None)) == remarks
+        assert open_descriptors() == before
 
 
 def test_what_is_no_directory_is_not_compared_with(extracted: Path) -> None:
