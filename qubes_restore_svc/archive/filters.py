@@ -1,4 +1,4 @@
-"""Decompression of an inner archive, in memory that does not grow with what the stream expands to.
+"""Decompression of an inner archive, in memory that does not grow with the size of the result.
 
 Strategy: one function, `decompress`, a lazy generator from pieces of compressed data to blocks of plain data.
 Every engine is asked for at most `BLOCK_SIZE` bytes at a time, so a bomb comes out block by block, and the

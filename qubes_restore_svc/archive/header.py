@@ -100,7 +100,7 @@ def parse_header(text: bytes) -> BackupHeader:
 
 
 def recognise_old_format(first_member_name: str) -> NoReturn:
-    """Say what an archive is whose first member is not HEADER_MEMBER.
+    """The first member is not HEADER_MEMBER: say what kind of archive this is.
 
     Raises UnsupportedFormat for the formats that had no header, BadHeader for a format 4 that has lost its
     beginning, NotABackup for everything else.
@@ -119,7 +119,7 @@ def recognise_old_format(first_member_name: str) -> NoReturn:
 
 
 def header_passphrase(passphrase: str) -> bytes:
-    """What the header's container is encrypted with."""
+    """The passphrase of the header's container."""
     return _join(HEADER_MEMBER, passphrase)
 
 

@@ -63,7 +63,8 @@ class BackupQube:
 
 @dataclass(frozen=True, slots=True)
 class BackupContent:
-    """What qubes.xml says is in the backup, in its order; `warnings` are sentences without a stop.
+    """The content of the backup according to qubes.xml, in its order; `warnings` are sentences without a
+    stop.
 
     `refused_paths` are the directories of the refused ones, as far as they are known.
     """
@@ -125,7 +126,7 @@ _DOM0_DIRECTORY = "dom0-home"
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A domain that is in the backup, with what decides on whether it can be listed at all."""
+    """A domain in the backup, with the facts that decide whether it can be listed at all."""
 
     untrusted_domain: Element
     klass: str

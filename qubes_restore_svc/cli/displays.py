@@ -30,7 +30,7 @@ A_MOMENT_S = 10
 _TICK_S = 0.5
 _LEAST_BAR = 8  #: columns
 _WITH_BAR = "{percentage:3.0f}% {bar} {desc}"
-#: Said when a cancel takes a while, of a run that creates qubes and of one that does not.
+#: The text if a cancel takes a while, for a run that creates qubes and for one that does not.
 _ENDING = "cancelling: what is unfinished is being removed, which takes a moment; finished qubes stay"
 _ENDING_UNCHANGED = "cancelling, which takes a moment; nothing here has been changed"
 _UNKNOWN_SIZE = "size not known in advance"
@@ -130,7 +130,7 @@ class LineDisplay(QuietDisplay):
             say(f"{qube}/{volume}: {_UNKNOWN_SIZE if volume == 'home' else size_text(image_size)}")
 
     def qube_finished(self, report: QubeReport) -> None:
-        """What became of the qube."""
+        """The result of the qube."""
         reason = "" if report.error is None else f": {report.error.reason}"
         say(f"{report.name}: {report.outcome}{reason}")
 

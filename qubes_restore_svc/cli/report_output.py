@@ -62,7 +62,7 @@ _DONE: dict[RunMode, str] = {
 }
 
 
-#: What else became of qubes that were compared: of one, and of several.
+#: The results of compared qubes, in the singular and in the plural.
 _DIFFERENT = {
     "differs": ("differs", "differ"),
     "newer": ("is newer", "are newer"),
@@ -71,7 +71,7 @@ _DIFFERENT = {
 
 
 def show_error(program: str, report: Report) -> None:
-    """What ended the whole run, if something did."""
+    """The error that ended the whole run, if there was one."""
     if report.error is None:
         return
     advice = f" {report.error.advice}" if report.error.advice else ""

@@ -106,10 +106,10 @@ class RestoreCall:
         return await self._next_plan()
 
     async def confirm(self) -> Report:
-        """Carry out the plan that was told last, and return what came of it. Raises RestoreError.
+        """Carry out the last plan, and return the report. Raises RestoreError.
 
-        A task that is cancelled while it waits here cancels the restore, waits until dom0 says what came of
-        it (`report`), CANCEL_TIMEOUT_S seconds at the most, and ends as cancelled.
+        A task that is cancelled while it waits here cancels the restore, waits until dom0 sends the `report`,
+        CANCEL_TIMEOUT_S seconds at the most, and ends as cancelled.
         """
         if self._connection.state is not c.CallPhase.ENDING and not self._is_over:
             self._send(c.Confirm(plan=self.plan.number))

@@ -47,12 +47,12 @@ class BlockingRestoreCall:
 
     @property
     def plan(self) -> c.Plan:
-        """The plan that was told last."""
+        """The last plan."""
         return self._call.plan
 
     @property
     def report(self) -> Report | None:
-        """What came of it, as soon as dom0 has sent it, however `confirm` ended."""
+        """The report, as soon as dom0 has sent it, however `confirm` ended."""
         return self._call.report
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class BlockingRestoreCall:
         return self._do(self._call.choose(choice))
 
     def confirm(self) -> Report:
-        """Carry out the plan that was told last, and return what came of it. Raises RestoreError."""
+        """Carry out the last plan, and return the report. Raises RestoreError."""
         return self._do(self._call.confirm())
 
     def cancel(self) -> None:

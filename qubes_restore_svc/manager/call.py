@@ -90,7 +90,7 @@ class KeptCall:
         return self.plan(request)
 
     def confirm(self) -> Report:
-        """Carry out the plan that was made last; the call is over then. Raises RestoreError."""
+        """Carry out the last plan; the call is over then. Raises RestoreError."""
         with self._work():
             if self._call is None:
                 raise RestoreError("the backup is not open any more", advice="Begin again.")

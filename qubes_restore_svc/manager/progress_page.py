@@ -1,4 +1,4 @@
-"""The page that shows a restore while it runs, and what came of it when it is over.
+"""The page that shows a restore while it runs, and its result at the end.
 
 Strategy: a widget of its own, which needs neither the wizard nor Qubes Manager. It is fed by the signals of a
 `ProgressFeed`, which may be told things in any thread: Qt queues the signals to the thread of the page. The

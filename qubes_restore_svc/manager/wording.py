@@ -31,7 +31,7 @@ _OPTION = re.compile(r"(?<![\w-])--?[A-Za-z]")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one qube. `name` is the name that it has here; `reason` and `advice` may be empty."""
+    """The result of one qube. `name` is the name that it has here; `reason` and `advice` may be empty."""
 
     name: str
     succeeded: bool
@@ -216,7 +216,7 @@ def outcome_word(word: str, mode: str) -> str:
 
 
 def outcomes(report: Report) -> list[Outcome]:
-    """What came of each qube that was wanted, in the report's order."""
+    """The result of each wanted qube, in the report's order."""
     return [outcome(result, report.mode) for result in report.qubes if result.outcome != "left out"]
 
 
@@ -275,7 +275,7 @@ def _counted(mode: str, done: int, total: int) -> str:
 
 
 def what_next(report: Report) -> str:
-    """What there is to say or to do when everything went well; may be empty."""
+    """A text for a restore that went well; may be empty."""
     if report.mode == "verify":
         return translate(
             "Restore", "All that was selected is in the backup, unchanged. Nothing was restored."

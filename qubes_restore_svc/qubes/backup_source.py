@@ -1,4 +1,4 @@
-"""Where the backup lies, and how it comes from there to the worker: by one of three ways.
+"""The place of the backup, and the three ways from there to the worker.
 
 Strategy: a file in dom0 is read by another program into a call of the worker. A service of a qube is called,
 and joined to a call of the worker by two pipes. A path in a qube is fetched by the worker itself. For this,
@@ -66,7 +66,7 @@ Location = Dom0File | QubePath | QubeService
 
 
 class Source(Undoable):
-    """How the archive comes to the worker; leaving this takes back what was given."""
+    """The way of the archive to the worker. Leaving it takes back the access that it gave."""
 
     storage: Storage | None = None  #: where the worker has to fetch the archive itself; None if it gets it
 
@@ -375,7 +375,7 @@ class FileReader(Undoable):
             self._fault = f"the file could not be read ({failure})"
 
     def _step(self) -> int:
-        """Pass over bytes that cannot be read; how many, 0 where that is of no use."""
+        """Pass over bytes that cannot be read. Returns how many; 0 if that is of no use."""
         try:
             here, end = os.lseek(self._fd, 0, os.SEEK_CUR), _end_of(self._fd)
         except OSError:  # it is neither a file nor a disk

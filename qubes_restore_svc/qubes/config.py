@@ -116,7 +116,7 @@ def _size(low: int, high: int, meaning: str, unit: str = "") -> Any:
 #: Of a worker: MiB, and processors.
 _MEMORY = (256, 1 << 20)
 _VCPUS = (1, 128)
-#: What a caller may ask for who was granted nothing of it, where the worker's size is not a number.
+#: The most that a caller without such a grant may ask for, if the worker's size is not a number.
 UNGRANTED_MEMORY, UNGRANTED_VCPUS = 4000, 2
 
 _SWITCH = "true or false"
@@ -312,7 +312,7 @@ class Config(_Section):
     )
 
     def grant(self, caller: str) -> GrantConfig:
-        """What the qube `caller` may do: as its own section says, else that of all others."""
+        """What the qube `caller` may do: its own section decides, or else the section for all others."""
         return self.grants.get(caller) or self.grants.get(ANY_CALLER) or GrantConfig()
 
 

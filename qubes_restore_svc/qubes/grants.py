@@ -114,12 +114,12 @@ class Rights:
                 self._refuse(f"the qube {self.caller} may not let {setting} come back", "choosable", setting)
 
     def check_plan(self, mode: Mode, plan: Plan) -> None:
-        """The same for what has come of a choice, whatever it is called in the backup."""
+        """The same for the qubes of a plan, whatever their names in the backup."""
         if mode == "restore" and not self.unlimited and any(one.klass == "AdminVM" for one in plan.taken):
             self._refuse_home()
 
     def narrowed(self, plan: Plan) -> Plan:
-        """The plan as the caller may see it: what qubes there are here is told to nobody outside dom0."""
+        """The plan as the caller may see it: nobody outside dom0 learns which qubes there are here."""
         if self.unlimited:
             return plan
         settings = (one for one in plan.offers.settings if _matches(one, self._grant.choosable))

@@ -1,4 +1,4 @@
-"""A process that outlives this one for as long as it takes to clear up after it: the second holder of a lock.
+"""The second holder of a lock: a process that stays after this one is killed, until it has cleared up.
 
 Strategy: a child that does nothing but read from a pipe. When its parent ends, however it ends, the pipe does
 too; if the child has not been dismissed by then, the parent was killed, and the child clears up. It keeps the

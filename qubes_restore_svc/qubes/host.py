@@ -118,7 +118,7 @@ class QubesHost:
         return self._system.free_space(pool or self._pool)
 
     def begin(self, qube: NewQube) -> QubeTransaction:
-        """Start a qube, under the lock; raises QubeExists, NoSpace or HostFailed."""
+        """Begin a qube, under the lock; raises QubeExists, NoSpace or HostFailed."""
         with self._mutex:
             if not self._is_locked:
                 raise HostFailed("the system is not locked for this restore", qube=qube.name)

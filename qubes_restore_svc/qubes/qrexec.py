@@ -1,4 +1,4 @@
-"""Calls over qrexec that are under way: each is a process, and each process has this owner.
+"""Calls over qrexec: each is a process, and this module owns these processes.
 
 Strategy: a call begins in a thread and is known here before a cancel can count. The event loop watches the
 process and reaps it as soon as it has ended. On leaving, all that still run are killed: with its process a
@@ -41,7 +41,7 @@ UNDO_TIMEOUT_S = 90.0
 
 
 class Undoable:
-    """What is set up in steps, and taken down whatever ends it: an async context manager."""
+    """An async context manager that sets something up in steps, and takes it down however it ends."""
 
     async def set_up(self) -> None:
         """What entering does. If it fails, `take_down` is called as well."""

@@ -30,7 +30,7 @@ from qubes_restore_svc.wire.report import VolumeReport
 #: Seconds that an import which was cut short may take to end before its qube is removed nevertheless.
 IMPORT_END_TIMEOUT_S = 60.0
 
-#: What other qubes of the same restore may need to see before this one is finished.
+#: The properties that other qubes of the same restore may need before this qube is finished.
 _EARLY_PROPERTIES = ("template_for_dispvms", "provides_network")
 
 

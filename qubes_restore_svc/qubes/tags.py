@@ -55,7 +55,8 @@ _PAUSE_S = 0.1
 
 
 def set_finished(system: QubesSystem, name: str, backup_id: str) -> list[str]:
-    """Let a complete qube be started; clauses on what could not be set. Raises HostFailed if it cannot be."""
+    """Make a complete qube startable; returns clauses on what could not be set. Raises HostFailed if it
+    cannot be."""
     remarks = []
     try:
         system.add_tag(name, restored_tag(backup_id))

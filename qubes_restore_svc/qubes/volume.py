@@ -166,7 +166,8 @@ class VolumeImport:
             raise self._failure
 
     def _wait(self, is_over: Callable[[float], bool], complaint: str) -> None:
-        """Return when it `is_over`, which waits for the seconds that it gets, or when this is abandoned."""
+        """Return when `is_over` says so (it waits for the seconds that it gets), or when this is
+        abandoned."""
         deadline = time.monotonic() + STALL_TIMEOUT_S
         while not self._abandoned and not is_over(_LOOK_S):
             if time.monotonic() > deadline:

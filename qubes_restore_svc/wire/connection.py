@@ -32,7 +32,7 @@ _Received = TypeVar("_Received", bound=Message)
 
 
 class Connection(Generic[_State, _Received]):
-    """One end, which receives messages of `kinds`. `state` is what all that was said has led to.
+    """One end, which receives messages of `kinds`. `state` is the result of all messages so far.
 
     `table` leads from a state and a message to the next state. Messages of the two ends can cross on the way.
     So what one end says never leads to a state that forbids what may be on its way already. A state from

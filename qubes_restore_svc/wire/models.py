@@ -145,7 +145,7 @@ def encoded_size(part: Model) -> int:
 
 
 def fullest(forms: Iterable[_Form], fits: Callable[[_Form], bool]) -> _Form:
-    """The first of some forms, each smaller than the one before, that fits; or else the last."""
+    """The first of some forms that fits, each smaller than the one before; the last one if none fits."""
     for form in forms:
         if fits(form):
             break

@@ -35,7 +35,7 @@ from qubes_restore_svc.wire.names import (
 #: Most remarks on one qube, or on the whole; and the most warnings that are kept of one.
 MAX_REMARKS, MAX_WARNINGS = 1024, 100
 
-#: Stands in a report in place of what there was no room for.
+#: A report has this in place of texts that had no room.
 CUT = "there was more to say than there is room for: texts were shortened or left out"
 
 #: Most places that are kept of those where one volume differs.
@@ -75,7 +75,7 @@ class Difference(Model):
 
 
 class VolumeReport(Model):
-    """What came of a volume. One that is ok has one digest, over the whole image, holes as zeros.
+    """The result of a volume. One that is ok has one digest, over the whole image, holes as zeros.
 
     In place of ok, a comparison says how the volume here is: the same, or it differs, or it is missing. It is
     newer if it differs and was written to after the backup. `size` and digest are those of the backup.
@@ -101,7 +101,7 @@ class VolumeReport(Model):
 
 
 class QubeReport(Model):
-    """What came of a qube; `name` is the name it got."""
+    """The result of a qube; `name` is the name it got."""
 
     name: FreeText
     name_in_backup: FreeText | None = None  #: if it is another one
@@ -168,7 +168,7 @@ class QubeReport(Model):
 
 
 class Report(Message):
-    """The end: what came of everything."""
+    """The end: the result of everything."""
 
     type: Literal["report"] = "report"
     mode: RunMode
@@ -275,7 +275,7 @@ class Observer:
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """How much a report may say: characters of a text, remarks on one thing, and on the volumes."""
+    """The room for texts in a report: characters of a text, remarks on one thing, and on the volumes."""
 
     text: int
     remarks: int

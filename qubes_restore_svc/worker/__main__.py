@@ -25,7 +25,8 @@ with loading("qubes-restore-worker"):
     from qubes_restore_svc.worker.system_calls import forbid_the_rest
     from qubes_restore_svc.worker.threads import as_restore_error
 
-#: Bytes that stay free for the kernel, the sockets and what else runs in the qube, unless told otherwise.
+#: Bytes that stay free for the kernel, the sockets and other programs of the qube, unless an option says
+#: otherwise.
 _RESERVE = 176 << 20
 #: Bytes of stack for a thread: what `ulimit -s` grants can be more than the worker may take in all.
 _STACK_SIZE = 2 << 20

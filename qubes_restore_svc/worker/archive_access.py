@@ -1,4 +1,4 @@
-"""How the worker comes to the archive: it has it, it is called with it, or it fetches it.
+"""How the worker gets the archive: it has it, a call brings it, or it fetches it.
 
 Strategy: three ways, and the first that shows counts for good.
 
@@ -42,7 +42,7 @@ class ArchiveAccess:
     # --- On the event loop -------------------------------------------------------------------------
 
     def take(self, argument: str, connection: socket.socket) -> bool:
-        """Take the connection of a `restore.Archive` call; False if nobody waits for such a one."""
+        """Take the connection of a `restore.Archive` call; False if nobody waits for such a call."""
         with self._changed:
             if self._closed or not self._admits(argument):
                 return False
@@ -56,7 +56,8 @@ class ArchiveAccess:
             return True
 
     def fetch_from(self, storage: Storage) -> None:
-        """From now on the archive is fetched from there. Raises ProtocolViolation if there is another one."""
+        """From now on the archive is fetched from there. Raises ProtocolViolation if there is another
+        source."""
         with self._changed:
             if self._passed is not None or self._called is not None or self._conversations:
                 raise ProtocolViolation("'open' names a storage qube, but there is an archive already")
@@ -82,7 +83,7 @@ class ArchiveAccess:
     def first_pass(self) -> ArchivePass:
         """The pass that begins with the header; waits until it is known where it comes from.
 
-        Raises Cancelled, and ArchiveUnreadable for a descriptor that is none.
+        Raises Cancelled, and ArchiveUnreadable for a number that is no open descriptor.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._passed is not None or self._is_called())

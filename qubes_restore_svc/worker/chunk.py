@@ -62,14 +62,14 @@ class Chunk:
             raise error.at(chunk=self.name.number) from None
 
     def open_ahead(self) -> None:
-        """Open it for who will ask, in a thread of the store's, which has begun it."""
+        """Open it before its user asks, in a thread of the store, which has begun it."""
         try:
             self._content = self.proof.verify(self._fetch, lambda _: None)
         except BaseException as error:  # noqa: BLE001 - who asks for it is told
             self._error = as_restore_error(error)
 
     def untrusted_content(self) -> memoryview:
-        """All of it as it was stored, for who does not `open` it. Raises ArchiveUnreadable."""
+        """All of it as it was stored, for a user who does not `open` it. Raises ArchiveUnreadable."""
         self._store.begin(self)
         return self._fetch()
 
@@ -89,7 +89,7 @@ class Chunk:
 
 
 class ChunkStore:
-    """Takes chunks out of `members` as the `budget` admits them, and keeps what they take counted."""
+    """Takes chunks out of `members` as the `budget` admits them, and counts their memory."""
 
     def __init__(self, members: MemberStream, budget: Budget) -> None:
         self.members = members
@@ -159,7 +159,7 @@ class ChunkStore:
         return chunk
 
     def begin(self, chunk: Chunk) -> bool:
-        """Leave a chunk to who asks, if nobody has begun it. Its turn has come, so there is room for it."""
+        """Leave a chunk to its user, if nobody has begun it. Its turn has come, so there is room for it."""
         with self._budget.lock:
             return not chunk._begun and self._begin(chunk, ahead=False)
 
@@ -221,7 +221,7 @@ class ChunkStore:
             pass  # in a frame of its own, which holds the chunk no longer than it takes
 
     def _open_next(self) -> bool:
-        """Open the first chunk ahead as soon as that can be. False: nothing more is to be."""
+        """Open the first chunk ahead as soon as possible. False: nothing more will be opened ahead."""
         with self._budget.lock:
             while self._closed or (chunk := self._begin_ready()) is None:
                 if self._closed:

@@ -5,8 +5,8 @@ way. A wanted file is one `FileStart`, its `Chunk`s and one `FileEnd`, any other
 there may be `Damaged`, and after the last there is one `ArchiveEnd`.
 
 At the other end, `pieces` is a generator over the chunks of the current file. It has a chunk's MAC checked
-before it gives anything of it, gives its memory back when it is through, and ends with the file. What is left
-of a file that nobody wants to the end is drained.
+before it gives anything of it, gives its memory back when it is through, and ends with the file. If nobody
+wants the rest of a file, the rest is drained.
 """
 
 import queue
@@ -121,7 +121,7 @@ class PlaintextFiles:
         return bytes_ahead
 
     def next_file(self) -> str | Passed | Damaged | ArchiveEnd:
-        """The name of the next wanted file, or what is there in its place."""
+        """The name of the next wanted file, or the event that comes instead."""
         event = self._next_event()
         if isinstance(event, Passed | Damaged | ArchiveEnd):
             return event
@@ -162,7 +162,7 @@ class PlaintextFiles:
         self._end_file(event)
 
     def drain(self) -> RestoreError | None:
-        """Pass over what is left of the current file; what was wrong with that part of it."""
+        """Pass over the rest of the current file; returns what was wrong with that part."""
         error = None
         while self._in_file:
             event = self._next_event()

@@ -67,14 +67,15 @@ class Intake:
         self._thread: threading.Thread | None = None
 
     def start(self, proofs: Proofs) -> None:
-        """Run in a thread, unless it does already."""
+        """Run in a thread, unless it runs already."""
         if self._thread is None:
             self._scheduler.expect_more(True)
             self._thread = threading.Thread(target=self.run, args=(proofs,), name="intake", daemon=True)
             self._thread.start()
 
     def abandon(self) -> None:
-        """Give back what has come, and still comes: nobody takes it any more. Returns when it has ended."""
+        """Give back everything that has come and still comes, because nobody takes it any more. Returns when
+        the thread has ended."""
         while self._thread is not None and (self._thread.is_alive() or not self.events.empty()):
             with contextlib.suppress(queue.Empty):
                 event = self.events.get(timeout=_PATIENCE_S)
@@ -132,7 +133,8 @@ class Intake:
             self._members.skip_rest()
 
     def _pass_by(self, foreign: Passed) -> None:
-        """Tell of a member that is no chunk; not within the events of a file, which it does not end."""
+        """Report a member that is no chunk; not within the events of a file, because it does not end the
+        file."""
         if self._file is None:
             self.events.put(foreign)
         elif len(self._passed_by) < _MAX_PASSED_BY:

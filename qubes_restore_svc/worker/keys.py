@@ -27,7 +27,7 @@ from qubes_restore_svc.errors import BudgetTooSmall, Cancelled
 from qubes_restore_svc.kdf.engine import CostLimit, KdfEngine, KdfLanes, KdfRequest, OpensslEngine
 from qubes_restore_svc.worker.memory import Budget, Situation, choose_stride, lanes_to_fill, least_stride
 
-#: The thread that what is urgent has for itself.
+#: The thread that only urgent requests use.
 _URGENT_THREAD = 0
 
 #: How much the derivations give way to the unpacking of the current volume (setpriority(2)).
@@ -35,7 +35,7 @@ _NICENESS = 5
 
 
 class Key(Future[bytes]):
-    """A key of 64 bytes, some time."""
+    """A key of 64 bytes that will be there some time."""
 
     turns = 0.0  #: how often its lanes are advanced for it, about; 0: it has not begun
     taken = 0  #: how often they have been
@@ -104,7 +104,7 @@ class KeyScheduler:
             threading.Thread(target=self._work, args=(number,), name=f"kdf-{number}", daemon=True).start()
 
     def expect_more(self, more_to_come: bool) -> None:
-        """Say whether requests for all lanes are on their way: then each gets its share of memory at once."""
+        """Say whether there will be requests for all lanes: then each gets its share of memory at once."""
         with self._budget.changed:
             self._more_to_come = more_to_come
             self._budget.changed.notify_all()
@@ -190,7 +190,8 @@ class KeyScheduler:
             return not self._closed
 
     def _fill(self, thread: int, lanes: KdfLanes, jobs: dict[int, _Job]) -> bool:
-        """Begin what may begin; waits until something is to be done. False: the scheduler is closed."""
+        """Begin the derivations that may begin; waits until there is something to do. False: the scheduler is
+        closed."""
         with self._budget.changed:
             while not self._closed:
                 while lanes.free and self._begin_next(thread, lanes, jobs):
@@ -209,7 +210,8 @@ class KeyScheduler:
         return False
 
     def _others_can_take(self, thread: int) -> bool:
-        """Have the others free lanes for all that this thread has, at next to no cost, and no less to do?"""
+        """Do the others have free lanes for everything in this thread, at next to no cost, and at least as
+        much to do?"""
         loads = {other: load.derivations for other, load in self._loads.items() if load.derivations}
         mine = loads.pop(thread, 0)
         room = sum(max(0, self._engine.lanes_for_one - load) for load in loads.values())

@@ -1,4 +1,4 @@
-"""How much of the work is done: a key that was derived is a part of it, as a chunk is that was unpacked.
+"""How much of the work is done: derived keys and unpacked chunks both count.
 
 Strategy: arithmetic over what can be seen from time to time, without a look into the clock or at a thread.
 What each of the two costs is learned from the time in which one was seen at work. Where the size of the
@@ -8,7 +8,7 @@ hold, and from how much of the archive the data took that has come.
 
 from dataclasses import dataclass
 
-#: What the whole work is, in the parts that are told.
+#: The whole work, in the unit in which progress is reported.
 ALL = 1_000_000
 
 #: Bytes of data that count as known already: at this ratio of the archive to them, and at this cost of
@@ -40,7 +40,7 @@ class Seen:
 
 
 class Meter:
-    """Is shown everything that is seen, in order."""
+    """Gets everything that is seen, in order."""
 
     def __init__(self) -> None:
         self._last: float | None = None
@@ -50,7 +50,7 @@ class Meter:
         self._done = 0
 
     def done(self, seen: Seen) -> int | None:
-        """How many of the `ALL` parts are done; it never falls. None: it cannot be told."""
+        """How many of the `ALL` parts are done; it never falls. None: not known."""
         derived = seen.unpacked + seen.ahead
         if self._last is None:
             self._last, self._derived_before = seen.now, derived

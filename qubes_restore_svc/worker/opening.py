@@ -50,7 +50,7 @@ def _as_it_is(stored: Iterable[Buffer]) -> Iterable[Buffer]:
     return stored
 
 
-#: Gets the error of a wrong passphrase, and brings another one; it blocks, and may raise.
+#: Gets the error of a wrong passphrase, and returns another passphrase; it blocks, and may raise.
 OtherPassphrase = Callable[[WrongPassphrase], str]
 
 
@@ -281,7 +281,7 @@ class _QubesXml:
         return self._over and self._error is None
 
     def opens(self) -> bool:
-        """Does the key of the first chunk fit? False if it does not, or cannot be had."""
+        """Does the key of the first chunk fit? False if it does not, or if there is no key."""
         # If something went wrong with it, it is no witness; that is told where the chunk is read.
         proof = None if self._next is None else self._next.proof
         return isinstance(proof, ContainerProof) and not proof.failed() and proof.fits()

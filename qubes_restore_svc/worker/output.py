@@ -1,4 +1,4 @@
-"""Where a volume's extents go: into a hash, and to the broker if it fetches them.
+"""The target of a volume's extents: a hash, and the broker if it fetches them.
 
 Strategy: one volume is on offer at a time, and one call takes it. One object takes (offset, data) in rising
 order and sees to the holes itself: the hash is over the whole image, holes as zeros; the stream to the broker

@@ -92,8 +92,8 @@ class Pipeline:
         self._damage: Damage | None = None  # the last one that may have cost a file
 
     def run(self) -> None:
-        """Take the events to their end. Blocks; emits every answer, Finished as the last one, or nothing more
-        once it is to stop."""
+        """Take all events. Blocks; emits every answer, with Finished as the last one. After a stop it emits
+        nothing more."""
         current: SelectedQube | None = None
         while not isinstance(file := self._files.next_file(), ArchiveEnd):
             if isinstance(file, Damaged):
@@ -122,7 +122,7 @@ class Pipeline:
 
     @property
     def idle(self) -> bool:
-        """Is there nothing to unpack or to send until more of the archive comes? From any thread."""
+        """Does it wait for more of the archive, with nothing to unpack or to send? From any thread."""
         return self._files.idle
 
     def progress(self, read: int, archive_size: int = 0, *, deriving: bool = False) -> m.Progress:
@@ -146,7 +146,7 @@ class Pipeline:
         return m.Progress(archive_bytes=position, image_bytes=self._image_bytes, done=self._meter.done(seen))
 
     def _data(self) -> float:
-        """How much has come of the expected data, in bytes. All of it, of a qube that was given up."""
+        """How much has come of the expected data, in bytes. Of a qube that was given up, all data counts."""
         data = 0.0
         for qube in self._selection:
             left = tuple(qube.volumes_left) if qube.stage is Stage.WANTED else ()
@@ -331,7 +331,8 @@ class Pipeline:
             self._warn(qube, text)
 
     def _late_file(self, place: WantedFile, pieces: Iterator[Buffer]) -> None:
-        """A file of a qube that is closed. If it is authentic and worth it, the qube was not all there."""
+        """A file of a qube that is closed. If the file is authentic and matters, the qube was not
+        complete."""
         qube = place.qube
         if not self._selection.is_missed(place):
             self._selection.remark_late(place)
@@ -354,7 +355,7 @@ class Pipeline:
             self._selection.doubt(damage, event.after)
 
     def _end(self, end: ArchiveEnd) -> None:
-        """The archive is over: find out which qubes may have had more, if it is over before its time."""
+        """The archive is over: find out which qubes may have had more, if it ended too early."""
         if end.damage is not None:
             self._damage = end.damage
             self._selection.doubt(end.damage, end.last_file)
@@ -371,9 +372,9 @@ class Pipeline:
             self._emit(m.Log(level="warning", text=_STOPS_AT_DAMAGE))
 
     def _cut_off(self, error: RestoreError, last_file: str) -> None:
-        """The archive broke off. Of the qube that was being read then, nobody knows what else there was: a
-        firewall, say, which nothing promises, and without which it would be too open. If nothing has come at
-        all, that holds for every qube, also for one that has no volumes."""
+        """The archive broke off. Nobody knows what else there was of the qube that was being read then:
+        perhaps a firewall, which nothing promises, and without which the qube would be too open. If nothing
+        has come at all, that holds for every qube, also for one that has no volumes."""
         if not last_file:
             for selected in self._selection:
                 selected.error = selected.error or _copy(error, qube=selected.info.name)

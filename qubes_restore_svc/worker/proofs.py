@@ -61,7 +61,7 @@ class ContainerProofs:
 
 
 class ContainerProof:
-    """The proof that a container brings along, once its key has been derived. `label` names it to people."""
+    """The proof inside a container, which needs a derived key. `label` names the container to people."""
 
     def __init__(self, head: ContainerHead, request: KdfRequest, label: str, scheduler: KeyScheduler) -> None:
         self._head = head

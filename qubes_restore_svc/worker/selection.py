@@ -1,4 +1,4 @@
-"""Which files of the archive are wanted, and what has become of the qubes that they belong to.
+"""Which files of the archive are wanted, and the state of the qubes that they belong to.
 
 Strategy: one small object a qube with a named stage. `Wanted` is asked for every chunk when it comes, and
 again before its key is derived; the pipeline and the session move the stages on, under a lock. A stage only
@@ -31,10 +31,10 @@ _IGNORED = frozenset(
     }
 )
 
-#: Most files that are named which belong to nobody.
+#: At most so many files that belong to nobody are named.
 _MAX_NAMED = 8
 
-#: Most places of damage whose headers are looked at more closely.
+#: At most so many places of damage get a closer look at their headers.
 _MAX_DAMAGES = 100
 _NOT_WANTED = "it is not wanted any more"
 
@@ -71,7 +71,7 @@ def might_be_wanted(file: str) -> bool:
 
 
 class Stage(enum.Enum):
-    """What has become of a qube."""
+    """The state of a qube."""
 
     WANTED = "wanted"
     GIVEN_UP = "given up"  # nothing more of it is read; what is missing is still to be reported
@@ -263,7 +263,7 @@ class Selection:
         return True
 
     def is_missed(self, place: WantedFile) -> bool:
-        """The qube was closed without this file: does that make it worth less, or too open?"""
+        """The qube was closed without this file: does the qube lack something, or is it too open?"""
         return place.qube.error is None and not place.qube.incomplete and place.qube.misses(place.name)
 
     def see(self, file: str, *, foreign: bool = False) -> None:
@@ -322,7 +322,8 @@ class Selection:
         return next((path for path in _around(file) if path in self._names), "")
 
     def _is_foreign(self, file: str, claimant: str) -> bool:
-        """A file in the directory of a selected qube that is no part of one, nor known to be of no use."""
+        """Is this a file in the directory of a selected qube that is neither a part of the qube nor known to
+        be useless?"""
         qube = self._by_path.get(claimant)
         if qube is None or file == claimant:
             return False

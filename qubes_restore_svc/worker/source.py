@@ -77,7 +77,8 @@ class ArchiveSource:
         return 0 if self._readable_end is None else max(0, self._readable_end - self._start)
 
     def gap(self, start: int, end: int) -> ArchiveUnreadable | None:
-        """Why bytes between the positions `start` and `end` read as zeros; None if they could be read."""
+        """The reason why bytes between the positions `start` and `end` read as zeros; None if they could be
+        read."""
         for gap_start, gap_end, error in self._gaps:
             if gap_start < end and start < gap_end:
                 return self._unreadable(error, max(gap_start, start))
@@ -220,7 +221,8 @@ class ArchiveSource:
 
 
 def _end_of_disk(fd: int) -> int | None:
-    """Where a block device ends, bytes; None if it does not tell. It stands where it stood."""
+    """The end of a block device, bytes; None if the device does not report it. The position stays the
+    same."""
     try:
         here = os.lseek(fd, 0, os.SEEK_CUR)
         end = os.lseek(fd, 0, os.SEEK_END)
@@ -354,7 +356,8 @@ class ArchivePass:
         self._connection = connection
 
     def doubt(self, error: RestoreError) -> RestoreError:
-        """`error`, which says that something is missing; or why, if the archive's side has failed."""
+        """Returns `error`, which says that something is missing, or the reason if the archive's side has
+        failed."""
         return error
 
     def close(self) -> None:

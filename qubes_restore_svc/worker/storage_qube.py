@@ -59,7 +59,7 @@ _STOPS_AT_DAMAGE = (
     " reading at damage. Read the file itself, in dom0 or on another machine; it may hold more."
 )
 
-#: How tar2qfile ends where the archive does, or where it cannot be read.
+#: The exit code of tar2qfile if the archive ends early, or cannot be read.
 _CUT_OFF = 1
 
 
@@ -82,7 +82,7 @@ _STDERR_KEPT = 4 << 10  #: bytes
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a call has ended: the exit code of the service (None: not known), and its last line."""
+    """The end of a call: the exit code of the service (None: not known), and its last line."""
 
     code: int | None
     untrusted_last_line: bytes = b""
@@ -207,7 +207,7 @@ class StoragePass(ArchivePass):
         return _failed_service(error.reason, end) if end.code else error
 
     def _judge(self, end: End, members: int) -> None:
-        """The stream is complete; what is to be said of a service that failed nevertheless."""
+        """The stream is complete; report a service that failed nevertheless."""
         assert self._peer is not None
         if not members:
             if end.code:

@@ -1,4 +1,5 @@
-"""What the threads of the worker share: the word that stops them, and how a failure becomes an error to send.
+"""What the threads of the worker share: the signal that stops them, and the way from a failure to an error
+message.
 
 Strategy: if a thread died without a word, the others would wait for ever. So each of them catches everything
 at its outermost place, and `as_restore_error` makes of it an error that can be sent. Errors of the archive
@@ -16,7 +17,7 @@ from qubes_restore_svc.errors import BudgetTooSmall, Cancelled, RestoreError, ex
 
 
 class Stop:
-    """The word that ends a session. It is said once, to all threads, and never taken back."""
+    """The signal that ends a session. It is given once, to all threads, and never taken back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -24,17 +25,17 @@ class Stop:
         self._wakers: list[Callable[[], object]] = []
 
     def check(self) -> None:
-        """Raise Cancelled if the word was said."""
+        """Raise Cancelled if the signal was given."""
         if self._said:
             raise Cancelled("the restore was cancelled")
 
     @property
     def said(self) -> bool:
-        """Was it said?"""
+        """Was it given?"""
         return self._said
 
     def wakes(self, waker: Callable[[], object]) -> None:
-        """Call `waker` when the word is said (at once if it was), for a thread that cannot `check`."""
+        """Call `waker` when the signal is given (at once if it was), for a thread that cannot `check`."""
         with self._lock:
             if not self._said:
                 self._wakers.append(waker)

@@ -1,9 +1,9 @@
 """The work of one session, in one thread: open the backup, list it, wait until it is said what to read, read.
 
-Strategy: one function goes from one end of it to the other. It makes what it uses (memory, keys, the archive,
-the intake, the pipeline) where that is needed, and hands it on. Each part knows what stands before it, and no
-part knows all. Through `Work` the session can ask and say meanwhile: which qubes are wanted, which are no
-more, how far it is, and that it is over.
+Strategy: one function does the whole work. It makes each part (memory, keys, the archive, the intake, the
+pipeline) where it needs it, and passes it on. Each part knows the parts before it, and no part knows all.
+Meanwhile the session talks to the work through `Work`: which qubes are wanted, which are not wanted any more,
+how far the work is, and that it shall end.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ class Work:
                 self._stop.say()
 
     def _serve(self, clearing_up: contextlib.ExitStack) -> None:
-        """From one end to the other; what is to be let go of in the end is put into `clearing_up`."""
+        """Do all of it. Everything that must be given back in the end is put into `clearing_up`."""
         request, archive, engine = self._request, self._resources.archive, self._resources.engine
         jobs = request.jobs or self._resources.jobs
         budget = Budget(
