@@ -293,6 +293,22 @@ def test_an_image_that_somebody_writes_to_meanwhile_is_told(extracted: Path, wri
         assert open_descriptors() == before
 
 
+def test_a_qube_into_which_nobody_lets_us_look_is_here(
+    extracted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def denied(name: Any, **options: Any) -> os.stat_result:
+        if str(name).startswith("work/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stat(name, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    host = ComparedDirectory(extracted)
+    with host.lock():
+        assert host.view().names == {"work", "vault"}
+
+
 def test_what_is_no_directory_is_not_compared_with(extracted: Path) -> None:
     host = ComparedDirectory(extracted / "work" / "private.img")
     with pytest.raises(HostFailed, match=r"opening .*private\.img failed: Not a directory"), host.lock():
