@@ -77,7 +77,7 @@ def test_references_lead_to_what_is_finished_under_whatever_name() -> None:
     assert any("'own', which was restored from this backup before" in note for note in work.notes)
 
 
-def test_a_finished_qube_whose_disposable_template_comes_only_now_says_how_it_gets_it() -> None:
+def test_a_finished_qube_says_how_it_gets_a_disposable_template_that_comes_only_now() -> None:
     qubes = [qube("work", properties={"default_dispvm": "dvm"}), qube("dvm", properties=DISP)]
     found = by_name(resumed(qubes, [there("job")], [here("job", "work")]))
     (note,) = found["work"].notes
