@@ -49,7 +49,9 @@ def show_report(
         for outcome, text in _DIFFERENT.items():
             if count := sum(qube.outcome == outcome for qube in wanted):
                 warnings += f", {count} {text[count > 1]}"
-        say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}{warnings}.")
+        count = len(report.warnings)
+        above = f" See the {f'{count} warnings' if count > 1 else 'warning'} above." if count else ""
+        say(f"{done} of {len(wanted)} qube{'s' * (len(wanted) != 1)} {verb}{warnings}.{above}")
         for line in what_next:
             say(line)
     return shown

@@ -209,12 +209,18 @@ def test_what_ended_the_run_is_not_repeated_for_every_qube() -> None:
     assert [line.split(":")[0] for line in failures(found)] == ["two/private"]
 
 
-def test_the_last_line_counts_the_qubes_with_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_line_counts_the_qubes_with_warnings_and_points_to_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     warned = qube("work", "restored", volume())
     warned.warnings = ("it has no netvm",)
     found = report(warned, qube("vault", "restored", volume()), mode="restore")
     assert show_report("program", found, quiet=False, what_next=["Look."])
     assert capsys.readouterr().err == "2 of 2 qubes restored, 1 with warnings.\nLook.\n"
     assert found.status == 0
+    for warnings, said in ((("it was damaged",), "the warning"), (("a", "b"), "the 2 warnings")):
+        found.warnings = warnings
+        assert show_report("program", found, quiet=False)
+        assert capsys.readouterr().err == f"2 of 2 qubes restored, 1 with warnings. See {said} above.\n"
     assert show_report("program", found, quiet=True, what_next=["Look."])
     assert capsys.readouterr() == ("", "")

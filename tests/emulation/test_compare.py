@@ -58,7 +58,7 @@ def test_what_was_restored_is_the_same_and_nothing_is_left(dom0: Dom0, backup: P
     before = dom0.qubes.snapshot()
     done = dom0.restore([str(backup), "--compare", "-x", "gone"], PASSPHRASE, SAME)
     assert dom0.outcomes() == {"work": "same", "alone": "same"}
-    assert done.stderr.endswith("2 of 2 qubes the same as in the backup.\n")
+    assert done.stderr.endswith("2 of 2 qubes the same as in the backup. See the warning above.\n")
     dom0.check_as_before(before)
 
 
