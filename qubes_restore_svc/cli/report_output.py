@@ -45,7 +45,7 @@ def show_report(
         warned = sum(qube.succeeded and bool(qube.warnings) for qube in wanted)
         warnings = f", {warned} with warnings" if warned else ""
         if before := sum(qube.outcome == "already restored" for qube in wanted):
-            warnings += f", {before} of them by an earlier run"
+            warnings += f", {before} of them by an earlier run (and not read again)"
         for outcome, text in _DIFFERENT.items():
             if count := sum(qube.outcome == outcome for qube in wanted):
                 warnings += f", {count} {text[count > 1]}"

@@ -111,7 +111,7 @@ class DirectoryHost:
     def restored_from(self, backup_id: str) -> Sequence[RestoredQube]:
         """The qubes whose records name this backup, and whose images are all there, of their full size.
 
-        What the images hold is not read.
+        What another user made does not count. What the images hold is not read.
         """
         with self._mutex, reporting(f"reading {self._shown}"):
             names = sorted(name for name in self.existing_names() if re.fullmatch(QUBE_NAME, name))
@@ -136,6 +136,8 @@ class DirectoryHost:
         except OSError:  # a file, or a directory of somebody else
             return None
         try:
+            if os.fstat(inside).st_uid not in (0, os.geteuid()):
+                return None  # in a directory like /tmp, another user can make such a directory
             record = read_record(inside)
             if record is None or (record.backup_id, record.name) != (backup_id, name):
                 return None

@@ -300,7 +300,7 @@ class Pipeline:
         directory = qube.backup.path
         for name, image in read_directory(self._backup.decode(pieces), directory):
             place = self._selection.place(f"{directory}/{name}")
-            if place is None or place.name == DIRECTORY:
+            if place is None or place.name == DIRECTORY or place.name in qube.spent_files:
                 continue
             if name in qube.come:
                 raise BadArchive(f"its {name} stands in the archive twice")

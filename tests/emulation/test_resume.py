@@ -93,13 +93,13 @@ def test_of_what_is_finished_nothing_is_fetched_or_written(
     calls = len(dom0.qubes.qubesd.calls_of("*", "first"))
     done = dom0.restore([*words, "--resume"], PASSPHRASE)
     assert "1 already restored: first" in done.stdout
-    assert done.stderr.endswith("3 of 3 qubes restored, 1 of them by an earlier run.\n")
+    assert done.stderr.endswith("3 of 3 qubes restored, 1 of them by an earlier run (and not read again).\n")
     new = [call.method for call in dom0.qubes.qubesd.calls_of("*", "first")[calls:]]
     assert new and not [one for one in new if re.search(r"Set|Remove|Import|Create", one)], new
     assert_all_there(dom0)
     # And when nothing is missing any more.
     done = dom0.restore([*words, "--resume"], PASSPHRASE)
-    assert done.stderr.endswith("3 of 3 qubes restored, 3 of them by an earlier run.\n")
+    assert done.stderr.endswith("3 of 3 qubes restored, 3 of them by an earlier run (and not read again).\n")
     assert derivations(dom0) == BEGINNING
 
 

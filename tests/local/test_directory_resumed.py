@@ -1,6 +1,8 @@
 """Which qubes in a directory an earlier restore has finished, and which only look like that."""
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +44,22 @@ def test_a_qube_of_another_backup_does_not_count(tmp_path: Path) -> None:
     finish(tmp_path)
     assert restored(tmp_path) == ["work"]
     assert restored(tmp_path, "20260101T010203-1235") == []
+
+
+def test_a_directory_of_another_user_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(tmp_path)
+    owner = (tmp_path / "work").stat().st_uid
+    monkeypatch.setattr("os.geteuid", lambda: owner + 1)
+    real = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        """Root's files are another user's here."""
+        status = list(real(descriptor))
+        status[stat.ST_UID] += 2 if status[stat.ST_UID] == owner else 0
+        return os.stat_result(status)
+
+    monkeypatch.setattr("os.fstat", fstat)
+    assert restored(tmp_path) == []
 
 
 def test_a_volume_without_a_digest_proves_nothing(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from tests.local.sample_qubes import new_qube, settings
 from tests.support.backup_writer import BackupWriter, QubePlan, join_members
 from tests.support.damage import edited, flip_bit, sample_backup, victim_chunks
 from tests.support.fixtures import REPOSITORY, expectation, shared_fixture
+from tests.support.format3_writer import Format3Writer
+from tests.support.inner_archives import directory_tar
+from tests.support.plans import sample_qube
 from tests.support.reports import kept_report
 from tests.system.support import command, environment, passphrase_file
 
@@ -187,6 +190,19 @@ def test_another_volume_of_the_qube_is_neither_read_nor_missed(
     (lone,) = (qube for qube in report.qubes if qube.name == "lone")
     assert [(volume.name, volume.outcome) for volume in lone.volumes] == [(wanted, "ok")]
     assert report.derivations == 12  # those of the header, of qubes.xml, and of this volume
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_another_volume_in_the_same_directory_does_not_count(tmp_path: Path) -> None:
+    template = sample_qube("tpl", 1 << 16, 0.5, "TemplateVM")
+    inner = directory_tar(
+        "vm-templates/tpl", {f"{name}.img": template.volumes[name] for name in ("private", "root")}, {}
+    )
+    writer = Format3Writer([template], inner={"vm-templates/tpl/.": inner}, dom0_home=False)
+    done = extracted(tmp_path, writer.to_bytes(), '"$@" --volume root tpl --report report.json')
+    assert (done.returncode, sha256(done.stdout).hexdigest()) == (0, template.volumes["root"].sha256())
+    (reported,) = kept_report(tmp_path / "report.json").qubes
+    assert [volume.name for volume in reported.volumes] == ["root"]
 
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
