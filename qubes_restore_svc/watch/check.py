@@ -7,6 +7,7 @@ came of it. The state and the exit status are computed from that alone.
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,11 +18,13 @@ from qubes_restore_svc.cli.process import Interruption
 from qubes_restore_svc.cli.qvm_arguments import way_to_dom0
 from qubes_restore_svc.cli.qvm_restore import Way
 from qubes_restore_svc.cli.qvm_restore import run as run_on_qubes
+from qubes_restore_svc.cli.terminal import say_wrapped
 from qubes_restore_svc.errors import (
     ERROR_KINDS,
     ArchiveTruncated,
     EmptyInput,
     ExitStatus,
+    HostFailed,
     RestoreError,
     UsageError,
     how_ended,
@@ -30,8 +33,9 @@ from qubes_restore_svc.report_file import KeptReport
 from qubes_restore_svc.watch.documents import State, WatchReport
 from qubes_restore_svc.watch.newest import Found, NoBackup, newest_backup
 from qubes_restore_svc.watch.places import Place
-from qubes_restore_svc.wire.models import ErrorInfo
-from qubes_restore_svc.wire.names import MAX_TEXT, shortened
+from qubes_restore_svc.wire.connection import parse_object
+from qubes_restore_svc.wire.models import ErrorInfo, validated
+from qubes_restore_svc.wire.names import MAX_TEXT, shortened, strip_control
 from qubes_restore_svc.wire.report import Report
 
 #: What the backup cannot be blamed for, beside what a worker does not get to say.
@@ -105,6 +109,19 @@ def check(name: str, place: Place, state: Path, verify: Verifier) -> WatchReport
     )
 
 
+def not_ended(name: str, reason: str, max_age_days: int) -> WatchReport:
+    """What stands for a check until it has ended, or if it cannot begin."""
+    now = datetime.now(UTC)
+    return WatchReport(
+        place=name,
+        state="not verified",
+        reason=shortened(reason, MAX_TEXT),
+        max_age_days=max_age_days,
+        started=now,
+        finished=now,
+    )
+
+
 def too_old(made: datetime | None, max_age_days: int, now: datetime) -> str:
     """Why a backup that was made then is too old, a clause; empty if it is not."""
     if made is None:
@@ -121,7 +138,10 @@ def _passphrase_file(place: Place, state: Path) -> str:
     """Raises UsageError."""
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     if place.passphrase_file is not None:
-        return str(Path(place.passphrase_file).expanduser())
+        path = Path(place.passphrase_file).expanduser()
+        if path.is_file() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            say_wrapped(f"Warning: others than its owner can read {strip_control(str(path))}: chmod 600.")
+        return str(path)
     if credentials is not None and (path := Path(credentials, "passphrase")).exists():
         return str(path)
     raise UsageError(
@@ -133,6 +153,11 @@ def _passphrase_file(place: Place, state: Path) -> str:
 def _verified(words: Sequence[str], path: Path, run: Run) -> KeptReport:
     """The report of the command. Raises RestoreError."""
     try:
+        path.unlink(missing_ok=True)  # of a run that was killed
+    except OSError as error:
+        shown = strip_control(str(path))
+        raise HostFailed(f"{shown}, which is old, cannot be removed: {error.strerror}") from None
+    try:
         try:
             status = run([*words[:-1], "--report", str(path), "--", words[-1]])
         except RestoreError:
@@ -143,7 +168,7 @@ def _verified(words: Sequence[str], path: Path, run: Run) -> KeptReport:
         else:
             if not path.exists():
                 raise RestoreError(f"there is no report of the verification, which {how_ended(status)}")
-        return KeptReport.model_validate_json(path.read_bytes())
+        return validated(KeptReport, parse_object(path.read_bytes()))
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
@@ -152,15 +177,20 @@ def _verified(words: Sequence[str], path: Path, run: Run) -> KeptReport:
 def _judged(report: Report, place: Place, found: Found) -> tuple[State, str]:
     """State and reason, whatever the age."""
     wanted = [qube for qube in report.qubes if qube.outcome != "left out"]
+    broke_off = f"the command that brings the backup {how_ended(found.ended)}"
     if report.status == ExitStatus.COMPLETE:
-        return "good", f"{len(wanted)} of {len(wanted)} qubes verified"
+        if found.broke_off:
+            return "not verified", broke_off
+        left_out = len(report.qubes) - len(wanted)
+        more = f", {left_out} left out" if left_out else ""
+        return "good", f"{len(wanted)} of {len(report.qubes)} qubes verified{more}"
     failed = [(f"{qube.name}: ", qube.error) for qube in wanted if qube.error is not None]
     errors = [*([("", report.error)] if report.error is not None else []), *failed]
     if not errors:
         return "not verified", "the report does not say why"
     if any(error.kind in _CUT_OFF for _, error in errors):
-        if found.ended > 0:
-            return "not verified", f"the command that brings the backup {how_ended(found.ended)}"
+        if found.broke_off:
+            return "not verified", broke_off
         if errors[0][1].kind == EmptyInput.kind and place.command is not None:
             return "no backup", errors[0][1].reason
     errors.sort(key=lambda error: not _is_damage(error[1]))

@@ -5,8 +5,8 @@ it is believed. Which machine a report is of says the one that brought it here, 
 backup is, and its report, is computed again, because reports lie around.
 """
 
-import json
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,23 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qubes_restore_svc.cli.tables import table
-from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.errors import ProtocolViolation, UsageError
 from qubes_restore_svc.report_file import MAX_REPORT
 from qubes_restore_svc.watch.check import too_old
 from qubes_restore_svc.watch.documents import Findings, MachineName, PlaceName
+from qubes_restore_svc.wire.connection import parse_object
 from qubes_restore_svc.wire.names import shortened, strip_control
 
-_MAX_STREAM = 256 << 20  #: bytes of all reports together
+_MAX_FILE = MAX_REPORT + (1 << 20)  #: bytes of a report, or of all reports of a machine in a line
+_MAX_LINES = 100_000
 _MACHINE: TypeAdapter[str] = TypeAdapter(MachineName)
 _PLACE: TypeAdapter[str] = TypeAdapter(PlaceName)
 
-#: The reports of each machine by place, as they came; None: there is none.
-Untrusted = Mapping[str, Mapping[str, bytes | None]]
+#: A report as JSON; None: there is none. What came and is no JSON object is something else.
+UntrustedReport = object
+
+#: The reports of each machine by place. Names are as they came, too.
+Untrusted = Mapping[str, Mapping[str, UntrustedReport]]
 
 
 class _Findings(Findings):
@@ -58,6 +63,9 @@ def rows(untrusted: Untrusted, now: datetime, stale_after_days: int) -> list[Row
     """A row for each place of each machine, and for each machine without any."""
     found = []
     for machine, reports in sorted(untrusted.items()):
+        if not _is_name(_MACHINE, machine):
+            found.append(Row(_shown(machine), "-", "bad report", "what has come has no name of a machine"))
+            continue
         for place, untrusted_report in sorted(reports.items()):
             found.append(_row(machine, place, untrusted_report, now, timedelta(days=stale_after_days)))
         if not reports:
@@ -66,12 +74,14 @@ def rows(untrusted: Untrusted, now: datetime, stale_after_days: int) -> list[Row
 
 
 def _row(
-    machine: str, place: str, untrusted_report: bytes | None, now: datetime, stale_after: timedelta
+    machine: str, place: str, untrusted_report: UntrustedReport, now: datetime, stale_after: timedelta
 ) -> Row:
+    if place != "-" and not _is_name(_PLACE, place):
+        return Row(machine, _shown(place), "bad report", "what has come has no name of a place")
     if untrusted_report is None:
         return Row(machine, place, "no report", "no report has come")
     try:
-        found = _Findings.model_validate_json(untrusted_report)
+        found = _Findings.model_validate(untrusted_report)
     except ValidationError:
         return Row(machine, place, "bad report", "what has come is no report")
     state, reason = str(found.state), found.reason
@@ -105,10 +115,10 @@ def in_directory(directory: Path, expected: Iterable[str]) -> Untrusted:
 
     `expected` are machines that must be there. Raises UsageError.
     """
-    machines: dict[str, dict[str, bytes | None]] = {name: {} for name in expected}
+    machines: dict[str, Mapping[str, UntrustedReport]] = {name: {} for name in expected}
     try:
         for entry in os.scandir(directory):
-            if entry.is_dir() and _is_name(_MACHINE, entry.name):
+            if os.path.isdir(entry.path) and not entry.name.startswith("."):
                 machines[entry.name] = dict(_of_machine(Path(entry.path)))
     except OSError as error:
         shown = strip_control(str(error.filename))
@@ -116,51 +126,74 @@ def in_directory(directory: Path, expected: Iterable[str]) -> Untrusted:
     return machines
 
 
-def of_places(state: Path, wanted: Sequence[str], known: Iterable[str]) -> Mapping[str, bytes | None]:
-    """Those of this machine, of all places or of those `wanted`. Those `known` must be there.
-
-    Raises UsageError.
-    """
+def of_places(state: Path, wanted: Sequence[str], known: Iterable[str]) -> Mapping[str, UntrustedReport]:
+    """Those of this machine, of all places or of those `wanted`. Those `known` must be there."""
     kept = {**dict.fromkeys(known), **(dict(_of_machine(state)) if state.is_dir() else {})}
     return {name: kept.get(name) for name in wanted} if wanted else kept
 
 
-def _of_machine(directory: Path) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(directory.glob("*.json")):
-        if _is_name(_PLACE, path.stem):
-            try:
-                with path.open("rb") as file:
-                    yield path.stem, file.read(MAX_REPORT + (1 << 20))
-            except OSError as error:
-                shown = strip_control(str(path))
-                raise UsageError(f"{shown} cannot be read: {error.strerror}", advice="") from None
+def _of_machine(directory: Path) -> Iterator[tuple[str, UntrustedReport]]:
+    """Each by its place. Files that are not complete yet have names that begin with a dot."""
+    for path in directory.glob("*.json"):
+        if not path.name.startswith("."):
+            yield path.stem, _read(path)
+
+
+def _read(path: Path) -> UntrustedReport:
+    """What is in a file, whatever is there in its place: nothing of one machine ends the table of all."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return ()
+            return _parsed(file.read(_MAX_FILE + 1))
+    except OSError:
+        return ()
+
+
+def _parsed(untrusted_text: bytes) -> UntrustedReport:
+    if len(untrusted_text) > _MAX_FILE:
+        return ()
+    try:
+        return parse_object(untrusted_text)
+    except ProtocolViolation:
+        return ()
 
 
 def from_stream(expected: Iterable[str]) -> Untrusted:
-    """Those that `salt --static --out=json` writes: an object of machines, of objects of places.
+    """Those that `salt --out=json --out-indent=-1` writes: in each line an object of machines, of places.
 
-    A machine with anything else did not answer. Raises UsageError.
+    A machine with anything else did not answer. A line that is no object has no name of a machine, and what
+    it is called instead says where it is. Raises UsageError.
     """
-    untrusted_text = sys.stdin.buffer.read(_MAX_STREAM + 1)
-    try:
-        if len(untrusted_text) > _MAX_STREAM:
-            raise ValueError
-        untrusted_machines = json.loads(untrusted_text)
+    machines: dict[str, Mapping[str, UntrustedReport]] = {name: {} for name in expected}
+    for number, untrusted_line in enumerate(_lines(), 1):
+        if number > _MAX_LINES:
+            raise UsageError(f"standard input has more than {_MAX_LINES} lines", advice="")
+        if untrusted_line == b"\n":
+            continue
+        if untrusted_line == b"{\n":
+            raise UsageError(
+                "the JSON of each machine must be in one line", advice="Give salt the option --out-indent=-1."
+            )
+        untrusted_machines = _parsed(untrusted_line)
         if not isinstance(untrusted_machines, dict):
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise UsageError("standard input is no JSON object of machines", advice="") from None
-    machines: dict[str, dict[str, bytes | None]] = {name: {} for name in expected}
-    for untrusted_name, untrusted_places in untrusted_machines.items():
-        if not _is_name(_MACHINE, untrusted_name):
-            raise UsageError(f"{shortened(untrusted_name, 60)!r} cannot be the name of a machine", advice="")
-        answered = untrusted_places if isinstance(untrusted_places, dict) else {}
-        machines[untrusted_name] = {
-            untrusted_place: json.dumps(untrusted_report).encode()
-            for untrusted_place, untrusted_report in answered.items()
-            if _is_name(_PLACE, untrusted_place)
-        }
+            untrusted_machines = {f"line {number}": None}
+        for untrusted_name, untrusted_places in untrusted_machines.items():
+            machines[untrusted_name] = untrusted_places if isinstance(untrusted_places, dict) else {}
     return machines
+
+
+def _lines() -> Iterator[bytes]:
+    """Those of standard input. Of one that is too long comes the beginning, which is too long as well."""
+    while line := sys.stdin.buffer.readline(_MAX_FILE + 2):
+        yield line
+        while len(line) == _MAX_FILE + 2 and not line.endswith(b"\n"):
+            line = sys.stdin.buffer.readline(_MAX_FILE + 2)
+
+
+def _shown(untrusted_name: str) -> str:
+    return shortened(strip_control(untrusted_name), 60)
 
 
 def _is_name(kind: TypeAdapter[str], untrusted_name: str) -> bool:

@@ -17,13 +17,14 @@ from qubes_restore_svc.cli.process import Interruption, carry_out
 from qubes_restore_svc.cli.qvm_arguments import way_to_dom0
 from qubes_restore_svc.cli.qvm_restore import Way
 from qubes_restore_svc.cli.terminal import print_result, say_wrapped
-from qubes_restore_svc.errors import ExitStatus, HostFailed
+from qubes_restore_svc.errors import BadConfiguration, ExitStatus, HostFailed
 from qubes_restore_svc.report_file import write_whole
 from qubes_restore_svc.watch import collected
-from qubes_restore_svc.watch.check import check, verifier
+from qubes_restore_svc.watch.check import check, not_ended, verifier
 from qubes_restore_svc.watch.documents import WatchReport
 from qubes_restore_svc.watch.metrics import metrics
 from qubes_restore_svc.watch.places import (
+    Place,
     default_configuration,
     default_state,
     names_of_places,
@@ -38,7 +39,7 @@ exit status:
   0   every backup is good
   1   one is not, or is not known to be: the table and the report say why
   2   the command cannot be carried out as given
-  3   the backup is good, and the report or the metrics could not be written
+  3   the report could not be written; or the backup is good, and the metrics could not be
   130 cancelled
 """
 
@@ -81,27 +82,60 @@ def run(argv: Sequence[str] | None, interruption: Interruption, way: Way) -> int
 
 
 def _verify(name: str, configuration: Path, state: Path, interruption: Interruption, way: Way) -> int:
-    place = read_place(configuration, name)
+    kept = state / f"{name}.json"
+    try:
+        place = read_place(configuration, name)
+    except BadConfiguration as error:
+        if kept.exists():  # what it says is of other settings
+            _begin(kept, state, not_ended(name, str(error), Place.model_fields["max_age_days"].default))
+        raise
     try:
         state.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise HostFailed(f"{strip_control(str(state))} cannot be created: {error.strerror}") from None
+    metrics_directory = Path(place.metrics_directory or state).expanduser()
+    begun = "the check has begun, and has not ended"
+    _begin(kept, metrics_directory, not_ended(name, begun, place.max_age_days))
     report = check(name, place, state, verifier(place, interruption, way))
     interruption.hold()
-    metrics_directory = Path(place.metrics_directory or state).expanduser()
-    written = _kept(state / f"{name}.json", report.text(), 0o600)
-    written &= _kept(metrics_directory / f"{PROGRAM}-{name}.prom", metrics(report), 0o644)
+    is_kept, is_measured = _keep(kept, metrics_directory, report)
     interruption.resume()
     say_wrapped(f"{name}: {report.state}: {report.reason}")
-    return _status(report, written=written)
+    return _status(report, is_kept=is_kept, is_measured=is_measured)
 
 
-def _status(report: WatchReport, *, written: bool) -> ExitStatus:
+def _status(report: WatchReport, *, is_kept: bool, is_measured: bool) -> ExitStatus:
     if report.verification is not None and report.verification.status == ExitStatus.CANCELLED:
         return ExitStatus.CANCELLED
+    if not is_kept:
+        return ExitStatus.PARTLY
     if report.state != "good":
         return ExitStatus.NOTHING
-    return ExitStatus.COMPLETE if written else ExitStatus.PARTLY
+    return ExitStatus.COMPLETE if is_measured else ExitStatus.PARTLY
+
+
+def _begin(kept: Path, metrics_directory: Path, report: WatchReport) -> None:
+    """Put this in the place of what the last check found, which must not stand for the one that begins.
+
+    If that cannot be written, say so, and remove what is old.
+    """
+    written = _keep(kept, metrics_directory, report)
+    for file, is_new in zip((kept, _metrics_file(metrics_directory, report)), written, strict=True):
+        if not is_new and file.is_file():
+            try:
+                file.unlink()
+            except OSError as error:
+                say_wrapped(f"{PROGRAM}: {strip_control(str(file))} is old, and stays: {error.strerror}")
+
+
+def _keep(kept: Path, metrics_directory: Path, report: WatchReport) -> tuple[bool, bool]:
+    """Write the report, and the metrics. Could each be written?"""
+    measured = _metrics_file(metrics_directory, report)
+    return _kept(kept, report.text(), 0o600), _kept(measured, metrics(report), 0o644)
+
+
+def _metrics_file(directory: Path, report: WatchReport) -> Path:
+    return directory / f"{PROGRAM}-{report.place}.prom"
 
 
 def _kept(file: Path, text: str, mode: int) -> bool:
@@ -143,7 +177,7 @@ def watch_parser() -> argparse.ArgumentParser:
     collect = commands.add_parser(
         "collect", help="show what the last checks of many machines found", allow_abbrev=False
     )
-    text = "the directory with MACHINE/PLACE.json, or - for the JSON of Salt on standard input"
+    text = "the directory with MACHINE/PLACE.json, or - for what Salt writes, a machine a line"
     collect.add_argument("reports", metavar="REPORTS", help=text)
     text = "a machine that must be among them; may be repeated"
     collect.add_argument("--expect", metavar="MACHINE", action="append", default=[], help=text)

@@ -32,6 +32,12 @@ class Found:
     location: str
     modified: float | None = None  #: when a file was written, seconds since 1970
     ended: int = 0  #: exit code of the command that brought it, negative for a signal; known in the end
+    was_stopped: bool = False  #: the command was killed here, because nobody read its output any more
+
+    @property
+    def broke_off(self) -> bool:
+        """Did the command fail? SIGPIPE, if nobody reads its output any more, is no failure."""
+        return not self.was_stopped and self.ended not in (0, -signal.SIGPIPE, 128 + signal.SIGPIPE)
 
 
 class NoBackup(Exception):
@@ -116,17 +122,20 @@ def _output_of(command: str) -> Iterator[Found]:
         yield found
     finally:
         close_read(reading)
-        found.ended = os.waitstatus_to_exitcode(_ended(child))
+        _end(child, found)
 
 
-def _ended(child: int) -> int:
-    """The status of a child. Who writes to a pipe that nobody reads ends by that; others are killed."""
+def _end(child: int, found: Found) -> None:
+    """Wait for a child. Who writes to a pipe that nobody reads ends by that; others are killed."""
     deadline = time.monotonic() + _GRACE_S
     while True:
         process, status = os.waitpid(child, os.WNOHANG)
         if process == child:
-            return status
+            break
         if time.monotonic() >= deadline:
             os.killpg(child, signal.SIGKILL)
-            return os.waitpid(child, 0)[1]
+            found.was_stopped = True
+            _, status = os.waitpid(child, 0)
+            break
         time.sleep(0.02)
+    found.ended = os.waitstatus_to_exitcode(status)

@@ -39,11 +39,16 @@ class Place(BaseModel):
     def _one(self) -> Self:
         if sum(one is not None for one in (self.file, self.directory, self.command)) != 1:
             raise ValueError("it must have one of the keys file, directory, command")
+        if self.options and not self.options[0].startswith("-"):
+            raise ValueError("the options name no qube: the first begins with -, and -x leaves a qube out")
         return self
 
 
 def read_place(configuration: Path, name: str) -> Place:
-    """The place of this name, from its file in the directory `configuration`. Raises UsageError."""
+    """The place of this name, from its file in the directory `configuration`. Raises UsageError.
+
+    BadConfiguration, which is one, if the name is right and the settings are not.
+    """
     try:
         _NAME.validate_python(name)
     except ValidationError:
@@ -51,11 +56,13 @@ def read_place(configuration: Path, name: str) -> Place:
     path = configuration / f"{name}.toml"
     text = read_private_text(path, "which programs run")
     if text is None:
-        raise UsageError(f"there is no place {name}: {path} is missing", advice="Write it first.")
+        raise BadConfiguration(f"there is no place {name}: {path} is missing", advice="Write it first.")
     try:
         return Place.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise BadConfiguration(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise BadConfiguration(f"{path} has too many brackets within each other") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -51,13 +51,17 @@ def test_states_and_module_verify_and_what_they_return_is_collected(
         assert len(states) == 2 and all("qubes_restore_watch" in state for state in states)
         statuses[name] = done.returncode
         engine("salt-call", *call, "saltutil.sync_modules")
-        done = engine("salt-call", *call, "qubes_restore_watch.reports", f"state={machine.reports}")
+        where = (f"configuration={machine.settings}", f"state={machine.reports}")
+        done = engine("salt-call", *call, "qubes_restore_watch.reports", "--out-indent=-1", *where)
+        assert done.stdout.count("\n") == 1
         answers[name] = json.loads(done.stdout)["local"]
+        assert answers[name].pop("nas") is None  # it has settings, and was not verified
         assert list(answers[name]) == ["monthly"]
     assert {name for name, status in statuses.items() if status == 0} == {"server"}
 
-    # With a master, this is what `salt '*' qubes_restore_watch.reports --static --out=json` prints.
-    done = watch("collect", "-", input=json.dumps({**answers, "attic": False}))
+    # With a master, this is what `salt '*' qubes_restore_watch.reports --out=json --out-indent=-1` prints.
+    lines = [json.dumps({name: answer}) for name, answer in {**answers, "attic": False}.items()]
+    done = watch("collect", "-", input="\n".join(lines))
     assert done.returncode == 1
     assert states_in(done.stdout) == {
         "attic": "no report",

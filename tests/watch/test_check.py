@@ -1,5 +1,6 @@
 """State and reason of a check, from what the command that verifies says in its report."""
 
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ from qubes_restore_svc.report_file import KeptReport, write_report
 from qubes_restore_svc.watch.check import Verifier, check, too_old, verifier
 from qubes_restore_svc.watch.documents import WatchReport
 from qubes_restore_svc.watch.places import Place
+from qubes_restore_svc.wire.report import QubeReport
 
 from .reports import NOW, error, now_in_an_id, verification, whole
 
@@ -85,6 +87,46 @@ def test_a_reason_that_several_qubes_have_is_told_once(tmp_path: Path) -> None:
     assert found.reason == "it is cancelled"
     damaged = verification(error("bad-image"), cancelled, ended_by=cancelled)
     assert checked(tmp_path, damaged).reason == "qube-0: it is bad-image (and 1 more)"
+
+
+def test_qubes_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    report = whole(now_in_an_id())
+    left_out = QubeReport(name="big", klass="AppVM", outcome="left out")
+    found = checked(tmp_path, report.model_copy(update={"qubes": (*report.qubes, left_out)}))
+    assert (found.state, found.reason) == ("good", "1 of 2 qubes verified, 1 left out")
+
+
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [("exit 3", "ended with exit code 3"), ("kill -9 $$", "was killed by signal 9 (SIGKILL)")],
+)
+def test_a_command_that_failed_makes_a_backup_neither_good_nor_bad(
+    command: str, how: str, tmp_path: Path
+) -> None:
+    for report in (whole(now_in_an_id()), verification(error("archive-truncated"))):
+        found = checked(tmp_path, report, command=command)
+        assert (found.state, found.reason) == ("not verified", f"the command that brings the backup {how}")
+    assert checked(tmp_path, whole(now_in_an_id()), command="kill -PIPE $$").state == "good"
+
+
+def test_the_report_of_a_run_that_was_killed_is_not_taken(tmp_path: Path) -> None:
+    write_report(tmp_path / f".nas-{os.getpid()}.json", whole(now_in_an_id()))
+    assert checked(tmp_path, UsageError("why", advice="")).reason == "why"
+
+
+def test_a_report_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "write_report", lambda path, _: path.write_text("{"))
+    assert checked(tmp_path, whole(now_in_an_id())).state == "not verified"
+
+
+def test_a_passphrase_that_others_can_read_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode, warned in ((0o600, False), (0o640, True), (0o604, True)):
+        (tmp_path / "passphrase").touch()
+        (tmp_path / "passphrase").chmod(mode)
+        checked(tmp_path, whole(now_in_an_id()))
+        assert ("Warning: others than its owner can read" in capsys.readouterr().err) is warned
 
 
 def test_a_command_that_broke_off_is_to_blame_for_what_is_missing(tmp_path: Path) -> None:

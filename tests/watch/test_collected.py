@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from qubes_restore_svc.errors import UsageError
+from qubes_restore_svc.watch import collected
 from qubes_restore_svc.watch.collected import (
     Row,
     from_stream,
@@ -26,8 +28,8 @@ def report(state: str = "good", made: datetime | None = NOW, checked: datetime =
     return (text if state == "good" else text.replace('"good"', f'"{state}"')).encode()
 
 
-def row(untrusted_report: bytes | None, now: datetime = NOW) -> Row:
-    (found,) = rows({"desk": {"nas": untrusted_report}}, now, 2)
+def row(untrusted_report: bytes, now: datetime = NOW) -> Row:
+    (found,) = rows({"desk": {"nas": collected._parsed(untrusted_report)}}, now, 2)
     return found
 
 
@@ -65,6 +67,9 @@ def test_of_a_machine_without_a_report_that_is_said() -> None:
         report().replace(b'"backup_time": "2026', b'"backup_time": "9999999'),
         report().replace(b'"reason": "', b'"reason": ["'),
         report().replace(b"the reason", b"x" * 2000),
+        report().replace(b'"place"', b'"state": "good",\n  "place"'),
+        report().replace(b'"place"', b'"seconds": 1.5,\n  "place"'),
+        report() + b" " * (9 << 20),
     ],
 )
 def test_what_is_no_report_is_told_and_ends_nothing(untrusted_report: bytes) -> None:
@@ -84,39 +89,80 @@ def test_no_text_of_another_machine_steers_the_terminal() -> None:
 def test_reports_lie_in_directories_of_machines(tmp_path: Path) -> None:
     for name in ("desk/nas.json", "desk/usb.json", "desk/nas.prom", "desk/.x.json", "office/x", "-x/a.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(json.dumps({"in": name}))
     (tmp_path / "file").touch()
     found = in_directory(tmp_path, ["attic", "desk"])
     assert found == {
+        "-x": {"a": {"in": "-x/a.json"}},
         "attic": {},
-        "desk": {"nas": b"desk/nas.json", "usb": b"desk/usb.json"},
+        "desk": {"nas": {"in": "desk/nas.json"}, "usb": {"in": "desk/usb.json"}},
         "office": {},
     }
     with pytest.raises(UsageError, match="none cannot be read: No such file"):
         in_directory(tmp_path / "none", [])
 
 
+def test_nothing_odd_of_one_machine_hides_the_others(tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    for name in ("odd", "good", "bü\x1bro"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "good" / "nas.json").write_bytes(report())
+    os.mkfifo(odd / "fifo.json")
+    (odd / "directory.json").mkdir()
+    (odd / "link.json").symlink_to(tmp_path / "good" / "nas.json")
+    (odd / "loop.json").symlink_to("loop.json")
+    (odd / "device.json").symlink_to("/dev/zero")
+    (odd / "-x.json").write_bytes(report())
+    found = rows(in_directory(tmp_path, []), NOW, 2)
+    assert [(one.machine, one.place, one.state) for one in found] == [
+        ("bü\ufffdro", "-", "bad report"),
+        ("good", "nas", "good"),
+        *(("odd", name, "bad report") for name in ("-x", "device", "directory", "fifo", "link", "loop")),
+    ]
+
+
 def test_of_this_machine_every_place_must_have_one(tmp_path: Path) -> None:
-    (tmp_path / "nas.json").write_text("nas")
-    (tmp_path / "old.json").write_text("old")
-    assert of_places(tmp_path, [], ["nas", "usb"]) == {"nas": b"nas", "old": b"old", "usb": None}
+    for name in ("nas", "old"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert of_places(tmp_path, [], ["nas", "usb"]) == {"nas": {}, "old": {}, "usb": None}
     assert of_places(tmp_path, ["usb"], ["nas", "usb"]) == {"usb": None}
     assert of_places(tmp_path / "none", [], ["nas"]) == {"nas": None}
 
 
-def streamed(monkeypatch: pytest.MonkeyPatch, text: bytes) -> object:
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text)))
+def streamed(monkeypatch: pytest.MonkeyPatch, *lines: bytes) -> collected.Untrusted:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"".join(lines))))
     return from_stream(["attic"])
 
 
 def test_what_salt_prints_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"desk": {"nas": {"a": 1}, "../x": {}}, "gone": False, "broken": "Minion did not return."}
-    assert streamed(monkeypatch, json.dumps(answers).encode()) == {
-        "attic": {}, "desk": {"nas": b'{"a": 1}'}, "gone": {}, "broken": {},
+    answers = {"desk": {"nas": {"a": 1}, "new": None}, "gone": False, "broken": "Minion did not return."}
+    lines = [json.dumps({name: answer}).encode() + b"\n" for name, answer in answers.items()]
+    assert streamed(monkeypatch, *lines) == {
+        "attic": {}, "desk": {"nas": {"a": 1}, "new": None}, "gone": {}, "broken": {},
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"[" * 100_000, b'{"a b": {}}', b"\xff"])
-def test_what_salt_does_not_print_is_refused(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
-    with pytest.raises(UsageError):
-        streamed(monkeypatch, text)
+@pytest.mark.parametrize(
+    "line",
+    [b"[]", b'{"a"', b"[" * 100_000, b'{"a": {"b": 1.5}}', b"\xff", b'{"a": 1, "a": 2}', b" " * (20 << 20)],
+)
+def test_a_line_that_is_no_json_of_a_machine_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, line: bytes
+) -> None:
+    good = b'{"desk": {"nas": ' + json.dumps(json.loads(report())).encode() + b"}}"
+    found = rows(streamed(monkeypatch, line, b"\n", good, b"\n\n"), NOW, 2)
+    assert [(one.machine, one.state) for one in found] == [
+        ("attic", "no report"), ("desk", "good"), ("line 1", "bad report"),
+    ]  # fmt: skip
+
+
+def test_a_name_that_salt_does_not_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rows(streamed(monkeypatch, b'{"-x": {}}\n{"desk": {"../x": {}}}\n'), NOW, 2)
+    assert [(one.machine, one.place, one.state) for one in found] == [
+        ("-x", "-", "bad report"), ("attic", "-", "no report"), ("desk", "../x", "bad report"),
+    ]  # fmt: skip
+
+
+def test_json_over_several_lines_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--out-indent=-1"):
+        streamed(monkeypatch, b'{\n    "desk": {}\n}\n')

@@ -1,5 +1,6 @@
 """What a check leaves behind, and the exit statuses."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -93,9 +94,57 @@ def test_3_if_what_was_found_cannot_be_written(
     assert check(verification(error("bad-image")), where) == 1
 
 
-def test_3_if_the_report_alone_cannot_be_written(check: Check, tmp_path: Path) -> None:
+def test_3_if_the_report_alone_cannot_be_written_good_or_not(check: Check, tmp_path: Path) -> None:
     (tmp_path / "a" / "state" / "nas.json").mkdir(parents=True)
     assert check(whole(now_in_an_id())) == 3
+    assert check(verification(error("bad-image"))) == 3
+
+
+def kept_state(folder: Path) -> str:
+    """What the report of the place says now."""
+    return str(json.loads((folder / "a" / "state" / "nas.json").read_text())["state"])
+
+
+def test_an_old_report_does_not_stand_for_a_check_that_did_not_end(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check(whole(now_in_an_id())) == 0
+    assert kept_state(tmp_path) == "good"
+
+    def killed(*_: object) -> None:
+        assert kept_state(tmp_path) == "not verified"
+        metrics = (tmp_path / "a" / "state" / "qubes-restore-watch-nas.prom").read_text()
+        assert 'qubes_backup_good{place="nas"} 0' in metrics
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "check", killed)
+    with pytest.raises(KeyboardInterrupt):
+        check(whole(now_in_an_id()))
+
+
+def test_an_old_report_does_not_stand_for_one_that_cannot_be_written(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check(whole(now_in_an_id())) == 0
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command, "write_whole", full)
+    assert check(verification(error("bad-image"))) == 3
+    assert list((tmp_path / "a" / "state").iterdir()) == []
+
+
+def test_an_old_report_does_not_stand_for_settings_with_a_mistake(
+    check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(whole(now_in_an_id())) == 0
+    with pytest.raises(BadConfiguration):
+        check(whole(now_in_an_id()), "colour = 1")
+    capsys.readouterr()
+    assert watched(tmp_path, "show", "nas") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nas: not verified: " in said and "colour: there is no such key" in said
 
 
 def test_a_place_for_reports_that_cannot_be_made_is_told(check: Check, tmp_path: Path) -> None:

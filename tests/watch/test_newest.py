@@ -79,7 +79,7 @@ def test_a_command_brings_its_output_and_has_ended_afterwards() -> None:
         with open(backup.location) as output:
             assert output.read() == "backup"
         assert backup.ended == 0
-    assert backup.ended == 3
+    assert backup.ended == 3 and backup.broke_off
 
 
 @pytest.mark.parametrize("command", ["cat /dev/zero", "sleep 1000", "sh -c 'sleep 1000; true'; true"])
@@ -89,6 +89,7 @@ def test_a_command_that_goes_on_is_ended(command: str, monkeypatch: pytest.Monke
         if "zero" in command:
             output.read(1)
     assert backup.ended < 0 or backup.ended == 128 + signal.SIGPIPE
+    assert not backup.broke_off
 
 
 def test_what_a_command_has_started_is_ended_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ def test_all_keys_are_read_and_those_that_are_not_there_have_defaults(settings: 
         ('file = "a"\nqube = "sys usb"', ", qube: "),
         ('file = "a"\noptions = "-x dom0"', ", options: Input should be a valid list"),
         ("file = a", " is not TOML: "),
+        ("file = " + "[" * 100_000, " has too many brackets within each other"),
+        ('file = "a"\noptions = ["work"]', ": the options name no qube"),
     ],
 )
 def test_a_mistake_names_the_file_and_the_key(settings: Path, text: str, told: str) -> None:
