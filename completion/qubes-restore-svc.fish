@@ -23,10 +23,10 @@ end
 complete -c qubes-restore-svc -f
 complete -c qubes-restore-svc -n 'test (__qubes_restore_svc_places) = 0' -s h -l help -d 'show this help message and exit'
 complete -c qubes-restore-svc -n 'test (__qubes_restore_svc_places) = 0' -l version -d 'show what this is and leave'
-complete -c qubes-restore-svc -n __fish_use_subcommand -a list -d 'Show which qubes a backup holds'
-complete -c qubes-restore-svc -n __fish_use_subcommand -a verify -d 'Read a backup to its last byte and check it'
-complete -c qubes-restore-svc -n __fish_use_subcommand -a extract -d 'Restore qubes as disk images and settings in a directory'
-complete -c qubes-restore-svc -n __fish_use_subcommand -a compare -d 'Compare a backup with what was extracted'
+complete -c qubes-restore-svc -n __fish_use_subcommand -a list -d 'show which qubes a backup holds'
+complete -c qubes-restore-svc -n __fish_use_subcommand -a verify -d 'read a backup to its last byte and check it'
+complete -c qubes-restore-svc -n __fish_use_subcommand -a extract -d 'restore qubes as disk images and settings in a directory'
+complete -c qubes-restore-svc -n __fish_use_subcommand -a compare -d 'compare a backup with what was extracted'
 complete -c qubes-restore-svc -n 'test (__qubes_restore_svc_places) = 1' -F
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from list' -s h -l help -d 'show this help message and exit'
 complete -c qubes-restore-svc -n '__fish_seen_subcommand_from list' -s p -l passphrase-file -r -F -d 'read the passphrase from the first line of FILE, or of standard input if it is -'

@@ -1,4 +1,4 @@
-"""The completion of both commands for bash, zsh and fish, made from their parsers.
+"""The completion of the commands for bash, zsh and fish, made from their parsers.
 
 Strategy: what a parser knows becomes a few plain values, and each shell's file is written from these. The
 files are complete in themselves: TAB starts no program and opens no backup, so no qube of one is offered.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qubes_restore_svc.cli.qvm_arguments import restore_parser
 from qubes_restore_svc.local.command import command_parsers
+from qubes_restore_svc.watch.command import watch_parser
 
 FOLDER = Path(__file__).resolve().parents[2] / "completion"
 
@@ -66,22 +67,22 @@ def _short(text: str) -> str:
     return re.split(r"[;:(]|\. |, if", text)[0].strip()
 
 
-def svc() -> tuple[tuple[Option, ...], tuple[Command, ...]]:
-    """What `qubes-restore-svc` takes before a subcommand, and the subcommands."""
-    parser, parsers = command_parsers()
+def with_subcommands(parser: argparse.ArgumentParser) -> tuple[tuple[Option, ...], tuple[Command, ...]]:
+    """What a command takes before a subcommand, and the subcommands."""
+    (choice,) = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    texts = {one.dest: one.help or "" for one in choice._choices_actions}
     subcommands = (
-        Command(name, _short(one.description or "").rstrip("."), options_of(one))
-        for name, one in parsers.items()
+        Command(name, _short(texts[name]), options_of(one)) for name, one in choice.choices.items()
     )
     return options_of(parser), tuple(subcommands)
 
 
 def files() -> Iterator[tuple[str, str]]:
     """The files of `completion/`: name and content."""
-    general, subcommands = svc()
     for shell, program in (("bash", _Bash()), ("zsh", _Zsh()), ("fish", _Fish())):
         for name, head, commands in (
-            ("qubes-restore-svc", general, subcommands),
+            ("qubes-restore-svc", *with_subcommands(command_parsers()[0])),
+            ("qubes-restore-watch", *with_subcommands(watch_parser())),
             ("qvm-backup-restore", (), (Command("", "", options_of(restore_parser())),)),
         ):
             file = f"_{name}" if shell == "zsh" else f"{name}.{shell}"
@@ -193,7 +194,7 @@ class _Zsh:
         if not commands[0].name:
             specs = self._specs(commands[0].options)
             backup = "'1:backup:{ (( $words[(I)(-d|--dest-vm)] )) || _files }'"
-            return "\n".join([*lines, *_call("_arguments -s -S", [*specs, backup, "'*:qube: '"]), ""])
+            return "\n".join([*lines, *_call("_arguments -s -S", [*specs, backup, "'*:qube:()'"]), ""])
         described = [shlex.quote(f"{one.name}:{one.text}") for one in commands]
         lines += [
             "local curcontext=$curcontext state line",
@@ -207,7 +208,7 @@ class _Zsh:
             "    case $words[1] in",
         ]
         for one in commands:
-            rest = ["'1:backup:_files'", "'*:qube: '"]
+            rest = ["'1:backup:_files'", "'*:qube:()'"]
             call = _call("_arguments -s -S", [*self._specs(one.options), *rest])
             lines += [f"    {one.name})", *(f"        {line}" for line in call), "        ;;"]
         return "\n".join([*lines, "    esac", "    ;;", "esac", ""])

@@ -23,6 +23,8 @@ LISTENS_AT = "/run/qubes-restore-worker/calls.sock"
 WATCH = {
     "/usr/bin/qubes-restore-watch",
     "/usr/share/man/man1/qubes-restore-watch.1.gz",
+    "/usr/share/bash-completion/completions/qubes-restore-watch",
+    "/usr/share/fish/vendor_completions.d/qubes-restore-watch.fish",
     "/usr/lib/systemd/system/qubes-restore-watch@.service",
     "/usr/lib/systemd/system/qubes-restore-watch@.timer",
     "/usr/lib/systemd/user/qubes-restore-watch@.service",
@@ -79,6 +81,9 @@ OTHERS = {
         "/usr/share/qubes-restore-svc/schema/documents-1.json",
     },
 }
+
+#: Commands that zsh completes; its folder is the distribution's.
+COMPLETED = {"tools": ["qubes-restore-watch"], "": ["qubes-restore-watch", "qubes-restore-svc"]}
 
 PROGRAMS = {
     *(f"/etc/qubes-rpc/{name}" for name in DOM0_SERVICES),
@@ -138,7 +143,7 @@ def test_a_package_installs_exactly_these_files(packages: Packages) -> None:
         assert package.modules - compiled(package) == MODULES[name], name
         files = {file for file in package.files if not file.startswith(package.site)}
         zsh = "vendor-completions" if package.site.endswith("dist-packages") else "site-functions"
-        completion = {f"/usr/share/zsh/{zsh}/_qubes-restore-svc"} if name == "" else set[str]()
+        completion = {f"/usr/share/zsh/{zsh}/_{command}" for command in COMPLETED.get(name, ())}
         assert files == OTHERS[name] | completion, name
         assert len(compiled(package)) == (name in ("vm", "")), name
 
