@@ -11,7 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -28,11 +30,11 @@ _MAX_LINES = 100_000
 _MACHINE: TypeAdapter[str] = TypeAdapter(MachineName)
 _PLACE: TypeAdapter[str] = TypeAdapter(PlaceName)
 
-#: A report as JSON; None: there is none. What came and is no JSON object is something else.
-UntrustedReport = object
+#: What a report says, or why nothing is known.
+Known = Findings | Literal["no report", "bad report"]
 
-#: The reports of each machine by place. Names are as they came, too.
-Untrusted = Mapping[str, Mapping[str, UntrustedReport]]
+#: That of each machine by place. Names are as they came.
+Untrusted = Mapping[str, Mapping[str, Known]]
 
 
 class _Findings(Findings):
@@ -66,24 +68,20 @@ def rows(untrusted: Untrusted, now: datetime, stale_after_days: int) -> list[Row
         if not _is_name(_MACHINE, machine):
             found.append(Row(_shown(machine), "-", "bad report", "what has come has no name of a machine"))
             continue
-        for place, untrusted_report in sorted(reports.items()):
-            found.append(_row(machine, place, untrusted_report, now, timedelta(days=stale_after_days)))
+        for place, known in sorted(reports.items(), key=itemgetter(0)):
+            found.append(_row(machine, place, known, now, timedelta(days=stale_after_days)))
         if not reports:
-            found.append(_row(machine, "-", None, now, timedelta()))
+            found.append(_row(machine, "-", "no report", now, timedelta()))
     return found
 
 
-def _row(
-    machine: str, place: str, untrusted_report: UntrustedReport, now: datetime, stale_after: timedelta
-) -> Row:
+def _row(machine: str, place: str, found: Known, now: datetime, stale_after: timedelta) -> Row:
     if place != "-" and not _is_name(_PLACE, place):
         return Row(machine, _shown(place), "bad report", "what has come has no name of a place")
-    if untrusted_report is None:
-        return Row(machine, place, "no report", "no report has come")
-    try:
-        found = _Findings.model_validate(untrusted_report)
-    except ValidationError:
-        return Row(machine, place, "bad report", "what has come is no report")
+    if found == "no report":
+        return Row(machine, place, found, "no report has come")
+    if found == "bad report":
+        return Row(machine, place, found, "what has come is no report")
     state, reason = str(found.state), found.reason
     if state == "good" and (why := too_old(found.backup_time, found.max_age_days, now)):
         state, reason = "too old", why
@@ -115,7 +113,7 @@ def in_directory(directory: Path, expected: Iterable[str]) -> Untrusted:
 
     `expected` are machines that must be there. Raises UsageError.
     """
-    machines: dict[str, Mapping[str, UntrustedReport]] = {name: {} for name in expected}
+    machines: dict[str, Mapping[str, Known]] = {name: {} for name in expected}
     try:
         for entry in os.scandir(directory):
             if os.path.isdir(entry.path) and not entry.name.startswith("."):
@@ -126,38 +124,50 @@ def in_directory(directory: Path, expected: Iterable[str]) -> Untrusted:
     return machines
 
 
-def of_places(state: Path, wanted: Sequence[str], known: Iterable[str]) -> Mapping[str, UntrustedReport]:
+def of_places(state: Path, wanted: Sequence[str], known: Iterable[str]) -> Mapping[str, Known]:
     """Those of this machine, of all places or of those `wanted`. Those `known` must be there."""
-    kept = {**dict.fromkeys(known), **(dict(_of_machine(state)) if state.is_dir() else {})}
-    return {name: kept.get(name) for name in wanted} if wanted else kept
+    kept: dict[str, Known] = {
+        **dict.fromkeys(known, "no report"),
+        **(dict(_of_machine(state)) if state.is_dir() else {}),
+    }
+    return {name: kept.get(name, "no report") for name in wanted} if wanted else kept
 
 
-def _of_machine(directory: Path) -> Iterator[tuple[str, UntrustedReport]]:
+def _of_machine(directory: Path) -> Iterator[tuple[str, Known]]:
     """Each by its place. Files that are not complete yet have names that begin with a dot."""
     for path in directory.glob("*.json"):
         if not path.name.startswith("."):
             yield path.stem, _read(path)
 
 
-def _read(path: Path) -> UntrustedReport:
+def _read(path: Path) -> Known:
     """What is in a file, whatever is there in its place: nothing of one machine ends the table of all."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return ()
-            return _parsed(file.read(_MAX_FILE + 1))
+                return "bad report"
+            return _findings(_parsed(file.read(_MAX_FILE + 1)))
     except OSError:
-        return ()
+        return "bad report"
 
 
-def _parsed(untrusted_text: bytes) -> UntrustedReport:
+def _parsed(untrusted_text: bytes) -> dict[str, object]:
+    """The JSON object; an empty one if it is none."""
     if len(untrusted_text) > _MAX_FILE:
-        return ()
+        return {}
     try:
         return parse_object(untrusted_text)
     except ProtocolViolation:
-        return ()
+        return {}
+
+
+def _findings(untrusted_report: object) -> Known:
+    """What of a report is kept in memory, which is little."""
+    try:
+        return "no report" if untrusted_report is None else _Findings.model_validate(untrusted_report)
+    except ValidationError:
+        return "bad report"
 
 
 def from_stream(expected: Iterable[str]) -> Untrusted:
@@ -166,7 +176,7 @@ def from_stream(expected: Iterable[str]) -> Untrusted:
     A machine with anything else did not answer. A line that is no object has no name of a machine, and what
     it is called instead says where it is. Raises UsageError.
     """
-    machines: dict[str, Mapping[str, UntrustedReport]] = {name: {} for name in expected}
+    machines: dict[str, Mapping[str, Known]] = {name: {} for name in expected}
     for number, untrusted_line in enumerate(_lines(), 1):
         if number > _MAX_LINES:
             raise UsageError(f"standard input has more than {_MAX_LINES} lines", advice="")
@@ -176,11 +186,10 @@ def from_stream(expected: Iterable[str]) -> Untrusted:
             raise UsageError(
                 "the JSON of each machine must be in one line", advice="Give salt the option --out-indent=-1."
             )
-        untrusted_machines = _parsed(untrusted_line)
-        if not isinstance(untrusted_machines, dict):
-            untrusted_machines = {f"line {number}": None}
+        untrusted_machines = _parsed(untrusted_line) or {f"line {number}": None}
         for untrusted_name, untrusted_places in untrusted_machines.items():
-            machines[untrusted_name] = untrusted_places if isinstance(untrusted_places, dict) else {}
+            answered = untrusted_places if isinstance(untrusted_places, dict) else {}
+            machines[untrusted_name] = {place: _findings(report) for place, report in answered.items()}
     return machines
 
 

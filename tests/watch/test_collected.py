@@ -28,8 +28,11 @@ def report(state: str = "good", made: datetime | None = NOW, checked: datetime =
     return (text if state == "good" else text.replace('"good"', f'"{state}"')).encode()
 
 
+FINDINGS = collected._findings(collected._parsed(report()))
+
+
 def row(untrusted_report: bytes, now: datetime = NOW) -> Row:
-    (found,) = rows({"desk": {"nas": collected._parsed(untrusted_report)}}, now, 2)
+    (found,) = rows({"desk": {"nas": collected._findings(collected._parsed(untrusted_report))}}, now, 2)
     return found
 
 
@@ -48,7 +51,7 @@ def test_a_report_or_a_backup_from_the_future_is_not_good() -> None:
 
 
 def test_of_a_machine_without_a_report_that_is_said() -> None:
-    found = rows({"desk": {}, "office": {"nas": None}}, NOW, 2)
+    found = rows({"desk": {}, "office": {"nas": "no report"}}, NOW, 2)
     assert [(one.machine, one.place, one.state) for one in found] == [
         ("desk", "-", "no report"), ("office", "nas", "no report"),
     ]  # fmt: skip
@@ -89,13 +92,13 @@ def test_no_text_of_another_machine_steers_the_terminal() -> None:
 def test_reports_lie_in_directories_of_machines(tmp_path: Path) -> None:
     for name in ("desk/nas.json", "desk/usb.json", "desk/nas.prom", "desk/.x.json", "office/x", "-x/a.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(json.dumps({"in": name}))
+        (tmp_path / name).write_bytes(report() if "nas" in name else b"{}")
     (tmp_path / "file").touch()
     found = in_directory(tmp_path, ["attic", "desk"])
     assert found == {
-        "-x": {"a": {"in": "-x/a.json"}},
+        "-x": {"a": "bad report"},
         "attic": {},
-        "desk": {"nas": {"in": "desk/nas.json"}, "usb": {"in": "desk/usb.json"}},
+        "desk": {"nas": FINDINGS, "usb": "bad report"},
         "office": {},
     }
     with pytest.raises(UsageError, match="none cannot be read: No such file"):
@@ -123,10 +126,11 @@ def test_nothing_odd_of_one_machine_hides_the_others(tmp_path: Path) -> None:
 
 def test_of_this_machine_every_place_must_have_one(tmp_path: Path) -> None:
     for name in ("nas", "old"):
-        (tmp_path / f"{name}.json").write_text("{}")
-    assert of_places(tmp_path, [], ["nas", "usb"]) == {"nas": {}, "old": {}, "usb": None}
-    assert of_places(tmp_path, ["usb"], ["nas", "usb"]) == {"usb": None}
-    assert of_places(tmp_path / "none", [], ["nas"]) == {"nas": None}
+        (tmp_path / f"{name}.json").write_bytes(report())
+    found = of_places(tmp_path, [], ["nas", "usb"])
+    assert found == {"nas": FINDINGS, "old": FINDINGS, "usb": "no report"}
+    assert of_places(tmp_path, ["usb"], ["nas", "usb"]) == {"usb": "no report"}
+    assert of_places(tmp_path / "none", [], ["nas"]) == {"nas": "no report"}
 
 
 def streamed(monkeypatch: pytest.MonkeyPatch, *lines: bytes) -> collected.Untrusted:
@@ -135,10 +139,12 @@ def streamed(monkeypatch: pytest.MonkeyPatch, *lines: bytes) -> collected.Untrus
 
 
 def test_what_salt_prints_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"desk": {"nas": {"a": 1}, "new": None}, "gone": False, "broken": "Minion did not return."}
+    desk = {"nas": json.loads(report()), "odd": {"a": 1}, "new": None}
+    answers = {"desk": desk, "gone": False, "broken": "Minion did not return."}
     lines = [json.dumps({name: answer}).encode() + b"\n" for name, answer in answers.items()]
     assert streamed(monkeypatch, *lines) == {
-        "attic": {}, "desk": {"nas": {"a": 1}, "new": None}, "gone": {}, "broken": {},
+        "attic": {}, "gone": {}, "broken": {},
+        "desk": {"nas": FINDINGS, "odd": "bad report", "new": "no report"},
     }  # fmt: skip
 
 
