@@ -111,12 +111,15 @@ def test_nothing_odd_of_one_machine_hides_the_others(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "good" / "nas.json").write_bytes(report())
     os.mkfifo(odd / "fifo.json")
+    writer = os.open(odd / "fifo.json", os.O_RDWR | os.O_NONBLOCK)
+    os.write(writer, report())
     (odd / "directory.json").mkdir()
     (odd / "link.json").symlink_to(tmp_path / "good" / "nas.json")
     (odd / "loop.json").symlink_to("loop.json")
     (odd / "device.json").symlink_to("/dev/zero")
     (odd / "-x.json").write_bytes(report())
     found = rows(in_directory(tmp_path, []), NOW, 2)
+    os.close(writer)
     assert [(one.machine, one.place, one.state) for one in found] == [
         ("bü\ufffdro", "-", "bad report"),
         ("good", "nas", "good"),
