@@ -87,7 +87,7 @@ def test_a_second_restore_is_refused_and_says_how_to_go_on(dom0: Domain) -> None
     assert dom0.restored("-p", secret, "vault").returncode == 0
     done = dom0.restored("-p", secret)
     assert done.returncode == 1
-    assert "vault |" in done.stdout and "<-- a qube of this name is there already!" in done.stdout
+    assert "vault |" in done.stdout and "<-- a qube of this name is there already: an earlier" in done.stdout
     assert "*** There are qubes of the same names here: vault ***" in done.stderr
     assert "Move it away, or restore to another directory." in done.stderr
     assert "qubes restored" not in done.stderr
