@@ -339,6 +339,7 @@ class Pipeline:
             return
         next(pieces, None)  # its first chunk is authentic, or this raises
         qube.come.add(place.name)
+        qube.remarks.add(place.name)  # its other chunks add nothing to what this error says
         qube.error = BadArchive(
             f"its {place.name} stands behind the files of other qubes in the archive, and was not restored",
             qube=qube.info.name,

@@ -44,7 +44,8 @@ class Domain:
 
     @property
     def report(self) -> dict[str, object]:
-        """What was written, but for times, which a message tells to the second."""
+        """What was written, but for times, which a message tells to the second, and for the keys that were
+        derived before the plan was agreed on, which are more or fewer."""
         return without_times(self.folder / "report.json")
 
     def words(self, *options: str | Path) -> list[str]:
@@ -87,5 +88,5 @@ class Domain:
 def without_times(path: Path) -> dict[str, object]:
     """A report in a file."""
     content: dict[str, object] = json.loads(path.read_text())
-    assert content.pop("started") and content.pop("finished")
+    assert content.pop("started") and content.pop("finished") and content.pop("derivations") is not None
     return content

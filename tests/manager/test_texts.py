@@ -17,7 +17,7 @@ MODULES = [path for path in FILES if path.name not in UNTRANSLATED]
 SHOWS = re.compile(r"set\w*(Text|Title|ToolTip|Name|_text|_rest)|add(Item|Button)|Q\w*(Label|Button|Box)")
 WORD, SENTENCE = re.compile("[A-Za-z]{2}"), re.compile("[A-Za-z]{2,}.* |: .*[A-Za-z]{2}")
 #: Of a report, a file, or a command: not shown as they are.
-NAMES = {"left out", "failed", "qubes-restore-manager", "qvm-backup-restore --mgmt-vm "}
+NAMES = {"left out", "failed", "already restored", "qubes-restore-manager", "qvm-backup-restore --mgmt-vm "}
 
 
 def name_of(call: ast.Call) -> str:
