@@ -88,5 +88,6 @@ class Domain:
 def without_times(path: Path) -> dict[str, object]:
     """A report in a file."""
     content: dict[str, object] = json.loads(path.read_text())
-    assert content.pop("started") and content.pop("finished") and content.pop("derivations") is not None
+    assert content.pop("started") and content.pop("finished")
+    del content["derivations"]
     return content
