@@ -40,7 +40,7 @@ READERS = {
         "-KEPT_VOLUMES", "-MAX_REQUEST", "-MAX_STALL_TIMEOUT", "-MAX_PASSPHRASE", "-LocationId", "-PoolName",
         "-SettingName",
         "-StallTimeout", "-LocationText", "-_one_line", "-TIMESTAMP", "-Timestamp", "-_moment", "-_seconds",
-        "-_QUBE_NAME", "-is_qube_name", "-DigestKind", "-_LOG_MARKS", "-last_words",
+        "-_QUBE_NAME", "-is_qube_name", "-DigestKind", "-_LOG_MARKS", "-last_words", "-backup_time",
     ),
     "wire.messages": (
         "-Storage", "-Open", "-QubeHere", "-Start", "-SkipQube", "-Cancel", "-BrokerMessage", "-worker_end",

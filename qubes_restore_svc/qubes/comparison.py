@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 
 from qubes_restore_svc.broker.comparison import ComparedVolume, NotHere, looking
 from qubes_restore_svc.broker.interfaces import Definition, HostView, NewQube, QubeTransaction, VolumeSink
@@ -23,7 +22,7 @@ from qubes_restore_svc.qubes.host import QubesHost
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import UNFINISHED, WORKER_NAME
 from qubes_restore_svc.wire.messages import QubeSettings
-from qubes_restore_svc.wire.names import VolumeName
+from qubes_restore_svc.wire.names import VolumeName, backup_time
 from qubes_restore_svc.wire.report import VolumeReport
 
 #: What the qube with the clones is called: this, and eight digits.
@@ -124,15 +123,3 @@ class ComparedQube:
         backed_up = backup_time(self._qube.backup_id)
         newer = changed is not None and backed_up is not None and changed > backed_up
         return ComparedVolume(file, f"the clone of {volume}", name, volume, newer=newer)
-
-
-def backup_time(backup_id: str) -> float | None:
-    """When the backup was begun, in seconds since 1970, if its id says so: it begins with dom0's local time
-    then (`qubes/backup.py` of R4.3).
-
-    The id comes from the backup, and decides on one word of the result, `newer` or `differs`.
-    """
-    try:
-        return datetime.strptime(backup_id.partition("-")[0], "%Y%m%dT%H%M%S").timestamp()
-    except (ValueError, OverflowError):
-        return None

@@ -35,7 +35,7 @@ from qubes_restore_svc.watch.newest import Found, NoBackup, newest_backup
 from qubes_restore_svc.watch.places import Place
 from qubes_restore_svc.wire.connection import parse_object
 from qubes_restore_svc.wire.models import ErrorInfo, validated
-from qubes_restore_svc.wire.names import MAX_TEXT, shortened, strip_control
+from qubes_restore_svc.wire.names import MAX_TEXT, backup_time, shortened, strip_control
 from qubes_restore_svc.wire.report import Report
 
 #: What the backup cannot be blamed for, beside what a worker does not get to say.
@@ -213,10 +213,6 @@ def _time_of(report: Report | None, found: Found) -> datetime | None:
 
     The ids of old backups do not. Then it is when the file was written.
     """
-    made = None
-    with contextlib.suppress(ValueError):
-        if report is not None and report.backup_id is not None:
-            made = datetime.strptime(report.backup_id[:15], "%Y%m%dT%H%M%S").astimezone(UTC)
-    if made is None and found.modified is not None:
-        made = datetime.fromtimestamp(found.modified, UTC)
-    return made
+    made = None if report is None or report.backup_id is None else backup_time(report.backup_id)
+    made = found.modified if made is None else made
+    return None if made is None else datetime.fromtimestamp(made, UTC)

@@ -134,6 +134,19 @@ _LOG_MARKS = re.compile(
 _FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
+def backup_time(backup_id: str) -> float | None:
+    """When the backup was begun, in seconds since 1970, if its id says so: it begins with the local time of
+    the machine then (`qubes/backup.py` of R4.3). It is read in the zone of this machine.
+
+    The id comes from the backup.
+    """
+    try:
+        moment = datetime.strptime(backup_id.partition("-")[0], "%Y%m%dT%H%M%S")
+        return moment.astimezone(UTC).timestamp()  # so it is a moment in UTC, too
+    except (ValueError, OverflowError):
+        return None
+
+
 def strip_control(untrusted_text: str) -> str:
     """Free text for one line: control, format, private and unassigned characters become `\ufffd`.
 

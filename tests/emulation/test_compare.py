@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qubes_restore_svc.qubes.comparison import CLONE_PREFIX, backup_time
+from qubes_restore_svc.qubes.comparison import CLONE_PREFIX
 from qubes_restore_svc.qubes.locks import read_holder
+from qubes_restore_svc.wire.names import backup_time
 from tests.emulation.dom0 import Dom0, wait_until
 from tests.support.backup_writer import PASSPHRASE, BackupWriter, ImagePlan, QubePlan
 

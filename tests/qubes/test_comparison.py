@@ -13,9 +13,10 @@ import qubesadmin
 
 from qubes_restore_svc.broker.interfaces import Comparison
 from qubes_restore_svc.errors import HostFailed, RestoreInProgress
-from qubes_restore_svc.qubes.comparison import CLONE_PREFIX, ComparedQube, ComparedSystem, backup_time
+from qubes_restore_svc.qubes.comparison import CLONE_PREFIX, ComparedQube, ComparedSystem
 from qubes_restore_svc.qubes.system import QubesSystem
 from qubes_restore_svc.qubes.tags import UNFINISHED, WORKER_TAG
+from qubes_restore_svc.wire.names import backup_time
 from tests.emulation.daemon.errors import AdminError
 from tests.emulation.qubesd import Qubesd
 from tests.qubes.qubes_bed import (
@@ -356,23 +357,3 @@ def test_a_comparison_that_is_killed_leaves_nothing(
             assert error.ends_soon
         time.sleep(0.01)
     assert state_of(tmp_path, qubesd) == before
-
-
-@pytest.mark.parametrize("text", ["20260101T010203-1234", "20260101T010203"])
-def test_a_backup_id_begins_with_the_local_time(text: str) -> None:
-    assert backup_time(text) == time.mktime((2026, 1, 1, 1, 2, 3, 0, 0, -1))
-
-
-@pytest.mark.parametrize("text", ["99999999T999999-1", "yesterday", "-"])
-def test_an_id_that_begins_with_no_time_tells_none(text: str) -> None:
-    assert backup_time(text) is None
-
-
-def test_a_time_that_this_systems_clock_cannot_have_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "Asia/Tokyo")  # it was the year before in UTC, and there is no year 0
-    time.tzset()
-    try:
-        assert backup_time("00010101T000000-1") is None
-    finally:
-        monkeypatch.undo()
-        time.tzset()

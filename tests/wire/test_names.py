@@ -1,6 +1,7 @@
 """Patterns: each takes what Qubes takes, and nothing that merely looks like it."""
 
 import string
+import time
 import unicodedata
 from typing import Any
 
@@ -246,3 +247,28 @@ def test_notes_are_measured_after_they_were_cleaned() -> None:
 )
 def test_a_program_is_quoted_with_its_last_line_and_without_log_marks(output: bytes, words: str) -> None:
     assert names.last_words(output) == words
+
+
+@pytest.mark.parametrize("text", ["20260101T010203-1234", "20260101T010203"])
+def test_a_backup_id_begins_with_the_local_time(text: str) -> None:
+    assert names.backup_time(text) == time.mktime((2026, 1, 1, 1, 2, 3, 0, 0, -1))
+
+
+@pytest.mark.parametrize("text", ["99999999T999999-1", "yesterday", "-"])
+def test_an_id_that_begins_with_no_time_tells_none(text: str) -> None:
+    assert names.backup_time(text) is None
+
+
+@pytest.mark.parametrize(
+    ("zone", "text"), [("Asia/Tokyo", "00010101T000000-1"), ("America/New_York", "99991231T235959-1")]
+)
+def test_a_time_that_is_no_moment_in_utc_is_none(
+    zone: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", zone)  # in UTC it is in the year 0, or 10000, which there is not
+    time.tzset()
+    try:
+        assert names.backup_time(text) is None
+    finally:
+        monkeypatch.undo()
+        time.tzset()
